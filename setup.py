@@ -1,0 +1,45 @@
+"""Packaging of xclip_jax; build system, lint and test settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "jax>=0.10,<0.12",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "grain>=0.2.18,<0.3",
+    "tensorflow-datasets>=4.9.10,<5",
+    "importlib_resources",  # imported by tensorflow-datasets, which forgets to ask for it
+    "array-record>=0.8",  # the file format TFDS writes and grain reads without TensorFlow
+    "transformers>=5.0,<6",
+    "ml_collections>=1.1,<2",
+    "absl-py>=2.1",
+    "numpy>=2.0",
+    "av>=15",  # PyAV: decodes videos with their presentation times
+    "pillow>=11",  # CLIP's preprocessing is defined by its bicubic resize
+    "simplejpeg>=1.8",  # decodes stored frames about 1.8 times as fast as Pillow, same pixels
+    "ftfy>=6.2",  # CLIP's text cleaning
+    "tqdm>=4.66",
+    "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
+    "matplotlib>=3.9",
+]
+
+setup(
+    name="xclip_jax",
+    version="0.1.0",
+    description="Video-text retrieval with multi-grained contrast (X-CLIP) in JAX/Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
+    install_requires=REQUIRES,
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.15"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+    },
+)

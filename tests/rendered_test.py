@@ -1,0 +1,217 @@
+"""The demo's data: what its captions promise is on the screen, and test never leaks into train."""
+
+import json
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+
+from xclip_jax.data import rendered
+from xclip_jax.errors import InputError
+
+COUNTS = {"train": 2500, "val": 100, "test": 250}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return {split: rendered.scenes(split, count) for split, count in COUNTS.items()}
+
+
+def decode(path):
+    """The frames at 0, 1, ..., 5 s."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == rendered.SECONDS * rendered.FPS
+    seconds = [frame for frame in frames if float(frame.time).is_integer()]
+    assert [frame.time for frame in seconds] == [0, 1, 2, 3, 4, 5]
+    return [frame.to_ndarray(format="rgb24").astype(float) for frame in seconds]
+
+
+def object_mask(image, colour):
+    """Where the named colour is nearer than any other and than the background."""
+    corners = np.median(np.stack([image[0, 0], image[0, -1], image[-1, 0], image[-1, -1]]), axis=0)
+    palette = np.array([*rendered.COLOURS.values(), corners], float)
+    nearest = np.argmin(((image[:, :, None] - palette) ** 2).sum(-1), axis=-1)
+    return nearest == list(rendered.COLOURS).index(colour)
+
+
+def single(colour, shape, size, motion):
+    look = {"background": (30, 25, 35), "noise": 7}
+    return rendered.Scene((rendered.Event(colour, shape, size, motion),), **look)
+
+
+def looks(scene):
+    """All that a caption tells."""
+    return tuple((event.colour, event.shape, event.size, event.motion) for event in scene.events)
+
+
+def test_no_combination_is_in_two_splits_and_all_attributes_are_in_train(drawn):
+    combinations = {split: {scene.combination for scene in found} for split, found in drawn.items()}
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not combinations[one] & combinations[other], (one, other)
+    backwards = {scene.combination[::-1] for scene in drawn["train"] if len(scene.events) == 2}
+    assert not backwards & combinations["test"]  # not even in the other order
+    trained = {event for scene in drawn["train"] for event in looks(scene)}
+    for attributes in ((0,), (1,), (2,), (3,), (0, 1), (0, 3), (1, 3)):
+        seen = {tuple(event[i] for i in attributes) for event in trained}
+        for scene in drawn["test"]:
+            assert all(tuple(event[i] for i in attributes) in seen for event in looks(scene))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_caption_of_the_gallery_fits_one_scene(drawn, split):
+    found = drawn[split]
+    assert len({scene.captions[0] for scene in found}) == len(found) == COUNTS[split]
+    assert len({looks(scene) for scene in found}) == len(found)
+    objects = {
+        kind: {s.combination for s in found if s.kind == kind} for kind in rendered.TEMPLATES
+    }
+    assert not objects["order"] & objects["order of motions"]
+
+
+def test_captions_are_short_and_say_all(drawn):
+    for scene in (scene for found in drawn.values() for scene in found):
+        assert len(set(scene.captions)) == len(scene.captions)
+        for caption in scene.captions:
+            words = caption.replace(",", " ,").split()
+            assert len(words) <= 20
+            for event in scene.events:
+                assert event.colour in words
+                assert any(word in words for word in rendered.SHAPE_WORDS[event.shape])
+                assert any(phrase in caption for phrase in rendered.MOTION_WORDS[event.motion]) or (
+                    scene.kind == "order"
+                )
+                sizes = rendered.SIZE_WORDS.get(event.size)
+                assert sizes is None or any(word in words for word in sizes)
+    assert all(len(scene.captions) == 3 for scene in drawn["train"])
+    assert all(len(scene.captions) == 1 for scene in drawn["val"] + drawn["test"])
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_most_of_the_gallery_has_its_mirror_in_it(drawn, split):
+    found = set(drawn[split])
+    with_twin = [scene for scene in found if rendered.mirror(scene) in found - {scene}]
+    assert len(with_twin) >= 0.9 * len(found)
+
+
+def test_a_mirror_has_the_same_frames_backwards(drawn):
+    for scene in drawn["test"][:40]:
+        for time in range(6):
+            there = rendered.frame(scene, time).astype(int)
+            back = rendered.frame(rendered.mirror(scene), 5 - time)
+            assert np.abs(there - back).max() <= 1  # rounding
+
+
+def test_gallery_swaps_shapes_between_objects(drawn):
+    pairs = {scene.combination for scene in drawn["test"] if len(scene.events) == 2}
+    swapped = {
+        ((c1, s1), (c2, s2))
+        for (c1, s1), (c2, s2) in pairs
+        if c1 != c2 and s1 != s2 and ((c1, s2), (c2, s1)) in pairs
+    }
+    assert len(swapped) >= 0.5 * len(pairs)
+
+
+def test_scenes_are_pure(drawn):
+    again = rendered.scenes("test", 60)
+    assert again == drawn["test"][:60]
+    assert [s.captions for s in again] == [s.captions for s in drawn["test"][:60]]
+    assert rendered.scenes("test", 60, seed=1) != again
+    assert rendered.scenes("val", 0) == []
+
+
+def test_mistakes_are_named():
+    with pytest.raises(InputError, match="split = 'dev'"):
+        rendered.scenes("dev", 1)
+    with pytest.raises(InputError, match="9999 val scenes"):
+        rendered.scenes("val", 9999)
+
+
+@pytest.mark.parametrize(
+    ("motion", "sign_x", "sign_y"),
+    [("right", 1, 0), ("left", -1, 0), ("up", 0, -1), ("down", 0, 1), ("still", 0, 0)],
+)
+def test_the_object_moves_as_told(tmp_path, motion, sign_x, sign_y):
+    rendered.render(single("red", "square", "small", motion), tmp_path / "a.mp4")
+    masks = [object_mask(image, "red") for image in decode(tmp_path / "a.mp4")]
+    y, x = np.array([np.argwhere(mask).mean(axis=0) for mask in masks]).T
+    for track, sign in ((x, sign_x), (y, sign_y)):
+        steps = np.diff(track)
+        assert np.all(steps * sign > 4) if sign else np.all(np.abs(steps) < 0.5), track
+
+
+@pytest.mark.parametrize("shape", rendered.SHAPES)
+def test_the_object_grows_and_shrinks(tmp_path, shape):
+    for motion, sign in (("grow", 1), ("shrink", -1)):
+        rendered.render(single("green", shape, "medium", motion), tmp_path / "a.mp4")
+        areas = [object_mask(image, "green").sum() for image in decode(tmp_path / "a.mp4")]
+        assert np.all(np.diff(areas) * sign > 20), (motion, areas)
+
+
+def test_shapes_and_sizes_are_told_apart():
+    def area(shape, size):
+        scene = single("red", shape, size, "still")
+        return object_mask(rendered.frame(scene, 0).astype(float), "red")
+
+    for shape in rendered.SHAPES:
+        assert area(shape, "large").sum() > 2.5 * area(shape, "small").sum()
+    for one in rendered.SHAPES:
+        for other in rendered.SHAPES:
+            if one < other:
+                a, b = area(one, "small"), area(other, "small")
+                assert (a ^ b).sum() > 0.15 * (a | b).sum(), (one, other)
+
+
+@pytest.mark.parametrize("background", [(20, 25, 30), (215, 220, 210)])
+def test_colours_survive_the_encoder_and_come_in_order(tmp_path, background):
+    names = list(rendered.COLOURS)
+    for first, second in zip(names, names[1:] + names[:1], strict=True):
+        a = rendered.Event(first, "circle", "medium", "still")
+        b = rendered.Event(second, "cross", "medium", "still")
+        rendered.render(rendered.Scene((a, b), background, 3), tmp_path / "a.mp4")
+        for second_of_clip, image in enumerate(decode(tmp_path / "a.mp4")):
+            seen = max(names, key=lambda name: object_mask(image, name).sum())
+            assert seen == (first if second_of_clip < 3 else second)
+
+
+def test_the_same_scene_gives_the_same_bytes(tmp_path, drawn):
+    scene = drawn["test"][0]
+    for name in "ab":
+        rendered.render(scene, tmp_path / name)
+    rendered.render(replace(scene, noise=scene.noise + 1), tmp_path / "c")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_make_writes_a_set_and_goes_on_after_a_kill(tmp_path):
+    arguments = {"num_train": 6, "num_val": 2, "num_test": 4, "seed": 3}
+    directory = rendered.make(tmp_path / "set", **arguments)
+    listing = directory / "captions.jsonl"
+    text = listing.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all(set(line) == {"video", "captions", "split"} for line in lines)
+    assert [line["split"] for line in lines] == ["train"] * 6 + ["val"] * 2 + ["test"] * 4
+    assert lines[0]["video"] == "train_00000.mp4"
+    assert lines[-1]["captions"] == list(rendered.scenes("test", 4, seed=3)[-1].captions)
+    videos = {path.name: path for path in (directory / "videos").iterdir()}
+    assert set(videos) == {line["video"] for line in lines}
+
+    written = {name: path.stat().st_mtime_ns for name, path in videos.items()}
+    gone = videos["val_00001.mp4"].read_bytes()
+    videos["val_00001.mp4"].unlink()
+    listing.unlink()
+    rendered.make(directory, **arguments)
+    again = {name: path.stat().st_mtime_ns for name, path in videos.items()}
+    assert {name for name in written if again[name] != written[name]} == {"val_00001.mp4"}
+    assert videos["val_00001.mp4"].read_bytes() == gone
+    assert listing.read_text() == text
+
+    with pytest.raises(InputError, match=r"'seed': 3.*'seed': 4"):
+        rendered.make(directory, **(arguments | {"seed": 4}))
+
+
+def test_a_failed_render_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere/a\.mp4"):
+        rendered.render(single("red", "circle", "small", "still"), tmp_path / "nowhere" / "a.mp4")

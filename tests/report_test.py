@@ -1,0 +1,247 @@
+"""The report: right rankings, right numbers, untrusted captions, degenerate sizes."""
+
+import html.parser
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xclip_jax import figures, report
+
+NASTY = [
+    "<script>alert('x')</script> & \"quotes\"",
+    "broken mathematics: $\\frac{1}{0$",
+    "",
+    "a dog 🐕‍🦺 and 猫がソファの上で寝ている 👩🏽‍🚀",
+    "line\nbreak\ttab\x00 \u202ertl مرحبا \ud800",
+    "word " * 500,
+    "猫" * 400,
+]
+
+
+def frames_of(video, frames=3, side=32):
+    return np.random.default_rng(video).integers(0, 256, (frames, side, side, 3), np.uint8)
+
+
+def results_of(texts, videos, **extra):
+    recalls = {"R@1": 45.234, "R@5": 71.0, "R@10": 100.0, "MdR": 2.0, "MnR": 14.75}
+    directions = {"text_to_video": recalls, "video_to_text": dict(recalls, MdR=2.5)}
+    sizes = {"step": 1200, "split": "test", "num_texts": texts, "num_videos": videos}
+    return {**sizes, **directions, **extra}
+
+
+def attention_of(caption, words=4, frames=3):
+    weights_WxF = np.random.default_rng(0).dirichlet(np.ones(words * frames))
+    return report.Attention(
+        words=(caption.split() + ["$x$"] * words)[:words],
+        weights_WxF=weights_WxF.reshape(words, frames),
+        times=[float(k) for k in range(frames)],
+        caption=caption,
+        frames_FxSxSx3=frames_of(0, frames),
+        clip="clip0.mp4",
+    )
+
+
+def write(directory, captions, text_video, videos, frames=3, names=None, **options):
+    sim_TxV = np.random.default_rng(1).normal(size=(len(captions), videos)).astype(np.float32)
+    return report.write_report(
+        directory,
+        options.pop("results", results_of(len(captions), videos)),
+        sim_TxV,
+        captions,
+        np.asarray(text_video),
+        names or [f"clip{v}.mp4" for v in range(videos)],
+        lambda video: frames_of(video, frames),
+        **options,
+    )
+
+
+class Page(html.parser.HTMLParser):
+    """The text, the tags and the local files that a page asks for."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.tags, self.sources, self.links = "", [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name == "src"]
+        self.links += [value for name, value in attrs if name == "href"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_ranks_count_ties_by_half():
+    scores_QxC = np.array([[3, 1, 2], [1, 5, 5], [7, 7, 7], [2, 9, 4]], np.float32)
+    ranks = report.expected_ranks(scores_QxC, [0, 1, 2, 0])
+    np.testing.assert_array_equal(ranks, [1, 1.5, 2, 3])
+
+
+def test_text_queries_rank_videos_and_mark_the_right_one():
+    sim_TxV = np.array(
+        [[1, 9, 5, 7], [8, 2, 3, 4], [6, 5, 4, 3], [1, 2, 3, 4]],
+        np.float32,
+    )
+    found = {q.item: q for q in report.text_queries(sim_TxV, np.array([3, 1, 0, 2]))}
+    assert [(hit.item, hit.score, hit.right) for hit in found[0].hits] == [
+        (1, 9, False), (3, 7, True), (2, 5, False),
+    ]  # fmt: skip
+    assert [hit.right for hit in found[1].hits] == [False, False, False]
+    assert {item: query.rank for item, query in found.items()} == {0: 2, 1: 4, 2: 1, 3: 2}
+    assert (found[1].answers, found[1].score, found[1].candidates) == ([1], 2, 4)
+
+
+def test_video_queries_rank_one_caption_per_video():
+    # Texts 0 and 1 describe video 2, text 2 video 0, text 3 video 1; nothing describes video 3.
+    text_video = np.array([2, 2, 0, 1])
+    sim_TxV = np.array([[5, 1, 8, 0], [6, 1, 9, 0], [4, 1, 1, 0], [7, 1, 2, 0]], np.float32)
+    found = {q.item: q for q in report.video_queries(sim_TxV, text_video)}
+    assert set(found) == {0, 1, 2}
+    assert [(h.item, h.score, h.right) for h in found[0].hits] == [
+        (3, 7, False), (1, 6, False), (2, 4, True),
+    ]  # fmt: skip
+    assert found[2].answers == [1, 0]  # best first
+    assert (found[2].hits[0].item, found[2].hits[0].right, found[2].rank) == (1, True, 1)
+    assert {video: query.rank for video, query in found.items()} == {0: 3, 1: 2, 2: 1}
+    assert found[0].candidates == 3
+
+
+def test_pick_draws_blindly_and_adds_the_worst_misses():
+    rank_Q = np.ones(100)
+    blind = [q for q, _ in report.pick(rank_Q, np.arange(100))]
+    assert len(set(blind)) == 6
+    bad, worst, worse = [q for q in range(100) if q not in blind][:3]
+    rank_Q[[bad, worst, worse]] = [5, 90, 40]
+    picked = report.pick(rank_Q, np.arange(100))
+    assert [q for q, _ in picked[:4]] == blind[:4]
+    assert picked[4:] == [(worst, "one of the worst misses"), (worse, "one of the worst misses")]
+    assert report.pick(rank_Q, np.arange(100)) == picked
+
+
+@pytest.mark.parametrize("missed", [0, 1, 2, 3])
+def test_pick_shows_all_of_a_few_and_no_video_twice(missed):
+    rank_Q = np.where(np.arange(8) < missed, 2, 1)
+    picked = [q for q, _ in report.pick(rank_Q, np.arange(8) // 2)]
+    assert sorted(q // 2 for q in picked) == [0, 1, 2, 3]
+
+
+def test_table_is_aligned_and_has_the_numbers():
+    table = report.format_table(results_of(1000, 250, note="on the training clips"))
+    assert table.splitlines() == [
+        "test split, step 1200: 1,000 texts, 250 videos",
+        "note: on the training clips",
+        "                  R@1     R@5    R@10     MdR     MnR",
+        "text to video    45.2    71.0   100.0     2.0    14.8",
+        "video to text    45.2    71.0   100.0     2.5    14.8",
+    ]
+
+
+def test_files_are_there_and_old_ones_go(tmp_path):
+    (tmp_path / "attention_7.png").write_text("old")
+    (tmp_path / "mine.txt").write_text("kept")
+    curves = [{"step": k, "train/loss": 3 / (k + 1), "val/text_to_video/R@1": k} for k in range(9)]
+    curves += [{"step": 9}, {"step": 10, "train/loss": float("nan")}, {"step": 11, "x": "text"}]
+    index = write(
+        tmp_path, ["a red ball"] * 8, range(8), 8, curves=curves, attentions=[attention_of("ball")]
+    )
+    page = Page(index)
+    pictures = ["text_to_video.png", "video_to_text.png", "attention_1.png", "curves.png"]
+    for name in [*pictures, *page.sources]:
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            low, high = zip(*image.convert("RGB").getextrema(), strict=True)
+        assert image.width > 200
+        assert max(high) - min(low) > 100  # something is drawn
+    assert {"../results.json", "../metrics.jsonl", *pictures[:2]} == set(page.links)
+    assert set(pictures[2:]) < set(page.sources)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [*pictures, "index.html", "mine.txt", "strips"]
+    )
+
+
+def test_frames_are_visible_in_the_figure(tmp_path):
+    red = np.zeros((1, 32, 32, 3), np.uint8)
+    red[..., 0] = 255
+    results = results_of(1, 1)
+    report.write_report(tmp_path, results, np.ones((1, 1)), ["x"], [0], ["clip"], lambda _: red)
+    for name in ("text_to_video.png", "video_to_text.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert ((pixels == (255, 0, 0)).all(-1)).mean() > 0.01, name
+
+
+def test_captions_are_text_and_nothing_else(tmp_path):
+    count = len(NASTY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a missing glyph is no reason to warn
+        index = write(
+            tmp_path,
+            NASTY,
+            range(count),
+            count,
+            names=['"><script>name</script>'] * count,
+            attentions=[attention_of(NASTY[0]), attention_of("")],
+            results=results_of(count, count, note="on the <script> training clips"),
+        )
+    page = Page(index)
+    assert "script" not in page.tags
+    assert "<script" not in index.read_text(encoding="utf-8")
+    assert "on the <script> training clips" in page.text
+    shown = {q.item for q in report.text_queries(np.zeros((count, count)), np.arange(count))}
+    assert len(shown) == 6
+    assert NASTY[0] in page.text
+    assert NASTY[1] in page.text
+    assert "\x00" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("text_video", "videos", "frames"), [([0], 1, 1), ([0, 0, 1], 2, 2), ([1, 1], 3, 64)]
+)
+def test_degenerate_sizes(tmp_path, text_video, videos, frames):
+    captions = [f"caption {k}" for k in range(len(text_video))]
+    index = write(tmp_path, captions, text_video, videos, frames, curves=[{"step": 1}])
+    assert not (tmp_path / "curves.png").exists()
+    assert "Training" not in Page(index).text
+
+
+def test_a_diverged_model_is_reported(tmp_path):
+    results = results_of(2, 2)
+    results["text_to_video"] = {"R@1": None}
+    sim_TxV = np.full((2, 2), np.nan)
+    names = ["a", "b"]
+    report.write_report(tmp_path, results, sim_TxV, names, [0, 1], names, frames_of)
+    assert "rank 1.5 of 2" in Page(tmp_path / "index.html").text
+
+
+def test_attention_of_many_words_and_frames(tmp_path):
+    figures.draw_attention(tmp_path / "many.png", attention_of("a b c", words=70, frames=40))
+    figures.draw_attention(tmp_path / "one.png", attention_of("a", words=1, frames=1))
+    sizes = [Image.open(tmp_path / name).size for name in ("many.png", "one.png")]
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[0][1] < 2500
+
+
+def test_long_captions_are_wrapped_and_cut():
+    canvas = figures.Canvas(400, 100)
+    with figures.boxes_for_missing_glyphs():
+        for caption in NASTY:
+            lines = canvas.wrap(caption, 200, 2)
+            assert 1 <= len(lines) <= 2
+            assert all(canvas.width(line, 13) <= 200 for line in lines)
+        assert canvas.wrap(NASTY[5], 200, 2)[-1].endswith("…")
+        assert canvas.wrap("short one", 200, 2) == ["short one"]
+
+
+def test_strip_shows_six_evenly_spaced_frames():
+    frames = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    strip = figures.make_strip(frames)
+    centres = figures.FRAME_SIDE // 2 + np.arange(6) * (figures.FRAME_SIDE + figures.FRAME_GAP)
+    assert strip[50, centres, 0].tolist() == [0, 13, 25, 38, 50, 63]
+    assert figures.make_strip(frames[:2]).shape[1] == figures.strip_width(2)
+
+
+def test_smoothing_keeps_a_constant_and_does_not_lag():
+    np.testing.assert_allclose(figures.smooth([2.0] * 50, 5), 2)
+    np.testing.assert_allclose(figures.smooth(list(range(50)), 5)[2:-2], np.arange(2, 48))

@@ -1,0 +1,187 @@
+"""Every field of a run with its default; the files in configs/ change only what differs.
+
+`validate` is called once at the start and answers a mistake with the field, its value and what is
+allowed. Defaults are the paper's settings for MSR-VTT with ViT-B/32
+(https://arxiv.org/abs/2207.07285, Sec. 4).
+"""
+
+from ml_collections import ConfigDict
+
+from xclip_jax.errors import InputError
+from xclip_jax.models.clip import ACTIVATIONS
+from xclip_jax.models.temporal import TEMPORAL_ENCODERS
+from xclip_jax.similarity import AGGREGATIONS, GRANULARITIES
+
+# A run may be resumed with other values of these: they do not change the course of training.
+FREE_FIELDS = (
+    "mode",
+    "mesh",
+    "log",
+    "report",
+    "eval.block_texts",
+    "eval.block_videos",
+    "data.path",
+)
+
+
+def get_config():
+    """The default configuration, locked: an unknown field is an error."""
+    c = ConfigDict()
+    c.mode = "train"  # train (and evaluate) | eval: only evaluate the selected weights
+    c.seed = 0  # initial weights and the order of the data
+
+    c.model = model = ConfigDict()
+    model.preset = "paper"  # which reading of X-CLIP: paper
+    model.head = "xclip"  # how features become similarities: xclip
+    model.embed_dim = 512  # D, width of the joint space
+    model.activation = "quick_gelu"  # of every transformer: quick_gelu | gelu
+    model.max_words = 32  # W, tokens a text, start and end included; longer texts are cut
+    model.max_frames = 12  # F, frames a video; more are thinned out uniformly
+    model.granularities = GRANULARITIES  # which similarities are averaged (Table 6)
+    model.aggregation = (
+        "attention"  # attention | max-max | mean-mean | mean-max | max-mean (Table 7)
+    )
+    model.tau = 0.01  # temperature of AOSM (Table 9)
+    model.dtype = "float32"  # compute type of the towers: float32 | bfloat16
+    model.remat = False  # recompute layers in the backward pass: less memory, more time
+    model.vision = vision = ConfigDict()
+    vision.image_size = 224  # S, side of a frame in pixels
+    vision.patch_size = 32  # side of a patch in pixels
+    vision.width = 768  # E of the image tower
+    vision.layers = 12  # L of the image tower
+    vision.heads = 12  # N of the image tower
+    model.text = text = ConfigDict()
+    text.vocab_size = 49408  # CLIP's byte-level BPE; 0: the size of the data set's tokenizer
+    text.context_length = 77  # positions the text tower and the temporal encoder have
+    text.width = 512  # E of the text tower
+    text.layers = 12  # L of the text tower
+    text.heads = 8  # N of the text tower
+    model.temporal = temporal = ConfigDict()
+    temporal.type = "transformer"  # none | transformer | lstm (Table 8)
+    temporal.layers = 3  # of the transformer
+    temporal.heads = 8  # of the transformer
+
+    c.data = data = ConfigDict()
+    data.path = ""  # folder that xclip_jax.prepare wrote
+    data.rendered = False  # render and prepare the demo there if it is missing
+    data.train_split = "train"  # split to train on
+    data.val_split = "val"  # split that selects the weights, if the data set has it; "": none
+    data.test_split = "test"  # split of the final table, if the data set has it; else train_split
+    data.captions = "all"  # all: each caption its own pair | random: one a video and epoch
+
+    c.train = train = ConfigDict()
+    train.batch_size = 300  # B, pairs a step, over all devices
+    train.epochs = 3  # passes over the pairs
+    train.eval_every = 0  # steps between evaluations on val_split; 0: once an epoch
+    train.checkpoint_every = 500  # steps between checkpoints besides those of the evaluations
+
+    c.loss = loss = ConfigDict()
+    loss.same_video = "negative"  # two captions of a video in a batch: negative | ignore
+
+    c.optimizer = optimizer = ConfigDict()
+    optimizer.lr = 1e-4  # peak learning rate of what is new
+    optimizer.encoder_lr = 1e-7  # peak learning rate of CLIP's towers and the logit scale
+    optimizer.warmup = 0.1  # share of the steps with rising rate; then a cosine to 0
+    optimizer.weight_decay = 0.2  # decoupled (AdamW), matrices only; 0: plain Adam
+    optimizer.b1 = 0.9  # Adam's decay of the gradient's mean
+    optimizer.b2 = 0.98  # Adam's decay of the gradient's square
+    optimizer.eps = 1e-6  # Adam's epsilon
+    optimizer.clip_norm = 1.0  # largest global norm of the gradient
+
+    c.eval = evaluation = ConfigDict()
+    evaluation.batch_size = 64  # texts or videos encoded at once
+    evaluation.block_texts = 16  # texts a block of the similarity
+    evaluation.block_videos = 256  # videos a block of the similarity
+
+    c.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices the batch is spread over; -1: all
+
+    c.log = log = ConfigDict()
+    log.every = 10  # steps between lines of metrics.jsonl
+    log.tensorboard = True  # write TensorBoard files too
+
+    c.report = report = ConfigDict()
+    report.attention_pairs = 4  # word-by-frame heat maps in the report
+    return c.lock()
+
+
+def validate(c):
+    """Raises InputError naming the field, its value and what is allowed, for the first mistake."""
+    _one_of(c, "mode", ("train", "eval"))
+    _one_of(c, "model.preset", ("paper",))
+    _one_of(c, "model.head", ("xclip",))
+    _one_of(c, "model.activation", ACTIVATIONS)
+    _one_of(c, "model.aggregation", AGGREGATIONS)
+    _one_of(c, "model.dtype", ("float32", "bfloat16"))
+    _one_of(c, "model.temporal.type", TEMPORAL_ENCODERS)
+    _one_of(c, "data.captions", ("all", "random"))
+    _one_of(c, "loss.same_video", ("negative", "ignore"))
+    _granularities(c)
+    for field in _POSITIVE_INTEGERS:
+        _check(c, field, lambda x: x >= 1, "a whole number of at least 1")
+    for field in ("seed", "train.eval_every", "model.text.vocab_size", "report.attention_pairs"):
+        _check(c, field, lambda x: x >= 0, "a whole number of at least 0")
+    for field in ("model.tau", "optimizer.lr", "optimizer.encoder_lr", "optimizer.eps"):
+        _check(c, field, lambda x: x > 0, "a number above 0")
+    _check(c, "optimizer.clip_norm", lambda x: x > 0, "a number above 0")
+    _check(c, "optimizer.weight_decay", lambda x: x >= 0, "a number of at least 0")
+    for field in ("optimizer.b1", "optimizer.b2", "optimizer.warmup"):
+        _check(c, field, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+    _check(c, "mesh.data", lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
+    _sizes(c.model)
+
+
+_POSITIVE_INTEGERS = (
+    *(f"model.{name}" for name in ("embed_dim", "max_frames")),
+    *(f"model.vision.{name}" for name in ("image_size", "patch_size", "width", "layers", "heads")),
+    *(f"model.text.{name}" for name in ("context_length", "width", "layers", "heads")),
+    *(f"model.temporal.{name}" for name in ("layers", "heads")),
+    *(f"train.{name}" for name in ("batch_size", "epochs", "checkpoint_every")),
+    *(f"eval.{name}" for name in ("batch_size", "block_texts", "block_videos")),
+    "log.every",
+)
+
+
+def field_value(config, field):
+    """The value of a dotted field such as `model.vision.width`."""
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _fail(field, value, allowed):
+    raise InputError(f"config.{field} = {value!r}: must be {allowed}")
+
+
+def _check(c, field, test, allowed):
+    value = field_value(c, field)
+    if not test(value):
+        _fail(field, value, allowed)
+
+
+def _one_of(c, field, allowed):
+    _check(c, field, lambda value: value in allowed, f"one of {', '.join(allowed)}")
+
+
+def _granularities(c):
+    names = c.model.granularities
+    if not names or not set(names) <= set(GRANULARITIES) or len(set(names)) < len(names):
+        _fail("model.granularities", names, f"one or more of {', '.join(GRANULARITIES)}")
+
+
+def _sizes(m):
+    """Checks how the sizes of the model fit together."""
+    if m.vision.image_size % m.vision.patch_size:
+        _fail("model.vision.patch_size", m.vision.patch_size, f"a divisor of {m.vision.image_size}")
+    towers = {"vision": m.vision.width, "text": m.text.width}
+    if m.temporal.type == "transformer":
+        towers["temporal"] = m.embed_dim
+    for tower, width in towers.items():
+        if width % m[tower].heads:
+            _fail(f"model.{tower}.heads", m[tower].heads, f"a divisor of the width {width}")
+    if not 3 <= m.max_words <= m.text.context_length:
+        allowed = f"from 3 to model.text.context_length = {m.text.context_length}"
+        _fail("model.max_words", m.max_words, allowed)
+    if m.max_frames > m.text.context_length:
+        allowed = f"at most model.text.context_length = {m.text.context_length}"
+        _fail("model.max_frames", m.max_frames, allowed)

@@ -1,0 +1,118 @@
+"""CLIP's byte-level BPE: cleaning, ids with start and end tokens, learning one from captions.
+
+Ids follow https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py.
+"""
+
+import html
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import ftfy
+import numpy as np
+from tokenizers import pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from xclip_jax.errors import InputError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def clean(text):
+    """CLIP's cleaning: mended Unicode, HTML entities resolved, single spaces, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class Tokenizer:
+    """Text -> token ids of at most `max_words` positions."""
+
+    def __init__(self, backend, max_words=77):
+        self._backend = backend
+        self.max_words = max_words
+        self.start, self.end = backend.convert_tokens_to_ids([START, END])
+
+    @property
+    def vocab_size(self):
+        """Number of ids, 0 to vocab_size - 1."""
+        return len(self._backend)
+
+    def encode(self, text):
+        """All ids of one text, cleaned; no start or end token, never truncated."""
+        return self._backend.backend_tokenizer.encode(clean(text), add_special_tokens=False).ids
+
+    def tokens(self, text):
+        """The tokens of `encode` as readable text, one string an id."""
+        pieces = self._backend.convert_ids_to_tokens(self.encode(text))
+        to_string = self._backend.convert_tokens_to_string
+        return [to_string([piece]).removesuffix("</w>").strip() for piece in pieces]
+
+    def __call__(self, texts):
+        """Ids and mask of T texts.
+
+        Returns:
+            (ids_TxW, mask_TxW): int32, start and end token included, padded with 0; bool, True from
+            the start to the end token. A longer text is cut, its end token kept: see `truncated`.
+        """
+        ids_TxW = np.zeros((len(texts), self.max_words), np.int32)
+        mask_TxW = np.zeros((len(texts), self.max_words), bool)
+        for row, text in enumerate(texts):
+            ids = [self.start, *self.encode(text)[: self.max_words - 2], self.end]
+            ids_TxW[row, : len(ids)] = ids
+            mask_TxW[row, : len(ids)] = True
+        return ids_TxW, mask_TxW
+
+    def truncated(self, text):
+        """Whether `text` is too long for max_words."""
+        return len(self.encode(text)) > self.max_words - 2
+
+    def save(self, folder):
+        """Writes a folder in Hugging Face layout, which `load_tokenizer` reads."""
+        self._backend.save_pretrained(folder)
+
+
+def load_tokenizer(path_or_hub_id, max_words=77):
+    """A CLIP tokenizer from a folder in Hugging Face layout or from the Hugging Face hub.
+
+    Raises:
+        InputError: there is no tokenizer there.
+    """
+    folder = Path(path_or_hub_id)
+    try:
+        if folder.is_dir():
+            if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+                raise OSError("it holds neither tokenizer.json nor vocab.json")
+            backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        else:
+            backend = CLIPTokenizer.from_pretrained(str(path_or_hub_id))
+    except Exception as error:  # whatever a damaged folder or a missing network raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"no tokenizer in {path_or_hub_id}: {reason}") from None
+    return Tokenizer(backend, max_words)
+
+
+def learn_tokenizer(texts, vocab_size=8192, max_words=77):
+    """A tokenizer of CLIP's kind with merges learned from `texts`.
+
+    The vocabulary has CLIP's layout, so that every text can be encoded: 256 bytes, the same at the
+    end of a word, the merged pairs, start, end.
+    """
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2 - 256,  # it counts the bytes once
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner = CLIPTokenizer().backend_tokenizer
+    learner.train_from_iterator(map(clean, texts), trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    tokens += list(dict.fromkeys("".join(pair) for pair in merges)) + [START, END]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges), max_words)
+
