@@ -27,6 +27,7 @@ FREE_FIELDS = (
 def get_config():
     """The default configuration, locked: an unknown field is an error."""
     c = ConfigDict()
+    c.name = "xclip"  # of the run: its work directory is runs/NAME
     c.mode = "train"  # train (and evaluate) | eval: only evaluate the selected weights
     c.seed = 0  # initial weights and the order of the data
 
@@ -90,8 +91,7 @@ def get_config():
 
     c.eval = evaluation = ConfigDict()
     evaluation.batch_size = 64  # texts or videos encoded at once
-    evaluation.block_texts = 16  # texts a block of the similarity
-    evaluation.block_videos = 256  # videos a block of the similarity
+    evaluation.block_cells = 0  # word-frame cells computed at once; 0: what suits the device
 
     c.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices the batch is spread over; -1: all
@@ -119,7 +119,7 @@ def validate(c):
     _granularities(c)
     for field in _POSITIVE_INTEGERS:
         _check(c, field, lambda x: x >= 1, "a whole number of at least 1")
-    for field in ("seed", "train.eval_every", "model.text.vocab_size", "report.attention_pairs"):
+    for field in _NATURAL_NUMBERS:
         _check(c, field, lambda x: x >= 0, "a whole number of at least 0")
     for field in ("model.tau", "optimizer.lr", "optimizer.encoder_lr", "optimizer.eps"):
         _check(c, field, lambda x: x > 0, "a number above 0")
@@ -137,8 +137,15 @@ _POSITIVE_INTEGERS = (
     *(f"model.text.{name}" for name in ("context_length", "width", "layers", "heads")),
     *(f"model.temporal.{name}" for name in ("layers", "heads")),
     *(f"train.{name}" for name in ("batch_size", "epochs", "checkpoint_every")),
-    *(f"eval.{name}" for name in ("batch_size", "block_texts", "block_videos")),
+    "eval.batch_size",
     "log.every",
+)
+_NATURAL_NUMBERS = (
+    "seed",
+    "train.eval_every",
+    "model.text.vocab_size",
+    "eval.block_cells",
+    "report.attention_pairs",
 )
 
 

@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns an InputError, or a plain OSError such as a missing folder, into one line and exit 1."""
+    """Turns an InputError, or an OSError such as a missing folder, into one line and exit 1."""
     try:
         yield
     except (InputError, OSError) as error:

@@ -1,7 +1,8 @@
 """Retrieval metrics as expectations under random tie-breaking.
 
-With g items strictly better than the correct one and e others equal to it, its rank is 1 + g + e/2,
-and it counts clip((K - g) / (e + 1), 0, 1) towards R@K: ties are neither free wins nor counted twice.
+With g items strictly better than the correct one and e others equal to it, its rank is
+1 + g + e/2, and it counts clip((K - g) / (e + 1), 0, 1) towards R@K: ties are neither free wins nor
+counted twice.
 """
 
 import numpy as np

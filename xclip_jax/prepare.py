@@ -22,7 +22,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from xclip_jax.data import rendered
 from xclip_jax.data.builder import SPLITS, dataset_folder, write_dataset
@@ -30,6 +29,7 @@ from xclip_jax.data.datasets import READERS, find_videos, locate
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.errors import InputError, one_line_errors
+from xclip_jax.progress import progress
 
 
 def prepare(annotations, videos, output, dataset="captions", image_size=224, max_failures=0.05):
@@ -58,9 +58,7 @@ def prepare(annotations, videos, output, dataset="captions", image_size=224, max
     (output / "request.json").write_text(json.dumps(request, indent=1))
     jobs = [_job(work, clip, path, image_size) for clip, path in zip(clips, paths, strict=True)]
     outcomes = _extract_all(jobs)
-    kept = [
-        (clip, job) for clip, job, bad in zip(clips, jobs, outcomes, strict=True) if not bad[0]
-    ]
+    kept = [(clip, job) for clip, job, bad in zip(clips, jobs, outcomes, strict=True) if not bad[0]]
     _report_failures(output, clips, outcomes, max_failures)
     learn_tokenizer(c for clip in clips if clip.split == "train" for c in clip.captions).save(
         output / "tokenizer"
@@ -72,8 +70,8 @@ def prepare(annotations, videos, output, dataset="captions", image_size=224, max
 def prepare_rendered(output, image_size, **counts):
     """Renders the demo's scenes under `output` and prepares them; `counts` as `rendered.make`."""
     scenes = Path(output) / "scenes"
-    captions = rendered.make(scenes, **counts)
-    prepare(captions, scenes / "videos", output, image_size=image_size)
+    rendered.make(scenes, **counts)
+    prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
 
 
 def _digest(clips):
@@ -134,7 +132,7 @@ def _extract_all(jobs):
     """
     outcomes = [None] * len(jobs)
     todo = collections.deque(range(len(jobs)))
-    with tqdm(total=len(jobs), desc="reading videos", unit="clip", smoothing=0.05) as bar:
+    with progress(len(jobs), "reading videos", "clip") as bar:
         while todo:
             suspects = _run_pool(jobs, todo, outcomes, bar)
             for index in suspects:

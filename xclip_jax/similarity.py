@@ -62,7 +62,7 @@ def word_mask(mask_TxW):
 
 
 def attention_weights(scores, mask, axis, tau):
-    """Eq. 7, softmax(scores / tau) along `axis` over the places where `mask` is True; 0 elsewhere."""
+    """Eq. 7, softmax(scores / tau) along `axis` over the places where `mask` is True; else 0."""
     scores = jnp.where(mask, scores, _MASKED)
     exps = jnp.exp((scores - jnp.max(scores, axis, keepdims=True)) / tau)
     exps = jnp.where(mask, exps, 0)

@@ -5,6 +5,7 @@ stored once however many captions a clip has. Neither way needs TensorFlow.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import tempfile
@@ -69,7 +70,7 @@ def dataset_folder(path):
 
 
 def write_dataset(path, records, captions_per_clip, image_size):
-    """Writes the records of `ClipsBuilder` under `path`; `captions_per_clip`: {split: list of int}."""
+    """Writes the records of `ClipsBuilder` under `path`; captions_per_clip is {split: counts}."""
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder = ClipsBuilder(path, records, captions_per_clip, image_size)
@@ -83,6 +84,7 @@ class Dataset:
         path: the folder that xclip_jax.prepare wrote.
         image_size: S, side of the stored frames in pixels.
         captions_per_clip: {split: int array}, how many captions each clip has.
+        fingerprint: a string that differs between data sets of different content.
     """
 
     def __init__(self, path):
@@ -94,6 +96,9 @@ class Dataset:
                 f"looked for {folder}; make one with python -m xclip_jax.prepare --output={path}"
             )
         self._builder = tfds.builder_from_directory(str(folder))
+        described = (folder / name for name in ("dataset_info.json", "metadata.json"))
+        content = b"".join(path.read_bytes() for path in described)
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         metadata = self._builder.info.metadata
         self.image_size = metadata["image_size"]
         self.captions_per_clip = {
@@ -101,7 +106,7 @@ class Dataset:
         }
 
     def clips(self, split):
-        """The clips of a split: a sequence of records as described at `ClipsBuilder`, bytes for str.
+        """The clips of a split: a sequence of records as at `ClipsBuilder`, bytes for str.
 
         Raises:
             InputError: the data set has no such split.

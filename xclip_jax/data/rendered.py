@@ -22,9 +22,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from xclip_jax.errors import InputError
+from xclip_jax.progress import progress
 
 SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader samples
 LAST = SECONDS - 1.0  # all motion ends here, so that time mirrors around LAST / 2
@@ -374,8 +374,9 @@ def _render_all(scene_of):
     workers = min(os.cpu_count() or 1, len(scene_of) // 8 + 1)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         done = pool.map(render, scene_of.values(), scene_of, chunksize=8)
-        for _ in tqdm(done, total=len(scene_of), desc="Rendering videos", unit="video"):
-            pass
+        with progress(len(scene_of), "rendering videos", "clip") as bar:
+            for _ in done:
+                bar.update()
 
 
 def _write(path, text):

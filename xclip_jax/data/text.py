@@ -112,7 +112,6 @@ def learn_tokenizer(texts, vocab_size=8192, max_words=77):
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet)]
-    tokens += list(dict.fromkeys("".join(pair) for pair in merges)) + [START, END]
+    tokens += [*dict.fromkeys("".join(pair) for pair in merges), START, END]
     vocab = {token: index for index, token in enumerate(tokens)}
     return Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges), max_words)
-

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 
 def _attend(query_BxLxNxK, key_BxLxNxK, value_BxLxNxK, mask):
-    """Scaled dot-product attention, softmax in float32; a row that sees nothing gives finite values."""
+    """Scaled dot-product attention, softmax in float32; finite where a row sees nothing."""
     scale = query_BxLxNxK.shape[-1] ** -0.5
     scores = jnp.einsum("bqnk,bsnk->bnqs", query_BxLxNxK, key_BxLxNxK).astype(jnp.float32) * scale
     if mask is not None:
@@ -222,7 +222,7 @@ class Clip(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
     def encode_image(self, images_NxSxSx3):
-        """N x D projected image vectors, not normalised; pixels as `normalize_frames` makes them."""
+        """N x D projected image vectors, not normalised; pixels as from `normalize_frames`."""
         return self.visual(images_NxSxSx3)
 
     def encode_words(self, ids_TxW):

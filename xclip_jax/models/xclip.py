@@ -52,7 +52,7 @@ class XClip(nn.Module):
         return self.similarity(text, self.encode_video(frames, frame_mask_VxF))
 
     def encode_text(self, ids_TxW, mask_TxW):
-        """TextFeatures of T x W int ids; mask True from the start to the end token, both included."""
+        """TextFeatures of T x W int ids; mask True from the start token to the end token."""
         words_TxWxD = _normalize(self.clip.encode_words(ids_TxW))
         end_T = jnp.maximum(jnp.sum(mask_TxW, 1) - 1, 0)
         sentence_TxD = jnp.take_along_axis(words_TxWxD, end_T[:, None, None], 1)[:, 0]
@@ -83,7 +83,7 @@ class XClip(nn.Module):
 
 
 def _normalize(x):
-    """L2-normalised float32 vectors along the last axis; zero vectors stay zero, gradients finite."""
+    """L2-normalised float32 vectors; zero vectors stay zero, their gradients finite."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, -1, keepdims=True)
     return x * jnp.where(square > 0, jnp.maximum(square, 1e-24), 1) ** -0.5

@@ -1,0 +1,75 @@
+"""Training checkpoints by Orbax: asynchronous, the newest two and the best one kept."""
+
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+
+class Checkpoints:
+    """The checkpoints of a work directory.
+
+    A step that was cut short while being written or deleted is never taken for whole: restoring
+    tries the newest first and falls back, saying so.
+    """
+
+    def __init__(self, directory):
+        policies = [keep.LatestN(2), keep.BestN(get_metric_fn=_score, n=1, **_UNSCORED)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+    def save(self, step, state, score=None):
+        """Starts writing `state`; `score` is the validation score (higher is better), if any."""
+        metrics = None if score is None else {"score": float(score)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        if not self._manager.save(step, args=args, metrics=metrics, force=True):
+            raise RuntimeError(f"Orbax did not save step {step}")
+
+    def restore_newest(self, like):
+        """(step, state) of the newest whole checkpoint, or None; damaged newer ones are deleted.
+
+        Args:
+            like: the state's pytree of arrays or ShapeDtypeStructs with the wanted shardings.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self.restore(step, like)
+            except Exception as error:  # Orbax has no one type for a damaged checkpoint
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                logging.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
+                self._manager.delete(step)
+        return None
+
+    def restore(self, step, like):
+        """The state saved at `step`."""
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        return self._manager.restore(step, args=args)["state"]
+
+    def best_step(self):
+        """The step with the highest validation score; the newest if none was ever scored."""
+        self._manager.wait_until_finished()
+        scores = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scored = {step: metrics["score"] for step, metrics in scores.items() if metrics}
+        # The earliest of equals, so that going on training never changes a choice already made.
+        return max(scored, key=lambda s: (scored[s], -s)) if scored else max(scores, default=None)
+
+    def wait(self):
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Waits and lets go of the directory."""
+        self._manager.close()
+
+
+def _score(metrics):
+    return metrics["score"]
+
+
+_UNSCORED = {"keep_checkpoints_without_metrics": False}

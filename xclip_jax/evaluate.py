@@ -1,0 +1,148 @@
+"""Evaluation: encode everything once, block-wise similarity, metrics both ways, the report."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from xclip_jax.data.builder import Dataset
+from xclip_jax.data.pipeline import choose_frames, evaluation_batches, load_frames
+from xclip_jax.errors import InputError
+from xclip_jax.inference import concatenate, encode_texts, encode_videos, similarity_in_blocks
+from xclip_jax.metrics import retrieval_metrics
+from xclip_jax.model_directory import load_model
+from xclip_jax.progress import progress
+from xclip_jax.report import Attention, format_table, write_report
+from xclip_jax.similarity import TextFeatures, VideoFeatures, word_frame_attention, word_mask
+from xclip_jax.writer import read_metrics
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """A split, encoded and compared: T texts, V videos.
+
+    `text_video`: T ints, each text's video. `truncated`: how many texts were cut.
+    """
+
+    captions: list[str]
+    text_video: np.ndarray
+    clip_names: list[str]
+    text: TextFeatures
+    video: VideoFeatures
+    sim_TxV: np.ndarray
+    truncated: int
+
+    @property
+    def metrics(self):
+        """See xclip_jax.metrics.retrieval_metrics."""
+        return retrieval_metrics(self.sim_TxV, self.text_video)
+
+
+def evaluate_split(config, model, params, dataset, split, tokenizer):
+    """Encodes every caption and video of a split once and compares all with all."""
+    clips = dataset.clips(split)
+    captions, text_video, names, videos = [], [], [], []
+    size = config.eval.batch_size
+    with progress(len(clips), f"encoding {split} videos", "video") as bar:
+        batches = evaluation_batches(clips, size, model.max_frames, dataset.image_size)
+        for frames, masks, batch_captions, batch_names in batches:
+            videos.append(encode_videos(model, params, frames, masks, size))
+            for name, clip_captions in zip(batch_names, batch_captions, strict=True):
+                captions += clip_captions
+                text_video += [len(names)] * len(clip_captions)
+                names.append(name)
+            bar.update(len(frames))
+    text = encode_texts(model, params, *tokenizer(captions), size)
+    video = concatenate(videos)
+    with progress(len(captions) * len(names), "comparing", "pair") as bar:
+        sim_TxV = similarity_in_blocks(model, params, text, video, config.eval.block_cells, bar)
+    truncated = sum(map(tokenizer.truncated, captions))
+    return Evaluation(captions, np.array(text_video), names, text, video, sim_TxV, truncated)
+
+
+def run(config, workdir):
+    """Evaluates the model of a work directory; writes and prints results.json and the report.
+
+    Raises:
+        InputError: there is no model yet, or it does not fit the data.
+    """
+    workdir = Path(workdir)
+    architecture, model, params, tokenizer = load_model(workdir / "model")
+    dataset = Dataset(config.data.path)
+    check_image_size(dataset, architecture)
+    split = config.data.test_split
+    own_split = split in dataset.captions_per_clip
+    if not own_split:
+        split = config.data.train_split
+    found = evaluate_split(config, model, params, dataset, split, tokenizer)
+    results = {
+        "step": architecture["step"],
+        "split": split,
+        "num_texts": len(found.captions),
+        "num_videos": len(found.clip_names),
+        **found.metrics,
+        "truncated_captions": found.truncated,
+    }
+    if not own_split:
+        results["note"] = (
+            f"evaluated on the {split} split, the clips it was trained on: "
+            f"the data set has no {config.data.test_split} split"
+        )
+    index = _write_report(config, workdir, found, results, dataset.clips(split), tokenizer, model)
+    partial = workdir / "results.json.part"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, workdir / "results.json")
+    print(f"\n{format_table(results)}\n\nreport: {index}")
+    return results
+
+
+def check_image_size(dataset, architecture):
+    """Raises InputError if the data set's frames are not of the model's size."""
+    side = architecture["vision"]["image_size"]
+    if dataset.image_size != side:
+        raise InputError(
+            f"config.model.vision.image_size = {side}: must be {dataset.image_size}, the size of "
+            f"the frames in {dataset.path} (or prepare the data again with --image_size={side})"
+        )
+
+
+def _write_report(config, workdir, found, results, clips, tokenizer, model):
+    def frames_of(video):
+        frames, mask = load_frames(clips[video], model.max_frames, model.vision.image_size)
+        return frames[mask]
+
+    count = min(config.report.attention_pairs, len(found.captions))
+    spread = np.linspace(0, len(found.captions) - 1, count).astype(int)
+    pairs = [_attention(found, text, clips, tokenizer, model, frames_of) for text in spread]
+    return write_report(
+        workdir / "report",
+        results,
+        found.sim_TxV,
+        found.captions,
+        found.text_video,
+        found.clip_names,
+        frames_of,
+        pairs,
+        read_metrics(workdir),
+    )
+
+
+def _attention(found, text, clips, tokenizer, model, frames_of):
+    """What AOSM looks at in one caption and its video."""
+    video = found.text_video[text]
+    words_W = np.asarray(word_mask(found.text.mask[text][None])[0])
+    frames_F = found.video.mask[video]
+    weights_WxF = word_frame_attention(
+        found.text.words[text], found.video.frames[video], words_W, frames_F, model.tau
+    )
+    times = np.asarray(clips[video]["times"])
+    return Attention(
+        words=tokenizer.tokens(found.captions[text])[: words_W.sum()],
+        weights_WxF=np.asarray(weights_WxF)[words_W][:, frames_F],
+        times=times[choose_frames(len(times), model.max_frames)].tolist(),
+        caption=found.captions[text],
+        frames_FxSxSx3=frames_of(video),
+        clip=found.clip_names[video],
+    )

@@ -1,0 +1,96 @@
+"""Encoding and similarity of any number of texts and videos in bounded memory.
+
+Batches are padded to a few sizes, so that nothing is compiled twice for the same model.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def _apply(params, *args, model, method):
+    return model.apply({"params": params}, *args, method=method)
+
+
+def encode_texts(model, params, ids_TxW, mask_TxW, batch_size=64):
+    """TextFeatures (NumPy) of any number of texts."""
+    return _in_batches(model, params, "encode_text", batch_size, ids_TxW, mask_TxW)
+
+
+def encode_videos(model, params, frames_VxFxSxSx3, mask_VxF, batch_size=64):
+    """VideoFeatures (NumPy) of any number of videos."""
+    return _in_batches(model, params, "encode_video", batch_size, frames_VxFxSxSx3, mask_VxF)
+
+
+def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
+    """T x V float32 logits on the host, computed block by block on the device.
+
+    Memory besides the features and the result is that of one block, whatever T and V are.
+
+    Args:
+        text, video: TextFeatures and VideoFeatures, NumPy.
+        block_cells: word-frame cells a block; 0: what suits the device.
+        bar: optional progress bar, moved on by the pairs done.
+    """
+    num_texts, num_videos = len(text.mask), len(video.mask)
+    cells_a_pair = text.mask.shape[1] * video.mask.shape[1]
+    rows, columns = block_shape(cells_a_pair, block_cells or default_block_cells())
+    rows, columns = min(rows, num_texts), min(columns, num_videos)
+    sim_TxV = np.empty((num_texts, num_videos), np.float32)
+    for j in range(0, num_videos, columns):
+        block_video = jax.device_put(_pad(_rows(video, j, columns), columns))
+        for i in range(0, num_texts, rows):
+            block_text = _pad(_rows(text, i, rows), rows)
+            block = _apply(params, block_text, block_video, model=model, method="similarity")
+            part = sim_TxV[i : i + rows, j : j + columns]
+            part[:] = np.asarray(block)[: part.shape[0], : part.shape[1]]
+            if bar is not None:
+                bar.update(part.size)
+    return sim_TxV
+
+
+def default_block_cells():
+    """On CPU a block that stays in the cache, elsewhere one that fills the device."""
+    return 1 << (20 if jax.default_backend() == "cpu" else 26)
+
+
+def block_shape(cells_a_pair, block_cells):
+    """(texts, videos) of a block: more videos than texts, the videos being the vectorised axis."""
+    pairs = max(1, block_cells // cells_a_pair)
+    videos = max(1, min(pairs, 1 << ((pairs.bit_length() + 4) // 2)))
+    return max(1, pairs // videos), videos
+
+
+def concatenate(features):
+    """Joins a list of features along the leading axis."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *features)
+
+
+def _in_batches(model, params, method, batch_size, *arrays):
+    """Applies an encoder to chunks of at most batch_size, each padded to a power of two."""
+    total, chunks = len(arrays[0]), []
+    if not total:
+        raise ValueError("nothing to encode")
+    for start in range(0, total, batch_size):
+        chunk = _rows(arrays, start, batch_size)
+        size = len(chunk[0])
+        padded = _pad(chunk, min(batch_size, 1 << (size - 1).bit_length()))
+        features = _apply(params, *padded, model=model, method=method)
+        chunks.append(_rows(jax.tree.map(np.asarray, features), 0, size))
+    return concatenate(chunks)
+
+
+def _rows(tree, start, count):
+    return jax.tree.map(lambda array: array[start : start + count], tree)
+
+
+def _pad(tree, size):
+    """Pads the leading axis with zeros (masks with False) up to `size`."""
+
+    def pad(array):
+        missing = size - len(array)
+        return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
+
+    return jax.tree.map(pad, tree)

@@ -1,0 +1,85 @@
+"""Model directories: `model.json`, `params/` (Orbax) and, when known, `tokenizer/`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from xclip_jax.data.text import load_tokenizer
+from xclip_jax.errors import InputError
+from xclip_jax.models import build_model
+
+
+def save_model(directory, architecture, params, tokenizer=None):
+    """Writes a model directory whole or not at all, in place of an older one.
+
+    Args:
+        architecture: plain dict, see xclip_jax.models.build_model.
+        params: the parameters' pytree.
+        tokenizer: a Tokenizer, or None.
+    """
+    directory = Path(directory).absolute()
+    partial = directory.with_name(directory.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(partial / "tokenizer")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", params)
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+def load_model(directory):
+    """Reads a model directory.
+
+    Returns:
+        (architecture, model, params, tokenizer): params as NumPy arrays; tokenizer None if the
+        directory holds none.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    directory = Path(directory).absolute()
+    try:
+        architecture = json.loads((directory / "model.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"no model in {directory}: looked for model.json") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{directory / 'model.json'}: not valid JSON: {error}") from None
+    model = build_model(architecture)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            # Told to be NumPy, so that they load whatever devices they were saved from.
+            like = jax.tree.map(
+                lambda a: np.empty(a.shape, a.dtype), _abstract_params(architecture, model)
+            )
+            params = checkpointer.restore(directory / "params", like)
+    except Exception as error:  # Orbax has no one type for a damaged checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{directory / 'params'} cannot be read: {reason}") from None
+    folder = directory / "tokenizer"
+    tokenizer = load_tokenizer(folder, model.max_words) if folder.is_dir() else None
+    return architecture, model, params, tokenizer
+
+
+def _abstract_params(architecture, model):
+    return jax.eval_shape(lambda: init_params(model, architecture, 0))
+
+
+def init_params(model, architecture, seed):
+    """Fresh parameters."""
+    side = architecture["vision"]["image_size"]
+    words, frames = (1, model.max_words), (1, model.max_frames)
+    return model.init(
+        jax.random.key(seed),
+        np.zeros(words, np.int32),
+        np.ones(words, bool),
+        np.zeros((*frames, side, side, 3), np.uint8),
+        np.ones(frames, bool),
+    )["params"]

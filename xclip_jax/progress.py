@@ -1,0 +1,19 @@
+"""Progress bars: live on a terminal, a line now and then in a log file."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress(total, desc, unit, initial=0):
+    """A tqdm bar with rate and time left over `total` things."""
+    every = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        mininterval=every,
+        maxinterval=2 * every,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,299 @@
+"""Training: one pure step, jitted over the mesh, and the loop around it."""
+
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from xclip_jax import sharding
+from xclip_jax.checkpoint import Checkpoints
+from xclip_jax.config import FREE_FIELDS
+from xclip_jax.data.builder import Dataset
+from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
+from xclip_jax.data.text import load_tokenizer
+from xclip_jax.errors import InputError
+from xclip_jax.evaluate import check_image_size, evaluate_split
+from xclip_jax.losses import contrastive_loss
+from xclip_jax.model_directory import init_params, save_model
+from xclip_jax.models import build_model
+from xclip_jax.optimizer import learning_rate_schedule, make_optimizer
+from xclip_jax.progress import progress
+from xclip_jax.writer import Writer
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds. There is no random state: a step depends on its number alone."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def train_step(state, batch, model, optimizer, same_video):
+    """One update. Pure: (state, batch) -> (state, metrics).
+
+    Args:
+        batch: see data/pipeline.py; its leading axes may be split over devices, the contrast is
+            over the whole batch all the same.
+        same_video: "negative" or "ignore", see losses.py.
+    """
+
+    def loss_fn(params):
+        inputs = (batch["ids"], batch["text_mask"], batch["frames"], batch["frame_mask"])
+        sim_BxB = model.apply({"params": params}, *inputs)
+        video_B = batch["video"] if same_video == "ignore" else None
+        return contrastive_loss(sim_BxB, video_B), sim_BxB
+
+    (loss, sim_BxB), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+    metrics = {
+        "loss": loss,
+        "accuracy": jnp.mean(jnp.argmax(sim_BxB, 1) == jnp.arange(len(sim_BxB))),
+        "gradient_norm": optax.global_norm(gradients),
+        "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def clamp_logit_scale(params):
+    """Keeps exp(logit_scale) at most 100 (Radford et al., 2021, Sec. 2.5)."""
+    scale = jnp.minimum(params["clip"]["logit_scale"], math.log(100))
+    return {**params, "clip": {**params["clip"], "logit_scale": scale}}
+
+
+def run(config, workdir):
+    """Trains, or goes on training, and leaves the selected weights in `workdir`/model.
+
+    Raises:
+        InputError: the config does not fit the data, the devices or the work directory, or the loss
+            stopped being finite.
+    """
+    workdir = Path(workdir)
+    mesh = sharding.make_mesh(config.mesh.data)
+    sharding.check_batch_size(config.train.batch_size, mesh)
+    dataset = Dataset(config.data.path)
+    pairs = TrainingPairs(dataset, config.data.train_split, config.data.captions)
+    tokenizer = load_tokenizer(dataset.path / "tokenizer", config.model.max_words)
+    architecture = resolve_architecture(config.model, tokenizer)
+    check_image_size(dataset, architecture)
+    epoch_steps = steps_per_epoch(pairs, config.train.batch_size)
+    total_steps = config.train.epochs * epoch_steps
+    claim_workdir(workdir, config, dataset)
+
+    model = build_model(architecture)
+    o = config.optimizer
+    schedule = learning_rate_schedule(o.lr, total_steps, o.warmup)
+    optimizer = make_optimizer(
+        schedule, o.encoder_lr / o.lr, o.weight_decay, o.b1, o.b2, o.eps, o.clip_norm
+    )
+    state = init_state(model, architecture, optimizer, config.seed, mesh)
+    print(
+        f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, "
+        f"{len(pairs)} pairs, {total_steps} steps of {config.train.batch_size} pairs "
+        f"on {mesh.size} x {jax.devices()[0].device_kind}"
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    restored = checkpoints.restore_newest(state)
+    if restored:
+        state = restored[1]
+        print(f"resuming from step {restored[0]} of {total_steps}")
+
+    batches = training_batches(
+        pairs,
+        tokenizer,
+        config.train.batch_size,
+        model.max_frames,
+        dataset.image_size,
+        config.seed,
+        start_step=int(state.step),
+        process=(jax.process_index(), jax.process_count()),
+    )
+    step_fn = jax.jit(
+        functools.partial(
+            train_step, model=model, optimizer=optimizer, same_video=config.loss.same_video
+        ),
+        donate_argnums=0,
+        out_shardings=sharding.replicated(mesh),
+    )
+    validate = None
+    if config.data.val_split in dataset.captions_per_clip:
+        validate = functools.partial(_validate, config, model, dataset, tokenizer)
+    monitor = _Monitor(config, workdir, schedule, total_steps, int(state.step))
+    with monitor:
+        _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps)
+    best = checkpoints.best_step()
+    params = checkpoints.restore(best, state).params
+    checkpoints.close()
+    save_model(workdir / "model", {**architecture, "step": best}, params, tokenizer)
+
+
+def _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps):
+    """Runs the steps that are left; evaluates and saves where the config says so."""
+    eval_every = config.train.eval_every or epoch_steps
+    total_steps = config.train.epochs * epoch_steps
+    for step in range(int(state.step) + 1, total_steps + 1):
+        batch = next(batches)
+        truncated = batch.pop("truncated")
+        state, metrics = step_fn(state, sharding.shard_batch(batch, mesh))
+        monitor.step(step, metrics, int(truncated.sum()))
+        last = step == total_steps
+        if step % eval_every == 0 or last:
+            monitor.flush()  # never save a state whose loss was not seen to be finite
+            score = monitor.validation(step, validate(state.params)) if validate else None
+            checkpoints.save(step, state, score)
+        elif step % config.train.checkpoint_every == 0:
+            monitor.flush()
+            checkpoints.save(step, state)
+    return state
+
+
+def _validate(config, model, dataset, tokenizer, params):
+    return evaluate_split(config, model, params, dataset, config.data.val_split, tokenizer).metrics
+
+
+class _Monitor:
+    """Progress bar, metrics.jsonl, TensorBoard, and the watch over the loss.
+
+    Metrics are read one step late, so that the devices never wait for the host.
+    """
+
+    def __init__(self, config, workdir, schedule, total_steps, start_step):
+        self._config, self._schedule = config, schedule
+        self._writer = Writer(workdir, config.log.tensorboard, start_step)
+        self._bar = progress(total_steps, "training", "step", initial=start_step)
+        self._pending, self._truncated, self._clock = None, 0, (start_step, time.perf_counter())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._writer.close()
+
+    def step(self, step, metrics, truncated):
+        """Takes the metrics of a step just dispatched and reads those of the one before."""
+        self.flush()
+        self._pending = step, metrics
+        self._truncated += truncated
+
+    def flush(self):
+        """Reads the metrics that are still on the device."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise InputError(
+                f"the loss is {values['loss']:g} (gradient norm {values['gradient_norm']:g}) at "
+                f"step {step}; the last good checkpoint is kept. Try a smaller "
+                "config.optimizer.lr or encoder_lr, a longer config.optimizer.warmup, "
+                "or config.model.dtype=float32"
+            )
+        self._bar.update()
+        if step % self._config.log.every == 0:
+            self._log(step, values)
+
+    def _log(self, step, values):
+        before, then = self._clock
+        self._clock = step, time.perf_counter()
+        rate = (step - before) * self._config.train.batch_size / (self._clock[1] - then)
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}, {rate:.0f} videos/s"
+        )
+        values |= {"learning_rate": float(self._schedule(step - 1)), "videos_per_second": rate}
+        values["truncated_captions"] = self._truncated
+        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+
+    def validation(self, step, metrics):
+        """Writes the metrics of the validation split; returns the score that selects weights."""
+        name = self._config.data.val_split
+        flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
+        self._writer.write(step, flat)
+        recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]
+        self._bar.write(
+            f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
+            f"{recalls[1]:.1f} video to text"
+        )
+        self._clock = step, time.perf_counter()
+        return sum(recalls) / 2
+
+
+def init_state(model, architecture, optimizer, seed, mesh):
+    """A fresh TrainState, the same for the same seed, laid out on the mesh."""
+
+    def init():
+        params = init_params(model, architecture, seed)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+
+
+def resolve_architecture(model_config, tokenizer):
+    """config.model as a plain dict, with the vocabulary's size filled in where it is 0.
+
+    Raises:
+        InputError: the tokenizer has more ids than the vocabulary.
+    """
+    architecture = json.loads(model_config.to_json())
+    text = architecture["text"]
+    text["vocab_size"] = text["vocab_size"] or tokenizer.vocab_size
+    if tokenizer.vocab_size > text["vocab_size"]:
+        raise InputError(
+            f"config.model.text.vocab_size = {text['vocab_size']}: must be at least the "
+            f"{tokenizer.vocab_size} ids of the tokenizer (or 0: its size)"
+        )
+    return architecture
+
+
+def claim_workdir(workdir, config, dataset):
+    """Makes the work directory and its config.json, or checks that it belongs to this run.
+
+    Raises:
+        InputError: it cannot be written, or was made with a config or data that change the course
+            of training; the fields are named.
+    """
+    flat = flatten(json.loads(config.to_json()))
+    fixed = {k: v for k, v in flat.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
+    fixed["data.fingerprint"] = dataset.fingerprint
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            partial.write_text(json.dumps({**flat, **fixed}, indent=1) + "\n")
+            os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"work directory {workdir} cannot be written: {error}") from None
+    before = json.loads(path.read_text())
+    changed = [k for k in fixed if k not in before or before[k] != fixed[k]]
+    if changed:
+        named = ", ".join(f"{k} = {before.get(k)!r} then, {fixed[k]!r} now" for k in changed)
+        raise InputError(
+            f"{workdir} was made by a run with another config: {named}; "
+            "go on with the same config or choose another --workdir"
+        )
+
+
+def flatten(tree, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def is_below(field, parent):
+    """Whether a dotted field is `parent` or lies below it."""
+    return field == parent or field.startswith(parent + ".")
