@@ -14,13 +14,13 @@ def get_config():
     c = config.get_config()
     c.name = "demo"
     c.data.path = "data/demo"
-    c.data.rendered = True
+    c.data.rendered = 2500
 
     model = c.model
     model.embed_dim = 64
     model.max_words = 24
     model.max_frames = 6
-    model.vision.update(image_size=32, patch_size=8, width=64, layers=3, heads=4)
+    model.vision.update(image_size=32, patch_size=8, width=64, layers=2, heads=4)
     model.text.update(vocab_size=0, context_length=24, width=64, layers=3, heads=4)
     model.temporal.update(layers=2, heads=4)
 

@@ -5,6 +5,8 @@ allowed. Defaults are the paper's settings for MSR-VTT with ViT-B/32
 (https://arxiv.org/abs/2207.07285, Sec. 4).
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from xclip_jax.errors import InputError
@@ -18,8 +20,7 @@ FREE_FIELDS = (
     "mesh",
     "log",
     "report",
-    "eval.block_texts",
-    "eval.block_videos",
+    "eval",
     "data.path",
 )
 
@@ -64,7 +65,7 @@ def get_config():
 
     c.data = data = ConfigDict()
     data.path = ""  # folder that xclip_jax.prepare wrote
-    data.rendered = False  # render and prepare the demo there if it is missing
+    data.rendered = 0  # training scenes of the demo, rendered and prepared there if it is missing
     data.train_split = "train"  # split to train on
     data.val_split = "val"  # split that selects the weights, if the data set has it; "": none
     data.test_split = "test"  # split of the final table, if the data set has it; else train_split
@@ -107,6 +108,7 @@ def get_config():
 
 def validate(c):
     """Raises InputError naming the field, its value and what is allowed, for the first mistake."""
+    _types(c, get_config())
     _one_of(c, "mode", ("train", "eval"))
     _one_of(c, "model.preset", ("paper",))
     _one_of(c, "model.head", ("xclip",))
@@ -122,9 +124,9 @@ def validate(c):
     for field in _NATURAL_NUMBERS:
         _check(c, field, lambda x: x >= 0, "a whole number of at least 0")
     for field in ("model.tau", "optimizer.lr", "optimizer.encoder_lr", "optimizer.eps"):
-        _check(c, field, lambda x: x > 0, "a number above 0")
+        _check(c, field, lambda x: 0 < x < math.inf, "a number above 0")
     _check(c, "optimizer.clip_norm", lambda x: x > 0, "a number above 0")
-    _check(c, "optimizer.weight_decay", lambda x: x >= 0, "a number of at least 0")
+    _check(c, "optimizer.weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0")
     for field in ("optimizer.b1", "optimizer.b2", "optimizer.warmup"):
         _check(c, field, lambda x: 0 <= x < 1, "a number from 0 to below 1")
     _check(c, "mesh.data", lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
@@ -145,6 +147,7 @@ _NATURAL_NUMBERS = (
     "train.eval_every",
     "model.text.vocab_size",
     "eval.block_cells",
+    "data.rendered",
     "report.attention_pairs",
 )
 
@@ -170,9 +173,31 @@ def _one_of(c, field, allowed):
     _check(c, field, lambda value: value in allowed, f"one of {', '.join(allowed)}")
 
 
+def _types(config, defaults, prefix=""):
+    """Refuses what ml_collections lets pass: None in any field, a bool for a number."""
+    for name, default in defaults.items():
+        value = config[name]
+        is_bool = isinstance(value, bool), isinstance(default, bool)
+        if not isinstance(value, type(default)) or is_bool[0] != is_bool[1]:
+            _fail(prefix + name, value, _TYPES[type(default)])
+        if isinstance(default, ConfigDict):
+            _types(value, default, f"{prefix}{name}.")
+
+
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    tuple: "a tuple",
+    ConfigDict: "a group of fields",
+}
+
+
 def _granularities(c):
     names = c.model.granularities
-    if not names or not set(names) <= set(GRANULARITIES) or len(set(names)) < len(names):
+    known = all(name in GRANULARITIES for name in names)
+    if not (names and known and len(set(names)) == len(names)):
         _fail("model.granularities", names, f"one or more of {', '.join(GRANULARITIES)}")
 
 

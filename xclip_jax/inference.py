@@ -37,7 +37,7 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
     num_texts, num_videos = len(text.mask), len(video.mask)
     cells_a_pair = text.mask.shape[1] * video.mask.shape[1]
     rows, columns = block_shape(cells_a_pair, block_cells or default_block_cells())
-    rows, columns = min(rows, num_texts), min(columns, num_videos)
+    rows, columns = min(rows, _round_up(num_texts)), min(columns, _round_up(num_videos))
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
     for j in range(0, num_videos, columns):
         block_video = jax.device_put(_pad(_rows(video, j, columns), columns))
@@ -76,10 +76,15 @@ def _in_batches(model, params, method, batch_size, *arrays):
     for start in range(0, total, batch_size):
         chunk = _rows(arrays, start, batch_size)
         size = len(chunk[0])
-        padded = _pad(chunk, min(batch_size, 1 << (size - 1).bit_length()))
+        padded = _pad(chunk, min(batch_size, _round_up(size)))
         features = _apply(params, *padded, model=model, method=method)
         chunks.append(_rows(jax.tree.map(np.asarray, features), 0, size))
     return concatenate(chunks)
+
+
+def _round_up(size):
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def _rows(tree, start, count):

@@ -37,7 +37,8 @@ def main(argv):
         validate(config)
         workdir = _WORKDIR.value or f"runs/{config.name}"
         if config.data.rendered and not dataset_folder(config.data.path).is_dir():
-            prepare.prepare_rendered(config.data.path, config.model.vision.image_size)
+            image_size = config.model.vision.image_size
+            prepare.prepare_rendered(config.data.path, image_size, num_train=config.data.rendered)
         if config.mode == "train":
             train.run(config, workdir)
         evaluate.run(config, workdir)

@@ -5,9 +5,13 @@ import optax
 
 
 def learning_rate_schedule(peak, total_steps, warmup):
-    """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0."""
-    warmup_steps = max(1, round(warmup * total_steps))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, 2))
+    """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0.
+
+    A `warmup` above 0 takes at least one step, and always leaves one to the cosine; 0: none.
+    """
+    warmup_steps = max(1, round(warmup * total_steps)) if warmup else 0
+    warmup_steps = min(warmup_steps, total_steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps)
 
 
 def make_optimizer(schedule, encoder_ratio, weight_decay, b1=0.9, b2=0.98, eps=1e-6, clip_norm=1.0):

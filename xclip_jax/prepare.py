@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -49,13 +50,16 @@ def prepare(annotations, videos, output, dataset="captions", image_size=224, max
     clips = READERS[dataset](Path(annotations))
     found = find_videos(videos)
     paths = [locate(clip.video, found) for clip in clips]
+    _check_names(clips, paths)
     request = {"dataset": dataset, "image_size": image_size, "clips": _digest(clips)}
+    work = output / "work"
     if _already_prepared(output, request):
+        shutil.rmtree(work, ignore_errors=True)  # still there after a kill at the very end
         print(f"{output} is already prepared; nothing to do")
         return
-    work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    (output / "request.json").write_text(json.dumps(request, indent=1))
+    (work / "request.json").write_text(json.dumps(request, indent=1))
+    (work / "request.json").replace(output / "request.json")  # whole or not at all
     jobs = [_job(work, clip, path, image_size) for clip, path in zip(clips, paths, strict=True)]
     outcomes = _extract_all(jobs)
     kept = [(clip, job) for clip, job, bad in zip(clips, jobs, outcomes, strict=True) if not bad[0]]
@@ -79,14 +83,26 @@ def _digest(clips):
 
 
 def _already_prepared(output, request):
-    """Whether the data set is there and whole; raises if `output` belongs to another request."""
+    """Whether the data set is there and whole; raises if it is that of another request."""
+    if not dataset_folder(output).is_dir():
+        return False
     path = output / "request.json"
-    if path.is_file() and json.loads(path.read_text()) != request:
+    if not path.is_file() or json.loads(path.read_text()) != request:
         raise InputError(
             f"{output} holds a data set of other annotations or image size; "
             "choose another --output or delete it"
         )
-    return dataset_folder(output).is_dir()
+    return True
+
+
+def _check_names(clips, paths):
+    """Raises if a file goes by two names, such as a.mp4 and a: it would be two videos."""
+    names = {}
+    for clip, path in zip(clips, paths, strict=True):
+        name = names.setdefault(path or clip.video, clip.video)
+        if name != clip.video:
+            both = f"{name!r} and {clip.video!r}"
+            raise InputError(f"videos {both} are the one file {path}: use one name for it")
 
 
 def _job(work, clip, path, image_size):
@@ -111,7 +127,7 @@ def _extract(cache, path, video, start, end, image_size):
         return str(error), None
     jpegs = [encode_jpeg(frame) for frame in frames.frames]
     cache.parent.mkdir(exist_ok=True)
-    partial = cache.with_suffix(".part")
+    partial = cache.with_suffix(f".{os.getpid()}.part")
     with partial.open("wb") as file:  # renamed when whole: a kill leaves no half file
         np.savez(
             file,
@@ -147,28 +163,34 @@ def _run_pool(jobs, todo, outcomes, bar):
     """Works off `todo` (emptied as it goes); returns the jobs in flight if the pool broke."""
     workers = max(1, min(os.cpu_count(), len(todo)))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         running = {}
         while todo or running:
-            while todo and len(running) < 2 * workers:
-                index = todo.popleft()
-                running[pool.submit(_extract, *jobs[index])] = index
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                try:
-                    outcomes[running[future]] = future.result()
-                except BrokenProcessPool:
-                    return list(running.values())
-                del running[future]
+            try:
+                while todo and len(running) < 2 * workers:
+                    running[pool.submit(_extract, *jobs[todo[0]])] = todo[0]
+                    todo.popleft()
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                results = [(future, future.result()) for future in done]
+            except BrokenProcessPool:  # from submit as well, if it broke in the meantime
+                return list(running.values())
+            for future, outcome in results:
+                outcomes[running.pop(future)] = outcome
                 bar.update()
                 failures = sum(1 for outcome in outcomes if outcome and outcome[0])
                 bar.set_postfix(failed=failures, refresh=False)
     return []
 
 
-def _ignore_interrupts():
-    """Ctrl-C goes to the whole group; the parent alone answers it."""
+def _start_worker():
+    """Ctrl-C goes to the whole group: the parent alone answers it. Killed, it takes all along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _report_failures(output, clips, outcomes, max_failures):
@@ -187,11 +209,12 @@ def _report_failures(output, clips, outcomes, max_failures):
         + (f"; {failed} failed" if failed else "")
         + (f" (listed in {path})" if lines else "")
     )
-    if failed > max_failures * len(clips) or failed == len(clips):
+    if failed / len(clips) > max_failures or failed == len(clips):
         first = json.loads(next(line for line in lines if not json.loads(line)["kept"]))
+        allowed = f"more than --max_failures={max_failures:g} allows"
         raise InputError(
-            f"{failed} of {len(clips)} clips failed, more than --max_failures={max_failures:g} "
-            f"allows; the first is {first['id']}: {first['reason']}; all are in {path}"
+            f"{failed} of {len(clips)} clips failed, {allowed if failed < len(clips) else 'all'}; "
+            f"the first is {first['id']}: {first['reason']}; all are in {path}"
         )
 
 

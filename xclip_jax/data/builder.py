@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class ClipsBuilder(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, output, records, captions_per_clip, image_size):
         self._records = records
+        self._digest = hashlib.sha256()
         self._metadata = {"captions_per_clip": captions_per_clip, "image_size": image_size}
         super().__init__(data_dir=output, file_format=file_adapters.FileFormat.ARRAY_RECORD)
 
@@ -60,8 +62,13 @@ class ClipsBuilder(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self._records}
 
     def _generate_examples(self, split):
-        for key, record in enumerate(self._records[split]):
-            yield key, record()
+        for key, make in enumerate(self._records[split]):
+            record = make()
+            texts = [text.encode() for text in (record["id"], *record["captions"])]
+            for part in (*texts, *record["frames"], np.float32(record["times"]).tobytes()):
+                self._digest.update(len(part).to_bytes(8) + part)
+            yield key, record
+        self.info.metadata["content"] = self._digest.hexdigest()  # TFDS saves it after the records
 
 
 def dataset_folder(path):
@@ -71,6 +78,8 @@ def dataset_folder(path):
 
 def write_dataset(path, records, captions_per_clip, image_size):
     """Writes the records of `ClipsBuilder` under `path`; captions_per_clip is {split: counts}."""
+    for left_by_a_kill in (Path(path) / NAME).glob("incomplete.*"):
+        shutil.rmtree(left_by_a_kill)
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder = ClipsBuilder(path, records, captions_per_clip, image_size)

@@ -4,6 +4,7 @@ A reader is one function `(annotations: Path) -> list[Clip]`, strict about what 
 the files, reading frames and writing the data set are the same for all and live elsewhere.
 """
 
+import collections
 import csv
 import dataclasses
 import json
@@ -31,9 +32,11 @@ class Clip:
     @property
     def id(self):
         """The video, with the segment if it is one; unique in a data set."""
-        if self.start is None and self.end is None:
+        if not self.start and self.end is None:
             return self.video
-        return f"{self.video}[{self.start or 0:g}-{'' if self.end is None else f'{self.end:g}'}]"
+        # All digits: two segments an hour into a video may differ by milliseconds.
+        start, end = (repr(s or 0).removesuffix(".0") for s in (self.start, self.end))
+        return f"{self.video}[{start}-{'' if self.end is None else end}]"
 
 
 def read_captions(annotations):
@@ -48,10 +51,10 @@ def read_captions(annotations):
     """
     path = Path(annotations)
     readers = {".json": _json_items, ".jsonl": _jsonl_items, ".csv": _csv_items}
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: captions come as {', '.join(readers)}")
     if path.is_dir():
         raise InputError(f"{path} is a folder; --annotations wants the captions file itself")
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: captions come as {', '.join(readers)}")
     clips = {}
     try:
         for where, item in readers[path.suffix.lower()](path):
@@ -63,8 +66,8 @@ def read_captions(annotations):
                         f"{where}: field 'split': {clip.id} is in {clip.split} and {known.split}"
                     )
                 clips[clip.id] = dataclasses.replace(known, captions=known.captions + clip.captions)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text file ({error})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}, line {_first_not_utf8(path)}: not UTF-8 text") from None
     if not clips:
         raise InputError(f"{path}: holds no captions")
     return list(clips.values())
@@ -78,7 +81,7 @@ def find_videos(folder):
 
     Returns:
         {name: [Path, ...]} where a name is a path below the folder or a file name, each with and
-        without its last suffix.
+        without its last suffix. A whole path below the folder means that file alone.
 
     Raises:
         InputError: the folder is missing or holds no video.
@@ -86,16 +89,15 @@ def find_videos(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no such folder of videos: {folder}")
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-            below = path.relative_to(folder)
-            names = {below.as_posix(), below.with_suffix("").as_posix(), path.name, path.stem}
-            for name in names:
-                found.setdefault(name, []).append(path)
-    if not found:
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES)
+    exact = {path.relative_to(folder): path for path in files if path.is_file()}
+    if not exact:
         raise InputError(f"no video files in {folder}")
-    return found
+    found = {}
+    for below, path in exact.items():
+        for name in {below.with_suffix("").as_posix(), path.name, path.stem}:
+            found.setdefault(name, []).append(path)
+    return found | {below.as_posix(): [path] for below, path in exact.items()}
 
 
 def locate(video, found):
@@ -135,17 +137,40 @@ def _jsonl_items(path):
 
 def _csv_items(path):
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+        rows, header, line = csv.reader(lines, strict=True), None, 1
         try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    header = ",".join(reader.fieldnames)
-                    raise InputError(f"{where}: needs one value for each of the fields {header}")
-                # An empty optional cell means: not given.
-                yield where, {k: v for k, v in row.items() if v or k in ("video", "caption")}
+            for row in rows:
+                # A row may span lines; it is known by its first.
+                where, line = f"{path}, line {line}", rows.line_num + 1
+                if row and header is None:
+                    header = _checked_header(where, row)
+                elif row:
+                    if len(row) != len(header):
+                        fields = ",".join(header)
+                        raise InputError(
+                            f"{where}: needs one value for each of the fields {fields}"
+                        )
+                    # An empty optional cell means: not given.
+                    cells = zip(header, row, strict=True)
+                    yield where, {k: v for k, v in cells if v or k in ("video", "caption")}
         except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+            raise InputError(f"{path}, line {line}: not valid CSV: {error}") from None
+
+
+def _checked_header(where, header):
+    for name, count in collections.Counter(header).items():
+        if count > 1:
+            raise InputError(f"{where}: field {name!r} is there {count} times")
+    return header
+
+
+def _first_not_utf8(path):
+    """Number of the first line that is not UTF-8."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return number
 
 
 def _clip(where, item):
@@ -161,14 +186,16 @@ def _clip(where, item):
         if field not in known:
             fail(field, f"unknown; known are {', '.join(known)}")
     video = item.get("video")
-    if not isinstance(video, str) or not video.strip():
+    if not _is_text(video):
         fail("video", "missing or not a file name")
     field = "captions" if "captions" in item else "caption"
+    if field == "captions" and "caption" in item:
+        fail(field, "there is a 'caption' as well; give one of the two")
     captions = item.get(field)
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not captions:
         fail(field, "missing or not a sentence or a list of sentences")
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+    if not all(map(_is_text, captions)):
         fail(field, "holds an empty sentence or something that is not text")
     start, end = (_seconds(item.get(name), name, fail) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
@@ -179,12 +206,18 @@ def _clip(where, item):
     return Clip(video, tuple(" ".join(c.split()) for c in captions), split, start, end)
 
 
+def _is_text(value):
+    """Whether it is text, not blank, without half a surrogate pair (which JSON may hold)."""
+    whole = isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    return whole and bool(value.strip())
+
+
 def _seconds(value, field, fail):
     if value is None:
         return None
     try:
-        seconds = float(value)
-    except (TypeError, ValueError):
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         fail(field, f"{value!r} is not a number of seconds")
     if not math.isfinite(seconds) or seconds < 0:
         fail(field, f"{value!r} is not a number of seconds from the start of the video")

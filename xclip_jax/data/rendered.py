@@ -34,11 +34,9 @@ COLOURS = {
     "red": (215, 35, 35),
     "yellow": (240, 210, 30),
     "green": (30, 150, 50),
-    "cyan": (40, 205, 215),
     "blue": (45, 70, 225),
-    "pink": (240, 70, 190),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle")
 RADII = {"small": 0.15, "medium": 0.21, "large": 0.27}  # of the side; only medium goes unsaid
 OPPOSITE = {
     **{"right": "left", "left": "right", "up": "down", "down": "up"},
@@ -75,7 +73,7 @@ TEMPLATES = {
         "{b} {does_b} after {a} {does_a}",
     ),
 }
-SINGLE, MOVING = 0.32, 0.55  # how many families are one object, and of two how many move
+SINGLE, MOVING = 0.4, 0.5  # how many families are one object, and of two how many move
 
 
 @dataclass(frozen=True)
@@ -330,7 +328,7 @@ def make(
     directory: str | Path,
     num_train: int = 2500,
     num_val: int = 100,
-    num_test: int = 250,
+    num_test: int = 240,
     seed: int = 0,
 ) -> Path:
     """Renders the set on all cores, unless it is there, and returns its directory.

@@ -13,11 +13,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import ftfy
 import numpy as np
+from huggingface_hub import snapshot_download
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from xclip_jax.errors import InputError
 
+HUB_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -82,16 +84,33 @@ def load_tokenizer(path_or_hub_id, max_words=77):
     """
     folder = Path(path_or_hub_id)
     try:
-        if folder.is_dir():
-            if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-                raise OSError("it holds neither tokenizer.json nor vocab.json")
-            backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        else:
-            backend = CLIPTokenizer.from_pretrained(str(path_or_hub_id))
+        if not folder.is_dir():
+            folder = _from_hub(str(path_or_hub_id))
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise OSError("it holds neither tokenizer.json nor vocab.json")
+        backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = Tokenizer(backend, max_words)
+        tokenizer.encode("!")  # raises if the vocabulary is not CLIP's kind
     except Exception as error:  # whatever a damaged folder or a missing network raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"no tokenizer in {path_or_hub_id}: {reason}") from None
-    return Tokenizer(backend, max_words)
+        raise InputError(f"no tokenizer in {path_or_hub_id}: {_first_line(error)}") from None
+    return tokenizer
+
+
+def _from_hub(hub_id):
+    """The folder of a hub repository's tokenizer files, downloaded unless cached.
+
+    One request for all: CLIPTokenizer.from_pretrained asks for each file by itself, and where there
+    is no network tries each again for half a minute.
+    """
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = f"no such folder, nor is it one of the Hugging Face hub: {_first_line(error)}"
+        raise OSError(reason) from None
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def learn_tokenizer(texts, vocab_size=8192, max_words=77):
@@ -100,18 +119,19 @@ def learn_tokenizer(texts, vocab_size=8192, max_words=77):
     The vocabulary has CLIP's layout, so that every text can be encoded: 256 bytes, the same at the
     end of a word, the merged pairs, start, end.
     """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [byte + "</w>" for byte in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2 - 256,  # it counts the bytes once
+        vocab_size=vocab_size - 2,
         min_frequency=2,
         end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
+        special_tokens=ends,  # or it numbers them as they come, in another order each time
         show_progress=False,
     )
     learner = CLIPTokenizer().backend_tokenizer
     learner.train_from_iterator(map(clean, texts), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet)]
-    tokens += [*dict.fromkeys("".join(pair) for pair in merges), START, END]
+    tokens = [*alphabet, *ends, *dict.fromkeys("".join(pair) for pair in merges), START, END]
     vocab = {token: index for index, token in enumerate(tokens)}
     return Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges), max_words)

@@ -5,6 +5,7 @@ leading axis and scanned. Parameters are float32; `dtype` is the compute type.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -231,4 +232,5 @@ class Clip(nn.Module):
 
     def scale(self):
         """exp(logit_scale), at most 100 (Radford et al., Sec. 2.5)."""
-        return jnp.minimum(jnp.exp(self.logit_scale), 100)
+        limit = math.log(100)  # where CLIP's weights start; the gradient there must not be cut off
+        return jnp.exp(jnp.where(self.logit_scale > limit, limit, self.logit_scale))

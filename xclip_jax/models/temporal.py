@@ -22,7 +22,7 @@ class TemporalTransformer(nn.Module):
     @nn.compact
     def __call__(self, frames_VxFxD, mask_VxF):
         _, num_frames, dim = frames_VxFxD.shape
-        init = nn.initializers.normal(0.01)
+        init = nn.initializers.normal(0.3)
         positions = self.param("positions", init, (self.positions, dim))
         x = frames_VxFxD + positions[:num_frames].astype(self.dtype)
         encoder = Transformer(

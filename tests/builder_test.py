@@ -1,0 +1,137 @@
+"""A data set comes back as it was written, without TensorFlow, and is whole or not there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xclip_jax.data.builder import Dataset, dataset_folder, write_dataset
+from xclip_jax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTIONS = {"train": [["a dog", "ein größer 犬 \x00"], ["b"], ["c", "d", "e"]], "test": [["f"]]}
+
+
+def record(split, number, caption=None):
+    """JPEG bytes are any bytes; two records have different numbers of frames."""
+    frames = [bytes([number, 0, 255, 10, 13, 0])] * (number + 1)
+    return {
+        "id": f"ü/{split}{number}",
+        "captions": caption or CAPTIONS[split][number],
+        "frames": frames,
+        "times": np.arange(len(frames)) + 0.25,
+    }
+
+
+def write(path, captions=CAPTIONS, image_size=32, make=record):
+    records = {
+        split: [lambda s=split, n=n: make(s, n) for n in range(len(clips))]
+        for split, clips in captions.items()
+    }
+    counts = {split: [len(clip) for clip in clips] for split, clips in captions.items()}
+    write_dataset(path, records, counts, image_size)
+    return Dataset(path)
+
+
+def test_what_is_written_is_read_in_order(tmp_path):
+    dataset = write(tmp_path / "new" / "folder")
+    assert dataset.path == tmp_path / "new" / "folder"
+    assert dataset.image_size == 32
+    counts = {split: list(counts) for split, counts in dataset.captions_per_clip.items()}
+    assert counts == {"train": [2, 1, 3], "test": [1]}
+    for split, clips in CAPTIONS.items():
+        assert len(dataset.clips(split)) == len(clips)
+        for number, got in enumerate(dataset.clips(split)):
+            expected = record(split, number)
+            assert got["id"].decode() == expected["id"]
+            assert [caption.decode() for caption in got["captions"]] == expected["captions"]
+            assert list(got["frames"]) == expected["frames"]
+            assert list(got["times"]) == list(expected["times"])
+
+
+def test_order_is_kept_for_more_records_than_one_shuffle_bucket(tmp_path):
+    dataset = write(tmp_path, {"train": [["x"]] * 300}, make=lambda s, n: record(s, n % 250, ["x"]))
+    ids = [clip["id"].decode() for clip in dataset.clips("train")]
+    assert ids == [f"ü/train{n % 250}" for n in range(300)]
+
+
+def test_nothing_there(tmp_path):
+    for path in (tmp_path, tmp_path / "x"):
+        with pytest.raises(InputError) as error:
+            Dataset(path)
+        assert str(error.value) == (
+            f"no prepared data set in {path}: looked for {dataset_folder(path)}; "
+            f"make one with python -m xclip_jax.prepare --output={path}"
+        )
+    with pytest.raises(InputError, match=r"^no prepared data set in \(config.data.path is empty\)"):
+        Dataset("")
+
+
+def test_missing_split(tmp_path):
+    with pytest.raises(InputError, match=f"^{tmp_path} has no split 'val', only train, test$"):
+        write(tmp_path).clips("val")
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    def changed(field, value):
+        def make(split, number):
+            same = record(split, number)
+            return same | {field: value} if (split, number) == ("train", 1) else same
+
+        return make
+
+    a = record("train", 1)
+    variants = {
+        "image size": write(tmp_path / "a", image_size=16),
+        "caption": write(tmp_path / "b", make=changed("captions", ["x"])),  # as long as "b"
+        "frame": write(tmp_path / "c", make=changed("frames", [b"other6", a["frames"][0]])),
+        "time": write(tmp_path / "d", make=changed("times", [0.25, 1.5])),
+        "id": write(tmp_path / "e", make=changed("id", "ü/trainX")),
+        "split": write(tmp_path / "f", {"train": CAPTIONS["train"]}),
+        "none": write(tmp_path / "g"),
+    }
+    fingerprints = {name: dataset.fingerprint for name, dataset in variants.items()}
+    assert len(set(fingerprints.values())) == len(variants)
+    assert write(tmp_path / "again").fingerprint == fingerprints["none"]
+    shutil.move(tmp_path / "g", tmp_path / "moved")
+    assert Dataset(tmp_path / "moved").fingerprint == fingerprints["none"]
+
+
+def test_half_a_data_set_is_none(tmp_path):
+    def make(split, number):
+        if (split, number) == ("train", 2):
+            raise KeyboardInterrupt
+        return record(split, number)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, make=make)
+    # A kill leaves what an interruption tidies away: a folder like this one.
+    half = dataset_folder(tmp_path).parent / "incomplete.ABC123_1.0.0"
+    half.mkdir(parents=True)
+    (half / "xclip_clips-train.array_record-00000-of-00001").write_bytes(b"x" * 1000)
+    with pytest.raises(InputError, match=r"^no prepared data set"):
+        Dataset(tmp_path)
+    assert len(write(tmp_path).clips("train")) == 3
+    assert [path.name for path in half.parent.iterdir()] == ["1.0.0"]
+
+
+def test_no_tensorflow(tmp_path):
+    """A TensorFlow that can be imported is not: there is one on the path here."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('imported')")
+    code = """
+import sys
+from xclip_jax.data.builder import Dataset, write_dataset
+record = {"id": "a", "captions": ["b"], "frames": [b"c"], "times": [0.0]}
+write_dataset(sys.argv[1], {"train": [lambda: record]}, {"train": [1]}, 8)
+print(next(iter(Dataset(sys.argv[1]).clips("train")))["frames"])
+print("tensorflow" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", code, tmp_path / "data"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[b'c']\nFalse\n", "")

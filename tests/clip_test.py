@@ -1,0 +1,238 @@
+"""CLIP's towers: what they see, how they count, and that every size is a choice."""
+
+import dataclasses
+import math
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xclip_jax.models.clip import (
+    ACTIVATIONS,
+    Clip,
+    TextConfig,
+    Transformer,
+    VisionConfig,
+    normalize_frames,
+)
+
+# Odd sizes throughout: 3 x 3 patches of 5 pixels, heads of 8 and of 9, nothing a power of two.
+VISION = VisionConfig(image_size=15, patch_size=5, width=24, layers=2, heads=3)
+TEXT = TextConfig(vocab_size=50, context_length=11, width=18, layers=3, heads=2)
+EMBED_DIM = 10
+IDS = np.array([[48, 3, 7, 11, 2, 49, 0], [48, 9, 5, 49, 0, 0, 0]])
+IMAGES = np.random.default_rng(0).normal(size=(2, 15, 15, 3)).astype(np.float32)
+
+
+def clip(**changes):
+    return Clip(VISION, TEXT, EMBED_DIM, **changes)
+
+
+def both(model, images, ids):
+    return model.encode_image(images), model.encode_words(ids)
+
+
+def shapes_of(model):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, IDS, method=both)["params"])
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random parameters, with biases and scales that a mistake would show in."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        centre = 1 if path[-1].key == "scale" else 0
+        return (centre + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(clip()))
+
+
+@pytest.fixture(scope="module")
+def exact(params):
+    """What the default towers make of IMAGES and IDS."""
+    return run(clip(), params)
+
+
+def run(model, params, images=IMAGES, ids=IDS):
+    return jax.jit(lambda p: model.apply({"params": p}, images, ids, method=both))(params)
+
+
+def test_every_size_is_a_choice(params, exact):
+    shapes = {
+        "/".join(path): leaf.shape for path, leaf in flax.traverse_util.flatten_dict(params).items()
+    }
+    expected = {
+        "logit_scale": (),
+        "textual/encoder/blocks/attention/out/kernel": (3, 2, 9, 18),
+        "textual/encoder/blocks/attention/qkv/kernel": (3, 18, 3, 2, 9),
+        "textual/encoder/blocks/fc/kernel": (3, 18, 72),
+        "textual/ln_final/norm/scale": (18,),
+        "textual/positions": (11, 18),
+        "textual/projection/kernel": (18, 10),
+        "textual/tokens/embedding": (50, 18),
+        "visual/class_token": (24,),
+        "visual/encoder/blocks/attention/qkv/bias": (2, 3, 3, 8),
+        "visual/encoder/blocks/proj/kernel": (2, 96, 24),
+        "visual/patch/kernel": (5, 5, 3, 24),
+        "visual/positions": (10, 24),
+        "visual/projection/kernel": (24, 10),
+    }
+    assert {name: shapes[name] for name in expected} == expected
+    images, words = exact
+    assert images.shape == (2, 10)
+    assert words.shape == (2, 7, 10)
+
+
+def layer_norm(x, p):
+    spread = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return (x - x.mean(-1, keepdims=True)) / spread * p["norm"]["scale"] + p["norm"]["bias"]
+
+
+def plain_block(x, p, mask):
+    """One pre-norm block on L x E float64, head by head."""
+    y = layer_norm(x, p["ln_1"])
+    attention = p["attention"]
+    total = x + attention["out"]["bias"]
+    for head in range(attention["qkv"]["kernel"].shape[2]):
+        query, key, value = (
+            y @ attention["qkv"]["kernel"][:, k, head] + attention["qkv"]["bias"][k, head]
+            for k in range(3)
+        )
+        scores = np.where(mask, query @ key.T / math.sqrt(query.shape[-1]), -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        total = total + weights @ value @ attention["out"]["kernel"][head]
+    y = layer_norm(total, p["ln_2"]) @ p["fc"]["kernel"] + p["fc"]["bias"]
+    y = y / (1 + np.exp(-1.702 * y))
+    return total + y @ p["proj"]["kernel"] + p["proj"]["bias"]
+
+
+def test_transformer_equals_a_plain_one(params):
+    """Scanned blocks equal a loop in NumPy."""
+    blocks = jax.tree.map(lambda x: np.asarray(x, np.float64), params["textual"]["encoder"])
+    x = np.random.default_rng(2).normal(size=(2, 5, 18))
+    mask = np.tril(np.ones((5, 5), bool))
+    expected = []
+    for row in x:
+        for layer in range(3):
+            p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks["blocks"])
+            row = plain_block(row, p, mask)
+        expected.append(row)
+    model = Transformer(layers=3, heads=2)
+    variables = {"params": params["textual"]["encoder"]}
+    found = jax.jit(model.apply)(variables, x.astype(np.float32), mask)
+    np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
+
+
+def test_recomputing_layers_changes_neither_value_nor_gradient(params):
+    x = np.random.default_rng(2).normal(size=(1, 4, 18)).astype(np.float32)
+
+    def gradients(remat):
+        model = Transformer(layers=3, heads=2, remat=remat)
+        loss = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))
+        # The flag must reach the program: only it holds a remat primitive.
+        program = str(jax.make_jaxpr(loss)(params["textual"]["encoder"]))
+        assert ("checkpoint[" in program or "remat" in program) == remat
+        return jax.jit(loss)(params["textual"]["encoder"])
+
+    found, expected = gradients(True), gradients(False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 1
+
+
+def test_a_word_sees_only_the_tokens_up_to_it(params):
+    """Causality by gradient: word i depends on token j exactly where j <= i."""
+    ids = np.array([[48, 3, 7, 11, 2, 49]])
+    model = clip()
+
+    def words(embedding):
+        tokens = {**params["textual"], "tokens": {"embedding": embedding}}
+        variables = {"params": {**params, "textual": tokens}}
+        found = model.apply(variables, ids, method="encode_words")[0]
+        return found @ jnp.arange(1.0, EMBED_DIM + 1)
+
+    embedding = params["textual"]["tokens"]["embedding"]
+    jacobian = np.asarray(jax.jit(jax.jacrev(words))(embedding))  # words x vocabulary x width
+    influence = np.linalg.norm(jacobian[:, ids[0]], axis=-1)
+    np.testing.assert_array_equal(influence > 0, np.tril(np.ones((6, 6), bool)))
+
+
+def test_what_follows_the_end_token_changes_no_word(params):
+    encode = jax.jit(lambda ids: clip().apply({"params": params}, ids, method="encode_words"))
+    words = np.asarray(encode(IDS))
+    other = np.array([[48, 3, 7, 11, 2, 49, 33], [48, 9, 5, 49, 21, 22, 23]])
+    np.testing.assert_array_equal(encode(other)[0, :6], words[0, :6])
+    np.testing.assert_array_equal(encode(other)[1, :4], words[1, :4])
+    assert np.abs(encode(other)[1, 4:] - words[1, 4:]).max() > 0.01
+    longer = encode(np.pad(IDS, [(0, 0), (0, 4)]))
+    assert longer.shape == (2, 11, 10)
+    np.testing.assert_allclose(longer[:, :7], words, atol=2e-6)
+
+
+def test_images_do_not_see_one_another(params):
+    encode = jax.jit(lambda images: clip().apply({"params": params}, images, method="encode_image"))
+    one = encode(IMAGES[:1])
+    np.testing.assert_allclose(encode(IMAGES)[:1], one, atol=2e-6)
+    rolled = encode(np.roll(IMAGES[:1], 5, axis=1))  # the same patches in other places
+    assert np.abs(rolled - one).max() > 0.01
+
+
+def test_activations(params, exact):
+    x = np.linspace(-4, 4, 41)
+    gelu = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x.astype(np.float32)), gelu, atol=1e-6)
+    quick = x / (1 + np.exp(-1.702 * x))
+    np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](x.astype(np.float32)), quick, atol=1e-6)
+    for found, default in zip(run(clip(activation="gelu"), params), exact, strict=True):
+        assert 1e-4 < np.abs(found - default).max() < 1
+
+
+def test_raw_pixels_equal_normalised_ones():
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, (2, 3, 5, 5, 3), np.uint8)
+    mask = np.array([[True, True, False], [True, False, False]])
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    normalised = (pixels / 255.0 - mean) / std
+    expected = normalised * mask[..., None, None, None]
+    np.testing.assert_allclose(normalize_frames(pixels, mask), expected, atol=2e-6)
+    floats = normalize_frames(normalised.astype(np.float32), mask)
+    np.testing.assert_allclose(floats, expected, atol=2e-6)
+    assert not np.asarray(floats)[~mask].any()
+    broken = np.where(mask[..., None, None, None], normalised, np.nan).astype(np.float32)
+    np.testing.assert_array_equal(normalize_frames(broken, mask), floats)
+
+
+def test_bfloat16_computes_close_to_float32_with_float32_parameters(params, exact):
+    half = clip(dtype=jnp.bfloat16)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(shapes_of(half))}
+    assert dtypes == {jnp.dtype("float32")}
+    for found, full in zip(run(half, params), exact, strict=True):
+        assert found.dtype == jnp.bfloat16
+        difference = np.linalg.norm(np.asarray(found, np.float32) - full, axis=-1)
+        assert 0 < (difference / np.linalg.norm(full, axis=-1)).max() < 0.03
+
+
+def test_logit_scale_is_clamped_but_goes_on_learning(params):
+    """CLIP's weights come with a scale of 100: were its gradient cut there, it could never fall."""
+
+    def scale(logit_scale):
+        variables = {"params": {**params, "logit_scale": logit_scale}}
+        return clip().apply(variables, method="scale")
+
+    for value in (0.0, 2.6592, 4.0):
+        assert scale(jnp.float32(value)) == pytest.approx(math.exp(value), rel=1e-6)
+    limit = jnp.float32(math.log(100))
+    assert jax.grad(scale)(limit) == pytest.approx(100, rel=1e-6)
+    assert scale(limit) == pytest.approx(100, rel=1e-6)
+    assert scale(jnp.float32(7)) == scale(limit)
+
+
+def test_configs_are_values():
+    """Equal configs make equal modules, so that nothing is compiled twice."""
+    assert clip() == clip()
+    assert hash(clip()) == hash(clip())
+    assert clip() != Clip(dataclasses.replace(VISION, heads=4), TEXT, EMBED_DIM)

@@ -1,0 +1,163 @@
+"""Any number of texts and videos: the same numbers in batches and blocks, few compilations."""
+
+import jax
+import numpy as np
+import pytest
+
+from xclip_jax import inference
+from xclip_jax.inference import block_shape, encode_texts, encode_videos, similarity_in_blocks
+from xclip_jax.models.clip import TextConfig, VisionConfig
+from xclip_jax.models.xclip import XClip
+
+MODEL = XClip(
+    VisionConfig(image_size=4, patch_size=2, width=6, layers=1, heads=2),
+    TextConfig(vocab_size=20, context_length=6, width=6, layers=1, heads=2),
+    embed_dim=6,
+    max_words=6,
+    max_frames=3,
+    temporal_layers=1,
+    temporal_heads=2,
+)
+NUM_TEXTS, NUM_VIDEOS = 11, 7
+rng = np.random.default_rng(0)
+TEXT_MASK = np.arange(6) < rng.integers(3, 7, NUM_TEXTS)[:, None]
+IDS = np.where(TEXT_MASK, rng.integers(1, 20, (NUM_TEXTS, 6)), 0)
+FRAME_MASK = np.arange(3) < rng.integers(1, 4, NUM_VIDEOS)[:, None]
+FRAMES = rng.integers(0, 256, (NUM_VIDEOS, 3, 4, 4, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def params():
+    inputs = IDS[:1], TEXT_MASK[:1], FRAMES[:1], FRAME_MASK[:1]
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def direct(params):
+    """Features and logits in one piece: (text, video, sim_TxV)."""
+
+    @jax.jit
+    def run(params):
+        model = MODEL.bind({"params": params})
+        text, video = model.encode_text(IDS, TEXT_MASK), model.encode_video(FRAMES, FRAME_MASK)
+        return text, video, model.similarity(text, video)
+
+    return jax.tree.map(np.asarray, run(params))
+
+
+@pytest.fixture(scope="module")
+def features(direct):
+    return direct[:2]
+
+
+@pytest.fixture
+def compilations():
+    """Counts compilations since the test began, or since it was last asked."""
+    apply = inference._apply
+    seen = apply._cache_size()
+
+    def count():
+        nonlocal seen
+        before, seen = seen, apply._cache_size()
+        return seen - before
+
+    return count
+
+
+def assert_same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert isinstance(a, np.ndarray)
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_batches_equal_one_batch(params, features, batch_size):
+    text = encode_texts(MODEL, params, IDS, TEXT_MASK, batch_size)
+    assert len(text.mask) == NUM_TEXTS
+    np.testing.assert_array_equal(text.mask, TEXT_MASK)
+    assert_same(text, features[0])
+    video = encode_videos(MODEL, params, FRAMES, FRAME_MASK, batch_size)
+    assert len(video.mask) == NUM_VIDEOS
+    assert_same(video, features[1])
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """The shapes of the masks handed to the device, as they are handed over."""
+    seen, apply = [], inference._apply
+
+    def watched(params, *inputs, **options):
+        masks = [x for x in jax.tree.leaves(inputs) if x.dtype == bool]
+        seen.append(tuple(len(mask) for mask in masks))
+        return apply(params, *inputs, **options)
+
+    monkeypatch.setattr(inference, "_apply", watched)
+    return seen
+
+
+def test_any_number_of_texts_needs_few_compilations(params, compilations, sizes):
+    for count in range(1, NUM_TEXTS + 1):
+        encode_texts(MODEL, params, IDS[:count], TEXT_MASK[:count], batch_size=7)
+    assert compilations() <= 4
+    # 1 to 7 texts take a batch; 8 to 11 a full one and what is left.
+    assert [size for (size,) in sizes] == [1, 2, 4, 4, 7, 7, 7, 7, 1, 7, 2, 7, 4, 7, 4]
+
+
+def test_nothing_to_encode_is_an_error(params):
+    with pytest.raises(ValueError, match="nothing to encode"):
+        encode_texts(MODEL, params, IDS[:0], TEXT_MASK[:0])
+
+
+class Bar:
+    """Counts like a progress bar."""
+
+    def __init__(self):
+        self.done = 0
+
+    def update(self, count):
+        self.done += count
+
+
+@pytest.mark.parametrize("pairs", [1, 12, 10**6])
+def test_blocks_equal_the_whole(params, features, direct, pairs):
+    """T and V are primes: no block but the smallest and the largest divides them."""
+    bar = Bar()
+    found = similarity_in_blocks(MODEL, params, *features, block_cells=18 * pairs, bar=bar)
+    assert found.shape == (NUM_TEXTS, NUM_VIDEOS)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, direct[2], atol=2e-5)
+    assert bar.done == NUM_TEXTS * NUM_VIDEOS
+
+
+def test_any_number_of_pairs_needs_few_compilations(params, features, compilations):
+    text, video = features
+    for texts in range(1, NUM_TEXTS + 1):
+        few = jax.tree.map(lambda x, n=texts: x[:n], text)
+        assert similarity_in_blocks(MODEL, params, few, video).shape == (texts, NUM_VIDEOS)
+    assert compilations() <= 5  # 1, 2, 4, 8, 16 texts
+    for videos in range(5, NUM_VIDEOS + 1):
+        few = jax.tree.map(lambda x, n=videos: x[:n], video)
+        assert similarity_in_blocks(MODEL, params, text, few).shape == (NUM_TEXTS, videos)
+    assert compilations() == 0
+
+
+def test_no_block_exceeds_its_budget(params, features, sizes):
+    """What is handed to the device: never more word-frame cells than asked for."""
+    similarity_in_blocks(MODEL, params, *features, block_cells=18 * 12)
+    ((texts, videos),) = set(sizes)  # one shape, one compilation
+    assert 1 <= texts * videos <= 12
+
+
+def test_block_shapes():
+    for cells_a_pair in (1, 18, 144, 384, 4096):
+        for block_cells in (1, 100, 4096, 100_000, 1 << 20, 1 << 26):
+            texts, videos = block_shape(cells_a_pair, block_cells)
+            pairs = texts * videos
+            assert pairs >= 1
+            assert pairs == 1 or pairs * cells_a_pair <= block_cells
+            if block_cells >= 4 * cells_a_pair:
+                assert pairs * cells_a_pair >= block_cells / 2  # the budget is used
+            assert videos >= texts

@@ -1,0 +1,123 @@
+"""Retrieval metrics by hand, with ties, and against every possible way to break them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from xclip_jax.metrics import best_caption_scores, rank_counts, retrieval_metrics, summarize
+
+DIRECTIONS = ("text_to_video", "video_to_text")
+
+
+def brute_force(scores_QxG, correct_Q):
+    """(expected ranks, {K: chance to be among the first K}) over all orders that respect scores."""
+    size = scores_QxG.shape[1]
+    ranks, recalls = [], {k: [] for k in (1, 5, 10)}
+    for scores, correct in zip(scores_QxG, correct_Q, strict=True):
+        places = []
+        for tie_break in itertools.permutations(range(size)):
+            order = sorted(range(size), key=lambda item: (-scores[item], tie_break[item]))
+            places.append(1 + order.index(correct))
+        ranks.append(np.mean(places))
+        for k, chances in recalls.items():
+            chances.append(np.mean(np.array(places) <= k))
+    return np.array(ranks), recalls
+
+
+def check_against_brute_force(found, scores_QxG, correct_Q):
+    ranks, recalls = brute_force(scores_QxG, correct_Q)
+    for k, chances in recalls.items():
+        assert found[f"R@{k}"] == pytest.approx(100 * np.mean(chances))
+    assert found["MnR"] == pytest.approx(ranks.mean())
+    assert found["MdR"] == pytest.approx(np.median(ranks))
+
+
+def test_ties_by_hand():
+    sim_TxV = np.array(
+        [
+            [0.9, 0.1, 0.2],  # its video first
+            [0.5, 0.5, 0.5],  # all level: rank 2, a third of a hit
+            [0.8, 0.3, 0.3],  # one better, one level: rank 2.5, no hit
+        ]
+    )
+    better, equal = rank_counts(sim_TxV, [0, 1, 2])
+    assert better.tolist() == [0, 0, 1]
+    assert equal.tolist() == [0, 2, 1]
+    metrics = retrieval_metrics(sim_TxV, [0, 1, 2])
+    assert metrics["text_to_video"] == pytest.approx(
+        {"R@1": 100 * (1 + 1 / 3) / 3, "R@5": 100, "R@10": 100, "MdR": 2, "MnR": 5.5 / 3}
+    )
+    # The columns: 0.9 is best of (0.9, 0.5, 0.8); 0.5 of (0.1, 0.5, 0.3); 0.3 second of three.
+    assert metrics["video_to_text"] == pytest.approx(
+        {"R@1": 200 / 3, "R@5": 100, "R@10": 100, "MdR": 1, "MnR": 4 / 3}
+    )
+
+
+def test_recall_counts_the_chance_of_a_hit():
+    """g = 3 better, e = 3 level: R@1 0, R@5 (5 - 3) / 4, R@10 1; rank 1 + 3 + 3 / 2."""
+    found = summarize(np.array([3]), np.array([3]))
+    assert found == pytest.approx({"R@1": 0, "R@5": 50, "R@10": 100, "MdR": 5.5, "MnR": 5.5})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_the_mean_over_all_tie_breaks(seed):
+    sim_TxV = np.random.default_rng(seed).integers(0, 3, (6, 6)).astype(np.float32)
+    metrics = retrieval_metrics(sim_TxV, np.arange(6))
+    check_against_brute_force(metrics["text_to_video"], sim_TxV, np.arange(6))
+    check_against_brute_force(metrics["video_to_text"], sim_TxV.T, np.arange(6))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_several_captions_a_video(seed):
+    rng = np.random.default_rng(seed)
+    text_video = rng.permutation([0, 0, 0, 1, 2, 2, 3, 4])
+    sim_TxV = rng.integers(0, 4, (8, 5)).astype(np.float32)
+    metrics = retrieval_metrics(sim_TxV, text_video)
+    check_against_brute_force(metrics["text_to_video"], sim_TxV, text_video)
+    best = np.array(
+        [
+            [
+                max(sim_TxV[t, v] for t in range(8) if text_video[t] == candidate)
+                for candidate in range(5)
+            ]
+            for v in range(5)
+        ]
+    )
+    np.testing.assert_array_equal(best_caption_scores(sim_TxV, text_video), best)
+    check_against_brute_force(metrics["video_to_text"], best, np.arange(5))
+
+
+def test_all_equal_is_chance():
+    metrics = retrieval_metrics(np.full((40, 20), 0.25, np.float32), np.arange(40) // 2)
+    for direction in DIRECTIONS:
+        expected = {"R@1": 5, "R@5": 25, "R@10": 50, "MdR": 10.5, "MnR": 10.5}
+        assert metrics[direction] == pytest.approx(expected)
+
+
+def test_perfect_and_worst():
+    eye = np.eye(12)
+    for direction in DIRECTIONS:
+        best = retrieval_metrics(eye, np.arange(12))[direction]
+        assert best == {"R@1": 100, "R@5": 100, "R@10": 100, "MdR": 1, "MnR": 1}
+        worst = retrieval_metrics(-eye, np.arange(12))[direction]
+        assert worst == {"R@1": 0, "R@5": 0, "R@10": 0, "MdR": 12, "MnR": 12}
+
+
+def test_one_pair():
+    for direction in retrieval_metrics([[0.3]], [0]).values():
+        assert direction == {"R@1": 100, "R@5": 100, "R@10": 100, "MdR": 1, "MnR": 1}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_must_be_finite(bad):
+    sim_TxV = np.eye(3)
+    sim_TxV[1, 2] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        retrieval_metrics(sim_TxV, np.arange(3))
+
+
+@pytest.mark.parametrize("text_video", [[0, 1, 1], [0, 1, 3], [-1, 1, 2]])
+def test_every_video_needs_a_caption(text_video):
+    with pytest.raises(ValueError, match="every video needs a caption"):
+        retrieval_metrics(np.eye(3), text_video)

@@ -1,0 +1,389 @@
+"""The four granularities and AOSM, against plain float64 loops over the paper's equations."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xclip_jax.similarity import (
+    AGGREGATIONS,
+    GRANULARITIES,
+    TextFeatures,
+    VideoFeatures,
+    aggregate_matrix,
+    attend,
+    fuse,
+    granular_similarity,
+    word_frame_attention,
+    word_mask,
+)
+
+TEXT_LENGTHS = (6, 3, 5)  # tokens, start and end included: 4, 1 and 3 words
+VIDEO_LENGTHS = (4, 1, 3, 2)  # frames
+
+_compiled = jax.jit(granular_similarity, static_argnums=(2, 3, 4))
+
+
+def similarities(text, video, granularities=GRANULARITIES, aggregation="attention", tau=0.05):
+    """granular_similarity, compiled, as NumPy arrays."""
+    found = _compiled(text, video, granularities, aggregation, tau)
+    return {name: np.asarray(found[name]) for name in found}
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def features(seed, texts=TEXT_LENGTHS, videos=VIDEO_LENGTHS, words=6, frames=4, dim=6):
+    """Normalised features of texts and videos of the given lengths; padding is filled too."""
+    rng = np.random.default_rng(seed)
+    text_mask = np.arange(words) < np.array(texts)[:, None]
+    video_mask = np.arange(frames) < np.array(videos)[:, None]
+    text = TextFeatures(unit(rng, len(texts), dim), unit(rng, len(texts), words, dim), text_mask)
+    video = VideoFeatures(
+        unit(rng, len(videos), dim), unit(rng, len(videos), frames, dim), video_mask
+    )
+    return text, video
+
+
+def loop_attention(scores, tau):
+    """Eq. 7 and 8 of a list of numbers."""
+    peak = max(scores)
+    weights = [math.exp((s - peak) / tau) for s in scores]
+    return sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
+
+
+def loop_operation(scores, name, tau):
+    if name == "attention":
+        return loop_attention(scores, tau)
+    return max(scores) if name == "max" else sum(scores) / len(scores)
+
+
+def loop_matrix(rows, aggregation, tau):
+    """Eq. 9-13 of one matrix, a list of words, each a list of its scores with the frames."""
+    outer, inner = (aggregation.split("-") * 2)[:2]
+    over_words = loop_operation([loop_operation(row, inner, tau) for row in rows], outer, tau)
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    over_frames = loop_operation([loop_operation(c, inner, tau) for c in columns], outer, tau)
+    return (over_words + over_frames) / 2
+
+
+def loop_similarities(text, video, text_lengths, video_lengths, aggregation, tau):
+    """Eq. 3-13 pair by pair; words are the tokens between the first and the last real one."""
+    outer = aggregation.split("-")[0]
+    found = {name: np.zeros((len(text_lengths), len(video_lengths))) for name in GRANULARITIES}
+
+    def dot(a, b):
+        return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+
+    for t, length in enumerate(text_lengths):
+        words = [text.words[t][k] for k in range(1, length - 1)]
+        for v, count in enumerate(video_lengths):
+            frames = [video.frames[v][k] for k in range(count)]
+            sentence, clip = text.sentence[t], video.video[v]
+            found["video_sentence"][t, v] = dot(sentence, clip)
+            found["video_word"][t, v] = loop_operation([dot(w, clip) for w in words], outer, tau)
+            found["frame_sentence"][t, v] = loop_operation(
+                [dot(sentence, f) for f in frames], outer, tau
+            )
+            found["frame_word"][t, v] = loop_matrix(
+                [[dot(w, f) for f in frames] for w in words], aggregation, tau
+            )
+    return found
+
+
+def test_attention_of_a_vector_worked_out_by_hand():
+    # softmax of (0, ln 3) is (1/4, 3/4); a masked third score has no say.
+    scores, mask = jnp.array([0.0, math.log(3), 9.0]), jnp.array([True, True, False])
+    assert attend(scores, mask, 0, 1.0) == pytest.approx(0.75 * math.log(3), rel=1e-6)
+    assert attend(scores / 10, mask, 0, 0.1) == pytest.approx(0.075 * math.log(3), rel=1e-6)
+
+
+def test_four_by_four_matrix():
+    """A hand-made matrix: one word matches frame 2 strongly, the others weakly; ragged masks."""
+    scores_WxF = [
+        [0.30, 0.10, 0.90, 0.20],
+        [0.25, 0.25, 0.35, 0.10],
+        [-0.40, 0.50, 0.10, 0.45],
+        [0.95, 0.99, 0.97, 0.98],
+    ]
+    wide = jnp.array(scores_WxF)[:, None, :, None]
+    compiled = jax.jit(aggregate_matrix, static_argnums=(3, 4))
+    for words, frames in ((4, 4), (3, 4), (3, 2), (1, 3), (2, 1)):
+        real_words, real_frames = jnp.arange(4)[:, None] < words, jnp.arange(4)[:, None] < frames
+        for tau in (0.01, 0.3):
+            found = compiled(wide, real_words, real_frames, "attention", tau)
+            cropped = [row[:frames] for row in scores_WxF[:words]]
+            assert found.item() == pytest.approx(loop_matrix(cropped, "attention", tau), abs=2e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_all_granularities_equal_the_loops(aggregation):
+    for seed in range(2):
+        text, video = features(seed)
+        lengths = TEXT_LENGTHS, VIDEO_LENGTHS
+        expected = loop_similarities(text, video, *lengths, aggregation, 0.05)
+        found = similarities(text, video, GRANULARITIES, aggregation, 0.05)
+        assert set(found) == set(GRANULARITIES)
+        for name in GRANULARITIES:
+            assert found[name].dtype == np.float32
+            np.testing.assert_allclose(found[name], expected[name], atol=2e-6, err_msg=name)
+            assert np.abs(found[name]).max() <= 1 + 1e-6
+        fused = sum(expected.values()) / 4  # Eq. 14
+        np.testing.assert_allclose(fuse(found), fused, atol=2e-6)
+
+
+def test_table_7_is_named_outer_inner():
+    """Two words, two frames: mean-max is the mean of maxima, max-mean the maximum of means."""
+    scores = jnp.array([[0.9, 0.1], [0.3, 0.5]])[:, None, :, None]
+    real = jnp.ones((2, 1), bool)
+    by_hand = {
+        "max-max": 0.9,
+        "mean-mean": 0.45,
+        "mean-max": ((0.9 + 0.5) / 2 + (0.9 + 0.5) / 2) / 2,
+        "max-mean": (0.5 + 0.6) / 2,  # words: means 0.5, 0.4; frames: 0.6, 0.3
+    }
+    for aggregation, expected in by_hand.items():
+        found = aggregate_matrix(scores, real, real, aggregation, 0.01).item()
+        assert found == pytest.approx(expected, rel=1e-6), aggregation
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gradient_of_attention(axis):
+    """The hand-written gradient equals autodiff of the plain formula and finite differences."""
+    rng = np.random.default_rng(axis)
+    scores = rng.uniform(-1, 1, (3, 4, 5)).astype(np.float32)
+    mask = rng.random((3, 4, 5)) < 0.7
+    mask[0, 0, 0] = True
+    upstream = rng.normal(size=np.delete(scores.shape, axis)).astype(np.float32)
+    upstream = np.where(mask.any(axis), upstream, 0)  # the plain formula is NaN where all is masked
+    tau = 0.2
+
+    def plain(scores):
+        weights = jax.nn.softmax(jnp.where(mask, scores / tau, -1e9), axis)
+        return jnp.sum(jnp.sum(weights * jnp.where(mask, scores, 0), axis) * upstream)
+
+    def written(scores):
+        return jnp.sum(attend(scores, mask, axis, tau) * upstream)
+
+    found = np.asarray(jax.jit(jax.grad(written))(scores))
+    np.testing.assert_allclose(found, jax.jit(jax.grad(plain))(scores), atol=5e-6)
+    assert not found[~mask].any()
+
+    def loops(scores):
+        rows = np.moveaxis(scores, axis, -1).reshape(-1, scores.shape[axis])
+        real = np.moveaxis(mask, axis, -1).reshape(rows.shape)
+        pairs = zip(rows, real, upstream.ravel(), strict=True)
+        return sum(u * loop_attention(list(r[m]), tau) for r, m, u in pairs if m.any())
+
+    for place in zip(*np.nonzero(mask), strict=True):
+        step = np.zeros(scores.shape)
+        step[place] = 1e-5
+        slope = (loops(scores + step) - loops(scores - step)) / 2e-5
+        assert found[place] == pytest.approx(slope, abs=2e-4)
+
+
+def test_broadcast_mask_has_the_same_gradient():
+    scores = jnp.array(np.random.default_rng(3).normal(size=(4, 2, 3)), jnp.float32)
+    mask = jnp.array([True, False, True, True])[:, None, None]
+    gradients = [
+        jax.jit(jax.grad(lambda s, m=m: attend(s, m, 0, 0.1).sum()))(scores)
+        for m in (mask, jnp.broadcast_to(mask, scores.shape))
+    ]
+    np.testing.assert_array_equal(*gradients)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _gradients(floats, masks, aggregation, tau):
+
+    def total(floats):
+        text = TextFeatures(floats["sentence"], floats["words"], masks[0])
+        video = VideoFeatures(floats["video"], floats["frames"], masks[1])
+        found = granular_similarity(text, video, GRANULARITIES, aggregation, tau)
+        weights = {name: (k + 1.0) for k, name in enumerate(GRANULARITIES)}
+        return sum(jnp.sum(weights[name] * jnp.sin(3 * found[name])) for name in found)
+
+    return jax.value_and_grad(total)(floats)
+
+
+def gradients_of(text, video, aggregation, tau=0.05):
+    """Value and gradients of a sum over the similarities, by the four arrays of features."""
+    floats = {
+        "sentence": text.sentence,
+        "words": text.words,
+        "video": video.video,
+        "frames": video.frames,
+    }
+    return _gradients(floats, (text.mask, video.mask), aggregation, tau)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_padding_has_no_influence(aggregation):
+    """Garbage in padded places changes no bit of values and gradients; its own gradient is 0."""
+    text, video = features(0)
+    words = np.asarray(word_mask(text.mask))
+    garbage_text = text.replace(words=np.where(words[..., None], text.words, 1e4))
+    garbage_video = video.replace(frames=np.where(video.mask[..., None], video.frames, -1e4))
+    clean, garbage = (
+        similarities(*pair, GRANULARITIES, aggregation, 0.05)
+        for pair in ((text, video), (garbage_text, garbage_video))
+    )
+    for name in GRANULARITIES:
+        np.testing.assert_array_equal(clean[name], garbage[name], name)
+    value, gradients = gradients_of(text, video, aggregation)
+    garbage_value, garbage_gradients = gradients_of(garbage_text, garbage_video, aggregation)
+    assert value == garbage_value
+    for name in gradients:
+        np.testing.assert_array_equal(gradients[name], garbage_gradients[name], name)
+    assert not np.asarray(gradients["words"])[~words].any()
+    assert not np.asarray(gradients["frames"])[~video.mask].any()
+    assert np.abs(np.asarray(gradients["frames"])[video.mask]).max() > 0
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_more_padding_changes_nothing(aggregation):
+    text, video = features(1)
+    more = [(0, 0), (0, 2), (0, 0)]
+    long_text = text.replace(
+        words=np.pad(text.words, more, constant_values=0.3), mask=np.pad(text.mask, more[:2])
+    )
+    long_video = video.replace(
+        frames=np.pad(video.frames, more, constant_values=0.3), mask=np.pad(video.mask, more[:2])
+    )
+    short = similarities(text, video, GRANULARITIES, aggregation, 0.05)
+    long = similarities(long_text, long_video, GRANULARITIES, aggregation, 0.05)
+    for name in GRANULARITIES:
+        np.testing.assert_allclose(short[name], long[name], atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_nothing_real_gives_zero_and_zero_gradient(aggregation):
+    """A text without words (start, end alone; nothing at all) and a video without frames."""
+    text, video = features(2, texts=(5, 2, 0), videos=(0, 3, 4, 1))
+    found = similarities(text, video, GRANULARITIES, aggregation, 0.05)
+    value, gradients = gradients_of(text, video, aggregation)
+    assert np.isfinite(value)
+    assert all(np.isfinite(array).all() for array in (*found.values(), *gradients.values()))
+    assert not found["video_word"][1:].any()
+    assert not found["frame_word"][1:].any()
+    assert not found["frame_word"][:, 0].any()
+    assert not found["frame_sentence"][:, 0].any()
+    assert not np.asarray(gradients["words"])[1:].any()
+    assert not np.asarray(gradients["frames"])[0].any()
+    assert found["frame_word"][0, 1] != 0
+
+
+def test_one_frame_and_one_word_give_plain_dot_products():
+    text, video = features(3, texts=(3,), videos=(1,))
+    found = {}
+    for aggregation in AGGREGATIONS:
+        found = similarities(text, video, GRANULARITIES, aggregation, 0.01)
+        word, frame = text.words[0, 1], video.frames[0, 0]
+        expected = {
+            "video_sentence": text.sentence[0] @ video.video[0],
+            "video_word": word @ video.video[0],
+            "frame_sentence": text.sentence[0] @ frame,
+            "frame_word": word @ frame,
+        }
+        for name, value in expected.items():
+            assert found[name].item() == pytest.approx(value, abs=1e-6), (aggregation, name)
+
+
+def test_permuting_the_batch_permutes_the_matrix():
+    text, video = features(4)
+    rows, columns = np.array([2, 0, 1]), np.array([3, 1, 0, 2])
+    before = similarities(text, video)
+    after = similarities(
+        jax.tree.map(lambda x: x[rows], text), jax.tree.map(lambda x: x[columns], video)
+    )
+    for name in GRANULARITIES:
+        np.testing.assert_allclose(after[name], before[name][rows][:, columns], atol=1e-6)
+
+
+def test_what_is_switched_off_is_not_computed():
+    """NaN in features that are not asked for goes nowhere, and there is one product a kind."""
+    used = {
+        "video_sentence": ("sentence", "video"),
+        "video_word": ("words", "video"),
+        "frame_sentence": ("sentence", "frames"),
+        "frame_word": ("words", "frames"),
+    }
+    text, video = features(5)
+
+    def products(granularities):
+        run = functools.partial(granular_similarity, granularities=granularities)
+        return str(jax.make_jaxpr(run)(text, video)).count("dot_general[")
+
+    for name, fields in used.items():
+        nan = {
+            field: np.full_like(getattr(source, field), np.nan)
+            for source, names in ((text, ("sentence", "words")), (video, ("video", "frames")))
+            for field in names
+            if field not in fields
+        }
+        broken_text = text.replace(**{k: v for k, v in nan.items() if hasattr(text, k)})
+        broken_video = video.replace(**{k: v for k, v in nan.items() if hasattr(video, k)})
+        found = similarities(broken_text, broken_video, (name,))
+        assert list(found) == [name]
+        everything = similarities(text, video)
+        np.testing.assert_allclose(fuse(found), everything[name], atol=1e-6)
+        assert products((name,)) == 1
+    assert products(GRANULARITIES) == 4
+    assert products(("frame_word", "video_sentence")) == 2
+
+
+def test_words_are_what_lies_between_start_and_end():
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    expected = [[0, 1, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(word_mask(mask), np.array(expected, bool))
+
+
+def test_extreme_temperatures_stay_finite():
+    text, video = features(6)
+    lengths = TEXT_LENGTHS, VIDEO_LENGTHS
+    for tau, tolerance in ((0.001, 2e-5), (1000.0, 1e-5)):
+        expected = loop_similarities(text, video, *lengths, "attention", tau)
+        found = similarities(text, video, GRANULARITIES, "attention", tau)
+        for name in GRANULARITIES:
+            np.testing.assert_allclose(found[name], expected[name], atol=tolerance)
+        limit = "max-max" if tau < 1 else "mean-mean"
+        bound = loop_similarities(text, video, *lengths, limit, tau)
+        for name in GRANULARITIES:
+            np.testing.assert_allclose(found[name], bound[name], atol=2e-3)
+    value, gradients = gradients_of(text, video, "attention", 0.001)
+    assert np.isfinite(value)
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_half_precision_features_are_compared_in_float32():
+    text, video = features(7)
+    half = jax.tree.map(
+        lambda x: x if x.dtype == bool else jnp.asarray(x, jnp.bfloat16), (text, video)
+    )
+    full = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), half)
+    found, expected = (similarities(*pair) for pair in (half, full))
+    for name in GRANULARITIES:
+        assert found[name].dtype == jnp.float32
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
+
+
+def test_word_frame_attention_explains_the_similarity():
+    text, video = features(8)
+    words = np.asarray(word_mask(text.mask))
+    explain = jax.jit(functools.partial(word_frame_attention, tau=0.05))
+    expected = similarities(text, video)["frame_word"]
+    for t in range(len(words)):
+        for v in range(len(video.mask)):
+            masks = words[t], video.mask[v]
+            weights = np.asarray(explain(text.words[t], video.frames[v], *masks))
+            real = np.outer(*masks)
+            assert weights.shape == real.shape
+            assert not weights[~real].any()
+            assert weights.min() >= 0
+            assert weights.sum() == pytest.approx(1, abs=1e-6)
+            scores = text.words[t] @ video.frames[v].T
+            assert (weights * scores).sum() == pytest.approx(expected[t, v], abs=1e-6)

@@ -1,0 +1,257 @@
+"""Ids are CLIP's, any text has some, and a tokenizer is the same after a trip to disk."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import CLIPTokenizer
+
+from xclip_jax.data import text as text_module
+from xclip_jax.data.text import END, START, Tokenizer, clean, learn_tokenizer, load_tokenizer
+from xclip_jax.errors import InputError
+
+CLIP_BPE = Path(__file__).resolve().parents[2] / "shared" / "clip_bpe"
+CORPUS = [
+    "A dog runs after the red ball",
+    "the red dog sits; the blue dog doesn't",
+    "two people are running towards the dog's house",
+    "a house, two houses and a red ball",
+] * 3
+STRINGS = [
+    "",
+    "a dog",
+    "Zebra QUARTZ 0123456789",
+    "naïve café — piñata, straße",
+    "日本語のテスト عربى мир",
+    "👩‍👩‍👧 😀 \U0010ffff \x00\x01\x7f\x80\xff",
+    "it's we'll I've they're I'm he'd don't",
+    "!!!...??? @user #tag http://a.b/c?d=e&f=g",
+    "".join(map(chr, range(0x100, 0x250))),
+    "\ufeffbom \u200bzero \u2028line",
+]
+
+
+def alphabet():
+    """CLIP's letter for each byte, by its bytes_to_unicode: printable ones stand for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + n) for n, byte in enumerate(others)
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return learn_tokenizer(CORPUS, max_words=12)
+
+
+def vocabulary(tokenizer, folder):
+    """Its tokens in the order of their ids."""
+    tokenizer.save(folder)
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(vocab.values()) == list(range(tokenizer.vocab_size))
+    return sorted(vocab, key=vocab.get)
+
+
+def test_layout_is_clips(tokenizer, tmp_path):
+    tokens = vocabulary(tokenizer, tmp_path)
+    letters = [letter for _, letter in alphabet().items()]
+    assert tokens[:256] == letters
+    assert tokens[256:512] == [letter + "</w>" for letter in letters]
+    assert tokens[-2:] == [START, END]
+    assert (tokenizer.start, tokenizer.end) == (len(tokens) - 2, len(tokens) - 1)
+    assert {"dog</w>", "the</w>", "red</w>"} <= set(tokens[512:-2])
+    assert tokenizer.vocab_size == len(tokens)
+    assert all(len(token.removesuffix("</w>")) > 1 for token in tokens[512:-2])
+
+
+def test_any_text_can_be_encoded_and_decoded(tokenizer, tmp_path):
+    tokens = vocabulary(tokenizer, tmp_path)
+    byte_of = {letter: byte for byte, letter in alphabet().items()}
+    for string in STRINGS:
+        joined = "".join(tokens[index] for index in tokenizer.encode(string))
+        data = bytes(byte_of[letter] for letter in joined.replace("</w>", ""))
+        assert data.decode() == "".join(clean(string).split())
+
+
+def test_merges_are_used(tokenizer):
+    assert len(tokenizer.encode("the red dog")) == 3
+    assert len(tokenizer.encode("THE  Red\ndog")) == 3
+    assert len(tokenizer.encode("zzz")) == 3
+
+
+# 512 words of three letters, each as frequent as the others: ties everywhere.
+TIES = [f"{a}{b}{c} word" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"] * 2
+
+
+def test_vocabulary_size_is_the_most_there_may_be(tmp_path):
+    tokenizer = learn_tokenizer(TIES, vocab_size=600)
+    assert tokenizer.vocab_size == 600
+    assert len(vocabulary(tokenizer, tmp_path)) == tokenizer.vocab_size
+
+
+def test_merges_are_learned_from_cleaned_texts(tmp_path):
+    tokens = vocabulary(learn_tokenizer(["dogs &amp; cats", "a &lt; b"] * 3), tmp_path)
+    assert "dogs</w>" in tokens
+    assert not {"am", "amp</w>", "lt</w>"} & set(tokens)
+
+
+def test_nothing_to_learn_from():
+    tokenizer = learn_tokenizer([])
+    assert tokenizer.vocab_size == 514
+    assert len(tokenizer.encode("hi")) == 2
+
+
+def test_learning_is_deterministic(tmp_path):
+    for name in ("a", "b"):
+        learn_tokenizer(iter(CORPUS + TIES)).save(tmp_path / name)
+    one, other = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b"))
+    assert one == other
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "a")
+    loaded = load_tokenizer(str(tmp_path / "a"), max_words=12)
+    assert (loaded.start, loaded.end) == (tokenizer.start, tokenizer.end)
+    assert loaded.vocab_size == tokenizer.vocab_size
+    for string in STRINGS + CORPUS:
+        assert loaded.encode(string) == tokenizer.encode(string)
+    for one, other in zip(loaded(STRINGS), tokenizer(STRINGS), strict=True):
+        np.testing.assert_array_equal(one, other)
+    loaded.save(tmp_path / "b")
+    assert load_tokenizer(tmp_path / "b").encode("the red dog") == tokenizer.encode("the red dog")
+    assert load_tokenizer(tmp_path / "b").max_words == 77
+
+
+def test_ids_and_mask(tokenizer):
+    short, exact, long = "the red dog", "dog " * 10, "dog " * 11 + "ball"
+    ids_TxW, mask_TxW = tokenizer([short, "", exact, long])
+    assert (ids_TxW.dtype, ids_TxW.shape) == (np.int32, (4, 12))
+    assert (mask_TxW.dtype, mask_TxW.shape) == (np.bool_, (4, 12))
+    dog, ball = tokenizer.encode("dog ball")
+    start, end = tokenizer.start, tokenizer.end
+    assert ids_TxW.tolist() == [
+        [start, *tokenizer.encode(short), end, *[0] * 7],
+        [start, end, *[0] * 10],
+        [start, *[dog] * 10, end],
+        [start, *[dog] * 10, end],
+    ]
+    assert mask_TxW.sum(1).tolist() == [5, 2, 12, 12]
+    assert (np.diff(mask_TxW.astype(int)) <= 0).all()
+    assert ball not in ids_TxW
+    assert [tokenizer.truncated(t) for t in (short, "", exact, long)] == [False, False, False, True]
+    assert len(tokenizer.encode(long)) == 12  # never cut
+
+
+def test_no_texts(tokenizer):
+    ids_TxW, mask_TxW = tokenizer([])
+    assert ids_TxW.shape == mask_TxW.shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        (" a\tB\nc  D ", "a b c d"),
+        ("&amp;lt;b&amp;gt;", "<b>"),
+        ("a<b &amp;amp; c", "a<b & c"),  # ftfy leaves entities alone where there are tags
+        ("schÃ¶n", "schön"),
+        ("“x” ﬁne", '"x" fine'),
+        ("a\xa0b", "a b"),
+        ("cafe\u0301", "café"),
+        ("\ud83d half", "\ufffd half"),
+    ],
+)
+def test_cleaning(text, cleaned):
+    assert clean(text) == cleaned
+
+
+def test_tokens_are_readable_and_as_many_as_ids(tokenizer):
+    assert tokenizer.tokens("The red dog's ball") == ["the", "red", "dog", "'s", "ball"]
+    assert tokenizer.tokens("zé") == ["z", "\ufffd", "\ufffd"]  # é is two bytes, no merge
+    for string in STRINGS:
+        assert len(tokenizer.tokens(string)) == len(tokenizer.encode(string))
+        assert not any("</w>" in token for token in tokenizer.tokens(string))
+
+
+def damage(folder, how):
+    if how == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif how == "cut":
+        data = (folder / "tokenizer.json").read_bytes()
+        (folder / "tokenizer.json").write_bytes(data[: len(data) // 2])
+    elif how == "empty file":
+        (folder / "tokenizer.json").write_text("")
+    elif how == "other JSON":
+        (folder / "tokenizer.json").write_text("{}")
+    elif how == "config":
+        (folder / "tokenizer_config.json").write_text("{")
+    elif how == "other kind":
+        Backend(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(
+            str(folder / "tokenizer.json")
+        )
+    elif how == "half of two":
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text('{"a": 0}')
+
+
+DAMAGES = ("empty folder", "cut", "empty file", "other JSON", "config", "other kind", "half of two")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_folders(tokenizer, tmp_path, how):
+    folder = tmp_path / "a"
+    tokenizer.save(folder)
+    load_tokenizer(folder)
+    damage(folder, how)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(folder)
+    assert str(error.value).startswith(f"no tokenizer in {folder}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folders(tmp_path):
+    for path in (tmp_path / "none", "data/mine/tokenizer"):
+        with pytest.raises(InputError) as error:
+            load_tokenizer(path)
+        assert str(error.value).startswith(f"no tokenizer in {path}: no such folder, nor ")
+        assert "\n" not in str(error.value)
+
+
+def test_from_the_hub(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    asked = []
+
+    def snapshot_download(hub_id, allow_patterns):
+        if asked:
+            raise ConnectionError("no network\nat all")
+        asked.append((hub_id, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(text_module, "snapshot_download", snapshot_download)
+    assert load_tokenizer("openai/clip").encode("a dog") == tokenizer.encode("a dog")
+    assert asked[0][0] == "openai/clip"
+    reason = "no such folder, nor is it one of the Hugging Face hub: no network"
+    with pytest.raises(InputError, match=f"^no tokenizer in openai/clip: {reason}$"):
+        load_tokenizer("openai/clip")
+
+
+def test_ids_are_those_of_openai():
+    if not CLIP_BPE.is_dir():
+        pytest.skip(f"no OpenAI vocabulary in {CLIP_BPE}")
+    with gzip.open(CLIP_BPE / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as lines:
+        merges = [tuple(line.split()) for line in lines][1:48895]
+    letters = list(alphabet().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges))
+    assert (tokenizer.start, tokenizer.end) == (49406, 49407)
+    cases = json.loads((CLIP_BPE / "cases.json").read_text())["cases"]
+    assert len(cases) == 179
+    wrong = [case["text"] for case in cases if tokenizer.encode(case["text"]) != case["ids"]]
+    assert wrong == []

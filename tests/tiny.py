@@ -1,0 +1,49 @@
+"""A data set, a config and a run small enough for tests: coloured frames, captions naming them."""
+
+import numpy as np
+
+from xclip_jax import config
+from xclip_jax.data.builder import write_dataset
+from xclip_jax.data.text import learn_tokenizer
+from xclip_jax.data.video import encode_jpeg
+
+SIDE = 16
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (90,) * 3}
+
+
+def make_dataset(path, splits=("train", "val"), num_frames=3):
+    """A clip for each ordered pair of colours (12): the first colour, then the second."""
+    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+    captions = [[f"{a} and then {b}", f"first {a}, then {b}"] for a, b in pairs]
+
+    def record(number):
+        shown = [COLOURS[pairs[number][i > 0]] for i in range(num_frames)]
+        frames = [encode_jpeg(np.full((SIDE, SIDE, 3), colour, np.uint8)) for colour in shown]
+        times = np.arange(num_frames, dtype=np.float32)
+        return {
+            "id": f"clip{number}",
+            "captions": captions[number],
+            "frames": frames,
+            "times": times,
+        }
+
+    records = {s: [lambda n=n: record(n) for n in range(len(pairs))] for s in splits}
+    write_dataset(path, records, {s: [2] * len(pairs) for s in splits}, SIDE)
+    learn_tokenizer(c for cs in captions for c in cs).save(f"{path}/tokenizer")
+    return path
+
+
+def make_config(path, **train):
+    """A two-layer model of width 32; `train` sets fields of config.train."""
+    c = config.get_config()
+    c.data.path = str(path)
+    c.model.update(embed_dim=32, max_words=8, max_frames=4)
+    c.model.vision.update(image_size=SIDE, patch_size=8, width=32, layers=1, heads=2)
+    c.model.text.update(vocab_size=0, context_length=8, width=32, layers=1, heads=2)
+    c.model.temporal.update(layers=1, heads=2)
+    c.train.update({"batch_size": 8, "epochs": 2, **train})
+    c.optimizer.update(lr=3e-3, encoder_lr=3e-3, weight_decay=0.0)
+    c.eval.batch_size = 8
+    c.log.update(every=1, tensorboard=False)
+    c.report.attention_pairs = 1
+    return c

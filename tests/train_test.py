@@ -1,0 +1,187 @@
+"""Training: it learns, it is exact over devices and restarts, and it stops where it must."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from xclip_jax import evaluate, sharding, train
+from xclip_jax.checkpoint import Checkpoints
+from xclip_jax.errors import InputError
+from xclip_jax.model_directory import load_model
+from xclip_jax.models import build_model
+from xclip_jax.optimizer import learning_rate_schedule, make_optimizer
+from xclip_jax.writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def params_of(workdir):
+    return load_model(workdir / "model")[2]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """An uninterrupted run: (config, work directory)."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = tiny.make_config(data, epochs=4, checkpoint_every=2)
+    train.run(config, workdir)
+    return config, workdir
+
+
+def test_it_learns_and_the_report_says_so(data, tmp_path):
+    config = tiny.make_config(data, epochs=40)
+    config.data.test_split = "val"
+    config.loss.same_video = "ignore"
+    train.run(config, tmp_path)
+    results = evaluate.run(config, tmp_path)
+    assert results["text_to_video"]["R@1"] == 100
+    assert results["video_to_text"]["R@1"] == 100
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (results["num_texts"], results["num_videos"]) == (24, 12)
+    assert (tmp_path / "report" / "index.html").is_file()
+    losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert len(losses) == 120
+    assert losses[-1] < losses[0] / 4
+
+
+def test_without_a_test_split_it_says_that_it_evaluates_on_training_clips(finished, capsys):
+    results = evaluate.run(*finished)
+    assert results["split"] == "train"
+    assert "trained on" in results["note"]
+    assert "trained on" in capsys.readouterr().out
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_after", [1, 3, 4, 7, 11])
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch, kill_after):
+    config, whole = finished
+
+    def killing(self, step, metrics, truncated, original=train._Monitor.step):
+        original(self, step, metrics, truncated)
+        if step == kill_after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Monitor, "step", killing)
+        with pytest.raises(Killed):
+            train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    assert_same(params_of(whole), params_of(tmp_path))
+    steps = [line["step"] for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert steps == list(range(1, 13))  # nothing missing, nothing twice
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path, caplog):
+    config, whole = finished
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    shutil.rmtree(tmp_path / "checkpoints" / str(steps[-1]) / "state" / "d")
+    train.run(config, tmp_path)
+    assert f"checkpoint {steps[-1]} is damaged" in caplog.text
+    assert_same(params_of(whole), params_of(tmp_path))
+
+
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
+    state = {"x": np.arange(4.0)}
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in enumerate([10, 90, 30, 90, 20, None, 40], 1):
+        checkpoints.save(step, {"x": state["x"] + step}, score)
+    assert checkpoints.best_step() == 2
+    assert checkpoints.restore(2, state)["x"].tolist() == [2, 3, 4, 5]
+    step, newest = checkpoints.restore_newest(state)
+    assert (step, newest["x"].tolist()) == (7, [7, 8, 9, 10])
+    checkpoints.close()
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"2", "6", "7"} <= kept
+    assert not {"1", "3", "5"} & kept
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("optimizer.lr", 1.0), ("seed", 3), ("model.temporal.type", "none")]
+)
+def test_a_work_directory_of_another_config_is_refused_by_field(finished, field, value):
+    config, workdir = finished
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=f"{field} = .* then, {value!r} now".replace(".", r"\.")):
+        train.run(changed, workdir)
+
+
+def test_fields_that_do_not_change_training_may_differ(finished, tmp_path):
+    config, whole = finished
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    changed = config.copy_and_resolve_references()
+    changed.log.every = 5
+    changed.eval.batch_size = 4
+    changed.data.path = str(tmp_path / "moved")
+    shutil.copytree(config.data.path, changed.data.path)
+    train.run(changed, tmp_path)
+    assert_same(params_of(whole), params_of(tmp_path))
+
+
+def test_other_data_under_the_same_config_is_refused(finished, tmp_path):
+    config, whole = finished
+    changed = config.copy_and_resolve_references()
+    changed.data.path = str(tiny.make_dataset(tmp_path / "other", num_frames=4))
+    with pytest.raises(InputError, match=r"data\.fingerprint"):
+        train.run(changed, whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    config = tiny.make_config(data, checkpoint_every=1)
+    config.optimizer.update(lr=1e30, encoder_lr=1e30, warmup=0.5)  # the first update has rate 0
+    with pytest.raises(InputError, match=r"at step \d; .* Try a smaller config\.optimizer\.lr"):
+        train.run(config, tmp_path)
+    kept = [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert kept
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_names_those_that_do():
+    mesh = sharding.make_mesh(-1)
+    with pytest.raises(InputError, match=r"batch_size = 7: .* for example 6 or 8"):
+        sharding.check_batch_size(7, mesh)
+
+
+def test_a_step_over_two_devices_equals_the_step_on_one(data):
+    config = tiny.make_config(data)
+    dataset = train.Dataset(data)
+    tokenizer = train.load_tokenizer(data / "tokenizer", 8)
+    architecture = train.resolve_architecture(config.model, tokenizer)
+    model = build_model(architecture)
+    optimizer = make_optimizer(learning_rate_schedule(1e-3, 100, 0.1), 0.5, 0.1)
+    pairs = train.TrainingPairs(dataset, "train", "all")
+    batches = train.training_batches(pairs, tokenizer, 8, 4, tiny.SIDE, 0)
+    batch = next(batches)
+    batch.pop("truncated")
+    step = functools.partial(train.train_step, model=model, optimizer=optimizer)
+    outcomes = []
+    for count in (1, 2):
+        mesh = sharding.make_mesh(count)
+        state = train.init_state(model, architecture, optimizer, 0, mesh)
+        fn = jax.jit(functools.partial(step, same_video="ignore"))
+        placed = sharding.shard_batch(batch, mesh)
+        assert len(placed["frames"].sharding.device_set) == count
+        for _ in range(2):  # the first update has rate 0
+            state, metrics = fn(state, placed)
+        outcomes.append((jax.device_get(state.params), float(metrics["loss"])))
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6), outcomes[0][0], outcomes[1][0]
+    )
+
