@@ -1,5 +1,12 @@
-"""Two CPU devices, so that every test of a mesh has more than one."""
+"""Two CPU devices, so that a mesh has more than one; compiled programs shared between tests."""
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))

@@ -56,8 +56,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         scores = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         scored = {step: metrics["score"] for step, metrics in scores.items() if metrics}
-        # The earliest of equals, so that going on training never changes a choice already made.
-        return max(scored, key=lambda s: (scored[s], -s)) if scored else max(scores, default=None)
+        # The latest of equals, which is the one that BestN keeps.
+        return max(scored, key=lambda s: (scored[s], s)) if scored else max(scores, default=None)
 
     def wait(self):
         """Returns when everything is on disk."""

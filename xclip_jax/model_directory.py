@@ -39,8 +39,8 @@ def load_model(directory):
     """Reads a model directory.
 
     Returns:
-        (architecture, model, params, tokenizer): params as NumPy arrays; tokenizer None if the
-        directory holds none.
+        (architecture, model, params, tokenizer): params on the default device; tokenizer None if
+        the directory holds none.
 
     Raises:
         InputError: it is missing or damaged.
@@ -56,20 +56,15 @@ def load_model(directory):
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             # Told to be NumPy, so that they load whatever devices they were saved from.
-            like = jax.tree.map(
-                lambda a: np.empty(a.shape, a.dtype), _abstract_params(architecture, model)
-            )
-            params = checkpointer.restore(directory / "params", like)
+            shapes = jax.eval_shape(lambda: init_params(model, architecture, 0))
+            like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes)
+            params = jax.device_put(checkpointer.restore(directory / "params", like))
     except Exception as error:  # Orbax has no one type for a damaged checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{directory / 'params'} cannot be read: {reason}") from None
     folder = directory / "tokenizer"
     tokenizer = load_tokenizer(folder, model.max_words) if folder.is_dir() else None
     return architecture, model, params, tokenizer
-
-
-def _abstract_params(architecture, model):
-    return jax.eval_shape(lambda: init_params(model, architecture, 0))
 
 
 def init_params(model, architecture, seed):

@@ -141,6 +141,28 @@ def normalize_frames(frames, mask):
     return jnp.where(mask[..., None, None, None], frames, 0)
 
 
+class PatchEmbedding(nn.Module):
+    """Square patches, row by row, through one linear map: N x S x S x 3 -> N x patches x width.
+
+    A convolution with stride = size, written as the matrix product it is: several times as fast on
+    CPU, forward and backward.
+    """
+
+    size: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images_NxSxSx3):
+        number, side = images_NxSxSx3.shape[:2]
+        grid, size = side // self.size, self.size
+        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
+        kernel = self.param("kernel", init, (size, size, 3, self.width))
+        patches = images_NxSxSx3.reshape(number, grid, size, grid, size, 3)
+        patches = patches.swapaxes(2, 3).reshape(number, grid * grid, size * size * 3)
+        return patches @ kernel.astype(self.dtype).reshape(-1, self.width)
+
+
 class VisionTower(nn.Module):
     """ViT: N x S x S x 3 normalised images -> N x D, the projected class token."""
 
@@ -154,10 +176,8 @@ class VisionTower(nn.Module):
     def __call__(self, images_NxSxSx3):
         c = self.config
         scale = nn.initializers.normal(c.width**-0.5)
-        patches = (c.patch_size, c.patch_size)
-        x = nn.Conv(
-            c.width, patches, patches, "VALID", use_bias=False, dtype=self.dtype, name="patch"
-        )(images_NxSxSx3.astype(self.dtype)).reshape(len(images_NxSxSx3), -1, c.width)
+        embed = PatchEmbedding(c.patch_size, c.width, self.dtype, name="patch")
+        x = embed(images_NxSxSx3.astype(self.dtype))
         class_token = self.param("class_token", scale, (c.width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, c.width)), x], 1)
         x = x + self.param("positions", scale, x.shape[1:]).astype(self.dtype)

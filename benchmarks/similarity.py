@@ -1,0 +1,143 @@
+"""All four granularities of 1,000 texts x 1,000 videos: time against PyTorch, peak memory.
+
+    pip install torch; python benchmarks/similarity.py
+
+Without torch only our side is measured. PyTorch's side is the plain expression, masked, in blocks of
+40 x 40; the two are timed in turn, in one run. Peak memory is that above the features.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xclip_jax.inference import similarity_in_blocks
+from xclip_jax.models.clip import TextConfig, VisionConfig
+from xclip_jax.models.xclip import XClip
+from xclip_jax.similarity import TextFeatures, VideoFeatures, word_mask
+
+WORDS, FRAMES, DIM, TAU = 32, 12, 512, 0.01
+MODEL = XClip(VisionConfig(), TextConfig(), DIM)
+PARAMS = {"clip": {"logit_scale": jnp.zeros(())}}  # all that `similarity` reads
+
+
+def features(count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def unit(*shape):
+        x = rng.standard_normal((*shape, DIM), np.float32)
+        x /= np.linalg.norm(x, axis=-1, keepdims=True)
+        return x
+
+    words = np.arange(WORDS) < rng.integers(5, WORDS + 1, (count, 1))
+    frames = np.arange(FRAMES) < rng.integers(3, FRAMES + 1, (count, 1))
+    text = TextFeatures(unit(count), unit(count, WORDS), words)
+    return text, VideoFeatures(unit(count), unit(count, FRAMES), frames)
+
+
+def torch_similarity(text, video, torch, block=40):
+    """The same numbers, as one would write them in PyTorch."""
+
+    def attend(scores, mask, axis):
+        weights = torch.softmax((scores / TAU).masked_fill(~mask, -torch.inf), axis)
+        return (weights * scores).sum(axis)
+
+    def one(t, v):
+        w, f = t.mask[:, None, :], v.mask[None, :, :]
+        vs = t.sentence @ v.video.T
+        vw = attend(torch.einsum("twd,vd->tvw", t.words, v.video), w, -1)
+        fs = attend(torch.einsum("td,vfd->tvf", t.sentence, v.frames), f, -1)
+        fw = torch.einsum("twd,vfd->tvwf", t.words, v.frames)
+        by_word = attend(attend(fw, f[:, :, None, :], -1), w, -1)
+        by_frame = attend(attend(fw, w[..., None], -2), f, -1)
+        return (vs + vw + fs + (by_word + by_frame) / 2) / 4
+
+    def slices(features):
+        names = features.__dataclass_fields__
+        tensors = {name: torch.from_numpy(np.asarray(getattr(features, name))) for name in names}
+        tensors["mask"] = tensors["mask"].bool()
+        count = len(tensors["mask"])
+        return [
+            SimpleNamespace(**{name: x[i : i + block] for name, x in tensors.items()})
+            for i in range(0, count, block)
+        ]
+
+    with torch.no_grad():
+        rows = [torch.cat([one(t, v) for v in slices(video)], 1) for t in slices(text)]
+    return torch.cat(rows).numpy()
+
+
+def seconds(function):
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def compare(count, repeats):
+    text, video = features(count)
+    words_only = text.replace(mask=np.asarray(word_mask(jnp.asarray(text.mask))))
+
+    def ours():
+        return similarity_in_blocks(MODEL, PARAMS, text, video)
+
+    def product():
+        return jax.block_until_ready(
+            flat(text.words.reshape(-1, DIM), video.frames.reshape(-1, DIM))
+        )
+
+    flat = jax.jit(lambda a, b: a[: len(a) // 4] @ b.T)
+    ours(), product()
+    try:
+        import torch
+    except ImportError:
+        torch = None
+    rows = []
+    for _ in range(repeats):
+        row = {"ours": seconds(ours)[0], "product": 4 * seconds(product)[0]}
+        if torch:
+            row["torch"], theirs = seconds(lambda: torch_similarity(words_only, video, torch))
+            np.testing.assert_allclose(ours(), theirs, atol=1e-5)
+        rows.append(row)
+        print({k: round(v, 2) for k, v in row.items()}, flush=True)
+    for name in rows[0]:
+        print(f"{name:8} median {statistics.median(row[name] for row in rows):.2f} s")
+    if torch:
+        ratios = sorted(row["ours"] / row["torch"] for row in rows)
+        print(f"ours / torch: median {statistics.median(ratios):.2f} (target 0.5), all {ratios}")
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(count):
+    """Peak memory above the features and the result, MiB."""
+    text, video = features(count)
+    similarity_in_blocks(MODEL, PARAMS, *features(8))
+    before = peak_mib()
+    similarity_in_blocks(MODEL, PARAMS, text, video)
+    return peak_mib() - before
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--memory", type=int, default=0, help="only measure this gallery's memory")
+    args = parser.parse_args()
+    if args.memory:
+        print(json.dumps(memory(args.memory)))
+    else:
+        compare(args.count, args.repeats)
+        for count in (args.count, 2 * args.count):
+            command = [sys.executable, __file__, "--memory", str(count)]
+            peak = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            print(f"peak memory above the features, {count} x {count}: {peak:.0f} MiB")
