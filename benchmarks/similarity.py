@@ -2,8 +2,8 @@
 
     pip install torch; python benchmarks/similarity.py
 
-Without torch only our side is measured. PyTorch's side is the plain expression, masked, in blocks of
-40 x 40; the two are timed in turn, in one run. Peak memory is that above the features.
+Without torch only our side is measured. PyTorch's side is the plain expression, masked, in blocks
+of 40 x 40; the two are timed in turn, in one run. Peak memory is that above the features.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import pytest
 from xclip_jax.data import rendered
 from xclip_jax.errors import InputError
 
-COUNTS = {"train": 2500, "val": 100, "test": 250}
+COUNTS = {"train": 2500, "val": 60, "test": 220}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,6 @@ def test_a_caption_of_the_gallery_fits_one_scene(drawn, split):
     found = drawn[split]
     assert len({scene.captions[0] for scene in found}) == len(found) == COUNTS[split]
     assert len({looks(scene) for scene in found}) == len(found)
-    objects = {
-        kind: {s.combination for s in found if s.kind == kind} for kind in rendered.TEMPLATES
-    }
-    assert not objects["order"] & objects["order of motions"]
 
 
 def test_captions_are_short_and_say_all(drawn):
@@ -105,12 +101,10 @@ def test_a_mirror_has_the_same_frames_backwards(drawn):
 
 def test_gallery_swaps_shapes_between_objects(drawn):
     pairs = {scene.combination for scene in drawn["test"] if len(scene.events) == 2}
-    swapped = {
-        ((c1, s1), (c2, s2))
-        for (c1, s1), (c2, s2) in pairs
-        if c1 != c2 and s1 != s2 and ((c1, s2), (c2, s1)) in pairs
-    }
-    assert len(swapped) >= 0.5 * len(pairs)
+    swappable = [pair for pair in pairs if all(a != b for a, b in zip(*pair, strict=True))]
+    assert swappable
+    for (c1, s1), (c2, s2) in swappable:
+        assert ((c1, s2), (c2, s1)) in pairs
 
 
 def test_scenes_are_pure(drawn):

@@ -185,4 +185,3 @@ def test_a_step_over_two_devices_equals_the_step_on_one(data):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-6), outcomes[0][0], outcomes[1][0]
     )
-

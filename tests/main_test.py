@@ -1,0 +1,188 @@
+"""The command as a user meets it: the whole path, mistakes answered in one line, kills survived."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+
+import xclip_jax
+from xclip_jax import main
+from xclip_jax.data import rendered
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+
+def get_config():
+    return tiny.make_config({data!r}, epochs={epochs}, checkpoint_every=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(tiny.make_dataset(tmp_path_factory.mktemp("data")))
+
+
+def write_config(path, data, epochs=1):
+    path.write_text(CONFIG.format(tests=str(ROOT / "tests"), data=data, epochs=epochs))
+    return path
+
+
+@pytest.fixture
+def run_main(data, tmp_path, capsys):
+    """Runs the command in this process; returns what it exits with, None if it succeeds."""
+    config = write_config(tmp_path / "config.py", data)
+
+    def run(*arguments):
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments])
+        try:
+            main.main([])
+        except SystemExit as stop:
+            return stop.code
+        return None
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.model.temporal.type=gru", r"config.model.temporal.type = 'gru': must be one of"),
+        ("--config.model.vision.patch_size=7", r"patch_size = 7: must be a divisor of 16"),
+        ("--config.model.text.heads=5", r"config.model.text.heads = 5: must be a divisor of"),
+        ("--config.train.batch_size=64", r"batch_size = 64: must be at most the 24 training pairs"),
+        ("--config.train.batch_size=7", r"batch_size = 7: must be a multiple of the 2 devices"),
+        ("--config.mesh.data=3", r"config.mesh.data = 3: must be at most the 2 devices"),
+        ("--config.model.vision.image_size=32", r"image_size = 32: must be 16, the size of the"),
+        ("--config.model.text.vocab_size=100", r"vocab_size = 100: must be at least the"),
+        ("--config.data.path=/nowhere", r"no prepared data set in /nowhere"),
+        ("--config.data.train_split=dev", r"has no split 'dev', only train, val"),
+        ("--config.mode=eval", r"no model in .*run/model"),
+        ("--workdir=/dev/null/run", r"work directory /dev/null/run cannot be written"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(run_main, argument, message):
+    code = run_main(argument)
+    assert isinstance(code, str)  # sys.exit(str): printed to stderr, exit status 1
+    assert code.startswith("error: ")
+    assert "\n" not in code
+    assert re.search(message, code), code
+
+
+def test_a_model_that_does_not_fit_its_description_is_refused(run_main, tmp_path):
+    assert run_main() is None
+    described = json.loads((tmp_path / "run/model/model.json").read_text())
+    described["embed_dim"] = 64
+    (tmp_path / "run/model/model.json").write_text(json.dumps(described))
+    assert "params cannot be read" in run_main("--config.mode=eval")
+
+
+def test_a_second_run_changes_nothing_and_eval_gives_the_same_numbers(run_main, tmp_path):
+    assert run_main() is None
+    results = (tmp_path / "run/results.json").read_text()
+    assert run_main() is None
+    assert run_main("--config.mode=eval") is None
+    assert (tmp_path / "run/results.json").read_text() == results
+
+
+def command(config, workdir, *arguments):
+    return [
+        *(sys.executable, "-m", "xclip_jax.main"),
+        *(f"--config={config}", f"--workdir={workdir}", *arguments),
+    ]
+
+
+def test_an_unknown_field_and_a_missing_config_are_refused_without_a_traceback(data, tmp_path):
+    config = write_config(tmp_path / "config.py", data)
+    for arguments, message in (
+        ([f"--config={config}", "--config.model.widht=3"], "widht"),
+        ([], "config"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "xclip_jax.main", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+
+
+MOMENTS = {
+    "first step": lambda run: '"step": 1,' in run.metrics(),
+    "mid-epoch": lambda run: '"step": 14,' in run.metrics(),
+    "checkpoint": lambda run: any(run.workdir.glob("checkpoints/*tmp*")),
+    "evaluation": lambda run: "encoding val" in run.log.read_text()[-300:],
+}
+
+
+class Run:
+    """The command in a process of its own, to be killed."""
+
+    def __init__(self, config, workdir, cache):
+        self.workdir, self.log = workdir, workdir.with_suffix(".log")
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command(config, workdir), stderr=log, stdout=log, env=environment, cwd=ROOT
+            )
+
+    def metrics(self):
+        path = self.workdir / "metrics.jsonl"
+        return path.read_text() if path.exists() else ""
+
+    def kill_when(self, moment):
+        deadline = time.monotonic() + 120
+        while not moment(self):
+            assert self.process.poll() is None, "ended before the moment:\n" + self.log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(data, tmp_path):
+    config = write_config(tmp_path / "config.py", data, epochs=20)
+    whole = Run(config, tmp_path / "whole", tmp_path / "cache")
+    assert whole.process.wait() == 0, whole.log.read_text()
+    for moment in MOMENTS.values():
+        Run(config, tmp_path / "killed", tmp_path / "cache").kill_when(moment)
+    last = Run(config, tmp_path / "killed", tmp_path / "cache")
+    assert last.process.wait() == 0, last.log.read_text()
+    assert "resuming from step" in last.log.read_text()
+    a, b = (xclip_jax.load(tmp_path / name).params for name in ("whole", "killed"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    one, other = ((tmp_path / name / "results.json").read_text() for name in ("whole", "killed"))
+    assert one == other
+
+
+def test_the_demo_path_from_rendering_to_the_report(run_main, tmp_path, monkeypatch):
+    make = rendered.make
+    monkeypatch.setattr(
+        rendered, "make", lambda *a, **k: make(*a, **{**k, "num_val": 6, "num_test": 12})
+    )
+    data = tmp_path / "data"
+    arguments = (f"--config.data.path={data}", "--config.data.rendered=16")
+    assert run_main(*arguments) is None
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert (results["split"], results["num_videos"]) == ("test", 12)
+    assert (tmp_path / "run/report/index.html").is_file()
+    retriever = xclip_jax.load(tmp_path / "run")
+    video = retriever.encode_video([data / "scenes/videos/test_00000.mp4"])
+    assert video.mask.shape == (1, 4)

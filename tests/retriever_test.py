@@ -1,0 +1,134 @@
+"""The Python API on a small random model."""
+
+import av
+import numpy as np
+import pytest
+import tiny
+
+import xclip_jax
+from xclip_jax import inference
+from xclip_jax.data.text import learn_tokenizer
+from xclip_jax.data.video import read_frames
+from xclip_jax.errors import InputError
+from xclip_jax.model_directory import init_params, load_model, save_model
+from xclip_jax.models import build_model
+from xclip_jax.train import resolve_architecture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model"
+    tokenizer = learn_tokenizer(["a red dog", "a blue cat"], max_words=8)
+    architecture = resolve_architecture(tiny.make_config("").model, tokenizer)
+    params = init_params(build_model(architecture), architecture, 0)
+    save_model(path, architecture, params, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def retriever(folder):
+    return xclip_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for _ in range(33):
+            image = rng.integers(0, 255, (4, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def frames(count, side=tiny.SIDE, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (count, side, side, 3), np.uint8)
+
+
+def test_shapes_and_masks_are_those_of_the_model(retriever):
+    text = retriever.encode_text(["a red dog", "cat", "a blue cat and a red dog and a blue cat"])
+    assert text.sentence.shape == (3, 32)
+    assert text.words.shape == (3, 8, 32)
+    assert text.mask.sum(1).tolist() == [5, 3, 8]
+    video = retriever.encode_video([frames(1), frames(3), frames(9)])
+    assert video.frames.shape == (3, 4, 32)
+    assert video.mask.sum(1).tolist() == [1, 3, 4]
+    assert retriever.similarity(text, video).shape == (3, 3)
+
+
+def test_a_path_gives_what_its_frames_give(retriever, clip):
+    decoded = np.stack(read_frames(clip, tiny.SIDE).frames)
+    assert len(decoded) == 7  # thinned out to the model's 4
+    one, other = retriever.encode_video([clip]), retriever.encode_video([decoded])
+    np.testing.assert_array_equal(one.video, other.video)
+
+
+def test_frames_of_another_size_are_preprocessed(retriever):
+    large = frames(2, side=40)
+    assert retriever.encode_video([large]).mask.sum() == 2
+
+
+def test_any_batch_size_gives_the_same_and_compiles_little(retriever):
+    videos = [frames(1 + i % 4, seed=i) for i in range(37)]
+    whole = retriever.encode_video(videos)
+    parts = [retriever.encode_video(videos[i : i + 3]) for i in range(0, 36, 3)]
+    np.testing.assert_allclose(
+        whole.video[:36], np.concatenate([part.video for part in parts]), atol=1e-5
+    )
+    before = inference._apply._cache_size()
+    for count in (33, 34, 35, 36):
+        retriever.encode_video(videos[:count])
+    assert inference._apply._cache_size() <= before + 2
+
+
+def test_search_ranks_by_similarity(retriever, clip):
+    videos = [frames(2), clip, frames(4, seed=2)]
+    matches = retriever.search("a red dog", videos, k=2)
+    text, video = retriever.encode_text(["a red dog"]), retriever.encode_video(videos)
+    scores = retriever.similarity(text, video)[0]
+    assert [match.index for match in matches] == np.argsort(-scores)[:2].tolist()
+    assert matches[0].video is videos[matches[0].index]
+    assert matches[0].score == pytest.approx(scores.max(), abs=1e-4)
+    assert [match.index for match in retriever.search("a red dog", video, k=9)] == np.argsort(
+        -scores
+    ).tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: r.encode_text("a dog"), "list of at least one text"),
+        (lambda r: r.encode_text([]), "list of at least one text"),
+        (lambda r: r.encode_video("dog.mp4"), "list of at least one path"),
+        (lambda r: r.encode_video(["nothing.mp4"]), "nothing.mp4: "),
+        (lambda r: r.encode_video([frames(2)[0]]), "must be F x H x W x 3"),
+        (lambda r: r.encode_video([frames(2).astype(np.float32)[:, :5]]), "float frames must be"),
+        (lambda r: r.encode_video([frames(2), frames(2).astype(np.float32)]), "all uint8 or all"),
+    ],
+)
+def test_mistakes_are_named(retriever, call, message):
+    with pytest.raises(InputError, match=message):
+        call(retriever)
+
+
+def test_a_model_without_tokenizer_says_how_to_add_one(folder, tmp_path, retriever):
+    architecture, _, params, _ = load_model(folder)
+    save_model(tmp_path / "model", architecture, params)
+    without = xclip_jax.load(tmp_path)  # a work directory
+    assert without.encode_video([frames(2)]).mask.sum() == 2
+    with pytest.raises(InputError, match=r"--vocab"):
+        without.encode_text(["a dog"])
+
+
+def test_a_missing_or_damaged_model_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match=r"looked for model\.json"):
+        xclip_jax.load(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        xclip_jax.load(tmp_path)
+    (tmp_path / "model.json").write_text((folder / "model.json").read_text())
+    with pytest.raises(InputError, match="cannot be read"):
+        xclip_jax.load(tmp_path)
