@@ -41,13 +41,15 @@ def write_config(path, data, epochs=1):
 
 
 @pytest.fixture
-def run_main(data, tmp_path, capsys):
+def run_main(data, tmp_path, monkeypatch):
     """Runs the command in this process; returns what it exits with, None if it succeeds."""
     config = write_config(tmp_path / "config.py", data)
 
     def run(*arguments):
+        argv = ["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.a.b
         flags.FLAGS.unparse_flags()
-        flags.FLAGS(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments])
+        flags.FLAGS(argv)
         try:
             main.main([])
         except SystemExit as stop:

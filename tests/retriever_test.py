@@ -18,7 +18,7 @@ from xclip_jax.train import resolve_architecture
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model"
-    tokenizer = learn_tokenizer(["a red dog", "a blue cat"], max_words=8)
+    tokenizer = learn_tokenizer(["a red dog", "a blue cat and"] * 2, max_words=8)
     architecture = resolve_architecture(tiny.make_config("").model, tokenizer)
     params = init_params(build_model(architecture), architecture, 0)
     save_model(path, architecture, params, tokenizer)

@@ -14,6 +14,6 @@ def one_line_errors():
     try:
         yield
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit("interrupted")

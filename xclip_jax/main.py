@@ -9,6 +9,7 @@ where the last one stopped.
 """
 
 import logging
+import sys
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -44,6 +45,15 @@ def main(argv):
         evaluate.run(config, workdir)
 
 
+def parse_flags(argv):
+    """absl's parsing, with one line for a field that the config does not have."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        field = str(error).strip("\"'")
+        sys.exit(f"error: --config has no field {field}: see xclip_jax/config.py for all of them")
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
