@@ -127,7 +127,7 @@ def test_mistakes_are_named():
     [("right", 1, 0), ("left", -1, 0), ("up", 0, -1), ("down", 0, 1), ("still", 0, 0)],
 )
 def test_the_object_moves_as_told(tmp_path, motion, sign_x, sign_y):
-    rendered.render(single("red", "square", "small", motion), tmp_path / "a.mp4")
+    rendered.render(single("red", "cross", "small", motion), tmp_path / "a.mp4")
     masks = [object_mask(image, "red") for image in decode(tmp_path / "a.mp4")]
     y, x = np.array([np.argwhere(mask).mean(axis=0) for mask in masks]).T
     for track, sign in ((x, sign_x), (y, sign_y)):

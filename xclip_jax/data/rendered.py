@@ -1,7 +1,7 @@
 """The demo's data: short clips of moving coloured shapes, rendered, encoded to H.264, captioned.
 
 One shape moves ("a small red circle goes from left to right"), or two show up one after the other
-("a small red circle is replaced by a big blue square"). Every scene that has a direction in time
+("a small red circle is replaced by a big blue cross"). Every scene that has a direction in time
 comes with its mirror in time, which has exactly the same frames in the opposite order: no single
 frame and no average of frames tells the two apart. Who wears which shape is also swapped, so that
 the words of a caption regardless of their order do not suffice. Colours and shapes are few, so that
@@ -37,7 +37,7 @@ COLOURS = {
     "green": (30, 150, 50),
     "blue": (45, 70, 225),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "triangle", "cross")
 RADII = {"small": 0.15, "medium": 0.21, "large": 0.27}  # of the side; only medium goes unsaid
 OPPOSITE = {
     **{"right": "left", "left": "right", "up": "down", "down": "up"},
@@ -256,8 +256,6 @@ def _distance(shape, x, y, radius):
     """Signed distance from the outline, negative inside (a lower bound outside corners)."""
     if shape == "circle":
         return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.88 * radius
     if shape == "triangle":  # point up; y points down
         slopes = np.sqrt(0.8) * abs(x) - np.sqrt(0.2) * (y + 1.05 * radius)
         return np.maximum(slopes, y - 0.9 * radius)
