@@ -58,13 +58,28 @@ def load_model(directory):
             # Told to be NumPy, so that they load whatever devices they were saved from.
             shapes = jax.eval_shape(lambda: init_params(model, architecture, 0))
             like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes)
-            params = jax.device_put(checkpointer.restore(directory / "params", like))
+            params = checkpointer.restore(directory / "params", like)
     except Exception as error:  # Orbax has no one type for a damaged checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{directory / 'params'} cannot be read: {reason}") from None
+    _check_shapes(directory, params, shapes)
+    params = jax.device_put(params)
     folder = directory / "tokenizer"
     tokenizer = load_tokenizer(folder, model.max_words) if folder.is_dir() else None
     return architecture, model, params, tokenizer
+
+
+def _check_shapes(directory, params, expected):
+    """Orbax hands back an array of another shape than asked for without a word."""
+    for (path, found), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected), strict=True
+    ):
+        if found.shape != wanted.shape:
+            name = "/".join(entry.key for entry in path)
+            raise InputError(
+                f"{directory / 'params'} do not fit model.json: {name} has shape {found.shape}, "
+                f"must be {wanted.shape}"
+            )
 
 
 def init_params(model, architecture, seed):
