@@ -94,7 +94,10 @@ def run(config, workdir):
     partial = workdir / "results.json.part"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(partial, workdir / "results.json")
-    print(f"\n{format_table(results)}\n\nreport: {index}")
+    print(f"\n{format_table(results)}")
+    if found.truncated:
+        print(f"{found.truncated} captions were cut to model.max_words = {model.max_words} tokens")
+    print(f"\nreport: {index}")
     return results
 
 
