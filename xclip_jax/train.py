@@ -57,7 +57,8 @@ def train_step(state, batch, model, optimizer, same_video):
     params = clamp_logit_scale(optax.apply_updates(state.params, updates))
     metrics = {
         "loss": loss,
-        "accuracy": jnp.mean(jnp.argmax(sim_BxB, 1) == jnp.arange(len(sim_BxB))),
+        # The share of texts whose best video in the batch is theirs, in whichever of its pairs.
+        "accuracy": jnp.mean(batch["video"][jnp.argmax(sim_BxB, 1)] == batch["video"]),
         "gradient_norm": optax.global_norm(gradients),
         "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
     }
