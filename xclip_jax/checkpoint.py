@@ -7,6 +7,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+# Checkpoints between evaluations have no score; Orbax would warn of each.
+logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in str(record.msg))
+
 
 class Checkpoints:
     """The checkpoints of a work directory.
@@ -19,6 +22,7 @@ class Checkpoints:
         policies = [keep.LatestN(2), keep.BestN(get_metric_fn=_score, n=1, **_UNSCORED)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
+            best_fn=_score,  # without it Orbax drops the metrics
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
