@@ -29,7 +29,7 @@ def make(folder):
         frames = small.repeat(8, 1).repeat(8, 2)
         jpegs = [encode_jpeg(np.ascontiguousarray(frame)) for frame in frames]
         captions = [f"clip number {number}"]
-        return {"id": str(number), "captions": captions, "frames": jpegs, "times": range(FRAMES)}
+        return {"id": str(number), "captions": captions, "frames": jpegs, "times": [*range(FRAMES)]}
 
     records = [lambda n=n: record(n) for n in range(CLIPS)]
     write_dataset(folder, {"train": records}, {"train": [1] * CLIPS}, 224)
