@@ -35,6 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
+    package_data={"xclip_jax.report": ["style.css"]},
     install_requires=REQUIRES,
     extras_require={
         "test": ["pytest>=8", "ruff>=0.15"],

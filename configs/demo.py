@@ -2,7 +2,7 @@
 
     python -m xclip_jax.main --config=configs/demo.py
 
-Needs nothing: renders 2,780 clips of moving shapes to data/demo, trains a small X-CLIP from random
+Needs nothing: renders 4,280 clips of moving shapes to data/demo, trains a small X-CLIP from random
 weights and evaluates it on 220 clips whose combinations of objects and motions it has never seen.
 """
 
@@ -14,7 +14,7 @@ def get_config():
     c = config.get_config()
     c.name = "demo"
     c.data.path = "data/demo"
-    c.data.rendered = 2500
+    c.data.rendered = 4000
 
     model = c.model
     model.embed_dim = 64
@@ -24,7 +24,7 @@ def get_config():
     model.text.update(vocab_size=0, context_length=24, width=64, layers=3, heads=4)
     model.temporal.update(layers=2, heads=4)
 
-    c.train.update(batch_size=64, epochs=10, eval_every=234)
+    c.train.update(batch_size=64, epochs=9)
     c.loss.same_video = "ignore"
     c.optimizer.update(lr=1.5e-3, encoder_lr=1.5e-3, weight_decay=0.1)
     return c

@@ -68,10 +68,7 @@ def videos(tmp_path_factory):
 def in_threads(monkeypatch):
     """The pool of processes becomes one of threads: the tests that use it are not about crashes."""
 
-    def pool(workers, context, initializer):
-        return concurrent.futures.ThreadPoolExecutor(workers)
-
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(prepare, "worker_pool", concurrent.futures.ThreadPoolExecutor)
 
 
 def command(videos, annotations, output, *more):
@@ -441,7 +438,7 @@ def test_a_pool_that_breaks_while_it_is_fed_loses_no_job(monkeypatch):
             future.set_result(function(*arguments))
             return future
 
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(prepare, "worker_pool", Pool)
     monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(prepare, "_extract", lambda name: (name, None))
     jobs = [(f"job {n}",) for n in range(9)]

@@ -10,7 +10,7 @@ import pytest
 from xclip_jax.data import rendered
 from xclip_jax.errors import InputError
 
-COUNTS = {"train": 2500, "val": 60, "test": 220}
+COUNTS = {"train": 4000, "val": 60, "test": 220}
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,8 @@ def run(config, workdir):
     if not own_split:
         split = config.data.train_split
     found = evaluate_split(config, model, params, dataset, split, tokenizer)
+    if not np.isfinite(found.sim_TxV).all():
+        raise InputError(f"{workdir / 'model'} gives similarities that are NaN or infinite")
     results = {
         "step": architecture["step"],
         "split": split,

@@ -33,9 +33,14 @@ def rank_counts(scores_QxG, correct_Q):
     return better_Q, equal_Q
 
 
+def expected_ranks(better_Q, equal_Q):
+    """Mean rank of the correct item when ties are broken at random; 1 = best."""
+    return 1 + better_Q + equal_Q / 2
+
+
 def summarize(better_Q, equal_Q):
     """R@1, R@5, R@10 in percent, and the median and mean expected rank (1 = best)."""
-    ranks_Q = 1 + better_Q + equal_Q / 2
+    ranks_Q = expected_ranks(better_Q, equal_Q)
     hits = {k: np.clip((k - better_Q) / (equal_Q + 1), 0, 1) for k in RECALLS}
     recalls = {f"R@{k}": 100 * float(hits[k].mean()) for k in RECALLS}
     return {**recalls, "MdR": float(np.median(ranks_Q)), "MnR": float(ranks_Q.mean())}

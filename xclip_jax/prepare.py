@@ -13,12 +13,9 @@ import collections
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.errors import InputError, one_line_errors
 from xclip_jax.progress import progress
+from xclip_jax.workers import worker_pool
 
 
 def prepare(annotations, videos, output, dataset="captions", image_size=224, max_failures=0.05):
@@ -161,13 +159,12 @@ def _extract_all(jobs):
 
 def _run_pool(jobs, todo, outcomes, bar):
     """Works off `todo` (emptied as it goes); returns the jobs in flight if the pool broke."""
-    workers = max(1, min(os.cpu_count(), len(todo)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    at_once = 2 * os.cpu_count()
+    with worker_pool(len(todo)) as pool:
         running = {}
         while todo or running:
             try:
-                while todo and len(running) < 2 * workers:
+                while todo and len(running) < at_once:
                     running[pool.submit(_extract, *jobs[todo[0]])] = todo[0]
                     todo.popleft()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -180,17 +177,6 @@ def _run_pool(jobs, todo, outcomes, bar):
                 failures = sum(1 for outcome in outcomes if outcome and outcome[0])
                 bar.set_postfix(failed=failures, refresh=False)
     return []
-
-
-def _start_worker():
-    """Ctrl-C goes to the whole group: the parent alone answers it. Killed, it takes all along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _report_failures(output, clips, outcomes, max_failures):

@@ -91,11 +91,7 @@ def run(config, workdir):
     claim_workdir(workdir, config, dataset)
 
     model = build_model(architecture)
-    o = config.optimizer
-    schedule = learning_rate_schedule(o.lr, total_steps, o.warmup)
-    optimizer = make_optimizer(
-        schedule, o.encoder_lr / o.lr, o.weight_decay, o.b1, o.b2, o.eps, o.clip_norm
-    )
+    schedule, optimizer = _optimizer(config.optimizer, total_steps)
     state = init_state(model, architecture, optimizer, config.seed, mesh)
     print(
         f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, "
@@ -118,23 +114,31 @@ def run(config, workdir):
         start_step=int(state.step),
         process=(jax.process_index(), jax.process_count()),
     )
-    step_fn = jax.jit(
-        functools.partial(
-            train_step, model=model, optimizer=optimizer, same_video=config.loss.same_video
-        ),
-        donate_argnums=0,
-        out_shardings=sharding.replicated(mesh),
-    )
+    step_fn = compile_step(model, optimizer, config.loss.same_video, mesh)
     validate = None
     if config.data.val_split in dataset.captions_per_clip:
         validate = functools.partial(_validate, config, model, dataset, tokenizer)
-    monitor = _Monitor(config, workdir, schedule, total_steps, int(state.step))
-    with monitor:
+    with _Monitor(config, workdir, schedule, total_steps, int(state.step)) as monitor:
         _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps)
     best = checkpoints.best_step()
     params = checkpoints.restore(best, state).params
     checkpoints.close()
     save_model(workdir / "model", {**architecture, "step": best}, params, tokenizer)
+
+
+def compile_step(model, optimizer, same_video, mesh):
+    """`train_step` jitted over the mesh; the state passed in is given up for the new one."""
+    step = functools.partial(train_step, model=model, optimizer=optimizer, same_video=same_video)
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+
+
+def _optimizer(options, total_steps):
+    """(learning rate schedule, optimizer) of config.optimizer."""
+    schedule = learning_rate_schedule(options.lr, total_steps, options.warmup)
+    ratio = options.encoder_lr / options.lr
+    decay = options.weight_decay
+    betas = options.b1, options.b2
+    return schedule, make_optimizer(schedule, ratio, decay, *betas, options.eps, options.clip_norm)
 
 
 def _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps):

@@ -14,10 +14,8 @@ training; every colour, shape, motion and most pairs of them are in it.
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import numpy as np
 
 from xclip_jax.errors import InputError
 from xclip_jax.progress import progress
+from xclip_jax.workers import worker_pool
 
 SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader samples
 LAST = SECONDS - 1.0  # all motion ends here, so that time mirrors around LAST / 2
@@ -307,7 +306,7 @@ def _encode(scene, path):
 
 def make(
     directory: str | Path,
-    num_train: int = 2500,
+    num_train: int = 4000,
     num_val: int = 60,
     num_test: int = 220,
     seed: int = 0,
@@ -349,9 +348,7 @@ def _claim(directory, arguments):
 
 
 def _render_all(scene_of):
-    context = multiprocessing.get_context("spawn")  # forking is unsafe once JAX runs
-    workers = min(os.cpu_count() or 1, len(scene_of) // 8 + 1)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with worker_pool(len(scene_of) // 8 + 1) as pool:
         done = pool.map(render, scene_of.values(), scene_of, chunksize=8)
         with progress(len(scene_of), "rendering videos", "clip") as bar:
             for _ in done:
