@@ -1,5 +1,6 @@
 """The demo's data: what its captions promise is on the screen, and test never leaks into train."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -176,6 +177,15 @@ def test_the_same_scene_gives_the_same_bytes(tmp_path, drawn):
     rendered.render(replace(scene, noise=scene.noise + 1), tmp_path / "c")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_so_do_many_scenes_one_after_the_other(tmp_path, drawn):
+    def digests():
+        for scene in drawn["train"][:100]:
+            rendered.render(scene, tmp_path / "a")
+            yield hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+
+    assert list(digests()) == list(digests()) == list(digests())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 

@@ -28,7 +28,7 @@ from xclip_jax.workers import worker_pool
 
 SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader samples
 LAST = SECONDS - 1.0  # all motion ends here, so that time mirrors around LAST / 2
-RECIPE = 1  # raise it when the same seed gives other videos or captions
+RECIPE = 2  # raise it when the same seed gives other videos or captions
 
 COLOURS = {
     "red": (215, 35, 35),
@@ -289,7 +289,8 @@ def render(scene: Scene, path: str | Path) -> None:
 
 
 def _encode(scene, path):
-    options = {"crf": "12", "preset": "veryfast"}
+    # x264's assembly reads past the edges of so small a picture: about 1 clip in 50 differs by run.
+    options = {"crf": "12", "preset": "veryfast", "x264-params": "asm=0"}
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width = stream.height = SIDE
