@@ -18,7 +18,7 @@ from xclip_jax.data.pipeline import TrainingPairs, training_batches
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import decode_jpeg, encode_jpeg
 
-CLIPS, FRAMES, BATCH, BATCHES, THREADS = 200, 12, 20, 20, 4
+CLIPS, FRAMES, BATCH, BATCHES, THREADS = 200, 12, 20, 150, 4
 
 
 def make(folder):
