@@ -14,6 +14,9 @@ REQUIRES = [
     "importlib_resources",  # imported by tensorflow-datasets, which forgets to ask for it
     "array-record>=0.8",  # the file format TFDS writes and grain reads without TensorFlow
     "transformers>=5.0,<6",
+    "huggingface_hub>=1.0",  # comes with transformers: downloads models and tokenizers
+    "safetensors>=0.6",  # comes with transformers: its weight files
+    "ml_dtypes",  # comes with jax: bfloat16 in NumPy
     "ml_collections>=1.1,<2",
     "absl-py>=2.1",
     "numpy>=2.0",

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from transformers import CLIPTokenizer
 
 from xclip_jax.data import text as text_module
-from xclip_jax.data.text import END, START, Tokenizer, clean, learn_tokenizer, load_tokenizer
+from xclip_jax.data.text import END, START, clean, learn_tokenizer, load_tokenizer
 from xclip_jax.errors import InputError
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "shared" / "clip_bpe"
@@ -219,7 +218,7 @@ def test_missing_folders(tmp_path):
     for path in (tmp_path / "none", "data/mine/tokenizer"):
         with pytest.raises(InputError) as error:
             load_tokenizer(path)
-        assert str(error.value).startswith(f"no tokenizer in {path}: no such folder, nor ")
+        assert str(error.value).startswith(f"no tokenizer in {path}: no such file or folder, nor ")
         assert "\n" not in str(error.value)
 
 
@@ -236,22 +235,120 @@ def test_from_the_hub(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "snapshot_download", snapshot_download)
     assert load_tokenizer("openai/clip").encode("a dog") == tokenizer.encode("a dog")
     assert asked[0][0] == "openai/clip"
-    reason = "no such folder, nor is it one of the Hugging Face hub: no network"
+    reason = "no such file or folder, nor one of the Hugging Face hub: no network"
     with pytest.raises(InputError, match=f"^no tokenizer in openai/clip: {reason}$"):
         load_tokenizer("openai/clip")
 
 
-def test_ids_are_those_of_openai():
+# A vocabulary file of five merges. 512 ids of bytes come before them.
+MADE_UP = "#made up: 1\nt h\nth e</w>\nd o\ndo g</w>\nÃ ©</w>\n"
+# By hand: byte 33 is id 0, 161 is 94, 174 is 106; then those without a letter, of which 0 is 188,
+# 127 is 221 and 173 is 255; 256 more for each at the end of a word.
+MADE_UP_IDS = {
+    "The  DOG": [513, 515],
+    "dogs": [514, ord("g") - 33, 256 + ord("s") - 33],
+    "thé!": [512, 516, 256],
+    "thée": [512, 106 + 0xC3 - 174, 94 + 0xA9 - 161, 256 + ord("e") - 33],
+    "日": [106 + 0xE6 - 174, 221 + 0x97 - 127, 94 + 0xA5 - 161 + 256],
+    "\u00adx ~": [106 + 0xC2 - 174, 255 + 256, 256 + ord("x") - 33, 256 + 93],
+    f"{START}dog{END}": [517, 515, 518],
+}
+
+
+def vocabulary_file(path, text):
+    """Writes `text` to `path`, packed if its name ends in .gz."""
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["bpe.txt.gz", "bpe.txt"])
+def test_a_vocabulary_file(name, tmp_path):
+    path = vocabulary_file(tmp_path / name, MADE_UP)
+    for tokenizer in (load_tokenizer(path, 5), load_tokenizer(str(path), max_words=5)):
+        assert (tokenizer.vocab_size, tokenizer.start, tokenizer.end) == (519, 517, 518)
+        assert {text: tokenizer.encode(text) for text in MADE_UP_IDS} == MADE_UP_IDS
+    assert tokenizer(["the dog the dog"])[0].tolist() == [[517, 513, 515, 513, 518]]
+    tokenizer.save(tmp_path / "folder")
+    loaded = load_tokenizer(tmp_path / "folder")
+    assert (loaded.vocab_size, loaded.start, loaded.end) == (519, 517, 518)
+    assert {text: loaded.encode(text) for text in MADE_UP_IDS} == MADE_UP_IDS
+
+
+@pytest.mark.parametrize(
+    "text", [MADE_UP.replace("\n", "\r\n"), MADE_UP.rstrip(), MADE_UP + "\n\n"]
+)
+def test_line_ends_do_not_matter(text, tmp_path):
+    tokenizer = load_tokenizer(vocabulary_file(tmp_path / "bpe.txt", text))
+    assert tokenizer.vocab_size == 519
+    assert tokenizer.encode("the dog") == [513, 515]
+
+
+def test_a_vocabulary_file_lists_what_was_learned(tokenizer, tmp_path):
+    """The same vocabulary either way: written as OpenAI's, what was learned has the same ids."""
+    tokenizer.save(tmp_path)
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    lines = "\n".join(["#learned", *map(" ".join, merges)])
+    loaded = load_tokenizer(vocabulary_file(tmp_path / "bpe.txt.gz", lines))
+    assert loaded.vocab_size == tokenizer.vocab_size
+    for string in STRINGS + CORPUS:
+        assert loaded.encode(string) == tokenizer.encode(string)
+
+
+def test_merges_past_those_of_openai_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "MAX_MERGES", 3)
+    text = "".join(MADE_UP.splitlines(keepends=True)[:4]) + "what follows is not read\n" * 3
+    assert load_tokenizer(vocabulary_file(tmp_path / "bpe.txt", text)).end == 512 + 3 + 1
+
+
+NO_MERGES = "the file has no merges below a header line"
+DAMAGED = "the file is damaged or no vocabulary file"
+PROSE = "A dog runs after the red ball.\nIt sits down by the fire.\nThe ball is lost.\n"
+PACKED = gzip.compress(MADE_UP.encode() * 1000)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (PACKED[: len(PACKED) // 2], DAMAGED),
+        (PACKED[:12], DAMAGED),
+        (PACKED[:-4], DAMAGED),
+        (PACKED[:20] + b"\x00" * 9 + PACKED[29:], DAMAGED),
+        (b"\x1f\x8b and no more", DAMAGED),
+        (b"PK\x03\x04\xff\xfe", DAMAGED),
+        (b"", NO_MERGES),
+        (gzip.compress(b""), NO_MERGES),
+        (b"\n\n", NO_MERGES),
+        (b"#version: 0.2\n", NO_MERGES),
+        (b"A dog runs after the red ball.", NO_MERGES),
+        (MADE_UP.partition("\n")[2].encode(), NO_MERGES),  # the header is gone: ids would be off
+        (PROSE.encode(), "line 2 of the file makes no new token of two known by then"),
+        (PROSE.encode("utf-16"), DAMAGED),
+        (MADE_UP.replace("d o\n", "").encode(), "line 4 of the file makes no new token"),
+        (MADE_UP.replace("d o\n", "t h\n").encode(), "line 4 of the file makes no new token"),
+        (MADE_UP.replace("d o\n", "\n").encode(), "line 4 of the file makes no new token"),
+        ((MADE_UP + "th e</w> x").encode(), "line 7 of the file makes no new token"),
+        (b'{"model": {"vocab": {}}}\n{}\n', "line 2 of the file makes no new token"),
+    ],
+)
+def test_files_that_are_no_vocabulary(data, reason, tmp_path):
+    path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(path)
+    assert str(error.value).startswith(f"no tokenizer in {path}: {reason}")
+    assert "\n" not in str(error.value)
+
+
+def test_ids_are_those_of_openai(tmp_path):
     if not CLIP_BPE.is_dir():
         pytest.skip(f"no OpenAI vocabulary in {CLIP_BPE}")
-    with gzip.open(CLIP_BPE / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as lines:
-        merges = [tuple(line.split()) for line in lines][1:48895]
-    letters = list(alphabet().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges))
-    assert (tokenizer.start, tokenizer.end) == (49406, 49407)
     cases = json.loads((CLIP_BPE / "cases.json").read_text())["cases"]
     assert len(cases) == 179
-    wrong = [case["text"] for case in cases if tokenizer.encode(case["text"]) != case["ids"]]
-    assert wrong == []
+    packed = CLIP_BPE / "bpe_simple_vocab_16e6.txt.gz"
+    tokenizer = load_tokenizer(packed)
+    tokenizer.save(tmp_path / "folder")
+    plain = vocabulary_file(tmp_path / "bpe.txt", gzip.decompress(packed.read_bytes()).decode())
+    for loaded in (tokenizer, load_tokenizer(plain), load_tokenizer(tmp_path / "folder")):
+        assert (loaded.start, loaded.end, loaded.vocab_size) == (49406, 49407, 49408)
+        assert [c["text"] for c in cases if loaded.encode(c["text"]) != c["ids"]] == []

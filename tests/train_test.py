@@ -15,7 +15,7 @@ from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.errors import InputError
 from xclip_jax.model_directory import load_model
 from xclip_jax.models import build_model
-from xclip_jax.optimizer import learning_rate_schedule, make_optimizer
+from xclip_jax.optimizer import make_optimizer
 from xclip_jax.writer import read_metrics
 
 
@@ -165,7 +165,7 @@ def test_a_step_over_two_devices_equals_the_step_on_one(data):
     tokenizer = train.load_tokenizer(data / "tokenizer", 8)
     architecture = train.resolve_architecture(config.model, tokenizer)
     model = build_model(architecture)
-    optimizer = make_optimizer(learning_rate_schedule(1e-3, 100, 0.1), 0.5, 0.1)
+    _, optimizer = make_optimizer("adamw", 1e-3, 100, 0.5, 0.1, 0.1, 0.9, 0.98, 1e-6, 1.0)
     pairs = train.TrainingPairs(dataset, "train", "all")
     batches = train.training_batches(pairs, tokenizer, 8, 4, tiny.SIDE, 0)
     batch = next(batches)

@@ -5,13 +5,16 @@ allowed. Defaults are the paper's settings for MSR-VTT with ViT-B/32
 (https://arxiv.org/abs/2207.07285, Sec. 4).
 """
 
+import json
 import math
 
 from ml_collections import ConfigDict
 
 from xclip_jax.errors import InputError
+from xclip_jax.models import HEADS, PRESETS, resolve
 from xclip_jax.models.clip import ACTIVATIONS
 from xclip_jax.models.temporal import TEMPORAL_ENCODERS
+from xclip_jax.optimizer import OPTIMIZERS
 from xclip_jax.similarity import AGGREGATIONS, GRANULARITIES
 
 # A run may be resumed with other values of these: they do not change the course of training.
@@ -33,8 +36,9 @@ def get_config():
     c.seed = 0  # initial weights and the order of the data
 
     c.model = model = ConfigDict()
-    model.preset = "paper"  # which reading of X-CLIP: paper
-    model.head = "xclip"  # how features become similarities: xclip
+    model.preset = "paper"  # which reading of X-CLIP: paper | official (the PyTorch release)
+    # xclip | CLIP4Clip's mean_pooling, seq_lstm, seq_transformer, tight_transformer
+    model.head = "xclip"
     model.embed_dim = 512  # D, width of the joint space
     model.activation = "quick_gelu"  # of every transformer: quick_gelu | gelu
     model.max_words = 32  # W, tokens a text, start and end included; longer texts are cut
@@ -44,6 +48,12 @@ def get_config():
         "attention"  # attention | max-max | mean-mean | mean-max | max-mean (Table 7)
     )
     model.tau = 0.01  # temperature of AOSM (Table 9)
+    model.fusion = "mean"  # of the granularities (Eq. 14), or transformer (Table 14)
+    # The next four: "" as the preset says.
+    model.frame_features = ""  # frames that texts are compared with: temporal (Eq. 1) | clip
+    model.words = ""  # word_tokens | all_tokens: start and end tokens count as words too
+    model.padding = ""  # masked | competes: padded words and frames take part in AOSM
+    model.matrices = ""  # none | learned: the release's eight matrices, tied to the lengths
     model.dtype = "float32"  # compute type of the towers: float32 | bfloat16
     model.remat = False  # recompute layers in the backward pass: less memory, more time
     model.vision = vision = ConfigDict()
@@ -60,8 +70,9 @@ def get_config():
     text.heads = 8  # N of the text tower
     model.temporal = temporal = ConfigDict()
     temporal.type = "transformer"  # none | transformer | lstm (Table 8)
-    temporal.layers = 3  # of the transformer
-    temporal.heads = 8  # of the transformer
+    temporal.layers = 0  # of the transformer, also of heads and fusions; 0: as the preset says
+    temporal.heads = 8  # of the transformer, also of heads and fusions
+    temporal.residual = ""  # yes | no: CLIP's frames are added to the output; "": by the preset
 
     c.data = data = ConfigDict()
     data.path = ""  # folder that xclip_jax.prepare wrote
@@ -79,8 +90,14 @@ def get_config():
 
     c.loss = loss = ConfigDict()
     loss.same_video = "negative"  # two captions of a video in a batch: negative | ignore
+    loss.scale = 0.0  # factor of Eq. 17; 0: as the preset says, 1 (paper) or 0.5 (official)
+
+    c.init = init = ConfigDict()
+    init.clip = ""  # model directory whose CLIP towers training starts from; "": random weights
 
     c.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw | bert_adam (the release's)
+    optimizer.freeze_layers = -1  # of CLIP: -1 none; 0 the embeddings; n also the first n blocks
     optimizer.lr = 1e-4  # peak learning rate of what is new
     optimizer.encoder_lr = 1e-7  # peak learning rate of CLIP's towers and the logit scale
     optimizer.warmup = 0.1  # share of the steps with rising rate; then a cosine to 0
@@ -110,14 +127,20 @@ def validate(c):
     """Raises InputError naming the field, its value and what is allowed, for the first mistake."""
     _types(c, get_config())
     _one_of(c, "mode", ("train", "eval"))
-    _one_of(c, "model.preset", ("paper",))
-    _one_of(c, "model.head", ("xclip",))
+    _one_of(c, "model.preset", PRESETS)
+    _one_of(c, "model.head", HEADS)
+    _one_of(c, "model.fusion", ("mean", "transformer"))
+    for field, allowed in _BY_PRESET.items():
+        _one_of(c, field, ("", *allowed))
     _one_of(c, "model.activation", ACTIVATIONS)
     _one_of(c, "model.aggregation", AGGREGATIONS)
     _one_of(c, "model.dtype", ("float32", "bfloat16"))
     _one_of(c, "model.temporal.type", TEMPORAL_ENCODERS)
     _one_of(c, "data.captions", ("all", "random"))
     _one_of(c, "loss.same_video", ("negative", "ignore"))
+    _one_of(c, "optimizer.name", OPTIMIZERS)
+    _check(c, "optimizer.freeze_layers", lambda x: x >= -1, "-1 or a number of layers")
+    _check(c, "loss.scale", lambda x: 0 <= x < math.inf, "a number of at least 0")
     _granularities(c)
     for field in _POSITIVE_INTEGERS:
         _check(c, field, lambda x: x >= 1, "a whole number of at least 1")
@@ -133,11 +156,18 @@ def validate(c):
     _sizes(c.model)
 
 
+_BY_PRESET = {
+    "model.frame_features": ("temporal", "clip"),
+    "model.words": ("word_tokens", "all_tokens"),
+    "model.padding": ("masked", "competes"),
+    "model.matrices": ("none", "learned"),
+    "model.temporal.residual": ("yes", "no"),
+}
 _POSITIVE_INTEGERS = (
     *(f"model.{name}" for name in ("embed_dim", "max_frames")),
     *(f"model.vision.{name}" for name in ("image_size", "patch_size", "width", "layers", "heads")),
     *(f"model.text.{name}" for name in ("context_length", "width", "layers", "heads")),
-    *(f"model.temporal.{name}" for name in ("layers", "heads")),
+    "model.temporal.heads",
     *(f"train.{name}" for name in ("batch_size", "epochs", "checkpoint_every")),
     "eval.batch_size",
     "log.every",
@@ -146,6 +176,7 @@ _NATURAL_NUMBERS = (
     "seed",
     "train.eval_every",
     "model.text.vocab_size",
+    "model.temporal.layers",
     "eval.block_cells",
     "data.rendered",
     "report.attention_pairs",
@@ -206,11 +237,15 @@ def _sizes(m):
     if m.vision.image_size % m.vision.patch_size:
         _fail("model.vision.patch_size", m.vision.patch_size, f"a divisor of {m.vision.image_size}")
     towers = {"vision": m.vision.width, "text": m.text.width}
-    if m.temporal.type == "transformer":
+    head = resolve(json.loads(m.to_json()))
+    pairwise = "transformer" in (head["fusion"], head["temporal"]["type"])
+    if pairwise or m.head == "tight_transformer":
         towers["temporal"] = m.embed_dim
     for tower, width in towers.items():
         if width % m[tower].heads:
             _fail(f"model.{tower}.heads", m[tower].heads, f"a divisor of the width {width}")
+    if head["matrices"] == "learned" and m.aggregation != "attention":
+        _fail("model.aggregation", m.aggregation, "attention where model.matrices are learned")
     if not 3 <= m.max_words <= m.text.context_length:
         allowed = f"from 3 to model.text.context_length = {m.text.context_length}"
         _fail("model.max_words", m.max_words, allowed)

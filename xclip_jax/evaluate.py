@@ -1,6 +1,7 @@
 """Evaluation: encode everything once, block-wise similarity, metrics both ways, the report."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from xclip_jax.metrics import retrieval_metrics
 from xclip_jax.model_directory import load_model
 from xclip_jax.progress import progress
 from xclip_jax.report import Attention, format_table, write_report
-from xclip_jax.similarity import TextFeatures, VideoFeatures, word_frame_attention, word_mask
+from xclip_jax.similarity import TextFeatures, VideoFeatures, word_frame_attention
 from xclip_jax.writer import read_metrics
 
 
@@ -92,7 +93,8 @@ def run(config, workdir):
             f"evaluated on the {split} split, the clips it was trained on: "
             f"the data set has no {config.data.test_split} split"
         )
-    index = _write_report(config, workdir, found, results, dataset.clips(split), tokenizer, model)
+    clips = dataset.clips(split)
+    index = _write_report(config, workdir, found, results, clips, tokenizer, model, params)
     partial = workdir / "results.json.part"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(partial, workdir / "results.json")
@@ -113,14 +115,18 @@ def check_image_size(dataset, architecture):
         )
 
 
-def _write_report(config, workdir, found, results, clips, tokenizer, model):
+def _write_report(config, workdir, found, results, clips, tokenizer, model, params):
     def frames_of(video):
         frames, mask = load_frames(clips[video], model.max_frames, model.vision.image_size)
         return frames[mask]
 
-    count = min(config.report.attention_pairs, len(found.captions))
-    spread = np.linspace(0, len(found.captions) - 1, count).astype(int)
-    pairs = [_attention(found, text, clips, tokenizer, model, frames_of) for text in spread]
+    pairs = []
+    if model.fusion == "mean" and "frame_word" in model.granularities:
+        matrices = params.get("aggregation_matrices")
+        count = min(config.report.attention_pairs, len(found.captions))
+        for text in np.linspace(0, len(found.captions) - 1, count).astype(int):
+            attention = functools.partial(_attention, found, text, clips[found.text_video[text]])
+            pairs.append(attention(tokenizer, model, matrices, frames_of))
     return write_report(
         workdir / "report",
         results,
@@ -134,18 +140,24 @@ def _write_report(config, workdir, found, results, clips, tokenizer, model):
     )
 
 
-def _attention(found, text, clips, tokenizer, model, frames_of):
+def _attention(found, text, record, tokenizer, model, matrices, frames_of):
     """What AOSM looks at in one caption and its video."""
     video = found.text_video[text]
-    words_W = np.asarray(word_mask(found.text.mask[text][None])[0])
-    frames_F = found.video.mask[video]
+    mask_W, frames_F = found.text.mask[text], found.video.mask[video]
+    words_W = np.asarray(model.competition.words(mask_W[None])[0])
     weights_WxF = word_frame_attention(
-        found.text.words[text], found.video.frames[video], words_W, frames_F, model.tau
+        found.text.words[text],
+        found.video.frames[video],
+        words_W,
+        np.asarray(model.competition.frames(frames_F)),
+        model.tau,
+        matrices,
     )
-    times = np.asarray(clips[video]["times"])
+    tokens = ["start", *tokenizer.tokens(found.captions[text])[: mask_W.sum() - 2], "end"]
+    times = np.asarray(record["times"])
     return Attention(
-        words=tokenizer.tokens(found.captions[text])[: words_W.sum()],
-        weights_WxF=np.asarray(weights_WxF)[words_W][:, frames_F],
+        words=[token for token, shown in zip(tokens, words_W, strict=False) if shown],
+        weights_WxF=np.asarray(weights_WxF)[words_W & mask_W][:, frames_F],
         times=times[choose_frames(len(times), model.max_frames)].tolist(),
         caption=found.captions[text],
         frames_FxSxSx3=frames_of(video),

@@ -35,7 +35,7 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
         bar: optional progress bar, moved on by the pairs done.
     """
     num_texts, num_videos = len(text.mask), len(video.mask)
-    cells_a_pair = text.mask.shape[1] * video.mask.shape[1]
+    cells_a_pair = model.pair_cells(text.mask.shape[1], video.mask.shape[1])
     rows, columns = block_shape(cells_a_pair, block_cells or default_block_cells())
     rows, columns = min(rows, _round_up(num_texts)), min(columns, _round_up(num_videos))
     sim_TxV = np.empty((num_texts, num_videos), np.float32)

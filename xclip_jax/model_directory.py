@@ -1,4 +1,8 @@
-"""Model directories: `model.json`, `params/` (Orbax) and, when known, `tokenizer/`."""
+"""Model directories: `model.json`, `params/` (Orbax) and, when known, `tokenizer/`.
+
+A converted one may also hold `unread.safetensors`: what the PyTorch release saves but never reads,
+kept for the way back.
+"""
 
 import json
 import shutil
@@ -7,19 +11,31 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
 
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.errors import InputError
 from xclip_jax.models import build_model
 
+UNREAD_FILE = "unread.safetensors"
 
-def save_model(directory, architecture, params, tokenizer=None):
+
+def model_folder(directory):
+    """The model directory at `directory`, which may be a work directory (then: its `model`)."""
+    directory = Path(directory)
+    if not (directory / "model.json").is_file() and (directory / "model").is_dir():
+        return directory / "model"
+    return directory
+
+
+def save_model(directory, architecture, params, tokenizer=None, unread=None):
     """Writes a model directory whole or not at all, in place of an older one.
 
     Args:
         architecture: plain dict, see xclip_jax.models.build_model.
         params: the parameters' pytree.
         tokenizer: a Tokenizer, or None.
+        unread: official name -> array, kept for the way back to PyTorch.
     """
     directory = Path(directory).absolute()
     partial = directory.with_name(directory.name + ".part")
@@ -28,6 +44,8 @@ def save_model(directory, architecture, params, tokenizer=None):
     (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "tokenizer")
+    if unread:
+        save_file(unread, partial / UNREAD_FILE)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "params", params)
     if directory.exists():
@@ -48,7 +66,7 @@ def load_model(directory):
     directory = Path(directory).absolute()
     try:
         architecture = json.loads((directory / "model.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: looked for model.json") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{directory / 'model.json'}: not valid JSON: {error}") from None

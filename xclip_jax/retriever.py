@@ -1,7 +1,6 @@
 """The Python API: a trained model with its tokenizer and the video reader."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import VideoError, preprocess, read_frames
 from xclip_jax.errors import InputError
 from xclip_jax.inference import concatenate, encode_texts, encode_videos, similarity_in_blocks
-from xclip_jax.model_directory import load_model
+from xclip_jax.model_directory import load_model, model_folder
 from xclip_jax.similarity import VideoFeatures
 
 _BATCH = 32  # videos whose frames are held in memory at once
@@ -127,7 +126,4 @@ def load(directory):
     Raises:
         InputError: there is no model, or it is damaged.
     """
-    directory = Path(directory)
-    if not (directory / "model.json").is_file() and (directory / "model").is_dir():
-        directory = directory / "model"
-    return Retriever(*load_model(directory))
+    return Retriever(*load_model(model_folder(directory)))

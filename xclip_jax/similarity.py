@@ -6,6 +6,7 @@ then run over outer axes while the innermost, the videos, stays contiguous, whic
 units want (twice as fast on CPU as T x V x W x F).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -55,6 +56,28 @@ class VideoFeatures:
     mask: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Competition:
+    """What takes part in AOSM.
+
+    Attributes:
+        special_tokens: whether the start and end tokens count as words.
+        padding: whether padded words and frames compete like real ones.
+    """
+
+    special_tokens: bool = False
+    padding: bool = False
+
+    def words(self, mask_TxW):
+        """T x W bool, True = takes part."""
+        words_TxW = mask_TxW if self.special_tokens else word_mask(mask_TxW)
+        return words_TxW | ~mask_TxW if self.padding else words_TxW
+
+    def frames(self, mask_VxF):
+        """V x F bool, True = takes part."""
+        return jnp.ones_like(mask_VxF) if self.padding else mask_VxF
+
+
 def word_mask(mask_TxW):
     """Mask of the word tokens alone: the text mask without its start and end tokens (Sec. 3.1)."""
     has_successor = jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
@@ -102,11 +125,23 @@ def _attend_backward(axis, tau, residuals, gradient):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def aggregate(scores, mask, axis, operation, tau):
+def mixed_weights(scores, mask, axis, tau, matrix):
+    """The attention weights times a learned matrix along `axis`, as the PyTorch release has it."""
+    weights = attention_weights(scores, mask, axis, tau)
+    if matrix is None:
+        return weights
+    mixed = jnp.tensordot(weights, matrix, (axis, 0), precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(mask, jnp.moveaxis(mixed, -1, axis), 0)
+
+
+def aggregate(scores, mask, axis, operation, tau, matrix=None):
     """Takes scores to one number along `axis`, over the places where `mask` (broadcast) is True.
 
     `attention` is AOSM; `max` and `mean` are its rivals in Table 7. All masked: 0, gradient 0.
+    `matrix`: optional learned n x n that the attention's weights pass through.
     """
+    if operation == "attention" and matrix is not None:
+        return jnp.sum(mixed_weights(scores, mask, axis, tau, matrix) * scores, axis)
     if operation == "attention":
         return attend(scores, mask, axis, tau)
     if operation == "max":
@@ -116,26 +151,40 @@ def aggregate(scores, mask, axis, operation, tau):
     return jnp.sum(jnp.where(mask, scores, 0), axis) / jnp.maximum(count, 1)
 
 
-def aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, aggregation, tau):
+def aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, aggregation, tau, matrices=None):
     """AOSM of the word-frame matrices (Eq. 9-13): both orders of reduction, averaged. T x V."""
     outer, inner = AGGREGATIONS[aggregation]
     words = words_WxT[:, :, None, None]
     frames = frames_FxV[None, None]
-    by_word_WxTxV = aggregate(scores_WxTxFxV, frames, 2, inner, tau)  # Eq. 9
-    by_frame_TxFxV = aggregate(scores_WxTxFxV, words, 0, inner, tau)  # Eq. 10
-    over_words_TxV = aggregate(by_word_WxTxV, words[:, :, 0], 0, outer, tau)  # Eq. 11
-    over_frames_TxV = aggregate(by_frame_TxFxV, frames[0], 1, outer, tau)  # Eq. 12
+    learned = (matrices or {}).get
+    by_word_WxTxV = aggregate(  # Eq. 9
+        scores_WxTxFxV, frames, 2, inner, tau, learned("frame_word_frames")
+    )
+    by_frame_TxFxV = aggregate(  # Eq. 10
+        scores_WxTxFxV, words, 0, inner, tau, learned("frame_word_words")
+    )
+    over_words_TxV = aggregate(  # Eq. 11
+        by_word_WxTxV, words[:, :, 0], 0, outer, tau, learned("frame_word_words_2")
+    )
+    over_frames_TxV = aggregate(  # Eq. 12
+        by_frame_TxFxV, frames[0], 1, outer, tau, learned("frame_word_frames_2")
+    )
     return (over_words_TxV + over_frames_TxV) / 2  # Eq. 13
 
 
 def granular_similarity(
-    text, video, granularities=GRANULARITIES, aggregation="attention", tau=0.01
+    text,
+    video,
+    granularities=GRANULARITIES,
+    aggregation="attention",
+    tau=0.01,
+    competition=Competition(),
+    matrices=None,
 ):
-    """Cosine similarities of every text with every video at the asked granularities.
+    """Similarities of every text with every video at the asked granularities.
 
-    Words are word tokens only, frames real frames only. A vector of scores takes the outer
-    operation of `aggregation` (the paper's Table 7 leaves this open). What is not asked for is not
-    computed.
+    A vector of scores takes the outer operation of `aggregation` (the paper's Table 7 leaves this
+    open). What is not asked for is not computed.
 
     Args:
         text: TextFeatures of T texts.
@@ -143,27 +192,35 @@ def granular_similarity(
         granularities: names out of GRANULARITIES.
         aggregation: a key of AGGREGATIONS.
         tau: temperature of the attention, > 0.
+        competition: what counts as a word and a frame; default: word tokens and real frames.
+        matrices: the release's learned matrices, see xclip_jax.models.heads.AggregationMatrices.
 
     Returns:
-        dict of name -> T x V float32 in [-1, 1].
+        dict of name -> T x V float32; cosines, in [-1, 1], where there are no learned matrices.
     """
-    words_WxT, frames_FxV = word_mask(text.mask).T, video.mask.T
+    words_WxT, frames_FxV = competition.words(text.mask).T, competition.frames(video.mask).T
     outer, _ = AGGREGATIONS[aggregation]
+    matrices = matrices or {}
+
+    def learned(name, x):  # x times a D x D matrix
+        return x if name not in matrices else _dot("...d,de->...e", x, matrices[name])
 
     def video_sentence():  # Eq. 3
-        return _dot("td,vd->tv", text.sentence, video.video)
+        return _dot("td,vd->tv", learned("video_sentence", text.sentence), video.video)
 
     def video_word():  # Eq. 4, 8
         scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
-        return aggregate(scores_WxTxV, words_WxT[:, :, None], 0, outer, tau)
+        mask, matrix = words_WxT[:, :, None], matrices.get("video_word")
+        return aggregate(scores_WxTxV, mask, 0, outer, tau, matrix)
 
     def frame_sentence():  # Eq. 5, 8
         scores_TxFxV = _dot("td,vfd->tfv", text.sentence, video.frames)
-        return aggregate(scores_TxFxV, frames_FxV[None], 1, outer, tau)
+        mask, matrix = frames_FxV[None], matrices.get("frame_sentence")
+        return aggregate(scores_TxFxV, mask, 1, outer, tau, matrix)
 
     def frame_word():  # Eq. 6, 9-13
-        scores_WxTxFxV = _dot("twd,vfd->wtfv", text.words, video.frames)
-        return aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, aggregation, tau)
+        scores_WxTxFxV = _dot("twd,vfd->wtfv", learned("frame_word", text.words), video.frames)
+        return aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, aggregation, tau, matrices)
 
     functions = (video_sentence, video_word, frame_sentence, frame_word)
     computed = dict(zip(GRANULARITIES, functions, strict=True))
@@ -175,7 +232,7 @@ def fuse(similarities):
     return sum(similarities.values()) / len(similarities)
 
 
-def word_frame_attention(words_WxD, frames_FxD, words_W, frames_F, tau=0.01):
+def word_frame_attention(words_WxD, frames_FxD, words_W, frames_F, tau=0.01, matrices=None):
     """The share of AOSM's attention that each word-frame cell of one pair gets.
 
     The weights with which Eq. 9-13 add up the cells of the word-frame matrix, so that the sum of
@@ -183,21 +240,25 @@ def word_frame_attention(words_WxD, frames_FxD, words_W, frames_F, tau=0.01):
 
     Args:
         words_WxD, frames_FxD: normalised features of one text and one video.
-        words_W, frames_F: bool masks, True = a word token, a real frame.
+        words_W, frames_F: bool masks, True = takes part.
         tau: temperature.
+        matrices: the release's learned matrices, if the model has them.
 
     Returns:
-        W x F weights in [0, 1] that sum to 1.
+        W x F weights; in [0, 1] and summing to 1 where there are no learned matrices.
     """
+    learned = (matrices or {}).get
+    if learned("frame_word") is not None:
+        words_WxD = _dot("wd,de->we", words_WxD, learned("frame_word"))
     scores_WxF = _dot("wd,fd->wf", words_WxD, frames_FxD)
     words, frames = words_W[:, None], frames_F[None]
-    in_word_WxF = attention_weights(scores_WxF, frames, 1, tau)
-    in_frame_WxF = attention_weights(scores_WxF, words, 0, tau)
+    in_word_WxF = mixed_weights(scores_WxF, frames, 1, tau, learned("frame_word_frames"))
+    in_frame_WxF = mixed_weights(scores_WxF, words, 0, tau, learned("frame_word_words"))
     by_word_Wx1 = jnp.sum(in_word_WxF * scores_WxF, 1, keepdims=True)
     by_frame_1xF = jnp.sum(in_frame_WxF * scores_WxF, 0, keepdims=True)
-    over_words_WxF = attention_weights(by_word_Wx1, words, 0, tau) * in_word_WxF
-    over_frames_WxF = attention_weights(by_frame_1xF, frames, 1, tau) * in_frame_WxF
-    return (over_words_WxF + over_frames_WxF) / 2
+    over_words_Wx1 = mixed_weights(by_word_Wx1, words, 0, tau, learned("frame_word_words_2"))
+    over_frames_1xF = mixed_weights(by_frame_1xF, frames, 1, tau, learned("frame_word_frames_2"))
+    return (over_words_Wx1 * in_word_WxF + over_frames_1xF * in_frame_WxF) / 2
 
 
 def _dot(equation, a, b):

@@ -20,12 +20,15 @@ from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_bat
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.errors import InputError
 from xclip_jax.evaluate import check_image_size, evaluate_split
+from xclip_jax.initialization import start_from_clip
 from xclip_jax.losses import contrastive_loss
-from xclip_jax.model_directory import init_params, save_model
-from xclip_jax.models import build_model
-from xclip_jax.optimizer import learning_rate_schedule, make_optimizer
+from xclip_jax.model_directory import init_params, model_folder, save_model
+from xclip_jax.models import build_model, resolve
+from xclip_jax.optimizer import make_optimizer
 from xclip_jax.progress import progress
 from xclip_jax.writer import Writer
+
+LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
 
 
 @struct.dataclass
@@ -37,20 +40,21 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def train_step(state, batch, model, optimizer, same_video):
+def train_step(state, batch, model, optimizer, same_video, loss_scale=1.0):
     """One update. Pure: (state, batch) -> (state, metrics).
 
     Args:
         batch: see data/pipeline.py; its leading axes may be split over devices, the contrast is
             over the whole batch all the same.
         same_video: "negative" or "ignore", see losses.py.
+        loss_scale: see losses.py.
     """
 
     def loss_fn(params):
         inputs = (batch["ids"], batch["text_mask"], batch["frames"], batch["frame_mask"])
         sim_BxB = model.apply({"params": params}, *inputs)
         video_B = batch["video"] if same_video == "ignore" else None
-        return contrastive_loss(sim_BxB, video_B), sim_BxB
+        return contrastive_loss(sim_BxB, video_B, loss_scale), sim_BxB
 
     (loss, sim_BxB), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -83,7 +87,7 @@ def run(config, workdir):
     sharding.check_batch_size(config.train.batch_size, mesh)
     dataset = Dataset(config.data.path)
     pairs = TrainingPairs(dataset, config.data.train_split, config.data.captions)
-    tokenizer = load_tokenizer(dataset.path / "tokenizer", config.model.max_words)
+    tokenizer = load_tokenizer(_tokenizer_folder(config, dataset), config.model.max_words)
     architecture = resolve_architecture(config.model, tokenizer)
     check_image_size(dataset, architecture)
     epoch_steps = steps_per_epoch(pairs, config.train.batch_size)
@@ -103,6 +107,8 @@ def run(config, workdir):
     if restored:
         state = restored[1]
         print(f"resuming from step {restored[0]} of {total_steps}")
+    elif config.init.clip:
+        state = _start_from_clip(state, architecture, config.init.clip)
 
     batches = training_batches(
         pairs,
@@ -114,7 +120,7 @@ def run(config, workdir):
         start_step=int(state.step),
         process=(jax.process_index(), jax.process_count()),
     )
-    step_fn = compile_step(model, optimizer, config.loss.same_video, mesh)
+    step_fn = compile_step(model, optimizer, config, mesh)
     validate = None
     if config.data.val_split in dataset.captions_per_clip:
         validate = functools.partial(_validate, config, model, dataset, tokenizer)
@@ -126,19 +132,48 @@ def run(config, workdir):
     save_model(workdir / "model", {**architecture, "step": best}, params, tokenizer)
 
 
-def compile_step(model, optimizer, same_video, mesh):
+def _tokenizer_folder(config, dataset):
+    """CLIP's tokenizer goes with CLIP's weights; else the data set's own."""
+    if not config.init.clip:
+        return dataset.path / "tokenizer"
+    folder = model_folder(config.init.clip) / "tokenizer"
+    if not folder.is_dir():
+        raise InputError(
+            f"config.init.clip = {config.init.clip}: holds no model with a tokenizer; make one "
+            "with python -m xclip_jax.convert --input=... --output=... --vocab=..."
+        )
+    return folder
+
+
+def _start_from_clip(state, architecture, directory):
+    """The state with CLIP's weights in it; prints a table of what came from where."""
+    params, rows = start_from_clip(state.params, architecture, directory)
+    for name, number, origin in rows:
+        print(f"  {name:22}{number / 1e6:9.2f} M  {origin}")
+    return state.replace(params=jax.tree.map(_like, params, state.params))
+
+
+def _like(value, array):
+    # A copy: the step gives up its buffers, and two parameters may come from one array.
+    return jax.device_put(jnp.array(value, copy=True), array.sharding)
+
+
+def compile_step(model, optimizer, config, mesh):
     """`train_step` jitted over the mesh; the state passed in is given up for the new one."""
-    step = functools.partial(train_step, model=model, optimizer=optimizer, same_video=same_video)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        same_video=config.loss.same_video,
+        loss_scale=config.loss.scale or LOSS_SCALES[config.model.preset],
+    )
     return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
-def _optimizer(options, total_steps):
+def _optimizer(o, total_steps):
     """(learning rate schedule, optimizer) of config.optimizer."""
-    schedule = learning_rate_schedule(options.lr, total_steps, options.warmup)
-    ratio = options.encoder_lr / options.lr
-    decay = options.weight_decay
-    betas = options.b1, options.b2
-    return schedule, make_optimizer(schedule, ratio, decay, *betas, options.eps, options.clip_norm)
+    rates = o.lr, total_steps, o.encoder_lr / o.lr, o.weight_decay, o.warmup
+    return make_optimizer(o.name, *rates, o.b1, o.b2, o.eps, o.clip_norm, o.freeze_layers)
 
 
 def _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps):
@@ -248,7 +283,7 @@ def resolve_architecture(model_config, tokenizer):
     Raises:
         InputError: the tokenizer has more ids than the vocabulary.
     """
-    architecture = json.loads(model_config.to_json())
+    architecture = resolve(json.loads(model_config.to_json()))
     text = architecture["text"]
     text["vocab_size"] = text["vocab_size"] or tokenizer.vocab_size
     if tokenizer.vocab_size > text["vocab_size"]:

@@ -3,9 +3,11 @@
 Ids follow https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py.
 """
 
+import gzip
 import html
 import json
 import os
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
@@ -21,6 +23,7 @@ from xclip_jax.errors import InputError
 
 HUB_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json")
 START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_MERGES = 48894  # of OpenAI's vocabulary file, which lists more: 49,408 tokens
 
 
 def clean(text):
@@ -77,13 +80,19 @@ class Tokenizer:
 
 
 def load_tokenizer(path_or_hub_id, max_words=77):
-    """A CLIP tokenizer from a folder in Hugging Face layout or from the Hugging Face hub.
+    """A CLIP tokenizer from a folder in Hugging Face layout, from the hub, or from OpenAI's file.
+
+    Args:
+        path_or_hub_id: a folder; else a file such as bpe_simple_vocab_16e6.txt.gz, packed or not;
+            else a name on the Hugging Face hub.
 
     Raises:
         InputError: there is no tokenizer there.
     """
     folder = Path(path_or_hub_id)
     try:
+        if folder.is_file():
+            return _from_merges(_read_merges(folder), max_words)
         if not folder.is_dir():
             folder = _from_hub(str(path_or_hub_id))
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -105,7 +114,7 @@ def _from_hub(hub_id):
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:
-        reason = f"no such folder, nor is it one of the Hugging Face hub: {_first_line(error)}"
+        reason = f"no such file or folder, nor one of the Hugging Face hub: {_first_line(error)}"
         raise OSError(reason) from None
 
 
@@ -113,25 +122,68 @@ def _first_line(error):
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def learn_tokenizer(texts, vocab_size=8192, max_words=77):
-    """A tokenizer of CLIP's kind with merges learned from `texts`.
+def _read_merges(path):
+    """Pairs of tokens of a vocabulary file of OpenAI's: a header line, then a merge a line.
 
-    The vocabulary has CLIP's layout, so that every text can be encoded: 256 bytes, the same at the
-    end of a word, the merged pairs, start, end.
+    Raises:
+        OSError: it is not such a file.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ends = [byte + "</w>" for byte in alphabet]
+    data = path.read_bytes()
+    try:
+        text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode()
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError):
+        raise OSError("the file is damaged or no vocabulary file") from None
+    header, *lines = text.rstrip().splitlines() or [""]
+    known = set(_byte_tokens())
+    if not lines or _is_merge(header.split(), known):
+        raise OSError("the file has no merges below a header line")
+    merges = []
+    for number, line in enumerate(lines[:MAX_MERGES], 2):
+        pair = tuple(line.split())
+        if not _is_merge(pair, known):
+            raise OSError(f"line {number} of the file makes no new token of two known by then")
+        known.add("".join(pair))
+        merges.append(pair)
+    return merges
+
+
+def _is_merge(pair, known):
+    """Whether `pair` makes a new token of two known ones."""
+    return len(pair) == 2 and known.issuperset(pair) and "".join(pair) not in known
+
+
+def learn_tokenizer(texts, vocab_size=8192, max_words=77):
+    """A tokenizer of CLIP's kind with merges learned from `texts`."""
+    tokens = _byte_tokens()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         min_frequency=2,
         end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        special_tokens=ends,  # or it numbers them as they come, in another order each time
+        initial_alphabet=tokens[:256],
+        special_tokens=tokens[256:],  # or it numbers them as they come, in another order each time
         show_progress=False,
     )
     learner = CLIPTokenizer().backend_tokenizer
     learner.train_from_iterator(map(clean, texts), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *ends, *dict.fromkeys("".join(pair) for pair in merges), START, END]
-    vocab = {token: index for index, token in enumerate(tokens)}
+    return _from_merges(merges, max_words)
+
+
+def _from_merges(merges, max_words):
+    """The tokenizer of these pairs of tokens, its vocabulary in CLIP's layout.
+
+    That is 256 bytes, the same at the end of a word, the merged pairs, start, end: every text can
+    be encoded.
+    """
+    merged = dict.fromkeys("".join(pair) for pair in merges)
+    vocab = {token: index for index, token in enumerate([*_byte_tokens(), *merged, START, END])}
     return Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges), max_words)
+
+
+def _byte_tokens():
+    """CLIP's 256 letters for bytes in the order of its ids, then the same at the end of a word.
+
+    A printable byte is its own Latin-1 letter; those for the others start at U+0100, past them all.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*letters, *(letter + "</w>" for letter in letters)]

@@ -41,7 +41,6 @@ class TemporalLstm(nn.Module):
 
     @nn.compact
     def __call__(self, frames_VxFxD, mask_VxF):
-        del mask_VxF  # it runs forward: real frames come first and never see the padding
         num_videos, _, dim = frames_VxFxD.shape
         init = _uniform(dim**-0.5)
         project = nn.Dense(
@@ -61,7 +60,8 @@ class TemporalLstm(nn.Module):
         zeros = jnp.zeros((num_videos, dim), self.dtype)
         inputs_FxVx4D = jnp.swapaxes(project(frames_VxFxD), 0, 1)
         _, hidden_FxVxD = jax.lax.scan(step, (zeros, zeros), inputs_FxVx4D)
-        return jnp.swapaxes(hidden_FxVxD, 0, 1)
+        # It runs forward: real frames come first and never see the padding, whose output is 0.
+        return jnp.where(mask_VxF[..., None], jnp.swapaxes(hidden_FxVxD, 0, 1), 0)
 
 
 def _uniform(bound):

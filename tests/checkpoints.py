@@ -1,0 +1,97 @@
+"""Random checkpoints with the names and shapes of the original PyTorch models, written by hand."""
+
+import numpy as np
+
+VIT_B32 = {"patch": 32, "side": 224, "width": 768, "layers": 12, "dim": 512, "text_width": 512}
+TINY = {
+    **{"patch": 8, "side": 16, "width": 64, "layers": 2, "dim": 64, "text_width": 64},
+    **{"text_layers": 3, "context": 16, "vocab": 60},
+}
+
+
+def clip_shapes(
+    patch, side, width, layers, dim, text_width, text_layers=12, context=77, vocab=49408
+):
+    """Official name -> shape of OpenAI's ViT CLIP."""
+    shapes = {
+        "positional_embedding": (context, text_width),
+        "text_projection": (text_width, dim),
+        "logit_scale": (),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": ((side // patch) ** 2 + 1, width),
+        "visual.proj": (width, dim),
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "token_embedding.weight": (vocab, text_width),
+    }
+    for name, size in (("visual.ln_pre", width), ("visual.ln_post", width)):
+        shapes |= norm_shapes(name, size)
+    shapes |= norm_shapes("ln_final", text_width)
+    shapes |= block_shapes("visual.transformer", width, layers)
+    return shapes | block_shapes("transformer", text_width, text_layers)
+
+
+def norm_shapes(name, size):
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def block_shapes(prefix, width, layers):
+    shapes = {}
+    for layer in range(layers):
+        block = f"{prefix}.resblocks.{layer}"
+        shapes |= norm_shapes(f"{block}.ln_1", width) | norm_shapes(f"{block}.ln_2", width)
+        for name, (out, into) in {
+            "attn.in_proj_": (3 * width, width),
+            "attn.out_proj.": (width, width),
+            "mlp.c_fc.": (4 * width, width),
+            "mlp.c_proj.": (width, 4 * width),
+        }.items():
+            shapes[f"{block}.{name}weight"] = (out, into)
+            shapes[f"{block}.{name}bias"] = (out,)
+    return shapes
+
+
+def head_shapes(head, dim, context=16, words=12, frames=6, layers=2):
+    """Official name -> shape of what X-CLIP or CLIP4Clip have besides CLIP."""
+    positions = {"frame_position_embeddings.weight": (context, dim)}
+    if head == "mean_pooling":
+        return {}
+    if head == "seq_lstm":
+        lstm = {f"lstm_visual.weight_{kind}_l0": (4 * dim, dim) for kind in ("ih", "hh")}
+        return (
+            positions | lstm | {f"lstm_visual.bias_{kind}_l0": (4 * dim,) for kind in ("ih", "hh")}
+        )
+    if head == "tight_transformer":
+        return {
+            "cross.embeddings.position_embeddings.weight": (context, dim),
+            **block_shapes("cross.transformer", dim, layers),
+            **norm_shapes("cross.pooler.ln_pool", dim),
+            "cross.pooler.dense.weight": (dim, dim),
+            "cross.pooler.dense.bias": (dim,),
+            "similarity_dense.weight": (1, dim),
+            "similarity_dense.bias": (1,),
+        }
+    shapes = positions | block_shapes("transformerClip", dim, layers)
+    if head == "xclip":
+        shapes |= {"global_mat_weight": (dim, dim), "local_mat_weight": (dim, dim)}
+        for name, size in (("word", words), ("frame", frames)):
+            for kind in ("logit_weight", "mat_weight", "mat_weight2"):
+                shapes[f"{name}_{kind}"] = (size, size)
+    return shapes
+
+
+def release(head, seed=0, sizes=TINY):
+    """A random official X-CLIP or CLIP4Clip state dict."""
+    clip = {f"clip.{name}": shape for name, shape in clip_shapes(**sizes).items()}
+    return fill(clip | head_shapes(head, sizes["dim"], sizes["context"]), seed)
+
+
+def clip(seed=0, sizes=TINY):
+    """A random state dict of plain CLIP."""
+    return fill(clip_shapes(**sizes), seed)
+
+
+def fill(shapes, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.asarray(rng.normal(0, 0.1, shape), np.float32) for name, shape in shapes.items()
+    }

@@ -1,0 +1,408 @@
+"""Checkpoints in and back: recognised, complete, bit for bit; mistakes named in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import xclip_jax
+from xclip_jax.convert import __main__ as command
+from xclip_jax.convert import huggingface, importing, mapping
+from xclip_jax.convert.exporting import export
+from xclip_jax.convert.importing import convert
+from xclip_jax.convert.torch_archive import read_archive, write_archive
+from xclip_jax.data.text import learn_tokenizer
+from xclip_jax.errors import InputError
+from xclip_jax.model_directory import init_params
+from xclip_jax.models import HEADS, build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write(path, tensors):
+    write_archive(path, tensors)
+    return path
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_to_us_and_back_is_bit_identical(tmp_path, head):
+    tensors = checkpoints.release(head)
+    convert(write(tmp_path / "a.bin", tensors), tmp_path / "model")
+    retriever = xclip_jax.load(tmp_path / "model")
+    assert (retriever.config["head"], retriever.config["preset"]) == (head, "official")
+    export(tmp_path / "model", tmp_path / "out")
+    same(read_archive(tmp_path / "out" / "pytorch_model.bin").tensors, tensors)
+    towers = huggingface.to_official(load_file(tmp_path / "out" / "clip" / "model.safetensors"))
+    same(towers, {name: x for name, x in tensors.items() if name.startswith("clip.")})
+
+
+def test_lengths_and_sizes_come_from_shapes(tmp_path):
+    convert(write(tmp_path / "a.bin", checkpoints.release("xclip")), tmp_path / "model")
+    a = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert (a["max_words"], a["max_frames"], a["embed_dim"]) == (12, 6, 64)
+    assert a["vision"] == {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "heads": 1}
+    assert a["text"] == {
+        "vocab_size": 60,
+        "context_length": 16,
+        "width": 64,
+        "layers": 3,
+        "heads": 1,
+    }
+    assert a["temporal"] == {"type": "transformer", "layers": 2, "heads": 1, "residual": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text_heads", "heads", "positions"),
+    [
+        (checkpoints.VIT_B32, 8, 12, 50),
+        ({**checkpoints.VIT_B32, "patch": 16}, 8, 12, 197),
+        (
+            {"patch": 14, "side": 224, "width": 1024, "layers": 24, "dim": 768, "text_width": 768},
+            12,
+            16,
+            257,
+        ),
+        (
+            {"patch": 14, "side": 336, "width": 1024, "layers": 24, "dim": 768, "text_width": 768},
+            12,
+            16,
+            577,
+        ),
+    ],
+    ids=["B/32", "B/16", "L/14", "L/14@336"],
+)
+def test_openai_sizes(sizes, text_heads, heads, positions):
+    shapes = {f"clip.{name}": s for name, s in checkpoints.clip_shapes(**sizes).items()}
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    known = {"preset": "paper", "head": "mean_pooling", "activation": "quick_gelu"}
+    a = importing.infer(tensors, known, {})
+    assert (a["text"]["heads"], a["vision"]["heads"], a["max_words"]) == (text_heads, heads, 77)
+    assert a["vision"]["image_size"] == sizes["side"]
+    assert shapes["clip.visual.positional_embedding"][0] == positions
+    template = jax.eval_shape(lambda: init_params(build_model(a), a, 0))
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(template):
+        name, stacked = mapping.torch_name(path)
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for layer in range(leaf.shape[0] if stacked else 1):
+            found[name.format(layer)] = mapping.torch_shape(path, shape)
+    assert found == shapes
+
+
+def test_half_precision_is_kept_exactly(tmp_path):
+    tensors = {n: x.astype(np.float16) for n, x in checkpoints.clip().items()}
+    convert(write(tmp_path / "a.pt", tensors), tmp_path / "model")
+    params = xclip_jax.load(tmp_path / "model").params
+    found = mapping.to_tensors(params)
+    same(found, {f"clip.{n}": x.astype(np.float32) for n, x in tensors.items()})
+
+
+def test_open_clip_and_buffers(tmp_path, capsys):
+    tensors = {f"module.{n}": x for n, x in checkpoints.clip().items()}
+    tensors["module.attn_mask"] = np.zeros((16, 16), np.float32)
+    convert(write(tmp_path / "a.pt", tensors), tmp_path / "plain")
+    assert "quick_gelu" in capsys.readouterr().out
+    convert(tmp_path / "a.pt", tmp_path / "gelu", activation="gelu")
+    printed = capsys.readouterr().out
+    assert "activation   gelu" in printed
+    assert "skipped      attn_mask" in printed
+    assert xclip_jax.load(tmp_path / "gelu").model.activation == "gelu"
+    custom = checkpoints.clip()
+    text = ("positional_embedding", "text_projection", "token", "ln_final", "transformer")
+    custom = {f"text.{n}" if n.startswith(text) else n: x for n, x in custom.items()}
+    convert(write(tmp_path / "b.pt", custom), tmp_path / "custom")
+    assert "open_clip" in capsys.readouterr().out
+    assert xclip_jax.load(tmp_path / "custom").model.activation == "gelu"
+
+
+def hugging_face(folder, tensors, shards=1, **config):
+    """A Hugging Face folder of a plain CLIP's tensors."""
+    folder.mkdir()
+    known = {"preset": "paper", "head": "mean_pooling", "activation": "gelu"}
+    named = {f"clip.{name}": array for name, array in tensors.items()}
+    a = importing.infer(named, known, {"vision": 4, "text": 2})
+    description = huggingface.clip_config(a, "gelu", 58, 59) | config
+    (folder / "config.json").write_text(json.dumps(description))
+    weights = huggingface.from_official(named)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    names, index = sorted(weights), {}
+    for shard in range(shards):
+        part = {name: weights[name] for name in names[shard::shards]}
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file(part, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_hugging_face_folder(tmp_path, shards):
+    tensors = checkpoints.clip()
+    folder = hugging_face(tmp_path / "hf", tensors, shards)
+    learn_tokenizer(["a dog"]).save(folder)
+    with pytest.raises(InputError, match="ids, the text tower only 60"):
+        convert(folder, tmp_path / "model")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    convert(folder, tmp_path / "model")
+    retriever = xclip_jax.load(tmp_path / "model")
+    assert retriever.config["vision"]["heads"] == 4
+    assert retriever.config["text"]["heads"] == 2
+    assert retriever.config["activation"] == "gelu"
+    same(mapping.to_tensors(retriever.params), {f"clip.{n}": x for n, x in tensors.items()})
+    with pytest.raises(InputError, match="--vocab"):
+        retriever.encode_text(["a dog"])
+
+
+def test_plain_clip_searches_at_once_with_its_tokenizer(tmp_path):
+    tokenizer = learn_tokenizer(["a red ball", "a dog"])
+    tokenizer.save(tmp_path / "vocab")
+    sizes = {**checkpoints.TINY, "vocab": tokenizer.vocab_size}
+    path = write(tmp_path / "a.pt", checkpoints.clip(sizes=sizes))
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    scores = {}
+    for head in ("mean_pooling", "xclip"):
+        convert(path, tmp_path / head, vocab=str(tmp_path / "vocab"), head=head)
+        retriever = xclip_jax.load(tmp_path / head)
+        found = retriever.search("a red ball", [frames, frames[:1]], k=1)
+        scores[head] = found[0].score
+        text = retriever.encode_text(["a dog"])
+        granular = retriever.model.apply(
+            {"params": retriever.params},
+            text,
+            retriever.encode_video([frames]),
+            method="granular_similarity",
+        )
+        assert len(granular) == {"mean_pooling": 1, "xclip": 4}[head]
+    assert scores["mean_pooling"] != scores["xclip"]
+
+
+def test_other_lengths_than_the_matrices(tmp_path):
+    tensors = checkpoints.release("xclip")
+    path = write(tmp_path / "a.bin", tensors)
+    with pytest.raises(InputError, match=r"--max_words=8: .* for 12; --crop_matrices"):
+        convert(path, tmp_path / "model", max_words=8)
+    with pytest.raises(InputError, match=r"--max_frames=7: the learned matrices are for 6$"):
+        convert(path, tmp_path / "model", max_frames=7, crop_matrices=True)
+    convert(path, tmp_path / "model", max_words=8, max_frames=3, crop_matrices=True)
+    retriever = xclip_jax.load(tmp_path / "model")
+    matrices = retriever.params["aggregation_matrices"]
+    np.testing.assert_array_equal(matrices["video_word"], tensors["word_logit_weight"][:8, :8])
+    np.testing.assert_array_equal(matrices["frame_sentence"], tensors["frame_logit_weight"][:3, :3])
+    video = retriever.encode_video([np.zeros((2, 16, 16, 3), np.uint8)])
+    ids = np.zeros((1, 9), np.int32)
+    apply = retriever.model.apply
+    text = apply({"params": retriever.params}, ids, ids == 0, method="encode_text")
+    with pytest.raises(ValueError, match=r"9 words and 3 frames, but .* 8 and 3"):
+        retriever.similarity(text, video)
+
+
+def change(tensors, **changes):
+    changed = dict(tensors)
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        if value is None:
+            del changed[name]
+        else:
+            changed[name] = value
+    return changed
+
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    good = checkpoints.release("seq_transformer")
+    block = "transformerClip__resblocks__1__attn__in_proj_bias"
+    for tensors, message in {
+        "missing": (change(good, clip__ln_final__bias=None), "clip.ln_final.bias is missing"),
+        "shape": (
+            change(good, **{block: np.zeros(5, np.float32)}),
+            r"transformerClip.resblocks.1.attn.in_proj_bias has shape \(5,\), must be \(192,\)",
+        ),
+        "unknown": (
+            change(good, strange__weight=np.zeros(3, np.float32)),
+            "unknown weights: strange.weight",
+        ),
+        "sizes": (change(good, clip__visual__proj=None), "clip.visual.proj is missing"),
+        "no text": (change(good, clip__text_projection=None), "text_projection is missing"),
+    }.values():
+        path = write(tmp_path / "a.bin", tensors)
+        with pytest.raises(InputError, match=message):
+            convert(path, tmp_path / "model")
+        path.unlink()
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_a_resnet_is_refused(tmp_path):
+    tensors = {"visual.layer1.0.conv1.weight": np.zeros((4, 4, 1, 1), np.float32)}
+    with pytest.raises(InputError, match="ResNet image tower; only ViT"):
+        convert(write(tmp_path / "RN50.pt", tensors), tmp_path / "model")
+
+
+def test_hugging_face_folders_that_are_none(tmp_path):
+    tensors = checkpoints.clip()
+    for number, (config, message) in enumerate([
+        ({"model_type": "siglip"}, "model_type is 'siglip', must be 'clip'"),
+        ({"vision_config": {"hidden_act": "relu"}}, "hidden_act is 'relu'"),
+    ]):  # fmt: skip
+        folder = hugging_face(tmp_path / str(number), tensors, **config)
+        with pytest.raises(InputError, match=message):
+            convert(folder, tmp_path / "model")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        convert(folder, tmp_path / "model")
+    with pytest.raises(InputError, match=r"give the folder that also holds config.json"):
+        convert(folder / "model.safetensors", tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"not one")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        convert(folder, tmp_path / "model")
+
+
+def test_models_that_the_release_does_not_have_give_their_towers(tmp_path, capsys):
+    path = write(tmp_path / "a.pt", checkpoints.clip())
+    convert(path, tmp_path / "model", head="xclip")
+    export(tmp_path / "model", tmp_path / "out")
+    assert "no official state dict" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip"]
+
+
+def run(capsys, *arguments):
+    """What the command prints and exits with."""
+    try:
+        command.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return capsys.readouterr().out + str(stop.code), stop.code
+    return capsys.readouterr().out, 0
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = write(tmp_path / "a.bin", checkpoints.release("xclip"))
+    printed, code = run(capsys, f"--input={path}", f"--output={tmp_path / 'model'}")
+    assert code == 0
+    assert "X-CLIP" in printed
+    assert "activation   quick_gelu" in printed
+    assert "12 words, 6 frames" in printed
+    assert "none: texts cannot be encoded" in printed
+    for arguments, message in [
+        ([f"--input={path}", f"--output={tmp_path / 'model'}"], "exists already"),
+        (["--input=no/such", f"--output={tmp_path / 'x'}"], "https://huggingface.co/no/such"),
+        ([f"--input={path}", f"--output={tmp_path / 'x'}", "--head=xclip"], "head of its own"),
+        ([f"--input={ROOT / 'setup.py'}", f"--output={tmp_path / 'x'}"], "error: "),
+        ([f"--input={tmp_path}", f"--output={tmp_path / 'x'}"], "no config.json"),
+        ([f"--input={path}", f"--output={tmp_path / 'x'}", "--to=pytorch"], "no model in"),
+        (
+            [
+                f"--input={tmp_path / 'model'}",
+                f"--output={tmp_path / 'x'}",
+                "--to=pytorch",
+                "--max_words=3",
+            ],
+            "--max_words cannot be used",
+        ),
+    ]:
+        printed, code = run(capsys, *arguments)
+        assert message in printed, printed
+        assert "\n" not in str(code), printed
+        assert not (tmp_path / "x").exists()
+
+
+def test_without_torch_in_a_process_of_its_own(tmp_path):
+    path = write(tmp_path / "a.bin", checkpoints.release("seq_lstm"))
+    code = (
+        "import sys; sys.modules['torch'] = None; from xclip_jax.convert.__main__ import main;"
+        f"main(['--input={path}', '--output={tmp_path / 'model'}'])"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kept unread  frame_position_embeddings.weight" in done.stdout
+
+
+def torch_clip(folder, **sizes):
+    """A random CLIPModel, saved; with inputs and outputs."""
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(**sizes)).eval()
+    model.save_pretrained(folder)
+    size = model.config.vision_config.image_size
+    frames = torch.randn(3, 3, size, size)
+    ids = torch.randint(5, 40, (2, 9))
+    end = model.config.text_config.eos_token_id
+    ids[:, -1] = end
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=frames).logits_per_text
+    return ids.numpy(), frames.numpy(), logits.numpy()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {
+            "text_config": {
+                **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
+                **{"num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 12},
+                **{"eos_token_id": 49, "hidden_act": "gelu"},
+            },
+            "vision_config": {
+                **{"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2},
+                **{"num_attention_heads": 2, "image_size": 24, "patch_size": 8},
+                **{"hidden_act": "gelu"},
+            },
+            "projection_dim": 32,
+        },
+        pytest.param({"text_config": {"eos_token_id": 49407}}, id="B/32"),
+    ],
+)  # fmt: skip
+def test_against_transformers_both_ways(tmp_path, sizes):
+    ids, frames, logits = torch_clip(tmp_path / "hf", **sizes)
+    convert(tmp_path / "hf", tmp_path / "model")
+    retriever = xclip_jax.load(tmp_path / "model")
+    apply = retriever.model.apply
+    found = apply(
+        {"params": retriever.params},
+        ids.astype(np.int32),
+        np.ones(ids.shape, bool),
+        frames.transpose(0, 2, 3, 1)[:, None],
+        np.ones((3, 1), bool),
+    )
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+
+    export(tmp_path / "model", tmp_path / "out")
+    import torch
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(tmp_path / "out" / "clip").eval()
+    with torch.no_grad():
+        back = model(input_ids=torch.tensor(ids), pixel_values=torch.tensor(frames))
+    np.testing.assert_array_equal(back.logits_per_text.numpy(), logits)
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert state["clip.visual.proj"].dtype == torch.float32
+
+
+def test_bfloat16_weights(tmp_path):
+    tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in checkpoints.clip().items()}
+    folder = hugging_face(tmp_path / "hf", tensors)
+    convert(folder, tmp_path / "model")
+    found = mapping.to_tensors(xclip_jax.load(tmp_path / "model").params)
+    same(found, {f"clip.{n}": x.astype(np.float32) for n, x in tensors.items()})

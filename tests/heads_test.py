@@ -1,0 +1,240 @@
+"""Presets, heads, learned matrices and pair-wise Transformers: what each computes, by hand."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from xclip_jax import losses
+from xclip_jax.config import get_config
+from xclip_jax.inference import similarity_in_blocks
+from xclip_jax.model_directory import init_params
+from xclip_jax.models import HEADS, build_model, resolve
+from xclip_jax.similarity import Competition, TextFeatures, VideoFeatures, granular_similarity
+
+WORDS, FRAMES, DIM = 5, 4, 8
+
+
+def architecture(**changes):
+    """A tiny model; `changes` set fields of config.model, dotted with __."""
+    c = get_config().model
+    c.update(embed_dim=DIM, max_words=WORDS, max_frames=FRAMES)
+    c.vision.update(image_size=4, patch_size=2, width=8, layers=1, heads=2)
+    c.text.update(vocab_size=20, context_length=8, width=8, layers=1, heads=2)
+    c.temporal.update(heads=2)
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        group = c
+        for parent in parents:
+            group = group[parent]
+        group[last] = value
+    return resolve(json.loads(c.to_json()))
+
+
+def batch(texts=3, videos=2, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, 20, (texts, WORDS)).astype(np.int32)
+    words = np.arange(WORDS) < rng.integers(3, WORDS, (texts, 1))
+    frames = rng.normal(size=(videos, FRAMES, 4, 4, 3)).astype(np.float32)
+    return ids * words, words, frames, np.arange(FRAMES) < rng.integers(1, FRAMES, (videos, 1))
+
+
+def make(seed=0, **changes):
+    a = architecture(**changes)
+    model = build_model(a)
+    fresh = init_params(model, a, seed)
+    keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(fresh)))
+    noise = jax.tree.unflatten(jax.tree.structure(fresh), list(keys))
+    return model, jax.tree.map(lambda x, k: x + 0.2 * jax.random.normal(k, x.shape), fresh, noise)
+
+
+def test_presets_fill_in_what_is_left_open():
+    paper, official = architecture(), architecture(preset="official")
+    switches = ("frame_features", "words", "padding", "matrices")
+    assert [paper[s] for s in switches] == ["temporal", "word_tokens", "masked", "none"]
+    assert [official[s] for s in switches] == ["clip", "all_tokens", "competes", "learned"]
+    assert (paper["temporal"]["layers"], official["temporal"]["layers"]) == (3, 4)
+    assert official["temporal"]["residual"] == "yes"
+    mixed = architecture(preset="official", matrices="none", temporal__layers=2)
+    assert (mixed["matrices"], mixed["temporal"]["layers"], mixed["padding"]) == (
+        *("none", 2),
+        "competes",
+    )
+    assert resolve(mixed) == mixed
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_do_not_depend_on_the_rest_of_the_batch(head, preset):
+    model, params = make(head=head, preset=preset)
+    ids, words, frames, mask = batch()
+    sim_TxV = jax.jit(model.apply)({"params": params}, ids, words, frames, mask)
+    assert sim_TxV.shape == (3, 2)
+    alone = model.apply({"params": params}, ids[2:], words[2:], frames[1:], mask[1:])
+    np.testing.assert_allclose(alone[0, 0], sim_TxV[2, 1], atol=1e-4)
+
+
+def test_baselines_are_cosines_of_sentence_and_video():
+    for head in ("mean_pooling", "seq_lstm", "seq_transformer"):
+        model, params = make(head=head, preset="official")
+        ids, words, frames, mask = batch()
+        text = model.apply({"params": params}, ids, words, method="encode_text")
+        video = model.apply({"params": params}, frames, mask, method="encode_video")
+        scale = float(jnp.exp(params["clip"]["logit_scale"]))
+        expected = scale * text.sentence @ video.video.T
+        sim_TxV = model.apply({"params": params}, ids, words, frames, mask)
+        np.testing.assert_allclose(sim_TxV, expected, rtol=1e-4)
+        assert "aggregation_matrices" not in params
+
+
+def test_residual_adds_the_clip_frames():
+    model, params = make(temporal__residual="yes", frame_features="temporal")
+    plain = build_model(architecture(temporal__residual="no"))
+    _, _, frames, mask = batch()
+
+    def raw(m):
+        def method(m, frames, mask):
+            images = frames.reshape(-1, *frames.shape[2:])
+            clip = m.clip.encode_image(images).reshape(*mask.shape, -1)
+            return clip, m._encode_time(clip, mask)
+
+        return m.apply({"params": params}, frames, mask, method=method)
+
+    (clip, added), (_, alone) = raw(model), raw(plain)
+    np.testing.assert_allclose(added, alone + clip, atol=1e-5)
+
+
+def features(seed=0, texts=3, videos=2):
+    rng = np.random.default_rng(seed)
+
+    def unit(*shape):
+        x = rng.normal(size=(*shape, DIM)).astype(np.float32)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    words = np.arange(WORDS) < rng.integers(3, WORDS, (texts, 1))
+    frames = np.arange(FRAMES) < rng.integers(1, FRAMES, (videos, 1))
+    return (
+        TextFeatures(unit(texts), unit(texts, WORDS), words),
+        VideoFeatures(unit(videos), unit(videos, FRAMES), frames),
+    )
+
+
+def test_what_competes():
+    mask = np.array([[True, True, True, True, False]])
+    for special, padding, expected in [
+        (False, False, [0, 1, 1, 0, 0]),
+        (True, False, [1, 1, 1, 1, 0]),
+        (False, True, [0, 1, 1, 0, 1]),
+        (True, True, [1, 1, 1, 1, 1]),
+    ]:
+        found = Competition(special, padding).words(mask)[0]
+        assert np.asarray(found).tolist() == list(map(bool, expected))
+    assert np.asarray(Competition(padding=True).frames(mask)).all()
+
+
+def test_learned_matrices_worked_out_by_loops():
+    """Weights softmax(s / tau) @ M along the attended axis, in float64."""
+    text, video = features()
+    rng, tau = np.random.default_rng(1), 0.1
+    sizes = {"video_sentence": DIM, "frame_word": DIM}
+    sizes |= {"video_word": WORDS, "frame_sentence": FRAMES}
+    sizes |= {f"frame_word_words{n}": WORDS for n in ("", "_2")}
+    sizes |= {f"frame_word_frames{n}": FRAMES for n in ("", "_2")}
+    m = {name: rng.normal(size=(n, n)) for name, n in sizes.items()}
+    single = {name: x.astype(np.float32) for name, x in m.items()}
+    found = granular_similarity(
+        text, video, tau=tau, competition=Competition(True, True), matrices=single
+    )
+
+    def attend(scores, matrix):
+        weights = np.exp(scores / tau) / np.exp(scores / tau).sum()
+        return (weights @ matrix) @ scores
+
+    for t in range(3):
+        for v in range(2):
+            sentence, words = text.sentence[t].astype(float), text.words[t].astype(float)
+            whole, frames = video.video[v].astype(float), video.frames[v].astype(float)
+            matrix = words @ m["frame_word"] @ frames.T
+            by_word = [attend(row, m["frame_word_frames"]) for row in matrix]
+            by_frame = [attend(column, m["frame_word_words"]) for column in matrix.T]
+            both = attend(np.array(by_word), m["frame_word_words_2"])
+            both += attend(np.array(by_frame), m["frame_word_frames_2"])
+            expected = {
+                "video_sentence": sentence @ m["video_sentence"] @ whole,
+                "video_word": attend(words @ whole, m["video_word"]),
+                "frame_sentence": attend(frames @ sentence, m["frame_sentence"]),
+                "frame_word": both / 2,
+            }
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name][t, v], value, atol=1e-5, err_msg=name)
+
+
+def test_identity_matrices_change_nothing():
+    model, params = make(preset="official")
+    identities = jax.tree.map(lambda x: np.eye(len(x)), params["aggregation_matrices"])
+    params = {**params, "aggregation_matrices": identities}
+    without = build_model(architecture(preset="official", matrices="none"))
+    plain = {name: x for name, x in params.items() if name != "aggregation_matrices"}
+    inputs = batch()
+    found = model.apply({"params": params}, *inputs)
+    np.testing.assert_allclose(found, without.apply({"params": plain}, *inputs), atol=1e-4)
+    fresh = init_params(model, architecture(preset="official"), 0)["aggregation_matrices"]
+    assert len(fresh) == 8
+    assert all(np.array_equal(x, np.eye(len(x))) for x in fresh.values())
+
+
+@pytest.mark.parametrize("options", [{"head": "tight_transformer"}, {"fusion": "transformer"}])
+def test_pairwise_transformers_ignore_padding(options):
+    model, params = make(**options)
+    text, video = features()
+    apply = jax.jit(lambda t, v: model.apply({"params": params}, t, v, method="similarity"))
+    sim_TxV = apply(text, video)
+    noise = np.random.default_rng(5).normal(size=video.frames.shape).astype(np.float32)
+    frames = np.where(video.mask[..., None], video.frames, noise)
+    words = np.where(text.mask[..., None], text.words, 7)
+    padded = apply(text.replace(words=words), video.replace(frames=frames))
+    np.testing.assert_allclose(padded, sim_TxV, atol=1e-5)
+    seen = apply(text, video.replace(frames=-video.frames))
+    assert np.abs(seen - sim_TxV).max() > 1e-3
+    blocks = similarity_in_blocks(model, params, text, video, block_cells=1)
+    np.testing.assert_allclose(blocks, sim_TxV, atol=1e-5)
+
+
+def test_tight_transformer_sees_raw_features():
+    model, params = make(head="tight_transformer")
+    ids, words, frames, mask = batch()
+    text = model.apply({"params": params}, ids, words, method="encode_text")
+    video = model.apply({"params": params}, frames, mask, method="encode_video")
+    assert np.abs(np.linalg.norm(text.sentence, axis=-1) - 1).max() > 0.05
+    assert np.abs(np.linalg.norm(video.frames, axis=-1) - 1).max() > 0.05
+    with pytest.raises(ValueError, match="has no granularities"):
+        model.apply({"params": params}, text, video, method="granular_similarity")
+
+
+@pytest.mark.parametrize(
+    "options", [{"head": head} for head in HEADS] + [{"fusion": "transformer"}], ids=str
+)
+def test_every_head_learns_four_pairs(options):
+    model, params = make(preset="official", temporal__layers=1, **options)
+    ids, words, frames, mask = batch(4, 4)
+    optimizer = optax.adam(1e-2)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        def loss_fn(params):
+            sim_TxV = model.apply({"params": params}, ids, words, frames, mask)
+            return losses.contrastive_loss(sim_TxV)
+
+        loss, gradients = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    first = None
+    for _ in range(60):
+        params, state, loss = step(params, state)
+        first = first or float(loss)
+    assert float(loss) < first / 4

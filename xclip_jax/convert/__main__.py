@@ -1,0 +1,77 @@
+"""Takes a PyTorch checkpoint to a model directory, or a model directory back to PyTorch.
+
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
+        --vocab=bpe_simple_vocab_16e6.txt.gz
+    python -m xclip_jax.convert --input=openai/clip-vit-base-patch32 --output=models/clip_b32
+    python -m xclip_jax.convert --input=pytorch_model.bin.4 --output=models/xclip --vocab=...
+    python -m xclip_jax.convert --to=pytorch --input=models/xclip --output=exported
+
+Reads OpenAI's .pt archives, state dicts, Hugging Face CLIP folders and hub ids, open_clip
+checkpoints, and the official X-CLIP and CLIP4Clip pytorch_model.bin.N. Needs no PyTorch.
+"""
+
+import argparse
+from pathlib import Path
+
+from xclip_jax.convert.exporting import export
+from xclip_jax.convert.importing import convert
+from xclip_jax.errors import InputError, one_line_errors
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m xclip_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", required=True, help="checkpoint, Hugging Face folder or hub id; model directory")
+    add("--output", required=True, type=Path, help="folder to write; must not exist yet")
+    add("--to", choices=["jax", "pytorch"], default="jax", help="direction (default jax)")
+    add("--vocab", help="tokenizer: OpenAI's bpe_simple_vocab_16e6.txt.gz, a folder or a hub id")
+    add(
+        "--head",
+        choices=["mean_pooling", "xclip"],
+        help="of plain CLIP: mean_pooling (default) is CLIP's own score of averaged frames; xclip "
+        "compares words and frames too, without a temporal encoder",
+    )
+    add(
+        "--activation",
+        choices=["quick_gelu", "gelu"],
+        help="where the file does not tell; default gelu for open_clip, else quick_gelu",
+    )
+    add("--vision_heads", type=int, help="heads of the image tower (default width / 64)")
+    add("--text_heads", type=int, help="heads of the text tower (default width / 64)")
+    add("--max_words", type=int, help="tokens a text, start and end included")
+    add("--max_frames", type=int, help="frames a video (default 12)")
+    add(
+        "--crop_matrices",
+        action="store_true",
+        help="take the leading block of learned matrices to fit --max_words and --max_frames",
+    )
+    return parser
+
+
+_ONLY_IMPORT = (
+    *("vocab", "head", "activation", "vision_heads", "text_heads"),
+    *("max_words", "max_frames", "crop_matrices"),
+)
+
+
+def main(argv=None):
+    """The command line."""
+    args = _parser().parse_args(argv)
+    options = {name: getattr(args, name) for name in _ONLY_IMPORT}
+    with one_line_errors():
+        if args.output.exists():
+            raise InputError(f"{args.output} exists already: choose another --output or delete it")
+        if args.to == "jax":
+            convert(args.input, args.output, **options)
+            return
+        if given := [f"--{name}" for name, value in options.items() if value]:
+            raise InputError(f"{', '.join(given)} cannot be used with --to=pytorch")
+        export(args.input, args.output)
+
+
+if __name__ == "__main__":
+    main()

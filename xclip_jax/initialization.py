@@ -1,0 +1,96 @@
+"""Starting from CLIP: which parameters come from where.
+
+As the PyTorch release does: both towers from CLIP; the temporal encoder's (or tight head's) blocks
+from the first blocks of CLIP's text tower, its positions from the text positions.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.errors import InputError
+from xclip_jax.model_directory import load_model, model_folder
+
+_SIZES = {"vision": ("patch_size", "width", "layers", "heads"), "text": None}  # None: all
+
+
+def start_from_clip(params, architecture, directory):
+    """Parameters with CLIP's weights where they fit.
+
+    Args:
+        params: fresh parameters of the model to train.
+        architecture: its plain dict.
+        directory: model directory that `xclip_jax.convert` wrote.
+
+    Returns:
+        (params, rows): rows of (part, number of parameters, where they come from).
+
+    Raises:
+        InputError: there is no model, or its towers are of other sizes; all are named.
+    """
+    theirs, _, source, _ = load_model(model_folder(directory))
+    _check_sizes(architecture, theirs, directory)
+    clip = source["clip"]
+    visual = clip["visual"]
+    origin = "CLIP"
+    side, size = theirs["vision"]["image_size"], architecture["vision"]["image_size"]
+    if side != size:
+        grid = size // architecture["vision"]["patch_size"]
+        visual = {**visual, "positions": interpolate_positions(visual["positions"], grid)}
+        origin = f"CLIP, positions interpolated from {side} to {size} pixels"
+    started = {**params, "clip": {**clip, "visual": visual}}
+    rows = [("clip/visual", visual, origin)]
+    rows += [("clip/textual", clip["textual"], "CLIP"), ("clip/logit_scale", [0], "CLIP")]
+    for name in params.keys() - {"clip"}:
+        started[name], origin = _from_text_tower(params[name], clip["textual"])
+        if name == "aggregation_matrices":
+            origin = "identity"
+        rows.append((name, started[name], origin))
+    return started, [(name, sum(map(jnp.size, jax.tree.leaves(t))), o) for name, t, o in rows]
+
+
+def _check_sizes(ours, theirs, directory):
+    problems = []
+
+    def compare(field, a, b):
+        if a != b:
+            problems.append(f"config.model.{field} = {a!r}: must be {b!r}")
+
+    for tower, fields in _SIZES.items():
+        for field in fields or theirs[tower]:
+            compare(f"{tower}.{field}", ours[tower][field], theirs[tower][field])
+    for field in ("embed_dim", "activation"):
+        compare(field, ours[field], theirs[field])
+    if problems:
+        raise InputError(f"the CLIP of config.init.clip = {directory}: {'; '.join(problems)}")
+
+
+def interpolate_positions(positions_LxE, grid):
+    """Position embedding of a class token and a square of patches, for `grid` x `grid` patches.
+
+    Bicubic, as usual when a ViT is taken to another resolution (Dosovitskiy et al.,
+    2021, Sec. 3.2).
+    """
+    token, patches = positions_LxE[:1], positions_LxE[1:]
+    side = round(len(patches) ** 0.5)
+    square = patches.reshape(side, side, -1)
+    resized = jax.image.resize(square, (grid, grid, square.shape[-1]), "bicubic", antialias=False)
+    return jnp.concatenate([token, resized.reshape(grid * grid, -1)])
+
+
+def _from_text_tower(fresh, textual):
+    """(parameters, origin) of a Transformer: CLIP's first text blocks, if they are of its shape."""
+    blocks = fresh.get("encoder", {}).get("blocks")
+    if blocks is None:
+        return fresh, "random"
+    layers = len(jax.tree.leaves(blocks)[0])
+    theirs = jax.tree.map(lambda x: x[:layers], textual["encoder"]["blocks"])
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, blocks, theirs)
+    if not all(jax.tree.leaves(same)):
+        return fresh, "random: CLIP's text blocks are of another size, or fewer"
+    started = {**fresh, "encoder": {"blocks": theirs}}
+    origin = f"the first {layers} blocks of CLIP's text tower"
+    if "positions" in fresh:
+        started["positions"] = textual["positions"]
+        origin += " and its positions"
+    others = fresh.keys() - {"encoder", "positions"}
+    return started, origin + (f"; {', '.join(sorted(others))} random" if others else "")
