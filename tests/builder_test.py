@@ -65,9 +65,9 @@ def test_nothing_there(tmp_path):
             Dataset(path)
         assert str(error.value) == (
             f"no prepared data set in {path}: looked for {dataset_folder(path)}; "
-            f"make one with python -m xclip_jax.prepare --output={path}"
+            f"make one with python -m xclip_jax.prepare --output={path}, see its --help"
         )
-    with pytest.raises(InputError, match=r"^no prepared data set in \(config.data.path is empty\)"):
+    with pytest.raises(InputError, match=r"^config.data.path is empty"):
         Dataset("")
 
 

@@ -88,10 +88,10 @@ def item(**fields):
         ("a.csv", "", ": holds no captions"),
         ("a.csv", "video,caption\n", ": holds no captions"),
         ("a.csv", "\n\n", ": holds no captions"),
-        ("a.csv", "video,text\na,b\n", ", line 2: field 'text': unknown; known are video, cap"),
+        ("a.csv", "video,text\na,b\n", ", line 1: field 'text': unknown; known are video, cap"),
         ("a.csv", "caption,split\nb,train\n", ", line 2: field 'video': missing"),
         ("a.csv", "video,split\na,train\n", ", line 2: field 'caption': missing"),
-        ("a.csv", "video;caption\na;b\n", ", line 2: field 'video;caption': unknown"),
+        ("a.csv", "video;caption\na;b\n", ", line 1: field 'video;caption': unknown"),
         ("a.csv", "video,caption,caption\na,b,c\n", ", line 1: field 'caption' is there 2 times"),
         (
             "a.csv",

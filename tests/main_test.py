@@ -115,6 +115,9 @@ def test_an_unknown_field_and_a_missing_config_are_refused_without_a_traceback(d
         ([f"--config={config}", "--config.model.widht=3"], "widht"),
         ([], "config"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
+        ([f"--config={config}", "config.mode=eval"], "every option starts with --"),
+        ([f"--config={config}", "--config.train.batch_size=many"], "batch_size"),
+        ([f"--config={config}", "--nonsense"], "nonsense"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "xclip_jax.main", *arguments],
@@ -125,7 +128,13 @@ def test_an_unknown_field_and_a_missing_config_are_refused_without_a_traceback(d
         )
         assert done.returncode != 0
         assert message in done.stderr
-        assert "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_help():
+    done = subprocess.run(command("x", "y", "--help"), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert "--config.a.b=value" in done.stdout
 
 
 MOMENTS = {

@@ -453,7 +453,7 @@ def test_only_corrupt_videos_is_one_line(tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(
-        "error: 1 of 1 clips failed, all; the first is a: cannot be opened: Invalid data found .*; "
+        "error: 1 of 1 clips failed; the first is a: cannot be opened: Invalid data found .*; "
         f"all are in {output / 'failures.jsonl'}",
         last,
     )
@@ -497,7 +497,7 @@ def test_bad_input_is_one_line(videos, tmp_path, capsys):
         ),
         ({"--max_failures": "1.5"}, "--max_failures=1.5: must be from 0 to 1"),
         ({"--max_failures": "nan"}, "--max_failures=nan: must be from 0 to 1"),
-        ({"--image_size": "0"}, "--image_size=0: must be at least 1"),
+        ({"--image_size": "0"}, "--image_size=0: must be from 1 to 4096"),
     ]
     for change, message in cases:
         given = [f"{k}={v}" for k, v in (good | change).items() if v is not None]

@@ -200,13 +200,14 @@ def test_torchscript_modules_are_walked(tmp_path):
     weight = push_tensor(size=(2, 3), stride=(3, 1))
     layers = push_module({"0": push_module({"weight": weight, "training": push(True)})})
     size = push_tensor(size=(), stride=(), numel=3, kind="LongStorage", key="1")
-    root = push_module({"scale": push(1.5), "size": size, "layers": layers, "pads": pads})
+    items = {"scale": push(1.5), "size": size, "layers": layers, "pads": pads}
+    root = push_module(items | {"state_dict": push_module({})})
     archive = read_archive(write_program(tmp_path / "j.pt", program(root), script=True))
     size = np.frombuffer(BYTES[::-1], np.int64)[0].reshape(())
     assert_same(archive.tensors, {"size": size, "layers.0.weight": WEIGHTS.reshape(2, 3)})
     assert (archive.torchscript, archive.nested) == (True, False)
     path = write_program(tmp_path / "n.pt", program(root))
-    assert_refused(path, "refused, for its pickle asks for '__torch__.some_file.Model'")
+    assert_refused(path, "refused: its pickle asks for '__torch__.some_file.Model'")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +432,7 @@ def test_the_attacks_work_on_plain_pickle(tmp_path):
 def test_attacks_are_named_and_never_run(tmp_path):
     path, marker = tmp_path / "x.pt", tmp_path / "ran"
     for name, data in attacks(marker):
-        message = f"refused, for its pickle asks for {name!r}"
+        message = f"refused: its pickle asks for {name!r}"
         for script in (False, True):
             assert_refused(write_program(path, data, script), message)
         for content in (data, legacy(data), legacy(LEGACY, keys=data)):

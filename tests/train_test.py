@@ -97,6 +97,21 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_
     assert_same(params_of(whole), params_of(tmp_path))
 
 
+def test_checkpoints_of_another_model_are_refused_and_kept(finished, tmp_path):
+    config, whole = finished
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").unlink()
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    other = config.copy_and_resolve_references()
+    other.model.temporal.type = "none"
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be restored; .* another model"):
+        train.run(other, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == steps
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json is damaged: "):
+        train.run(config, tmp_path)
+
+
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
     state = {"x": np.arange(4.0)}
     checkpoints = Checkpoints(tmp_path)
@@ -146,7 +161,7 @@ def test_other_data_under_the_same_config_is_refused(finished, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
     config = tiny.make_config(data, checkpoint_every=1)
     config.optimizer.update(lr=1e30, encoder_lr=1e30, warmup=0.5)  # the first update has rate 0
-    with pytest.raises(InputError, match=r"at step \d; .* Try a smaller config\.optimizer\.lr"):
+    with pytest.raises(InputError, match=r"at step \d; .* Try, .* smaller config\.optimizer\.lr"):
         train.run(config, tmp_path)
     kept = [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert kept

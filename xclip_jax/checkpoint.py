@@ -7,6 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from xclip_jax.errors import InputError
+
 # Checkpoints between evaluations have no score; Orbax would warn of each.
 logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in str(record.msg))
 
@@ -39,14 +41,29 @@ class Checkpoints:
 
         Args:
             like: the state's pytree of arrays or ShapeDtypeStructs with the wanted shardings.
+
+        Raises:
+            InputError: there are checkpoints, but none can be restored; they are left as they are.
         """
+        damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return step, self.restore(step, like)
+                found = step, self.restore(step, like)
             except Exception as error:  # Orbax has no one type for a damaged checkpoint
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                logging.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
-                self._manager.delete(step)
+                damaged[step] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                continue
+            for newer, reason in damaged.items():
+                logging.warning(
+                    "checkpoint %d is damaged, going on from %d: %s", newer, step, reason
+                )
+                self._manager.delete(newer)
+            return found
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise InputError(
+                f"no checkpoint in {self._manager.directory} can be restored; they are damaged or "
+                f"of another model: choose another --workdir or delete it ({step}: {reason})"
+            )
         return None
 
     def restore(self, step, like):

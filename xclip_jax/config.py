@@ -152,6 +152,8 @@ def validate(c):
     _check(c, "optimizer.weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0")
     for field in ("optimizer.b1", "optimizer.b2", "optimizer.warmup"):
         _check(c, field, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+    for field in _WIDTHS:
+        _check(c, field, lambda x: x <= 2**16, "at most 65536")
     _check(c, "mesh.data", lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
     _sizes(c.model)
 
@@ -171,6 +173,11 @@ _POSITIVE_INTEGERS = (
     *(f"train.{name}" for name in ("batch_size", "epochs", "checkpoint_every")),
     "eval.batch_size",
     "log.every",
+)
+_WIDTHS = (  # what no memory could hold is refused before it is tried
+    *("model.embed_dim", "model.max_frames", "train.batch_size", "model.vision.image_size"),
+    *("model.vision.width", "model.vision.layers", "model.text.width", "model.text.layers"),
+    *("model.text.context_length", "model.temporal.layers"),
 )
 _NATURAL_NUMBERS = (
     "seed",

@@ -1,6 +1,7 @@
 """What a command says when its input is at fault: one clear line, a non-zero exit, no traceback."""
 
 import contextlib
+import os
 import sys
 
 
@@ -17,3 +18,20 @@ def one_line_errors():
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def run_command(command):
+    """Runs a command line; one that fails ends at once, without the interpreter's teardown.
+
+    There the threads of XLA and Orbax, cut short, would crash or print tracebacks of their own.
+    """
+    try:
+        command()
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else 1)

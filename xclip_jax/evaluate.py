@@ -100,7 +100,7 @@ def run(config, workdir):
     os.replace(partial, workdir / "results.json")
     print(f"\n{format_table(results)}")
     if found.truncated:
-        print(f"{found.truncated} captions were cut to model.max_words = {model.max_words} tokens")
+        print(f"captions cut to model.max_words = {model.max_words} tokens: {found.truncated}")
     print(f"\nreport: {index}")
     return results
 

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from xclip_jax import evaluate, prepare, train
 from xclip_jax.config import validate
 from xclip_jax.data.builder import dataset_folder
-from xclip_jax.errors import one_line_errors
+from xclip_jax.errors import InputError, one_line_errors, run_command
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; single fields by --config.a.b=value.", lock_config=True
@@ -30,10 +30,11 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv):
     """Dispatch."""
-    del argv
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.captureWarnings(True)
     with one_line_errors():
+        if argv[1:]:
+            raise InputError(f"{' '.join(argv[1:])}: every option starts with --, see --help")
         config = _CONFIG.value
         validate(config)
         workdir = _WORKDIR.value or f"runs/{config.name}"
@@ -46,14 +47,19 @@ def main(argv):
 
 
 def parse_flags(argv):
-    """absl's parsing, with one line for a field that the config does not have."""
+    """absl's parsing, with one line for a mistake, and success for a call for help."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit("error: " + " ".join(str(error).split()))
     except (AttributeError, KeyError, TypeError) as error:
-        field = str(error).strip("\"'")
+        field = " ".join(str(error.args[0] if error.args else error).split()).strip("\"'")
+        field = field.partition(" Other fields present:")[0]
         sys.exit(f"error: --config has no field {field}: see xclip_jax/config.py for all of them")
+    except SystemExit:
+        sys.exit(0 if any(arg.lstrip("-").startswith("help") for arg in argv[1:]) else 1)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    run_command(lambda: app.run(main, flags_parser=parse_flags))

@@ -70,7 +70,10 @@ def load_model(directory):
         raise InputError(f"no model in {directory}: looked for model.json") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{directory / 'model.json'}: not valid JSON: {error}") from None
-    model = build_model(architecture)
+    try:
+        model = build_model(architecture)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory / 'model.json'} does not describe a model: {error}") from None
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             # Told to be NumPy, so that they load whatever devices they were saved from.

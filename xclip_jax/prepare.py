@@ -26,7 +26,7 @@ from xclip_jax.data.builder import SPLITS, dataset_folder, write_dataset
 from xclip_jax.data.datasets import READERS, find_videos, locate
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
-from xclip_jax.errors import InputError, one_line_errors
+from xclip_jax.errors import InputError, one_line_errors, run_command
 from xclip_jax.progress import progress
 from xclip_jax.workers import worker_pool
 
@@ -197,11 +197,11 @@ def _report_failures(output, clips, outcomes, max_failures):
     )
     if failed / len(clips) > max_failures or failed == len(clips):
         first = json.loads(next(line for line in lines if not json.loads(line)["kept"]))
-        allowed = f"more than --max_failures={max_failures:g} allows"
-        raise InputError(
-            f"{failed} of {len(clips)} clips failed, {allowed if failed < len(clips) else 'all'}; "
-            f"the first is {first['id']}: {first['reason']}; all are in {path}"
-        )
+        what = f"{failed} of {len(clips)} clips failed"
+        if failed < len(clips):
+            what += f", more than --max_failures={max_failures:g} allows"
+        what += f"; the first is {first['id']}: {first['reason']}"
+        raise InputError(f"{what}; all are in {path}")
 
 
 def _write(output, kept, image_size):
@@ -257,8 +257,8 @@ def main(argv=None):
     with one_line_errors():
         if not 0 <= args.max_failures <= 1:
             raise InputError(f"--max_failures={args.max_failures:g}: must be from 0 to 1")
-        if args.image_size < 1:
-            raise InputError(f"--image_size={args.image_size}: must be at least 1")
+        if not 1 <= args.image_size <= 4096:
+            raise InputError(f"--image_size={args.image_size}: must be from 1 to 4096")
         if args.dataset == "rendered":
             prepare_rendered(args.output, args.image_size)
             return
@@ -276,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,7 @@ from xclip_jax.data.video import VideoError, preprocess, read_frames
 from xclip_jax.errors import InputError
 from xclip_jax.inference import concatenate, encode_texts, encode_videos, similarity_in_blocks
 from xclip_jax.model_directory import load_model, model_folder
-from xclip_jax.similarity import VideoFeatures
+from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 _BATCH = 32  # videos whose frames are held in memory at once
 
@@ -50,8 +50,9 @@ class Retriever:
                 "this model directory has no tokenizer; convert the checkpoint again with --vocab, "
                 "or set retriever.tokenizer = xclip_jax.load_tokenizer(FOLDER, max_words)"
             )
-        if isinstance(texts, str) or not len(texts):
-            raise InputError("encode_text wants a list of at least one text")
+        texts = [] if isinstance(texts, str) else list(texts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError("encode_text wants a list of at least one text, each a str")
         return encode_texts(self.model, self.params, *self.tokenizer(texts))
 
     def encode_video(self, videos):
@@ -78,7 +79,14 @@ class Retriever:
         return concatenate(batches)
 
     def similarity(self, text, video):
-        """T x V logits, NumPy float32: rows texts, columns videos (Eq. 14, scaled)."""
+        """T x V logits, NumPy float32: rows texts, columns videos (Eq. 14, scaled).
+
+        Raises:
+            InputError: `text` are not TextFeatures or `video` are not VideoFeatures.
+        """
+        if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
+            given = f"{type(text).__name__} and {type(video).__name__}"
+            raise InputError(f"similarity wants TextFeatures and VideoFeatures, not {given}")
         return similarity_in_blocks(self.model, self.params, text, video)
 
     def search(self, query, videos, k=5):
@@ -91,7 +99,12 @@ class Retriever:
 
         Returns:
             A list of Match(index, video, score); `video` is None when features were given.
+
+        Raises:
+            InputError: `query` is no str, `k` no whole number of at least 0, or see `encode_video`.
         """
+        if not isinstance(query, str) or not isinstance(k, int) or k < 0:
+            raise InputError(f"search wants a str and a whole number k >= 0, not {query!r}, {k!r}")
         features = videos if isinstance(videos, VideoFeatures) else self.encode_video(videos)
         scores_V = self.similarity(self.encode_text([query]), features)[0]
         given = [None] * len(scores_V) if features is videos else videos
@@ -108,8 +121,12 @@ class Retriever:
                 raise InputError(f"{video}: {error}") from None
         else:
             images = np.asarray(video)
-            if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-                raise InputError(f"frames of shape {images.shape}: must be F x H x W x 3")
+            if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+                raise InputError(
+                    f"frames of shape {images.shape}: must be F x H x W x 3, none of them 0"
+                )
+            if not np.isfinite(images).all():
+                raise InputError("float frames hold NaN or infinite values")
             if images.dtype != np.uint8 and images.shape[1:3] != (side, side):
                 raise InputError(f"float frames must be {side} x {side} pixels and normalised")
         chosen = [images[index] for index in choose_frames(len(images), most)]

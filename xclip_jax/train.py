@@ -234,9 +234,9 @@ class _Monitor:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise InputError(
                 f"the loss is {values['loss']:g} (gradient norm {values['gradient_norm']:g}) at "
-                f"step {step}; the last good checkpoint is kept. Try a smaller "
-                "config.optimizer.lr or encoder_lr, a longer config.optimizer.warmup, "
-                "or config.model.dtype=float32"
+                f"step {step}; checkpoints of earlier steps are kept. Try, in another --workdir, a "
+                "smaller config.optimizer.lr or encoder_lr, a longer config.optimizer.warmup, or "
+                "config.model.dtype=float32"
             )
         self._bar.update()
         if step % self._config.log.every == 0:
@@ -313,7 +313,10 @@ def claim_workdir(workdir, config, dataset):
             os.replace(partial, path)
     except OSError as error:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
-    before = json.loads(path.read_text())
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}; choose another --workdir") from None
     changed = [k for k in fixed if k not in before or before[k] != fixed[k]]
     if changed:
         named = ", ".join(f"{k} = {before.get(k)!r} then, {fixed[k]!r} now" for k in changed)

@@ -7,6 +7,18 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 
 
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *args, **kwargs):
+        """Starts workers deaf to Ctrl-C: they may get one before they have begun."""
+        if threading.current_thread() is not threading.main_thread():
+            return super().submit(*args, **kwargs)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def worker_pool(jobs):
     """A ProcessPoolExecutor on all cores, of at most `jobs` processes; forking is unsafe with JAX.
 
@@ -15,14 +27,12 @@ def worker_pool(jobs):
     """
     workers = max(1, min(os.cpu_count() or 1, jobs))
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_start)
-
-
-def _start():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return _Pool(workers, context, initializer=_end_with_parent)
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert
-from xclip_jax.errors import InputError, one_line_errors
+from xclip_jax.errors import InputError, one_line_errors, run_command
 
 
 def _parser():
@@ -74,4 +74,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -216,7 +216,7 @@ class _Unpickler(pickle._Unpickler):
         script = name.startswith(("__torch__.", "torch.jit._pickle."))
         if name in {"collections.OrderedDict", *DTYPES, *REBUILD} or (script and self.torchscript):
             return name
-        raise InputError(f"refused, for its pickle asks for {name!r:.99}, which is no tensor")
+        raise InputError(f"refused: its pickle asks for {name!r:.99}, must be plain tensors")
 
     def persistent_load(self, pid):
         match pid:
@@ -252,7 +252,7 @@ class _Unpickler(pickle._Unpickler):
     def _build(self):
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, _Module) and isinstance(state, _Dict):
-            target.update(state)  # what an OrderedDict gets, _metadata, is of no use here
+            target.update(state)  # an OrderedDict's state, _metadata, is of no use here
 
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
     dispatch[pickle.REDUCE[0]] = _reduce
@@ -262,8 +262,9 @@ class _Unpickler(pickle._Unpickler):
 
 def _archive(root, torchscript, read):
     """Archive of an unpickled file; read: storage key -> bytes."""
-    nested = isinstance(root, _Dict) and isinstance(root.get("state_dict"), _Dict)
-    found = _of_modules(root) if torchscript else _of_dict(root["state_dict"] if nested else root)
+    inner = root.get("state_dict") if isinstance(root, _Dict) else None
+    nested = isinstance(inner, _Dict) and not torchscript
+    found = _of_modules(root) if torchscript else _of_dict(inner if nested else root)
     if not found:
         raise InputError("holds no tensors")
     prefix = "module." if all(name.startswith("module.") for name in found) else ""

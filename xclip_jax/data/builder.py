@@ -99,20 +99,24 @@ class Dataset:
     def __init__(self, path):
         self.path = Path(path)
         folder = dataset_folder(path)
+        if not str(path):
+            raise InputError("config.data.path is empty: name the folder xclip_jax.prepare wrote")
         if not folder.is_dir():
             raise InputError(
-                f"no prepared data set in {str(path) or '(config.data.path is empty)'}: "
-                f"looked for {folder}; make one with python -m xclip_jax.prepare --output={path}"
+                f"no prepared data set in {path}: looked for {folder}; make one with "
+                f"python -m xclip_jax.prepare --output={path}, see its --help"
             )
-        self._builder = tfds.builder_from_directory(str(folder))
-        described = (folder / name for name in ("dataset_info.json", "metadata.json"))
-        content = b"".join(path.read_bytes() for path in described)
+        try:
+            self._builder = tfds.builder_from_directory(str(folder))
+            described = (folder / name for name in ("dataset_info.json", "metadata.json"))
+            content = b"".join(path.read_bytes() for path in described)
+            metadata = self._builder.info.metadata
+            self.image_size = metadata["image_size"]
+            counts = {split: np.asarray(n) for split, n in metadata["captions_per_clip"].items()}
+        except Exception as error:  # TFDS has no one type for a damaged data set
+            raise InputError(f"{folder} is damaged, prepare it again: {error}") from None
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
-        metadata = self._builder.info.metadata
-        self.image_size = metadata["image_size"]
-        self.captions_per_clip = {
-            split: np.asarray(counts) for split, counts in metadata["captions_per_clip"].items()
-        }
+        self.captions_per_clip = counts
 
     def clips(self, split):
         """The clips of a split: a sequence of records as at `ClipsBuilder`, bytes for str.
@@ -124,4 +128,10 @@ class Dataset:
             raise InputError(
                 f"{self.path} has no split {split!r}, only {', '.join(self.captions_per_clip)}"
             )
-        return self._builder.as_data_source(split)
+        try:
+            return self._builder.as_data_source(split)
+        except Exception as error:  # of ArrayRecord, on opening a file cut short
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.path}, {split} is damaged, prepare it again: {reason}"
+            ) from None

@@ -15,6 +15,8 @@ from xclip_jax.data.builder import SPLITS
 from xclip_jax.data.video import VIDEO_SUFFIXES
 from xclip_jax.errors import InputError
 
+FIELDS = ("video", "caption", "captions", "start", "end", "split")  # of a file of captions
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -161,6 +163,8 @@ def _checked_header(where, header):
     for name, count in collections.Counter(header).items():
         if count > 1:
             raise InputError(f"{where}: field {name!r} is there {count} times")
+        if name not in FIELDS:
+            raise InputError(f"{where}: field {name!r}: unknown; known are {', '.join(FIELDS)}")
     return header
 
 
@@ -181,10 +185,9 @@ def _clip(where, item):
 
     if not isinstance(item, dict):
         raise InputError(f"{where}: must be an object with 'video' and 'caption' or 'captions'")
-    known = ("video", "caption", "captions", "start", "end", "split")
     for field in item:
-        if field not in known:
-            fail(field, f"unknown; known are {', '.join(known)}")
+        if field not in FIELDS:
+            fail(field, f"unknown; known are {', '.join(FIELDS)}")
     video = item.get("video")
     if not _is_text(video):
         fail("video", "missing or not a file name")
