@@ -42,6 +42,7 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "test": ["pytest>=8", "ruff>=0.15"],
+        "torch": ["torch>=2.4"],  # for tests and benchmarks that compare with it, nothing else
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

@@ -72,13 +72,13 @@ class Killed(Exception):
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch, kill_after):
     config, whole = finished
 
-    def killing(self, step, metrics, truncated, original=train._Monitor.step):
+    def killing(self, step, metrics, truncated, original=train.Monitor.step):
         original(self, step, metrics, truncated)
         if step == kill_after:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Monitor, "step", killing)
+        patch.setattr(train.Monitor, "step", killing)
         with pytest.raises(Killed):
             train.run(config, tmp_path)
     train.run(config, tmp_path)

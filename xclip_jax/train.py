@@ -3,8 +3,6 @@
 import functools
 import json
 import math
-import os
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +12,6 @@ from flax import struct
 
 from xclip_jax import sharding
 from xclip_jax.checkpoint import Checkpoints
-from xclip_jax.config import FREE_FIELDS
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
 from xclip_jax.data.text import load_tokenizer
@@ -24,9 +21,9 @@ from xclip_jax.initialization import start_from_clip
 from xclip_jax.losses import contrastive_loss
 from xclip_jax.model_directory import init_params, model_folder, save_model
 from xclip_jax.models import build_model, resolve
+from xclip_jax.monitor import Monitor
 from xclip_jax.optimizer import make_optimizer
-from xclip_jax.progress import progress
-from xclip_jax.writer import Writer
+from xclip_jax.workdir import claim_workdir
 
 LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
 
@@ -124,7 +121,7 @@ def run(config, workdir):
     validate = None
     if config.data.val_split in dataset.captions_per_clip:
         validate = functools.partial(_validate, config, model, dataset, tokenizer)
-    with _Monitor(config, workdir, schedule, total_steps, int(state.step)) as monitor:
+    with Monitor(config, workdir, schedule, total_steps, int(state.step)) as monitor:
         _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps)
     best = checkpoints.best_step()
     params = checkpoints.restore(best, state).params
@@ -200,73 +197,6 @@ def _validate(config, model, dataset, tokenizer, params):
     return evaluate_split(config, model, params, dataset, config.data.val_split, tokenizer).metrics
 
 
-class _Monitor:
-    """Progress bar, metrics.jsonl, TensorBoard, and the watch over the loss.
-
-    Metrics are read one step late, so that the devices never wait for the host.
-    """
-
-    def __init__(self, config, workdir, schedule, total_steps, start_step):
-        self._config, self._schedule = config, schedule
-        self._writer = Writer(workdir, config.log.tensorboard, start_step)
-        self._bar = progress(total_steps, "training", "step", initial=start_step)
-        self._pending, self._truncated, self._clock = None, 0, (start_step, time.perf_counter())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-        self._writer.close()
-
-    def step(self, step, metrics, truncated):
-        """Takes the metrics of a step just dispatched and reads those of the one before."""
-        self.flush()
-        self._pending = step, metrics
-        self._truncated += truncated
-
-    def flush(self):
-        """Reads the metrics that are still on the device."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            raise InputError(
-                f"the loss is {values['loss']:g} (gradient norm {values['gradient_norm']:g}) at "
-                f"step {step}; checkpoints of earlier steps are kept. Try, in another --workdir, a "
-                "smaller config.optimizer.lr or encoder_lr, a longer config.optimizer.warmup, or "
-                "config.model.dtype=float32"
-            )
-        self._bar.update()
-        if step % self._config.log.every == 0:
-            self._log(step, values)
-
-    def _log(self, step, values):
-        before, then = self._clock
-        self._clock = step, time.perf_counter()
-        rate = (step - before) * self._config.train.batch_size / (self._clock[1] - then)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}, {rate:.0f} videos/s"
-        )
-        values |= {"learning_rate": float(self._schedule(step - 1)), "videos_per_second": rate}
-        values["truncated_captions"] = self._truncated
-        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
-
-    def validation(self, step, metrics):
-        """Writes the metrics of the validation split; returns the score that selects weights."""
-        name = self._config.data.val_split
-        flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
-        self._writer.write(step, flat)
-        recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]
-        self._bar.write(
-            f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
-            f"{recalls[1]:.1f} video to text"
-        )
-        self._clock = step, time.perf_counter()
-        return sum(recalls) / 2
-
-
 def init_state(model, architecture, optimizer, seed, mesh):
     """A fresh TrainState, the same for the same seed, laid out on the mesh."""
 
@@ -292,51 +222,3 @@ def resolve_architecture(model_config, tokenizer):
             f"{tokenizer.vocab_size} ids of the tokenizer (or 0: its size)"
         )
     return architecture
-
-
-def claim_workdir(workdir, config, dataset):
-    """Makes the work directory and its config.json, or checks that it belongs to this run.
-
-    Raises:
-        InputError: it cannot be written, or was made with a config or data that change the course
-            of training; the fields are named.
-    """
-    flat = flatten(json.loads(config.to_json()))
-    fixed = {k: v for k, v in flat.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
-    fixed["data.fingerprint"] = dataset.fingerprint
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps({**flat, **fixed}, indent=1) + "\n")
-            os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"work directory {workdir} cannot be written: {error}") from None
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}; choose another --workdir") from None
-    changed = [k for k in fixed if k not in before or before[k] != fixed[k]]
-    if changed:
-        named = ", ".join(f"{k} = {before.get(k)!r} then, {fixed[k]!r} now" for k in changed)
-        raise InputError(
-            f"{workdir} was made by a run with another config: {named}; "
-            "go on with the same config or choose another --workdir"
-        )
-
-
-def flatten(tree, prefix=""):
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def is_below(field, parent):
-    """Whether a dotted field is `parent` or lies below it."""
-    return field == parent or field.startswith(parent + ".")

@@ -1,0 +1,75 @@
+"""What a run says while it trains, and the watch over its loss."""
+
+import math
+import time
+
+from xclip_jax.errors import InputError
+from xclip_jax.progress import progress
+from xclip_jax.writer import Writer
+
+
+class Monitor:
+    """Progress bar, metrics.jsonl, TensorBoard, and the watch over the loss.
+
+    Metrics are read one step late, so that the devices never wait for the host.
+    """
+
+    def __init__(self, config, workdir, schedule, total_steps, start_step):
+        self._config, self._schedule = config, schedule
+        self._writer = Writer(workdir, config.log.tensorboard, start_step)
+        self._bar = progress(total_steps, "training", "step", initial=start_step)
+        self._pending, self._truncated, self._clock = None, 0, (start_step, time.perf_counter())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._writer.close()
+
+    def step(self, step, metrics, truncated):
+        """Takes the metrics of a step just dispatched and reads those of the one before."""
+        self.flush()
+        self._pending = step, metrics
+        self._truncated += truncated
+
+    def flush(self):
+        """Reads the metrics that are still on the device."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise InputError(
+                f"the loss is {values['loss']:g} (gradient norm {values['gradient_norm']:g}) at "
+                f"step {step}; checkpoints of earlier steps are kept. Try, in another --workdir, a "
+                "smaller config.optimizer.lr or encoder_lr, a longer config.optimizer.warmup, or "
+                "config.model.dtype=float32"
+            )
+        self._bar.update()
+        if step % self._config.log.every == 0:
+            self._log(step, values)
+
+    def _log(self, step, values):
+        before, then = self._clock
+        self._clock = step, time.perf_counter()
+        rate = (step - before) * self._config.train.batch_size / (self._clock[1] - then)
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}, {rate:.0f} videos/s"
+        )
+        values |= {"learning_rate": float(self._schedule(step - 1)), "videos_per_second": rate}
+        values["truncated_captions"] = self._truncated
+        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+
+    def validation(self, step, metrics):
+        """Writes the metrics of the validation split; returns the score that selects weights."""
+        name = self._config.data.val_split
+        flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
+        self._writer.write(step, flat)
+        recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]
+        self._bar.write(
+            f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
+            f"{recalls[1]:.1f} video to text"
+        )
+        self._clock = step, time.perf_counter()
+        return sum(recalls) / 2
