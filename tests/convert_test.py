@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -246,6 +247,54 @@ def test_what_does_not_fit_is_listed(tmp_path):
             convert(path, tmp_path / "model")
         path.unlink()
     assert not list(tmp_path.glob("model*"))
+
+
+def test_export_says_when_the_official_code_would_compute_something_else(tmp_path, capsys):
+    path = write(tmp_path / "a.pt", checkpoints.clip())
+    for number, (options, reason) in enumerate([
+        ({"activation": "gelu"}, "model.activation = gelu"),
+        ({"vision_heads": 4}, "model.vision.heads = 4"),
+        ({}, None),
+    ]):  # fmt: skip
+        convert(path, tmp_path / f"model{number}", **options)
+        capsys.readouterr()
+        export(tmp_path / f"model{number}", tmp_path / f"out{number}")
+        assert (reason or "official state dict, for torch.load") in capsys.readouterr().out
+        assert (tmp_path / f"out{number}" / "pytorch_model.bin").exists() == (reason is None)
+
+
+def test_nothing_beside_the_output_is_touched(tmp_path):
+    path = write(tmp_path / "a.pt", checkpoints.clip())
+    mine = tmp_path / "model.part" / "precious"
+    mine.mkdir(parents=True)
+    convert(path, tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "model", "model.part", "out"]
+    assert mine.is_dir()
+
+
+def test_values_that_make_no_sense(tmp_path):
+    path = write(tmp_path / "a.bin", checkpoints.release("xclip"))
+    for options, message in [
+        ({"max_words": 0}, "--max_words=0: must be at least 1"),
+        ({"vision_heads": -1}, "--vision_heads=-1: must be at least 1"),
+        ({"text_heads": 7}, "7 heads cannot share; see --text_heads"),
+        ({"crop_matrices": True}, "--crop_matrices goes with"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            convert(path, tmp_path / "model", **options)
+    folder = hugging_face(tmp_path / "hf", checkpoints.clip())
+    with pytest.raises(InputError, match=r"config.json tells activation and heads"):
+        convert(folder, tmp_path / "model", activation="gelu")
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"] | {"num_attention_heads": 0}
+    for tower, message in [("x", "must be an object"), (vision, "_heads is 0")]:
+        (folder / "config.json").write_text(json.dumps(config | {"vision_config": tower}))
+        with pytest.raises(InputError, match=message):
+            convert(folder, tmp_path / "model")
+    for source, message in [("/nowhere/a.pt", "no such file or folder"), ("", "--input is empty")]:
+        with pytest.raises(InputError, match=message):
+            convert(source, tmp_path / "model")
 
 
 def test_a_resnet_is_refused(tmp_path):

@@ -28,6 +28,17 @@ def model_folder(directory):
     return directory
 
 
+def partial_folder(directory):
+    """A new folder beside `directory`, to be filled and then renamed to it.
+
+    It has its own unmistakable name; what a killed run of the same name left is removed.
+    """
+    partial = Path(directory).with_name(f".{Path(directory).name}.xclip_jax-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
 def save_model(directory, architecture, params, tokenizer=None, unread=None):
     """Writes a model directory whole or not at all, in place of an older one.
 
@@ -38,9 +49,7 @@ def save_model(directory, architecture, params, tokenizer=None, unread=None):
         unread: official name -> array, kept for the way back to PyTorch.
     """
     directory = Path(directory).absolute()
-    partial = directory.with_name(directory.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = partial_folder(directory)
     (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "tokenizer")

@@ -1,6 +1,6 @@
 """Samples frames from videos once and writes a data set for training and evaluation.
 
-    python -m xclip_jax.prepare --dataset=captions --videos=clips/ \
+    python -m xclip_jax.prepare --dataset=captions --videos=clips/ \\
         --annotations=captions.csv --output=data/mine
     python -m xclip_jax.main --config=configs/captions.py --config.data.path=data/mine
 

@@ -1,6 +1,6 @@
 """Takes a PyTorch checkpoint to a model directory, or a model directory back to PyTorch.
 
-    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \\
         --vocab=bpe_simple_vocab_16e6.txt.gz
     python -m xclip_jax.convert --input=openai/clip-vit-base-patch32 --output=models/clip_b32
     python -m xclip_jax.convert --input=pytorch_model.bin.4 --output=models/xclip --vocab=...
@@ -68,8 +68,12 @@ def main(argv=None):
         if args.to == "jax":
             convert(args.input, args.output, **options)
             return
-        if given := [f"--{name}" for name, value in options.items() if value]:
-            raise InputError(f"{', '.join(given)} cannot be used with --to=pytorch")
+        given = [
+            name for name, value in options.items() if value is not None and value is not False
+        ]
+        if given:
+            names = ", ".join(f"--{name}" for name in given)
+            raise InputError(f"{names} cannot be used with --to=pytorch")
         export(args.input, args.output)
 
 

@@ -1,7 +1,6 @@
 """A model directory -> what PyTorch users read."""
 
 import json
-import shutil
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
@@ -9,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from xclip_jax.convert.huggingface import clip_config, from_official
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
-from xclip_jax.model_directory import UNREAD_FILE, load_model, model_folder
+from xclip_jax.model_directory import UNREAD_FILE, load_model, model_folder, partial_folder
 
 
 def export(directory, output):
@@ -23,9 +22,8 @@ def export(directory, output):
     """
     directory, output = model_folder(directory), Path(output)
     architecture, model, params, tokenizer = load_model(directory)
-    partial = output.with_name(output.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "clip").mkdir(parents=True)
+    partial = partial_folder(output)
+    (partial / "clip").mkdir()
     towers = to_tensors({"clip": params["clip"]})
     foreign = official_reason(architecture)
     if foreign is None:
@@ -61,4 +59,19 @@ def official_reason(architecture):
         return f"model.granularities = {', '.join(a['granularities'])}"
     if a["temporal"]["type"] != "none" and a["temporal"]["residual"] != "yes":
         return "model.temporal.residual = no"
+    return _other_constants(a)
+
+
+def _other_constants(a):
+    """What the official code has as constants, and its checkpoints therefore do not tell."""
+    towers = {"vision": a["vision"]["width"], "text": a["text"]["width"]}
+    if a["temporal"]["type"] == "transformer" or a["head"] == "tight_transformer":
+        towers["temporal"] = a["embed_dim"]
+    for name, width in towers.items():
+        if a[name]["heads"] != max(1, width // 64):
+            return f"model.{name}.heads = {a[name]['heads']} (it has width / 64)"
+    if a["activation"] != "quick_gelu":
+        return f"model.activation = {a['activation']}"
+    if a["head"] == "xclip" and a["tau"] != 0.01:
+        return f"model.tau = {a['tau']}"
     return None

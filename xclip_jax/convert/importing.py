@@ -53,15 +53,27 @@ def convert(
     Raises:
         InputError: the source is not readable, not known, or does not fit.
     """
+    options = {"vision_heads": vision_heads, "text_heads": text_heads}
+    options |= {"max_words": max_words, "max_frames": max_frames}
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name}={value}: must be at least 1")
     read = read_source(source)
-    read.activation = activation or read.activation
     tensors = read.tensors
-    heads = {**read.heads}
-    heads |= {"vision": vision_heads} if vision_heads else {}
-    heads |= {"text": text_heads} if text_heads else {}
+    if not read.told:
+        read.activation = activation or read.activation
+        asked = {"vision": vision_heads, "text": text_heads}
+        read.heads |= {name: count for name, count in asked.items() if count}
+    elif activation or vision_heads or text_heads:
+        raise InputError(
+            f"{source}: its config.json tells activation and heads; leave out --activation, "
+            "--vision_heads and --text_heads"
+        )
+    if crop_matrices and not (max_words or max_frames):
+        raise InputError("--crop_matrices goes with --max_words or --max_frames")
     _set_lengths(tensors, {"max_words": max_words, "max_frames": max_frames}, crop_matrices)
     model = {"activation": read.activation, **_kind(read, head)}
-    architecture = infer(tensors, model, heads, max_words, max_frames)
+    architecture = infer(tensors, model, read.heads, max_words, max_frames)
     model = build_model(architecture)
     template = jax.eval_shape(lambda: init_params(model, architecture, 0))
     weights = {name: array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,11 @@ class Source:
     heads: dict[str, int]  # of "vision" and "text", where the file says
     tokenizer: Path | None  # a folder that may hold one
 
+    @property
+    def told(self):
+        """Whether the source itself says which activation and heads it has."""
+        return bool(self.tokenizer)
+
 
 def read_source(path):
     """The checkpoint at a path: file, Hugging Face folder, or hub id.
@@ -37,6 +43,8 @@ def read_source(path):
         InputError: nothing is there, or nothing that is known.
     """
     location = Path(path)
+    if not str(path).strip():
+        raise InputError("--input is empty")
     if location.is_dir():
         return _read_folder(location)
     if location.suffix == ".safetensors" and location.is_file():
@@ -44,6 +52,8 @@ def read_source(path):
     if location.is_file():
         archive = read_archive(location)
         return _of_tensors(archive.tensors, "PyTorch state dict", archive.nested, archive)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):  # how the hub names models
+        raise InputError(f"{path}: no such file or folder")
     return _read_folder(_download(str(path)))
 
 
@@ -82,11 +92,18 @@ def _read_folder(folder):
     if not isinstance(config, dict) or config.get("model_type") != "clip":
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise InputError(f"{folder / 'config.json'}: model_type is {kind!r}, must be 'clip'")
+    path = folder / "config.json"
     towers = {name: config.get(f"{name}_config") or {} for name in ("vision", "text")}
+    for name, tower in towers.items():
+        if not isinstance(tower, dict):
+            raise InputError(f"{path}: {name}_config must be an object")
     activation = _common(folder, towers, "hidden_act", "quick_gelu", ("quick_gelu", "gelu"))
     _common(folder, towers, "layer_norm_eps", 1e-5, (1e-5,))
     heads = {"vision": 12, "text": 8}  # the library's defaults, left out of config.json
     heads = {name: towers[name].get("num_attention_heads", heads[name]) for name in heads}
+    for name, count in heads.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise InputError(f"{path}: {name}_config.num_attention_heads is {count!r}")
     tensors = huggingface.to_official(_read_weights(folder))
     return Source("Hugging Face CLIP", False, tensors, activation, heads, folder)
 
