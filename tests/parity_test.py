@@ -202,7 +202,7 @@ def check_clip(retriever, golden, text_embeds, image_embeds):
     close(retriever.similarity(text, video), golden["logits_per_image"].T, "logits")
 
 
-@pytest.mark.parametrize("name", [*RELEASE, *OPENAI])
+@pytest.mark.parametrize("name", [*RELEASE, *OPENAI, *HUGGING_FACE])
 def test_bfloat16_stays_near(converted, name):
     retriever, golden = converted(name)
     if "video" in golden:
