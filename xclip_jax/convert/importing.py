@@ -60,7 +60,7 @@ def convert(
             raise InputError(f"--{name}={value}: must be at least 1")
     read = read_source(source)
     tensors = read.tensors
-    if not read.told:
+    if not read.heads:
         read.activation = activation or read.activation
         asked = {"vision": vision_heads, "text": text_heads}
         read.heads |= {name: count for name, count in asked.items() if count}
@@ -181,7 +181,7 @@ def _set_lengths(tensors, asked, crop):
             matrix, size = tensors.get(name), asked[option]
             if matrix is None or size is None or matrix.shape[0] == size:
                 continue
-            if not crop or size > matrix.shape[0] or size < 1:
+            if not crop or size > matrix.shape[0]:
                 hint = "; --crop_matrices cuts them" if size < matrix.shape[0] else ""
                 raise InputError(
                     f"--{option}={size}: the learned matrices are for {matrix.shape[0]}{hint}"

@@ -26,14 +26,9 @@ class Source:
     kind: str  # for people
     official: bool  # of X-CLIP or CLIP4Clip; else plain CLIP
     tensors: dict[str, np.ndarray]  # official names
-    activation: str  # quick_gelu | gelu
-    heads: dict[str, int]  # of "vision" and "text", where the file says
+    activation: str  # quick_gelu | gelu; a guess where heads is empty
+    heads: dict[str, int]  # of "vision" and "text"; empty where the source tells neither
     tokenizer: Path | None  # a folder that may hold one
-
-    @property
-    def told(self):
-        """Whether the source itself says which activation and heads it has."""
-        return bool(self.tokenizer)
 
 
 def read_source(path):

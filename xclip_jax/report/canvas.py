@@ -38,6 +38,7 @@ def printable(text):
 
 
 def is_selector(character):
+    """Whether it asks for the emoji or text form of the character before it."""
     return 0xFE00 <= ord(character) <= 0xFE0F  # asks for the emoji or text form of the one before
 
 

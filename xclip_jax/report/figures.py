@@ -237,6 +237,7 @@ def draw_curves(path, curves):
 
 
 def draw_panel(axes, title, found):
+    """One quantity over the steps, a line for each series found."""
     colors = [BLUE, ORANGE, GREEN, MUTED, AMBER]
     highest = max(found, key=lambda key: found[key][1][-1])
     for k, (key, (steps, values)) in enumerate(found.items()):

@@ -9,6 +9,7 @@ from xclip_jax.report.table import DIRECTIONS, METRICS, cells, count
 
 
 def strip_path(video):
+    """Where a video's strip lies, below the report's folder."""
     return f"strips/clip_{video:05}.png"
 
 
@@ -19,11 +20,13 @@ def safe(text):
 
 
 def caption_html(text, tag="p", kind="caption"):
+    """A caption, escaped, cut to three lines until it is focused."""
     inner = safe(text) or "<i>(empty caption)</i>"
     return f'<{tag} class="{kind}" dir="auto" tabindex="0">{inner}</{tag}>'
 
 
 def strip_html(video, name, widths):
+    """A video's strip, as wide as its share of a full one."""
     share = 100 * widths[video] / strip_width()
     source, name = strip_path(video), safe(name)
     return f'<img class="strip" src="{source}" alt="frames of {name}" style="width:{share:.2f}%">'
@@ -38,6 +41,7 @@ def row_html(label, content, score, note="", kind=""):
 
 
 def card_html(query, head, rows):
+    """One query: its rank, its head, and a row for each answer."""
     kind = "good" if query.rank == 1 else "bad"
     mark = "✓ " if query.rank == 1 else ""
     return (
@@ -48,10 +52,13 @@ def card_html(query, head, rows):
 
 
 def hit_label(position, hit):
+    """(label, CSS class) of the answer at a position, counted from 1."""
     return (f"{position} ✓", "right") if hit.right else (f"{position}", "wrong")
 
 
 def text_section(queries, captions, clip_names, widths):
+    """The cards of text-to-video queries."""
+
     def row(label, video, score, kind):
         name = clip_names[video]
         note = f'<span class="name" title="{safe(name)}">{safe(name)}</span>'
@@ -73,6 +80,7 @@ def text_section(queries, captions, clip_names, widths):
 
 
 def video_section(queries, captions, clip_names, widths, several):
+    """The cards of video-to-text queries."""
     cards = []
     for query in queries:
         name = clip_names[query.item]
@@ -95,6 +103,7 @@ def video_section(queries, captions, clip_names, widths, several):
 
 
 def attention_section(attentions):
+    """The heat maps."""
     pictures = [
         f'<figure><div class="scroll"><img src="attention_{k}.png" alt="attention map of '
         f'{safe(one.caption[:300])}"></div></figure>'
@@ -109,6 +118,7 @@ def attention_section(attentions):
 
 
 def section(title, sentence, content):
+    """A heading, a sentence on what is shown, and the content."""
     return f"<section><h2>{title}</h2><p class=lead>{sentence}</p>{content}</section>"
 
 
@@ -138,6 +148,7 @@ def metrics_html(results):
 
 
 def page(results, sections):
+    """The whole index.html."""
     note = f'<p class="note">{safe(results["note"])}</p>' if results.get("note") else ""
     texts, videos = count(results["num_texts"], "text"), count(results["num_videos"], "video")
     facts = f"{safe(results['split'])} split · step {results['step']} · {texts} · {videos}"

@@ -19,8 +19,10 @@ def format_table(results):
 
 
 def cells(metrics):
+    """One direction's metrics as text, in the order of METRICS; - where there is none."""
     return ["-" if metrics.get(name) is None else f"{metrics[name]:.1f}" for name in METRICS]
 
 
 def count(number, noun):
+    """1 video, 2,000 videos."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
