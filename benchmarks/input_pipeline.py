@@ -6,6 +6,7 @@ Makes a data set of 224-pixel frames in a temporary folder; both sides use the s
 are timed in turn. Target: at least 0.8 of bare decoding.
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from xclip_jax.data.builder import Dataset, write_dataset
+from xclip_jax.data.builder import Dataset, Pending, write_dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import decode_jpeg, encode_jpeg
@@ -31,8 +32,8 @@ def make(folder):
         captions = [f"clip number {number}"]
         return {"id": str(number), "captions": captions, "frames": jpegs, "times": [*range(FRAMES)]}
 
-    records = [lambda n=n: record(n) for n in range(CLIPS)]
-    write_dataset(folder, {"train": records}, {"train": [1] * CLIPS}, 224)
+    clips = [Pending(functools.partial(record, n), 1) for n in range(CLIPS)]
+    write_dataset(folder, {"train": clips}, 224)
     return Dataset(folder)
 
 

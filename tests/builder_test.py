@@ -1,5 +1,6 @@
 """A data set comes back as it was written, without TensorFlow, and is whole or not there."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xclip_jax.data.builder import Dataset, dataset_folder, write_dataset
+from xclip_jax.data.builder import SHARD_BYTES, Dataset, Pending, dataset_folder, write_dataset
 from xclip_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,13 +28,14 @@ def record(split, number, caption=None):
     }
 
 
-def write(path, captions=CAPTIONS, image_size=32, make=record):
-    records = {
-        split: [lambda s=split, n=n: make(s, n) for n in range(len(clips))]
-        for split, clips in captions.items()
-    }
-    counts = {split: [len(clip) for clip in clips] for split, clips in captions.items()}
-    write_dataset(path, records, counts, image_size)
+def write(path, captions=CAPTIONS, image_size=32, make=record, digests=True):
+    def clip(split, number):
+        size, digest = SHARD_BYTES // 100, str(make(split, number)) if digests else ""
+        count = len(captions[split][number])
+        return Pending(functools.partial(make, split, number), count, size, digest)
+
+    pending = {s: [clip(s, n) for n in range(len(clips))] for s, clips in captions.items()}
+    write_dataset(path, pending, image_size)
     return Dataset(path)
 
 
@@ -53,10 +55,14 @@ def test_what_is_written_is_read_in_order(tmp_path):
             assert list(got["times"]) == list(expected["times"])
 
 
-def test_order_is_kept_for_more_records_than_one_shuffle_bucket(tmp_path):
-    dataset = write(tmp_path, {"train": [["x"]] * 300}, make=lambda s, n: record(s, n % 250, ["x"]))
-    ids = [clip["id"].decode() for clip in dataset.clips("train")]
-    assert ids == [f"ü/train{n % 250}" for n in range(300)]
+def test_order_is_kept_over_many_shards(tmp_path):
+    make = lambda s, n: record(s, n % 250, ["x"])  # noqa: E731
+    dataset = write(tmp_path, {"train": [["x"]] * 1130, "val": [["x"]] * 70}, make=make)
+    for split, count in (("train", 1130), ("val", 70)):
+        ids = [clip["id"].decode() for clip in dataset.clips(split)]
+        assert ids == [f"ü/{split}{n % 250}" for n in range(count)]
+    files = sorted(path.name for path in dataset_folder(tmp_path).glob("*-of-*"))
+    assert len(files) == 12 + 1
 
 
 def test_nothing_there(tmp_path):
@@ -108,15 +114,15 @@ def test_half_a_data_set_is_none(tmp_path):
         return record(split, number)
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, make=make)
+        write(tmp_path, make=make, digests=False)
     # A kill leaves what an interruption tidies away: a folder like this one.
-    half = dataset_folder(tmp_path).parent / "incomplete.ABC123_1.0.0"
+    half = dataset_folder(tmp_path).parent / "incomplete.ABC123_1.1.0"
     half.mkdir(parents=True)
     (half / "xclip_clips-train.array_record-00000-of-00001").write_bytes(b"x" * 1000)
     with pytest.raises(InputError, match=r"^no prepared data set"):
         Dataset(tmp_path)
     assert len(write(tmp_path).clips("train")) == 3
-    assert [path.name for path in half.parent.iterdir()] == ["1.0.0"]
+    assert [path.name for path in half.parent.iterdir()] == ["1.1.0"]
 
 
 def test_no_tensorflow(tmp_path):
@@ -125,9 +131,9 @@ def test_no_tensorflow(tmp_path):
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('imported')")
     code = """
 import sys
-from xclip_jax.data.builder import Dataset, write_dataset
+from xclip_jax.data.builder import Dataset, Pending, write_dataset
 record = {"id": "a", "captions": ["b"], "frames": [b"c"], "times": [0.0]}
-write_dataset(sys.argv[1], {"train": [lambda: record]}, {"train": [1]}, 8)
+write_dataset(sys.argv[1], {"train": [Pending(lambda: record, 1)]}, 8)
 print(next(iter(Dataset(sys.argv[1]).clips("train")))["frames"])
 print("tensorflow" in sys.modules)
 """

@@ -5,14 +5,16 @@ import re
 
 import pytest
 
-from xclip_jax.data.datasets import Clip, find_videos, locate, read_captions
+from xclip_jax.data.datasets.captions import read as read_captions
+from xclip_jax.data.datasets.listing import Clip
+from xclip_jax.data.datasets.locate import find_videos, locate
 from xclip_jax.errors import InputError
 
 
 def read(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_captions(path)
+    return read_captions(path).clips
 
 
 CLIPS = [

@@ -21,13 +21,15 @@ import numpy as np
 import pytest
 
 from xclip_jax import prepare
+from xclip_jax.data import extraction
 from xclip_jax.data.builder import Dataset, dataset_folder
+from xclip_jax.data.datasets.listing import Clip, Listing
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.data.video import decode_jpeg
 from xclip_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_EXTRACT = prepare._extract
+REAL_EXTRACT = extraction.extract
 
 
 def make_video(path, level=20, seconds=3.0):
@@ -68,7 +70,7 @@ def videos(tmp_path_factory):
 def in_threads(monkeypatch):
     """The pool of processes becomes one of threads: the tests that use it are not about crashes."""
 
-    monkeypatch.setattr(prepare, "worker_pool", concurrent.futures.ThreadPoolExecutor)
+    monkeypatch.setattr(extraction, "worker_pool", concurrent.futures.ThreadPoolExecutor)
 
 
 def command(videos, annotations, output, *more):
@@ -168,7 +170,7 @@ def test_a_whole_run_and_one_more(videos, tmp_path, capsys):
     tokenizer = load_tokenizer(output / "tokenizer")
     assert tokenizer.encode("one")
     names = {path.name for path in output.iterdir()}
-    assert names == {"failures.jsonl", "request.json", "tokenizer", "xclip_clips"}
+    assert names == {"failures.jsonl", "findings.jsonl", "request.json", "tokenizer", "xclip_clips"}
 
     before = snapshot(output)
     prepare.main(command(videos, annotations, output)[3:])
@@ -291,10 +293,10 @@ def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
     folder, annotations, output = broken
     prepare.prepare(annotations, folder, output, image_size=32, max_failures=0.3)
     out = capsys.readouterr().out
-    assert out.splitlines()[0] == (
+    assert (
         "8 of 11 clips read, 1 of them only in part; 3 failed "
         f"(listed in {output / 'failures.jsonl'})"
-    )
+    ) in out.splitlines()
     listed = failures(output)
     assert [(entry["id"], entry["kept"]) for entry in listed] == [
         ("7", True),
@@ -332,18 +334,17 @@ def test_max_failures(broken, in_threads, bound, enough):
         Dataset(output)
 
 
-def report(tmp_path, clips, failed, bound):
-    clips = [prepare.READERS["captions"](clips)[0]] * 100
-    outcomes = [("bad", None)] * failed + [(None, None)] * (100 - failed)
-    prepare._report_failures(tmp_path, clips, outcomes, bound)
+def report(tmp_path, failed, bound):
+    listing = Listing(clips=[Clip(str(number), ("x",)) for number in range(100)])
+    outcomes = [extraction.Outcome("bad")] * failed + [extraction.Outcome()] * (100 - failed)
+    prepare._report_failures(tmp_path, listing, outcomes, bound)
 
 
 def test_max_failures_is_the_share_that_is_allowed(tmp_path):
-    clips = annotate(tmp_path / "a.json", {"video": "a"})
     for percent in range(100):
-        report(tmp_path, clips, percent, percent / 100)
+        report(tmp_path, percent, percent / 100)
         with pytest.raises(InputError, match=f"^{percent + 1} of 100 clips failed"):
-            report(tmp_path, clips, percent + 1, percent / 100)
+            report(tmp_path, percent + 1, percent / 100)
 
 
 def test_notes_about_partly_read_files_are_no_failures(tmp_path, in_threads, capsys):
@@ -360,9 +361,9 @@ def test_what_was_broken_can_be_mended(broken, in_threads, monkeypatch):
     items = json.loads(annotations.read_text())
     with pytest.raises(InputError, match=r"^3 of 11 clips failed"):
         prepare.prepare(annotations, folder, output, image_size=32)
-    read, read_frames = [], prepare.read_frames
+    read, read_frames = [], extraction.read_frames
     monkeypatch.setattr(
-        prepare,
+        extraction,
         "read_frames",
         lambda path, *more: read.append(path.name) or read_frames(path, *more),
     )
@@ -396,12 +397,12 @@ def test_one_file_under_two_names(videos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def extract_or_die(cache, path, video, start, end, image_size):
+def extract_or_die(job):
     """In a worker process: as the real one, but some videos take their process down."""
-    if video == "killer":
+    if job.video == "killer":
         time.sleep(0.2)  # so that others are at work as well
         os._exit(1)
-    return REAL_EXTRACT(cache, path, video, start, end, image_size)
+    return REAL_EXTRACT(job)
 
 
 def test_a_crashing_decoder_takes_only_its_clip_along(tmp_path, monkeypatch, capsys):
@@ -409,8 +410,8 @@ def test_a_crashing_decoder_takes_only_its_clip_along(tmp_path, monkeypatch, cap
     names = ["0", "killer", "2", "3", "4"]
     for number, name in enumerate(names):
         make_video(folder / f"{name}.mp4", level=20 + 20 * number, seconds=1)
-    monkeypatch.setattr(prepare, "_extract", extract_or_die)
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(extraction, "extract", extract_or_die)
+    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 2)
     annotations = annotate(tmp_path / "a.json", *({"video": name} for name in names))
     prepare.prepare(annotations, folder, output, image_size=32, max_failures=0.2)
     assert "4 of 5 clips read; 1 failed" in capsys.readouterr().out
@@ -438,11 +439,11 @@ def test_a_pool_that_breaks_while_it_is_fed_loses_no_job(monkeypatch):
             future.set_result(function(*arguments))
             return future
 
-    monkeypatch.setattr(prepare, "worker_pool", Pool)
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(prepare, "_extract", lambda name: (name, None))
-    jobs = [(f"job {n}",) for n in range(9)]
-    assert prepare._extract_all(jobs) == [(f"job {n}", None) for n in range(9)]
+    monkeypatch.setattr(extraction, "worker_pool", Pool)
+    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job))
+    jobs = [f"job {n}" for n in range(9)]
+    assert [outcome.note for outcome in extraction.extract_all(jobs)] == jobs
 
 
 def test_only_corrupt_videos_is_one_line(tmp_path):

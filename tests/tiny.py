@@ -1,9 +1,11 @@
 """A data set, a config and a run small enough for tests: coloured frames, captions naming them."""
 
+import functools
+
 import numpy as np
 
 from xclip_jax import config
-from xclip_jax.data.builder import write_dataset
+from xclip_jax.data.builder import Pending, write_dataset
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
 
@@ -27,8 +29,8 @@ def make_dataset(path, splits=("train", "val"), num_frames=3):
             "times": times,
         }
 
-    records = {s: [lambda n=n: record(n) for n in range(len(pairs))] for s in splits}
-    write_dataset(path, records, {s: [2] * len(pairs) for s in splits}, SIDE)
+    clips = [Pending(functools.partial(record, n), 2) for n in range(len(pairs))]
+    write_dataset(path, dict.fromkeys(splits, clips), SIDE)
     learn_tokenizer(c for cs in captions for c in cs).save(f"{path}/tokenizer")
     return path
 

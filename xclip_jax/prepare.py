@@ -4,52 +4,74 @@
         --annotations=captions.csv --output=data/mine
     python -m xclip_jax.main --config=configs/captions.py --config.data.path=data/mine
 
-Killed and started again it goes on where it was. What could not be read is listed with reasons in
-OUTPUT/failures.jsonl.
+    python -m xclip_jax.prepare --dataset=msrvtt --videos=MSRVTT/ \\
+        --annotations=msrvtt_data/ --output=data/msrvtt
+    python -m xclip_jax.main --config=configs/msrvtt.py
+
+What to download for each benchmark: docs/data.md. Killed and started again it goes on where it
+was. What could not be read is listed with reasons in OUTPUT/failures.jsonl, what is odd about the
+annotations and files in OUTPUT/findings.jsonl.
 """
 
 import argparse
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
-from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
-
 from xclip_jax.data import rendered
-from xclip_jax.data.builder import SPLITS, dataset_folder, write_dataset
-from xclip_jax.data.datasets import READERS, find_videos, locate
+from xclip_jax.data.beam import beam_pipeline, extract_all_on_beam
+from xclip_jax.data.builder import SPLITS, Pending, dataset_folder, write_dataset
+from xclip_jax.data.datasets import DATASETS
+from xclip_jax.data.datasets.listing import Finding
+from xclip_jax.data.datasets.locate import find_videos, locate
+from xclip_jax.data.extraction import extract_all, make_job, record
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.errors import InputError, one_line_errors, run_command
-from xclip_jax.progress import progress
-from xclip_jax.workers import worker_pool
 
 
-def prepare(annotations, videos, output, dataset="captions", image_size=224, max_failures=0.05):
+def prepare(
+    annotations,
+    videos,
+    output,
+    dataset="captions",
+    variant="",
+    image_size=224,
+    max_seconds=None,
+    max_failures=0.05,
+    beam=None,
+):
     """Videos and annotations -> a data set under `output`; see the module's description.
 
     Args:
-        annotations: the annotation file or folder, for the reader READERS[dataset].
+        annotations: the captions file, or the folder of a benchmark's released files.
         videos: folder that holds the video files, sub-folders included.
         output: folder to write; resumed if an earlier run of the same arguments was cut short.
+        dataset: key of DATASETS.
+        variant: one of its VARIANTS; "": the first.
         image_size: S, side of the stored frames in pixels.
-        max_failures: share of the clips that may be unreadable, 0 to 1.
+        max_seconds: of each clip, the last second read; None: all of it.
+        max_failures: share of the clips that may be unreadable or have no captions, 0 to 1.
+        beam: from `data.beam.beam_pipeline`, to run on Apache Beam; None: this machine.
 
     Raises:
         InputError: bad annotations, too many failures, or `output` holds another data set.
     """
     output = Path(output)
-    clips = READERS[dataset](Path(annotations))
-    found = find_videos(videos)
+    variant, listing = _read_annotations(dataset, variant, Path(annotations))
+    clips, found = listing.clips, find_videos(videos)
     paths = [locate(clip.video, found) for clip in clips]
     _check_names(clips, paths)
-    request = {"dataset": dataset, "image_size": image_size, "clips": _digest(clips)}
+    request = {
+        "dataset": dataset,
+        "variant": variant,
+        "image_size": image_size,
+        "max_seconds": max_seconds,
+        "clips": hashlib.sha256(repr(clips).encode()).hexdigest()[:16],
+    }
     work = output / "work"
     if _already_prepared(output, request):
         shutil.rmtree(work, ignore_errors=True)  # still there after a kill at the very end
@@ -58,14 +80,15 @@ def prepare(annotations, videos, output, dataset="captions", image_size=224, max
     work.mkdir(parents=True, exist_ok=True)
     (work / "request.json").write_text(json.dumps(request, indent=1))
     (work / "request.json").replace(output / "request.json")  # whole or not at all
-    jobs = [_job(work, clip, path, image_size) for clip, path in zip(clips, paths, strict=True)]
-    outcomes = _extract_all(jobs)
-    kept = [(clip, job) for clip, job, bad in zip(clips, jobs, outcomes, strict=True) if not bad[0]]
-    _report_failures(output, clips, outcomes, max_failures)
+    _report_findings(output, request, listing, paths, found)
+    jobs = [_job(work, *pair, image_size, max_seconds) for pair in zip(clips, paths, strict=True)]
+    outcomes = extract_all_on_beam(jobs, work, beam) if beam else extract_all(jobs)
+    _report_failures(output, listing, outcomes, max_failures)
     learn_tokenizer(c for clip in clips if clip.split == "train" for c in clip.captions).save(
         output / "tokenizer"
     )
-    _write(output, kept, image_size)
+    read = [three for three in zip(clips, jobs, outcomes, strict=True) if not three[2].failure]
+    _write(output, read, listing, request, beam)
     shutil.rmtree(work)
 
 
@@ -74,10 +97,6 @@ def prepare_rendered(output, image_size, **counts):
     scenes = Path(output) / "scenes"
     rendered.make(scenes, **counts)
     prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
-
-
-def _digest(clips):
-    return hashlib.sha256(repr(clips).encode()).hexdigest()[:16]
 
 
 def _already_prepared(output, request):
@@ -103,131 +122,101 @@ def _check_names(clips, paths):
             raise InputError(f"videos {both} are the one file {path}: use one name for it")
 
 
-def _job(work, clip, path, image_size):
-    """Arguments of `_extract`: the cache file is named after all that its content depends on."""
-    if path is None:
-        return None, None, clip.video, clip.start, clip.end, image_size
-    status = path.stat()
-    key = repr((str(path), status.st_size, status.st_mtime_ns, clip.start, clip.end, image_size))
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return work / name[:2] / f"{name}.npz", path, clip.video, clip.start, clip.end, image_size
+def _read_annotations(dataset, variant, annotations):
+    """(variant, Listing) of a data set's annotations."""
+    variants = DATASETS[dataset].VARIANTS
+    if variant and variant not in variants:
+        allowed = f"one of {', '.join(variants)}" if variants else "left out: it has no variants"
+        raise InputError(f"--split={variant}: with --dataset={dataset} it must be {allowed}")
+    if not variants:
+        return "", DATASETS[dataset].read(annotations)
+    variant = variant or variants[0]
+    return variant, DATASETS[dataset].read(annotations, variant)
 
 
-def _extract(cache, path, video, start, end, image_size):
-    """Reads the frames of one clip into its cache file. Returns (reason of failure, note)."""
-    if path is None:
-        return f"no video file answers to {video!r}", None
-    if cache.is_file():
-        return None, str(np.load(cache)["note"]) or None
-    try:
-        frames = read_frames(path, image_size, start, end)
-    except VideoError as error:
-        return str(error), None
-    jpegs = [encode_jpeg(frame) for frame in frames.frames]
-    cache.parent.mkdir(exist_ok=True)
-    partial = cache.with_suffix(f".{os.getpid()}.part")
-    with partial.open("wb") as file:  # renamed when whole: a kill leaves no half file
-        np.savez(
-            file,
-            sizes=np.array([len(jpeg) for jpeg in jpegs]),
-            jpegs=np.frombuffer(b"".join(jpegs), np.uint8),
-            times=np.array(frames.times, np.float32),
-            note=np.array(frames.note or ""),
-        )
-    partial.replace(cache)
-    return None, frames.note
+def _job(work, clip, path, image_size, max_seconds):
+    end = clip.end
+    if max_seconds is not None:
+        latest = (clip.start or 0) + max_seconds
+        end = latest if end is None else min(end, latest)
+    return make_job(work, clip.video, path, image_size, clip.start, end)
 
 
-def _extract_all(jobs):
-    """`_extract` of every job on all cores, in order, with a progress bar.
-
-    A decoder that brings its process down takes only its own clip with it: the jobs that were
-    running then are tried again, each in a process of its own.
-    """
-    outcomes = [None] * len(jobs)
-    todo = collections.deque(range(len(jobs)))
-    with progress(len(jobs), "reading videos", "clip") as bar:
-        while todo:
-            suspects = _run_pool(jobs, todo, outcomes, bar)
-            for index in suspects:
-                left = _run_pool(jobs, collections.deque([index]), outcomes, bar)
-                if left:
-                    outcomes[index] = "the decoder crashed on this file", None
-                    bar.update()
-    return outcomes
-
-
-def _run_pool(jobs, todo, outcomes, bar):
-    """Works off `todo` (emptied as it goes); returns the jobs in flight if the pool broke."""
-    at_once = 2 * os.cpu_count()
-    with worker_pool(len(todo)) as pool:
-        running = {}
-        while todo or running:
-            try:
-                while todo and len(running) < at_once:
-                    running[pool.submit(_extract, *jobs[todo[0]])] = todo[0]
-                    todo.popleft()
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                results = [(future, future.result()) for future in done]
-            except BrokenProcessPool:  # from submit as well, if it broke in the meantime
-                return list(running.values())
-            for future, outcome in results:
-                outcomes[running.pop(future)] = outcome
-                bar.update()
-                failures = sum(1 for outcome in outcomes if outcome and outcome[0])
-                bar.set_postfix(failed=failures, refresh=False)
-    return []
+def _report_findings(output, request, listing, paths, found):
+    """Writes findings.jsonl; prints what was expected and found, and counts of what is odd."""
+    here = zip(listing.clips, paths, strict=True)
+    absent = [Finding("id without a file", clip.video, clip.split) for clip, p in here if not p]
+    files = {path for candidates in found.values() for path in candidates}
+    unnamed = [Finding("file that no id names", str(p)) for p in sorted(files - set(paths))]
+    findings = [*listing.findings, *absent, *unnamed]
+    lines = (json.dumps(dataclasses.asdict(finding), ensure_ascii=False) for finding in findings)
+    path = output / "findings.jsonl"
+    text = "".join(line + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    if listing.expected:
+        name = f"{request['dataset']} {request['variant']}".strip()
+        print(f"{name:20}{'expected':>10}{'found':>10}{'missing':>10}")
+    counts = listing.counts() - collections.Counter(finding.detail for finding in absent)
+    for split, expected in listing.expected.items():
+        missing = max(0, expected - counts[split])
+        print(f"  {split:18}{expected:10,}{counts[split]:10,}{missing:10,}")
+    kinds = collections.Counter(finding.what for finding in findings)
+    for what, count in kinds.items():
+        print(f"  {count:,} x {what}")
+    if kinds:
+        print(f"  listed in {path}")
 
 
-def _report_failures(output, clips, outcomes, max_failures):
+def _report_failures(output, listing, outcomes, max_failures):
     """Writes failures.jsonl, prints the counts; InputError if too many clips failed."""
-    lines, failed = [], 0
-    for clip, (reason, note) in zip(clips, outcomes, strict=True):
-        if reason or note:
-            failed += bool(reason)
-            entry = {"id": clip.id, "reason": reason or note, "kept": not reason}
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    clips = listing.clips
+    entries = [
+        {"id": clip.id, "reason": outcome.failure or outcome.note, "kept": not outcome.failure}
+        for clip, outcome in zip(clips, outcomes, strict=True)
+        if outcome.failure or outcome.note
+    ]
+    entries += [{"id": lost.id, "reason": lost.what, "kept": False} for lost in listing.lost]
     path = output / "failures.jsonl"
+    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     path.write_text("".join(lines), encoding="utf-8")
+    failed = [entry for entry in entries if not entry["kept"]]
+    total, partly = len(clips) + len(listing.lost), len(entries) - len(failed)
     print(
-        f"{len(clips) - failed} of {len(clips)} clips read"
-        + (f", {len(lines) - failed} of them only in part" if len(lines) > failed else "")
-        + (f"; {failed} failed" if failed else "")
-        + (f" (listed in {path})" if lines else "")
+        f"{total - len(failed)} of {total} clips read"
+        + (f", {partly} of them only in part" if partly else "")
+        + (f"; {len(failed)} failed" if failed else "")
+        + (f" (listed in {path})" if entries else "")
     )
-    if failed / len(clips) > max_failures or failed == len(clips):
-        first = json.loads(next(line for line in lines if not json.loads(line)["kept"]))
-        what = f"{failed} of {len(clips)} clips failed"
-        if failed < len(clips):
+    if len(failed) / total > max_failures or len(failed) == total:
+        what = f"{len(failed)} of {total} clips failed"
+        if len(failed) < total:
             what += f", more than --max_failures={max_failures:g} allows"
-        what += f"; the first is {first['id']}: {first['reason']}"
+        what += f"; the first is {failed[0]['id']}: {failed[0]['reason']}"
         raise InputError(f"{what}; all are in {path}")
 
 
-def _write(output, kept, image_size):
+def _write(output, read, listing, request, beam):
     """Turns the cache files into the TFDS data set, split by split, in the annotations' order."""
-    records, counts = {}, {}
+    pending = {}
     for split in SPLITS:
-        members = [(clip, job[0]) for clip, job in kept if clip.split == split]
-        if members:
-            records[split] = [functools.partial(_record, *member) for member in members]
-            counts[split] = [len(clip.captions) for clip, _ in members]
-    print(f"writing {', '.join(f'{split}: {len(c)} clips' for split, c in counts.items())}")
-    write_dataset(output, records, counts, image_size)
+        for clip, job, outcome in read:
+            if clip.split == split:
+                make = functools.partial(record, clip.id, clip.captions, job.cache)
+                digest = repr((clip.id, clip.captions, outcome.digest))
+                this = Pending(make, len(clip.captions), outcome.size, digest)
+                pending.setdefault(split, []).append(this)
+    print(f"writing {', '.join(f'{split}: {len(p)} clips' for split, p in pending.items())}")
+    write_dataset(
+        output,
+        pending,
+        request["image_size"],
+        request["dataset"],
+        request["variant"],
+        listing.paragraphs,
+        listing.expected or dict(listing.counts()),
+        beam,
+    )
     print(f"prepared {output}")
-
-
-def _record(clip, cache):
-    """One clip as the builder stores it, from its cache file."""
-    with np.load(cache) as arrays:
-        ends = np.cumsum(arrays["sizes"])
-        jpegs = arrays["jpegs"].tobytes()
-        return {
-            "id": clip.id,
-            "captions": list(clip.captions),
-            "frames": [jpegs[e - n : e] for e, n in zip(ends, arrays["sizes"], strict=True)],
-            "times": arrays["times"],
-        }
 
 
 def _parser():
@@ -237,10 +226,16 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--dataset", required=True, choices=[*READERS, "rendered"], help="kind of annotations")
+    add("--dataset", required=True, choices=[*DATASETS, "rendered"], help="kind of annotations")
     add("--videos", type=Path, help="folder of video files, searched with its sub-folders")
-    add("--annotations", type=Path, help="captions: a .json, .jsonl or .csv file")
+    add(
+        "--annotations",
+        type=Path,
+        help="captions: a .json, .jsonl or .csv file; a benchmark: the folder of its files",
+    )
     add("--output", required=True, type=Path, help="folder to write the data set to")
+    variants = (f"{name}: {', '.join(d.VARIANTS)}" for name, d in DATASETS.items() if d.VARIANTS)
+    add("--split", default="", help=f"which split ({'; '.join(variants)}; default: the first)")
     add("--image_size", type=int, default=224, help="side of the frames in pixels (default 224)")
     add(
         "--max_failures",
@@ -248,6 +243,17 @@ def _parser():
         default=0.05,
         help="share of the clips that may be unreadable, 0 to 1 (default 0.05)",
     )
+    add(
+        "--max_seconds",
+        type=float,
+        help="read clips up to this second (DiDeMo in the literature: 31); default: all of them",
+    )
+    add(
+        "--beam_runner",
+        help="run on Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...); "
+        "all workers must see the videos and the output under the same paths",
+    )
+    add("--beam_options", default="", help="the runner's own flags, in one text")
     return parser
 
 
@@ -259,19 +265,25 @@ def main(argv=None):
             raise InputError(f"--max_failures={args.max_failures:g}: must be from 0 to 1")
         if not 1 <= args.image_size <= 4096:
             raise InputError(f"--image_size={args.image_size}: must be from 1 to 4096")
+        if args.max_seconds is not None and not 0 <= args.max_seconds < float("inf"):
+            raise InputError(f"--max_seconds={args.max_seconds:g}: must be at least 0")
         if args.dataset == "rendered":
             prepare_rendered(args.output, args.image_size)
             return
         for name in ("videos", "annotations"):
             if getattr(args, name) is None:
                 raise InputError(f"--{name} is required with --dataset={args.dataset}")
+        beam = args.beam_runner and beam_pipeline(args.beam_runner, args.beam_options)
         prepare(
             args.annotations,
             args.videos,
             args.output,
             args.dataset,
+            args.split,
             args.image_size,
+            args.max_seconds,
             args.max_failures,
+            beam,
         )
 
 

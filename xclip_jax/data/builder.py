@@ -5,11 +5,14 @@ stored once however many captions a clip has. Neither way needs TensorFlow.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,28 +20,28 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
+from tensorflow_datasets.proto import tf_example_pb2
 
 from xclip_jax.errors import InputError
 
-NAME, VERSION = "xclip_clips", "1.0.0"
+NAME, VERSION = "xclip_clips", "1.1.0"
 SPLITS = ("train", "val", "test")
+SHARD_BYTES = 64 << 20
 
 
-class ClipsBuilder(tfds.core.GeneratorBasedBuilder):
-    """Writes `records`: {split: list of functions, each giving one record as a dict}.
+class ClipsBuilder(tfds.core.ShardBasedBuilder):
+    """Writes `shards`: {split: list of lists of functions, each giving one record as a dict}.
 
     A record holds `id` (str), `captions` (list of str), `frames` (list of JPEG bytes) and `times`
-    (list of seconds after the file's first frame). TFDS writes to an `incomplete.*` folder and
-    renames it when done, so a data set that is there is whole.
+    (list of seconds after the file's first frame). One shard is in memory at a time. TFDS writes to
+    an `incomplete.*` folder and renames it when done, so a data set that is there is whole.
     """
 
     VERSION = tfds.core.Version(VERSION)
     name = NAME
 
-    def __init__(self, output, records, captions_per_clip, image_size):
-        self._records = records
-        self._digest = hashlib.sha256()
-        self._metadata = {"captions_per_clip": captions_per_clip, "image_size": image_size}
+    def __init__(self, output, shards, metadata):
+        self._shards, self._metadata = shards, metadata
         super().__init__(data_dir=output, file_format=file_adapters.FileFormat.ARRAY_RECORD)
 
     def _info(self):
@@ -57,18 +60,43 @@ class ClipsBuilder(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # record i stays record i: captions_per_clip counts on it
         )
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {split: self._generate_examples(split) for split in self._records}
+    def _download_and_prepare(self, dl_manager, download_config=None):
+        """One split at a time: on Beam, TFDS would run the first one's pipeline again for each."""
+        splits = []
+        for split, shards in self._shards.items():
+            self._split = split
+            super()._download_and_prepare(dl_manager, download_config)
+            # On Beam, TFDS sorts the shards' lengths by their numbers as text: 0, 1, 10, 2.
+            lengths = [len(shard) for shard in shards]
+            splits.append(self.info.splits[split].replace(shard_lengths=lengths))
+        self.info.set_splits(tfds.core.splits.SplitDict(splits))
+        for left_by_beam in self.data_path.glob("*.shard_infos.json"):
+            left_by_beam.unlink()
 
-    def _generate_examples(self, split):
-        for key, make in enumerate(self._records[split]):
-            record = make()
-            texts = [text.encode() for text in (record["id"], *record["captions"])]
-            for part in (*texts, *record["frames"], np.float32(record["times"]).tobytes()):
-                self._digest.update(len(part).to_bytes(8) + part)
-            yield key, record
-        self.info.metadata["content"] = self._digest.hexdigest()  # TFDS saves it after the records
+    def _example_writer(self):
+        return _StableWriter(self.info.file_format)
+
+    def _shard_iterators_per_split(self, dl_manager):
+        del dl_manager
+        shards = self._shards[self._split]
+        return {self._split: [functools.partial(_examples, shard) for shard in shards]}
+
+
+class _StableWriter(tfds.core.writer.ExampleWriter):
+    """Writes the same bytes for the same record; TFDS's order of the features varies by process."""
+
+    def write(self, path, examples):
+        stable = ((key, _stable(example)) for key, example in examples)
+        return super().write(path, stable)
+
+
+def _stable(example):
+    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
+
+
+def _examples(shard):
+    for key, make in enumerate(shard):
+        yield key, make()
 
 
 def dataset_folder(path):
@@ -76,14 +104,68 @@ def dataset_folder(path):
     return Path(path) / NAME / VERSION
 
 
-def write_dataset(path, records, captions_per_clip, image_size):
-    """Writes the records of `ClipsBuilder` under `path`; captions_per_clip is {split: counts}."""
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A record to be written: `make()` gives it.
+
+    size: about how many bytes it has. digest: a text that differs between different records.
+    """
+
+    make: Callable[[], dict]
+    num_captions: int
+    size: int = 0
+    digest: str = ""
+
+
+def write_dataset(
+    path,
+    pending,
+    image_size,
+    dataset="captions",
+    variant="",
+    paragraphs=False,
+    expected=None,
+    beam=None,
+):
+    """Writes a data set under `path`.
+
+    Args:
+        pending: {split: list of Pending}.
+        image_size, dataset, variant, paragraphs, expected: see `Dataset`; `expected` is the number
+            of records where it is None.
+        beam: (runner, PipelineOptions) to write on Apache Beam; None: in this process.
+    """
     for left_by_a_kill in (Path(path) / NAME).glob("incomplete.*"):
         shutil.rmtree(left_by_a_kill)
     tfds.disable_progress_bar()
+    content = (image_size, *((split, clip.digest) for split, p in pending.items() for clip in p))
+    metadata = {
+        "dataset": dataset,
+        "variant": variant,
+        "image_size": image_size,
+        "paragraphs": paragraphs,
+        "expected": expected or {split: len(clips) for split, clips in pending.items()},
+        "captions_per_clip": {s: [clip.num_captions for clip in p] for s, p in pending.items()},
+        "content": hashlib.sha256(repr(content).encode()).hexdigest(),
+    }
+    shards = {split: _cut(clips) for split, clips in pending.items()}
+    runner, options = beam or (None, None)
+    config = tfds.download.DownloadConfig(beam_runner=runner, beam_options=options)
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-        builder = ClipsBuilder(path, records, captions_per_clip, image_size)
-        builder.download_and_prepare(download_dir=downloads)
+        builder = ClipsBuilder(path, shards, metadata)
+        builder.download_and_prepare(download_dir=downloads, download_config=config)
+
+
+def _cut(pending):
+    """Cuts a split into shards of about SHARD_BYTES: lists of functions that make a record."""
+    shards, filled = [], SHARD_BYTES
+    for clip in pending:
+        if filled >= SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(clip.make)
+        filled += clip.size
+    return shards
 
 
 class Dataset:
@@ -93,6 +175,10 @@ class Dataset:
         path: the folder that xclip_jax.prepare wrote.
         image_size: S, side of the stored frames in pixels.
         captions_per_clip: {split: int array}, how many captions each clip has.
+        name: prepare's --dataset.
+        variant: its --split; "" where there is none.
+        paragraphs: whether all captions of a video were joined to one text.
+        expected: {split: how many clips there should be}: the paper's number for a benchmark.
         fingerprint: a string that differs between data sets of different content.
     """
 
@@ -112,6 +198,8 @@ class Dataset:
             content = b"".join(path.read_bytes() for path in described)
             metadata = self._builder.info.metadata
             self.image_size = metadata["image_size"]
+            self.name, self.variant = metadata["dataset"], metadata["variant"]
+            self.paragraphs, self.expected = metadata["paragraphs"], metadata["expected"]
             counts = {split: np.asarray(n) for split, n in metadata["captions_per_clip"].items()}
         except Exception as error:  # TFDS has no one type for a damaged data set
             raise InputError(f"{folder} is damaged, prepare it again: {error}") from None

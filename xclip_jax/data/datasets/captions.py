@@ -1,8 +1,4 @@
-"""Annotation readers: released or own files -> one list of clips.
-
-A reader is one function `(annotations: Path) -> list[Clip]`, strict about what it is given; finding
-the files, reading frames and writing the data set are the same for all and live elsewhere.
-"""
+"""One's own captions: JSON, JSON lines or CSV."""
 
 import collections
 import csv
@@ -12,36 +8,15 @@ import math
 from pathlib import Path
 
 from xclip_jax.data.builder import SPLITS
-from xclip_jax.data.video import VIDEO_SUFFIXES
+from xclip_jax.data.datasets.listing import Clip, Listing, tidy
 from xclip_jax.errors import InputError
 
+VARIANTS = ()
+DOWNLOAD = "see docs/data.md for the formats"
 FIELDS = ("video", "caption", "captions", "start", "end", "split")  # of a file of captions
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """A video, or the part of it from `start` to `end` seconds, with its captions.
-
-    `video` is a file's path below the videos' folder, or its id: the path or name without suffix.
-    """
-
-    video: str
-    captions: tuple[str, ...]
-    split: str = "train"
-    start: float | None = None
-    end: float | None = None
-
-    @property
-    def id(self):
-        """The video, with the segment if it is one; unique in a data set."""
-        if not self.start and self.end is None:
-            return self.video
-        # All digits: two segments an hour into a video may differ by milliseconds.
-        start, end = (repr(s or 0).removesuffix(".0") for s in (self.start, self.end))
-        return f"{self.video}[{start}-{'' if self.end is None else end}]"
-
-
-def read_captions(annotations):
+def read(annotations):
     """One's own captions: JSON (a list of objects), JSON lines or CSV with a header.
 
     Fields: `video`; `caption` (one) or `captions` (a list; in CSV use several rows); optional
@@ -72,46 +47,7 @@ def read_captions(annotations):
         raise InputError(f"{path}, line {_first_not_utf8(path)}: not UTF-8 text") from None
     if not clips:
         raise InputError(f"{path}: holds no captions")
-    return list(clips.values())
-
-
-READERS = {"captions": read_captions}
-
-
-def find_videos(folder):
-    """Every video file below a folder, by each name an annotation may use.
-
-    Returns:
-        {name: [Path, ...]} where a name is a path below the folder or a file name, each with and
-        without its last suffix. A whole path below the folder means that file alone.
-
-    Raises:
-        InputError: the folder is missing or holds no video.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no such folder of videos: {folder}")
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES)
-    exact = {path.relative_to(folder): path for path in files if path.is_file()}
-    if not exact:
-        raise InputError(f"no video files in {folder}")
-    found = {}
-    for below, path in exact.items():
-        for name in {below.with_suffix("").as_posix(), path.name, path.stem}:
-            found.setdefault(name, []).append(path)
-    return found | {below.as_posix(): [path] for below, path in exact.items()}
-
-
-def locate(video, found):
-    """The one file that an annotation's `video` means, out of `find_videos`; None if there is none.
-
-    Raises:
-        InputError: several files answer to the name; the message names them.
-    """
-    paths = found.get(video, [])
-    if len(paths) > 1:
-        raise InputError(f"video {video!r} is ambiguous: {' and '.join(map(str, paths[:3]))}")
-    return paths[0] if paths else None
+    return Listing(clips=clips.values())
 
 
 def _json_items(path):
@@ -206,7 +142,7 @@ def _clip(where, item):
     split = item.get("split", "train")
     if split not in SPLITS:
         fail("split", f"{split!r} is none of {', '.join(SPLITS)}")
-    return Clip(video, tuple(" ".join(c.split()) for c in captions), split, start, end)
+    return Clip(video, tuple(map(tidy, captions)), split, start, end)
 
 
 def _is_text(value):
