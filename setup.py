@@ -20,6 +20,7 @@ REQUIRES = [
     "ml_collections>=1.1,<2",
     "absl-py>=2.1",
     "numpy>=2.0",
+    "scipy>=1.14",  # comes with jax: log-sum-exp on the host
     "av>=15",  # PyAV: decodes videos with their presentation times
     "pillow>=11",  # CLIP's preprocessing is defined by its bicubic resize
     "simplejpeg>=1.8",  # decodes stored frames about 1.8 times as fast as Pillow, same pixels

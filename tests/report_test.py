@@ -29,6 +29,7 @@ def results_of(texts, videos, **extra):
     recalls = {"R@1": 45.234, "R@5": 71.0, "R@10": 100.0, "MdR": 2.0, "MnR": 14.75}
     directions = {"text_to_video": recalls, "video_to_text": dict(recalls, MdR=2.5)}
     sizes = {"step": 1200, "split": "test", "num_texts": texts, "num_videos": videos}
+    sizes |= {"protocol": "many captions", "missing_videos": 3}
     return {**sizes, **directions, **extra}
 
 
@@ -126,7 +127,7 @@ def test_pick_shows_all_of_a_few_and_no_video_twice(missed):
 def test_table_is_aligned_and_has_the_numbers():
     table = report.format_table(results_of(1000, 250, note="on the training clips"))
     assert table.splitlines() == [
-        "test split, step 1200: 1,000 texts, 250 videos",
+        "test split, step 1200, many captions, 1,000 texts, 250 videos, 3 videos missing",
         "note: on the training clips",
         "                  R@1     R@5    R@10     MdR     MnR",
         "text to video    45.2    71.0   100.0     2.0    14.8",

@@ -10,6 +10,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from xclip_jax.data.datasets import DATASETS
 from xclip_jax.errors import InputError
 from xclip_jax.models import HEADS, PRESETS, resolve
 from xclip_jax.models.clip import ACTIVATIONS
@@ -76,16 +77,21 @@ def get_config():
 
     c.data = data = ConfigDict()
     data.path = ""  # folder that xclip_jax.prepare wrote
+    data.dataset = ""  # what it must hold: a --dataset of xclip_jax.prepare; "": anything
+    data.variant = ""  # and which --split of it; "": any
     data.rendered = 0  # training scenes of the demo, rendered and prepared there if it is missing
     data.train_split = "train"  # split to train on
-    data.val_split = "val"  # split that selects the weights, if the data set has it; "": none
+    data.val_split = "val"  # split to validate on, if the data set has it; "": none
     data.test_split = "test"  # split of the final table, if the data set has it; else train_split
     data.captions = "all"  # all: each caption its own pair | random: one a video and epoch
 
     c.train = train = ConfigDict()
     train.batch_size = 300  # B, pairs a step, over all devices
     train.epochs = 3  # passes over the pairs
-    train.eval_every = 0  # steps between evaluations on val_split; 0: once an epoch
+    # Which weights are kept: val (the best on val_split; the last where there is none) | last |
+    # test (the best on test_split, as the PyTorch release does; the results say so).
+    train.select = "val"
+    train.eval_every = 0  # steps between validations; 0: once an epoch
     train.checkpoint_every = 500  # steps between checkpoints besides those of the evaluations
 
     c.loss = loss = ConfigDict()
@@ -109,6 +115,8 @@ def get_config():
 
     c.eval = evaluation = ConfigDict()
     evaluation.batch_size = 64  # texts or videos encoded at once
+    evaluation.dual_softmax = False  # also print the metrics with dual softmax
+    evaluation.qb_norm = 0  # and with QB-Norm by a bank of so many training captions; 0: without
     evaluation.block_cells = 0  # word-frame cells computed at once; 0: what suits the device
 
     c.mesh = mesh = ConfigDict()
@@ -137,6 +145,9 @@ def validate(c):
     _one_of(c, "model.dtype", ("float32", "bfloat16"))
     _one_of(c, "model.temporal.type", TEMPORAL_ENCODERS)
     _one_of(c, "data.captions", ("all", "random"))
+    _one_of(c, "data.dataset", ("", *DATASETS))
+    _one_of(c, "data.variant", ("", *(DATASETS[c.data.dataset].VARIANTS if c.data.dataset else ())))
+    _one_of(c, "train.select", ("val", "last", "test"))
     _one_of(c, "loss.same_video", ("negative", "ignore"))
     _one_of(c, "optimizer.name", OPTIMIZERS)
     _check(c, "optimizer.freeze_layers", lambda x: x >= -1, "-1 or a number of layers")
@@ -185,6 +196,7 @@ _NATURAL_NUMBERS = (
     "model.text.vocab_size",
     "model.temporal.layers",
     "eval.block_cells",
+    "eval.qb_norm",
     "data.rendered",
     "report.attention_pairs",
 )

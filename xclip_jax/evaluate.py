@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from xclip_jax.data.builder import Dataset
-from xclip_jax.data.pipeline import choose_frames, evaluation_batches, load_frames
+from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
 from xclip_jax.errors import InputError
-from xclip_jax.inference import concatenate, encode_texts, encode_videos, similarity_in_blocks
-from xclip_jax.metrics import retrieval_metrics
+from xclip_jax.inference import (
+    block_plan,
+    concatenate,
+    encode_texts,
+    encode_videos,
+    similarity_in_blocks,
+)
+from xclip_jax.metrics import retrieval_metrics, text_to_video_metrics, video_to_text_metrics
 from xclip_jax.model_directory import load_model
+from xclip_jax.normalization import dual_softmax, qb_norm
+from xclip_jax.paper import paper_results
 from xclip_jax.progress import progress
 from xclip_jax.report import Attention, format_table, write_report
 from xclip_jax.similarity import TextFeatures, VideoFeatures, word_frame_attention
@@ -57,7 +65,8 @@ def evaluate_split(config, model, params, dataset, split, tokenizer):
             bar.update(len(frames))
     text = encode_texts(model, params, *tokenizer(captions), size)
     video = concatenate(videos)
-    with progress(len(captions) * len(names), "comparing", "pair") as bar:
+    block = "{} x {}".format(*block_plan(model, text, video, config.eval.block_cells))
+    with progress(len(captions) * len(names), f"comparing, {block} at a time", "pair") as bar:
         sim_TxV = similarity_in_blocks(model, params, text, video, config.eval.block_cells, bar)
     truncated = sum(map(tokenizer.truncated, captions))
     return Evaluation(captions, np.array(text_video), names, text, video, sim_TxV, truncated)
@@ -71,7 +80,7 @@ def run(config, workdir):
     """
     workdir = Path(workdir)
     architecture, model, params, tokenizer = load_model(workdir / "model")
-    dataset = Dataset(config.data.path)
+    dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
     check_image_size(dataset, architecture)
     split = config.data.test_split
     own_split = split in dataset.captions_per_clip
@@ -83,15 +92,22 @@ def run(config, workdir):
     results = {
         "step": architecture["step"],
         "split": split,
-        "num_texts": len(found.captions),
-        "num_videos": len(found.clip_names),
+        **protocol(dataset, split, found),
+        "selected_on": architecture.get("selected_on"),
         **found.metrics,
+        "normalized": _normalized(config, model, params, dataset, found, tokenizer),
+        "paper": paper_results(dataset.name, dataset.variant, model.vision),
         "truncated_captions": found.truncated,
     }
     if not own_split:
         results["note"] = (
             f"evaluated on the {split} split, the clips it was trained on: "
             f"the data set has no {config.data.test_split} split"
+        )
+    elif split == results["selected_on"]:
+        results["note"] = (
+            f"the weights are those with the best results on the {split} split itself: "
+            "these numbers are higher than on videos never used"
         )
     clips = dataset.clips(split)
     index = _write_report(config, workdir, found, results, clips, tokenizer, model, params)
@@ -100,9 +116,59 @@ def run(config, workdir):
     os.replace(partial, workdir / "results.json")
     print(f"\n{format_table(results)}")
     if found.truncated:
-        print(f"captions cut to model.max_words = {model.max_words} tokens: {found.truncated}")
+        whole = f"of {len(found.captions):,} texts {found.truncated:,}"
+        print(f"{whole} cut to model.max_words = {model.max_words} tokens")
     print(f"\nreport: {index}")
     return results
+
+
+def protocol(dataset, split, found):
+    """What the numbers of an Evaluation mean, as fields of results.json.
+
+    `protocol` is "paragraph" (all captions of a video joined), "many captions" (each alone, text to
+    video; the best-scoring one of each candidate, video to text) or "single caption".
+    `missing_videos` is how many the split has too few, against the paper's number for a benchmark
+    and against the annotations otherwise.
+    """
+    num_texts, num_videos = len(found.captions), len(found.clip_names)
+    name = "paragraph" if dataset.paragraphs else "many captions"
+    return {
+        "dataset": f"{dataset.name} {dataset.variant}".strip(),
+        "protocol": name if dataset.paragraphs or num_texts > num_videos else "single caption",
+        "num_texts": num_texts,
+        "num_videos": num_videos,
+        "missing_videos": max(0, dataset.expected.get(split, num_videos) - num_videos),
+    }
+
+
+def _normalized(config, model, params, dataset, found, tokenizer):
+    """{name: metrics by direction} of the test-time options that are on."""
+    sim_TxV, text_video = found.sim_TxV, found.text_video
+    results = {}
+    if config.eval.dual_softmax:
+        results["dual softmax"] = {
+            "text_to_video": text_to_video_metrics(dual_softmax(sim_TxV), text_video),
+            "video_to_text": video_to_text_metrics(dual_softmax(sim_TxV.T).T, text_video),
+        }
+    if config.eval.qb_norm:
+        ids, mask = tokenizer(_querybank(dataset, config.data.train_split, config.eval.qb_norm))
+        bank = encode_texts(model, params, ids, mask, config.eval.batch_size)
+        with progress(len(ids) * len(found.clip_names), "comparing with the bank", "pair") as bar:
+            block = config.eval.block_cells
+            bank_BxV = similarity_in_blocks(model, params, bank, found.video, block, bar)
+        scale = float(np.exp(params["clip"]["logit_scale"])) if model.fusion == "mean" else 1.0
+        normalised_TxV = qb_norm(sim_TxV / scale, bank_BxV / scale)
+        found_first = text_to_video_metrics(normalised_TxV, text_video)
+        results["QB-Norm"] = {"text_to_video": found_first}  # the bank holds no videos
+    return results
+
+
+def _querybank(dataset, split, size):
+    """At most `size` captions of a split, drawn at random; the same ones every time."""
+    pairs = TrainingPairs(dataset, split, "all")
+    drawn = np.random.default_rng(0).permutation(len(pairs))[:size]
+    items = (pairs[int(index)] for index in drawn)
+    return [record["captions"][caption].decode() for record, _, caption in items]
 
 
 def check_image_size(dataset, architecture):

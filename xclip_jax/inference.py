@@ -35,9 +35,7 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
         bar: optional progress bar, moved on by the pairs done.
     """
     num_texts, num_videos = len(text.mask), len(video.mask)
-    cells_a_pair = model.pair_cells(text.mask.shape[1], video.mask.shape[1])
-    rows, columns = block_shape(cells_a_pair, block_cells or default_block_cells())
-    rows, columns = min(rows, _round_up(num_texts)), min(columns, _round_up(num_videos))
+    rows, columns = block_plan(model, text, video, block_cells)
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
     for j in range(0, num_videos, columns):
         block_video = jax.device_put(_pad(_rows(video, j, columns), columns))
@@ -49,6 +47,13 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
             if bar is not None:
                 bar.update(part.size)
     return sim_TxV
+
+
+def block_plan(model, text, video, block_cells=0):
+    """(texts, videos) that `similarity_in_blocks` compares at once."""
+    cells_a_pair = model.pair_cells(text.mask.shape[1], video.mask.shape[1])
+    rows, columns = block_shape(cells_a_pair, block_cells or default_block_cells())
+    return min(rows, _round_up(len(text.mask))), min(columns, _round_up(len(video.mask)))
 
 
 def default_block_cells():

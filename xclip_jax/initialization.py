@@ -10,6 +10,12 @@ import jax.numpy as jnp
 from xclip_jax.errors import InputError
 from xclip_jax.model_directory import load_model, model_folder
 
+_OPENAI = "https://openaipublic.azureedge.net/clip/models"
+_FILES = {  # patch size -> OpenAI's weights of width 768
+    32: "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    16: "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+}
+_VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 _SIZES = {"vision": ("patch_size", "width", "layers", "heads"), "text": None}  # None: all
 
 
@@ -46,6 +52,19 @@ def start_from_clip(params, architecture, directory):
             origin = "identity"
         rows.append((name, started[name], origin))
     return started, [(name, sum(map(jnp.size, jax.tree.leaves(t))), o) for name, t, o in rows]
+
+
+def how_to_convert(directory, patch_size):
+    """What to download for the CLIP of a config, and the command that makes its model directory."""
+    file = _FILES.get(patch_size)
+    fetch = (
+        f"{_OPENAI}/{file} and {_VOCABULARY}" if file else "a CLIP checkpoint and its vocabulary"
+    )
+    name, vocabulary = (file or "CHECKPOINT").split("/")[-1], _VOCABULARY.split("/")[-1]
+    return (
+        f"fetch {fetch}, then python -m xclip_jax.convert --input={name} --output={directory} "
+        f"--vocab={vocabulary}"
+    )
 
 
 def _check_sizes(ours, theirs, directory):

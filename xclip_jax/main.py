@@ -51,7 +51,10 @@ def parse_flags(argv):
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        lines = str(error).strip().splitlines()
+        if "Traceback (most recent call last):" in lines:  # of a config file that raised
+            lines = [lines[0].split("Error whilst")[0], lines[-1].split("InputError: ")[-1]]
+        sys.exit("error: " + " ".join(" ".join(lines).split()))
     except (AttributeError, KeyError, TypeError) as error:
         field = " ".join(str(error.args[0] if error.args else error).split()).strip("\"'")
         field = field.partition(" Other fields present:")[0]

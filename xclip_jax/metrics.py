@@ -61,7 +61,7 @@ def best_caption_scores(sim_TxV, text_video_T):
 
 
 def retrieval_metrics(sim_TxV, text_video_T):
-    """Metrics both ways.
+    """Metrics both ways: single captions, many captions a video, or paragraphs.
 
     Text-to-video ranks each caption alone. Video-to-text ranks the videos' captions, each candidate
     video by its best-scoring one; with one caption a video that is plain ranking of captions.
@@ -73,9 +73,19 @@ def retrieval_metrics(sim_TxV, text_video_T):
     Returns:
         {"text_to_video": {...}, "video_to_text": {...}}, see `summarize`.
     """
-    sim_TxV, text_video_T = np.asarray(sim_TxV), np.asarray(text_video_T)
-    by_video_VxV = best_caption_scores(sim_TxV, text_video_T)
+    video_to_text = video_to_text_metrics(sim_TxV, text_video_T)
     return {
-        "text_to_video": summarize(*rank_counts(sim_TxV, text_video_T)),
-        "video_to_text": summarize(*rank_counts(by_video_VxV, np.arange(len(by_video_VxV)))),
+        "text_to_video": text_to_video_metrics(sim_TxV, text_video_T),
+        "video_to_text": video_to_text,
     }
+
+
+def text_to_video_metrics(sim_TxV, text_video_T):
+    """One direction of `retrieval_metrics`."""
+    return summarize(*rank_counts(sim_TxV, text_video_T))
+
+
+def video_to_text_metrics(sim_TxV, text_video_T):
+    """One direction of `retrieval_metrics`."""
+    by_video_VxV = best_caption_scores(np.asarray(sim_TxV), np.asarray(text_video_T))
+    return summarize(*rank_counts(by_video_VxV, np.arange(len(by_video_VxV))))

@@ -61,9 +61,8 @@ class Monitor:
         values["truncated_captions"] = self._truncated
         self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
 
-    def validation(self, step, metrics):
-        """Writes the metrics of the validation split; returns the score that selects weights."""
-        name = self._config.data.val_split
+    def validation(self, step, name, metrics):
+        """Writes the metrics of a split; returns the score that selects weights."""
         flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
         self._writer.write(step, flat)
         recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from xclip_jax.data import rendered
 from xclip_jax.data.beam import beam_pipeline, extract_all_on_beam
-from xclip_jax.data.builder import SPLITS, Pending, dataset_folder, write_dataset
+from xclip_jax.data.builder import Pending, dataset_folder, write_dataset
 from xclip_jax.data.datasets import DATASETS
-from xclip_jax.data.datasets.listing import Finding
+from xclip_jax.data.datasets.listing import SPLITS, Finding
 from xclip_jax.data.datasets.locate import find_videos, locate
 from xclip_jax.data.extraction import extract_all, make_job, record
 from xclip_jax.data.text import learn_tokenizer
@@ -147,7 +147,7 @@ def _report_findings(output, request, listing, paths, found):
     here = zip(listing.clips, paths, strict=True)
     absent = [Finding("id without a file", clip.video, clip.split) for clip, p in here if not p]
     files = {path for candidates in found.values() for path in candidates}
-    unnamed = [Finding("file that no id names", str(p)) for p in sorted(files - set(paths))]
+    unnamed = [Finding("file that no clip uses", str(p)) for p in sorted(files - set(paths))]
     findings = [*listing.findings, *absent, *unnamed]
     lines = (json.dumps(dataclasses.asdict(finding), ensure_ascii=False) for finding in findings)
     path = output / "findings.jsonl"

@@ -17,7 +17,7 @@ from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_bat
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.errors import InputError
 from xclip_jax.evaluate import check_image_size, evaluate_split
-from xclip_jax.initialization import start_from_clip
+from xclip_jax.initialization import how_to_convert, start_from_clip
 from xclip_jax.losses import contrastive_loss
 from xclip_jax.model_directory import init_params, model_folder, save_model
 from xclip_jax.models import build_model, resolve
@@ -82,7 +82,8 @@ def run(config, workdir):
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.mesh.data)
     sharding.check_batch_size(config.train.batch_size, mesh)
-    dataset = Dataset(config.data.path)
+    dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
+    selected_on = validation_split(config, dataset)
     pairs = TrainingPairs(dataset, config.data.train_split, config.data.captions)
     tokenizer = load_tokenizer(_tokenizer_folder(config, dataset), config.model.max_words)
     architecture = resolve_architecture(config.model, tokenizer)
@@ -118,15 +119,32 @@ def run(config, workdir):
         process=(jax.process_index(), jax.process_count()),
     )
     step_fn = compile_step(model, optimizer, config, mesh)
-    validate = None
-    if config.data.val_split in dataset.captions_per_clip:
-        validate = functools.partial(_validate, config, model, dataset, tokenizer)
+    validate = selected_on and functools.partial(
+        _validate, config, model, dataset, tokenizer, selected_on
+    )
     with Monitor(config, workdir, schedule, total_steps, int(state.step)) as monitor:
         _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps)
     best = checkpoints.best_step()
     params = checkpoints.restore(best, state).params
     checkpoints.close()
-    save_model(workdir / "model", {**architecture, "step": best}, params, tokenizer)
+    chosen = "last step" if config.train.select == "last" or not selected_on else selected_on
+    described = {**architecture, "step": best, "selected_on": chosen}
+    save_model(workdir / "model", described, params, tokenizer)
+
+
+def validation_split(config, dataset):
+    """The split that is evaluated during training; None where the data set has none.
+
+    Raises:
+        InputError: the weights are to be the best on a test split that is not there.
+    """
+    on_test = config.train.select == "test"
+    split = config.data.test_split if on_test else config.data.val_split
+    if split in dataset.captions_per_clip:
+        return split
+    if on_test:
+        raise InputError(f"config.train.select = 'test': {dataset.path} has no split {split!r}")
+    return None
 
 
 def _tokenizer_folder(config, dataset):
@@ -135,9 +153,10 @@ def _tokenizer_folder(config, dataset):
         return dataset.path / "tokenizer"
     folder = model_folder(config.init.clip) / "tokenizer"
     if not folder.is_dir():
+        patch_size = config.model.vision.patch_size
         raise InputError(
-            f"config.init.clip = {config.init.clip}: holds no model with a tokenizer; make one "
-            "with python -m xclip_jax.convert --input=... --output=... --vocab=..."
+            f"config.init.clip = {config.init.clip}: no model with a tokenizer there, looked for "
+            f"{folder}; {how_to_convert(config.init.clip, patch_size)}"
         )
     return folder
 
@@ -185,16 +204,17 @@ def _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, 
         last = step == total_steps
         if step % eval_every == 0 or last:
             monitor.flush()  # never save a state whose loss was not seen to be finite
-            score = monitor.validation(step, validate(state.params)) if validate else None
-            checkpoints.save(step, state, score)
+            score = validate(state.params, monitor, step) if validate else None
+            checkpoints.save(step, state, None if config.train.select == "last" else score)
         elif step % config.train.checkpoint_every == 0:
             monitor.flush()
             checkpoints.save(step, state)
     return state
 
 
-def _validate(config, model, dataset, tokenizer, params):
-    return evaluate_split(config, model, params, dataset, config.data.val_split, tokenizer).metrics
+def _validate(config, model, dataset, tokenizer, split, params, monitor, step):
+    found = evaluate_split(config, model, params, dataset, split, tokenizer)
+    return monitor.validation(step, split, found.metrics)
 
 
 def init_state(model, architecture, optimizer, seed, mesh):

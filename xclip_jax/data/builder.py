@@ -22,10 +22,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.proto import tf_example_pb2
 
+from xclip_jax.data.datasets import DATASETS
 from xclip_jax.errors import InputError
 
 NAME, VERSION = "xclip_clips", "1.1.0"
-SPLITS = ("train", "val", "test")
 SHARD_BYTES = 64 << 20
 
 
@@ -182,15 +182,16 @@ class Dataset:
         fingerprint: a string that differs between data sets of different content.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, name="", variant=""):
+        """`name`, `variant`: what it must be, see above; "": anything."""
         self.path = Path(path)
         folder = dataset_folder(path)
         if not str(path):
             raise InputError("config.data.path is empty: name the folder xclip_jax.prepare wrote")
         if not folder.is_dir():
             raise InputError(
-                f"no prepared data set in {path}: looked for {folder}; make one with "
-                f"python -m xclip_jax.prepare --output={path}, see its --help"
+                f"no prepared data set in {path}: looked for {folder}; "
+                + _how_to_prepare(path, name, variant)
             )
         try:
             self._builder = tfds.builder_from_directory(str(folder))
@@ -203,6 +204,11 @@ class Dataset:
             counts = {split: np.asarray(n) for split, n in metadata["captions_per_clip"].items()}
         except Exception as error:  # TFDS has no one type for a damaged data set
             raise InputError(f"{folder} is damaged, prepare it again: {error}") from None
+        if name not in ("", self.name) or variant not in ("", self.variant):
+            raise InputError(
+                f"{path} holds {self.name} {self.variant}, the config wants {name} {variant}; "
+                + _how_to_prepare("ANOTHER_FOLDER", name, variant)
+            )
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self.captions_per_clip = counts
 
@@ -223,3 +229,12 @@ class Dataset:
             raise InputError(
                 f"{self.path}, {split} is damaged, prepare it again: {reason}"
             ) from None
+
+
+def _how_to_prepare(path, name, variant):
+    """The command that makes a data set, and what to download for it."""
+    if not name:
+        return f"make one with python -m xclip_jax.prepare --output={path}, see its --help"
+    command = f"python -m xclip_jax.prepare --dataset={name} --videos=... --annotations=..."
+    split = f" --split={variant}" if variant else ""
+    return f"{DATASETS[name].DOWNLOAD}; then {command}{split} --output={path} (docs/data.md)"

@@ -5,7 +5,7 @@ from html import escape
 from importlib.resources import files
 
 from xclip_jax.report.strips import strip_width
-from xclip_jax.report.table import DIRECTIONS, METRICS, cells, count
+from xclip_jax.report.table import METRICS, cells, count, facts, table_rows
 
 
 def strip_path(video):
@@ -130,34 +130,34 @@ def metrics_html(results):
         "MdR": middle,
         "MnR": middle,
     }
-    rows = [(name, results[key], "") for key, name in DIRECTIONS] + [("chance", chance, "chance")]
+    rows = [*table_rows(results), ("chance", chance, "chance")]
     body = ""
     for name, metrics, kind in rows:
-        body += f'<tr class="{kind}"><th>{name}</th>'
+        body += f'<tr class="{kind}"><th>{name.strip()}</th>'
         for metric, cell in zip(METRICS, cells(metrics), strict=True):
             filled = f"--filled:{metrics.get(metric) or 0:.1f}%"
             body += f'<td style="{filled}">{cell}</td>' if metric[1] == "@" else f"<td>{cell}</td>"
         body += "</tr>"
     head = "".join(f"<th>{metric}</th>" for metric in METRICS)
+    note = " Rows of the paper are what X-CLIP reports, not ours." if results.get("paper") else ""
     return (
         f'<div class="scroll table"><table><tr><th></th>{head}</tr>{body}</table></div>'
         "<p class=lead>R@K: percent of queries whose right answer is among the first K. MdR, MnR: "
         f"median and mean rank of the right answer, 1 is perfect. Chance: a random order of "
-        f"{count(videos, 'video')}.</p>"
+        f"{count(videos, 'video')}.{note}</p>"
     )
 
 
 def page(results, sections):
     """The whole index.html."""
     note = f'<p class="note">{safe(results["note"])}</p>' if results.get("note") else ""
-    texts, videos = count(results["num_texts"], "text"), count(results["num_videos"], "video")
-    facts = f"{safe(results['split'])} split · step {results['step']} · {texts} · {videos}"
+    about = " · ".join(map(safe, facts(results)))
     style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1"><meta name="color-scheme" '
         f'content="light dark"><title>Video-text retrieval report</title><style>{style}</style>'
-        f"</head><body><header><h1>Video-text retrieval</h1><p class=facts>{facts}</p>{note}"
+        f"</head><body><header><h1>Video-text retrieval</h1><p class=facts>{about}</p>{note}"
         f"</header>{metrics_html(results)}{''.join(sections)}<footer>Numbers: "
         '<a href="../results.json">results.json</a>, <a href="../metrics.jsonl">metrics.jsonl</a>'
         "</footer></body></html>\n"

@@ -6,16 +6,45 @@ DIRECTIONS = (("text_to_video", "text to video"), ("video_to_text", "video to te
 
 def format_table(results):
     """The metrics of `results` (see results.json) as an aligned plain-text table."""
-    lines = [
-        f"{results['split']} split, step {results['step']}: "
-        f"{count(results['num_texts'], 'text')}, {count(results['num_videos'], 'video')}"
-    ]
+    lines = [", ".join(facts(results))]
     if results.get("note"):
         lines.append(f"note: {results['note']}")
-    lines.append(" " * 13 + "".join(f"{name:>8}" for name in METRICS))
-    for key, name in DIRECTIONS:
-        lines.append(f"{name:13}" + "".join(f"{cell:>8}" for cell in cells(results[key])))
+    rows = table_rows(results)
+    width = max(len(label) for label, _, _ in rows)
+    lines.append(" " * width + "".join(f"{name:>8}" for name in METRICS))
+    for label, metrics, _ in rows:
+        lines.append(f"{label:{width}}" + "".join(f"{cell:>8}" for cell in cells(metrics)))
     return "\n".join(lines)
+
+
+def facts(results):
+    """What the numbers are of, as short texts."""
+    texts, videos = count(results["num_texts"], "text"), count(results["num_videos"], "video")
+    chosen = results.get("selected_on")
+    chosen = f" (chosen on {chosen})" if chosen not in (None, "last step") else ""
+    return [
+        *([results["dataset"]] if results.get("dataset", "captions") != "captions" else []),
+        f"{results['split']} split",
+        f"step {results['step']}{chosen}",
+        results["protocol"],
+        f"{texts}, {videos}, {count(results['missing_videos'], 'video')} missing",
+    ]
+
+
+def table_rows(results):
+    """[(label, metrics, kind)]: each way ours, with test-time options, and the paper's.
+
+    kind is "ours", "option" or "paper".
+    """
+    rows = []
+    for key, name in DIRECTIONS:
+        rows.append((name, results[key], "ours"))
+        for option, both in results.get("normalized", {}).items():
+            if key in both:
+                rows.append((f"  with {option}", both[key], "option"))
+        for backbone, both in results.get("paper", {}).items():
+            rows.append((f"  paper, {backbone}", both[key], "paper"))
+    return rows
 
 
 def cells(metrics):

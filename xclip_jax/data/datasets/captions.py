@@ -7,8 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from xclip_jax.data.builder import SPLITS
-from xclip_jax.data.datasets.listing import Clip, Listing, tidy
+from xclip_jax.data.datasets.listing import SPLITS, Clip, Listing, tidy
 from xclip_jax.errors import InputError
 
 VARIANTS = ()

@@ -2,9 +2,8 @@
 
 import collections
 
-from xclip_jax.data.builder import SPLITS
 from xclip_jax.data.datasets.files import Folder, fields, is_segment
-from xclip_jax.data.datasets.listing import SEGMENT, UNLISTED, Listing
+from xclip_jax.data.datasets.listing import SEGMENT, SPLITS, UNLISTED, Listing
 
 VARIANTS = ()
 DOWNLOAD = (

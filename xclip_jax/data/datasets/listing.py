@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+SPLITS = ("train", "val", "test")
 # What a finding is about. An id that is LOST is in a split's list and cannot become a clip.
 LOST = "id without captions"
 UNLISTED = "captions of an id in no list"

@@ -1,8 +1,7 @@
 """MSVD (Chen and Dolan, ACL 2011): 1,970 clips from YouTube, about 40 captions each."""
 
-from xclip_jax.data.builder import SPLITS
 from xclip_jax.data.datasets.files import Folder, checked
-from xclip_jax.data.datasets.listing import UNLISTED, Listing
+from xclip_jax.data.datasets.listing import SPLITS, UNLISTED, Listing
 
 VARIANTS = ()
 DOWNLOAD = (

@@ -1,0 +1,38 @@
+"""ActivityNet Captions: 15,000 long videos; all sentences of a video are one paragraph.
+
+    python -m xclip_jax.prepare --dataset=activitynet --videos=ActivityNet/videos/ \
+        --annotations=ActivityNet/ --output=data/activitynet
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
+        --vocab=bpe_simple_vocab_16e6.txt.gz
+    python -m xclip_jax.main --config=configs/activitynet.py
+
+Variants: --config=configs/activitynet.py:vit_b16,official,val_2 (backbone vit_b32 or vit_b16,
+preset paper or official, split val_1 or val_2: prepare with --split and into
+data/activitynet_val_2).
+Downloads: docs/data.md.
+Settings: the paper's, batch 64 and 20 epochs, 64 words, 64 frames; official: the scripts', batch
+112 (B/16: 32).
+Hardware: the release's scripts run on 8 GPUs.
+Protocol: paragraph to video on val_1; the weights of the last step, for there is no other split
+(--config.train.select=test chooses on it, as the release does).
+
+The paper's numbers (not ours), R@1 / R@5 / MnR:
+
+    ViT-B/32    text to video 44.3 / 74.1 / 7.9    video to text 43.9 / 73.9 / 7.6
+    ViT-B/16    text to video 46.2 / 75.5 / 6.8    video to text 46.4 / 75.9 / 6.4
+"""
+
+from xclip_jax.benchmark_config import benchmark
+
+
+def get_config(arguments=""):
+    """arguments: backbone, preset, split; see above."""
+    return benchmark(
+        "activitynet",
+        arguments,
+        paper=(64, 20),
+        official=(112, 20),
+        official_b16=(32, 20),
+        max_words=64,
+        max_frames=64,
+    )

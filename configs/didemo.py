@@ -1,0 +1,36 @@
+"""DiDeMo: 10,461 videos from Flickr; all sentences of a video are one paragraph.
+
+    python -m xclip_jax.prepare --dataset=didemo --max_seconds=31 --videos=DiDeMo/videos/ \
+        --annotations=DiDeMo/ --output=data/didemo
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
+        --vocab=bpe_simple_vocab_16e6.txt.gz
+    python -m xclip_jax.main --config=configs/didemo.py
+
+Variants: --config=configs/didemo.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper
+or official).
+Downloads: docs/data.md. The release reads seconds 0 to 31, hence --max_seconds.
+Settings: the paper's, batch 64 and 20 epochs, 64 words, 64 frames; official: the scripts', the
+same (B/16: batch 16).
+Hardware: the release's scripts run on 4 GPUs.
+Protocol: paragraph to video; the 1,065 validation videos choose the weights.
+
+The paper's numbers (not ours), R@1 / R@5 / MnR:
+
+    ViT-B/32    text to video 45.2 / 74.0 / 14.6    video to text 43.1 / 72.2 / 10.9
+    ViT-B/16    text to video 47.8 / 79.3 / 12.6    video to text 47.8 / 76.8 / 10.5
+"""
+
+from xclip_jax.benchmark_config import benchmark
+
+
+def get_config(arguments=""):
+    """arguments: backbone, preset; see above."""
+    return benchmark(
+        "didemo",
+        arguments,
+        paper=(64, 20),
+        official=(64, 20),
+        official_b16=(16, 20),
+        max_words=64,
+        max_frames=64,
+    )

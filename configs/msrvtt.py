@@ -1,0 +1,30 @@
+"""MSR-VTT: 10,000 clips, 20 captions each; tested on the 1,000 pairs of 1k-A.
+
+    python -m xclip_jax.prepare --dataset=msrvtt --videos=MSRVTT/ \
+        --annotations=msrvtt_data/ --output=data/msrvtt
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
+        --vocab=bpe_simple_vocab_16e6.txt.gz
+    python -m xclip_jax.main --config=configs/msrvtt.py
+
+Variants: --config=configs/msrvtt.py:vit_b16,official,7k (backbone vit_b32 or vit_b16, preset
+paper or official, split 9k, 7k or full: prepare with --split and into data/msrvtt_7k or
+data/msrvtt_full).
+Downloads: docs/data.md.
+Settings: the paper's, batch 300 and 3 epochs; official: the scripts', 5 epochs, batch 300 (B/16:
+80).
+Hardware: the release's scripts run on 4 GPUs.
+Protocol: each training caption is a pair of its own; the weights of the last step, for there is
+no validation split (--config.train.select=test chooses on the test, as the release does).
+
+The paper's numbers (not ours), R@1 / R@5 / MnR:
+
+    ViT-B/32    text to video 46.1 / 73.0 / 13.2    video to text 46.8 / 73.3 / 9.1
+    ViT-B/16    text to video 49.3 / 75.8 / 12.2    video to text 48.9 / 76.8 / 8.1
+"""
+
+from xclip_jax.benchmark_config import benchmark
+
+
+def get_config(arguments=""):
+    """arguments: backbone, preset, split; see above."""
+    return benchmark("msrvtt", arguments, paper=(300, 3), official=(300, 5), official_b16=(80, 5))

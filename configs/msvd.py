@@ -1,0 +1,29 @@
+"""MSVD: 1,970 clips from YouTube, about 40 captions each, all of them used.
+
+    python -m xclip_jax.prepare --dataset=msvd --videos=YouTubeClips/ \
+        --annotations=msvd_data/ --output=data/msvd
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
+        --vocab=bpe_simple_vocab_16e6.txt.gz
+    python -m xclip_jax.main --config=configs/msvd.py
+
+Variants: --config=configs/msvd.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper or
+official).
+Downloads: docs/data.md.
+Settings: the paper's, batch 300 and 3 epochs; official: the scripts', 5 epochs, batch 300 (B/16:
+80).
+Hardware: the release's scripts run on 4 GPUs.
+Protocol: text to video ranks each of the 27,763 test captions alone; video to text takes the
+best-scoring caption of each candidate video. The 100 validation videos choose the weights.
+
+The paper's numbers (not ours), R@1 / R@5 / MnR:
+
+    ViT-B/32    text to video 47.1 / 77.8 / 9.5    video to text 60.9 / 87.8 / 4.7
+    ViT-B/16    text to video 50.4 / 80.6 / 8.4    video to text 66.8 / 90.4 / 4.2
+"""
+
+from xclip_jax.benchmark_config import benchmark
+
+
+def get_config(arguments=""):
+    """arguments: backbone, preset; see above."""
+    return benchmark("msvd", arguments, paper=(300, 3), official=(300, 5), official_b16=(80, 5))

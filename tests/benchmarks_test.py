@@ -1,0 +1,155 @@
+"""The five benchmarks on stand-ins, end to end: prepare -> train -> evaluate -> results.json."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import standins
+from absl import flags
+
+from xclip_jax import main, prepare
+from xclip_jax.data.builder import Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    **{"init.clip": "", "model.embed_dim": 32, "model.text.vocab_size": 2000},
+    **{f"model.vision.{k}": v for k, v in (("image_size", 32), ("patch_size", 16), ("width", 32))},
+    **{"model.vision.layers": 1, "model.vision.heads": 2, "model.text.width": 32},
+    **{"model.text.layers": 1, "model.text.heads": 2, "model.temporal.heads": 2},
+    **{"model.max_words": 12, "model.max_frames": 4, "model.text.context_length": 12},
+    **{"train.batch_size": 4, "train.epochs": 1, "log.tensorboard": False},
+    **{"optimizer.lr": 1e-3, "optimizer.encoder_lr": 1e-3, "report.attention_pairs": 1},
+}
+PAPER = {"msrvtt": 46.1, "msvd": 47.1, "lsmdc": 23.3, "didemo": 45.2, "activitynet": 44.3}
+SPLITS = {"train": 11, "val": standins.VAL, "test": standins.TEST}
+PREPARED = {
+    "msrvtt": {"train": 14, "test": standins.TEST},  # 9k: those to validate on are trained on
+    "activitynet": {"train": 11, "test": standins.TEST},
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Benchmark -> (data set's folder, what prepare printed); made when first asked for."""
+    made = {}
+
+    def get(name, capsys):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            standins.STANDINS[name](folder)
+            arguments = [f"--dataset={name}", f"--videos={folder}/videos", "--max_failures=0.16"]
+            arguments += [f"--annotations={folder}/annotations", f"--output={folder}/data"]
+            prepare.main([*arguments, "--image_size=32"])
+            made[name] = folder / "data", capsys.readouterr().out
+        return made[name]
+
+    return get
+
+
+def run_main(monkeypatch, config, workdir, fields):
+    """Runs the command in this process."""
+    overrides = (f"--config.{field}={value}" for field, value in fields.items())
+    argv = ["main", f"--config={ROOT / 'configs'}/{config}", f"--workdir={workdir}", *overrides]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.a.b
+    flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+    main.parse_flags(argv)
+    main.main([])
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", standins.STANDINS)
+def test_prepare_train_evaluate(name, prepared, tmp_path, monkeypatch, capsys):
+    data, printed = prepared(name, capsys)
+    dataset = Dataset(data, name)
+    counts = {split: len(counts) for split, counts in dataset.captions_per_clip.items()}
+    assert counts == PREPARED.get(name, SPLITS)
+    assert "id without a file" in printed
+    fields = TINY | {"data.path": data, "eval.dual_softmax": True, "eval.qb_norm": 5}
+    results = run_main(monkeypatch, f"{name}.py", tmp_path, fields)
+    many = name == "msvd"
+    paragraph = name in ("didemo", "activitynet")
+    protocol = "many captions" if many else "paragraph" if paragraph else "single caption"
+    assert results["protocol"] == protocol
+    assert results["num_texts"] == (18 if many else 6)  # of MSVD's test: 1 + 1 + 1 captions each
+    assert results["num_videos"] == 6
+    assert results["missing_videos"] == dataset.expected["test"] - 6
+    assert results["selected_on"] == ("val" if "val" in counts else "last step")
+    assert results["paper"]["ViT-B/32"]["text_to_video"]["R@1"] == PAPER[name]
+    assert set(results["normalized"]["dual softmax"]) == {"text_to_video", "video_to_text"}
+    assert set(results["normalized"]["QB-Norm"]) == {"text_to_video"}
+    table = capsys.readouterr().out
+    lines = [line for line in table.splitlines() if line.startswith("  paper, ViT-B/32")]
+    assert [line.split()[2] for line in lines] == [
+        str(PAPER[name]),
+        str(results["paper"]["ViT-B/32"]["video_to_text"]["R@1"]),
+    ]
+    for part in (f"{protocol}, {results['num_texts']} texts, 6 videos", "with dual softmax"):
+        assert part in table
+
+
+def test_every_quirk_of_an_id_is_found(prepared, capsys):
+    def ids(name, split="test"):
+        clips = Dataset(prepared(name, capsys)[0]).clips(split)
+        return {clip["id"].decode(): [c.decode() for c in clip["captions"]] for clip in clips}
+
+    didemo = ids("didemo")
+    suffixes = [name.rpartition(".")[2] for name in didemo]
+    assert suffixes == ["mp4", "mov", "", "avi", "mp4", "mov"]
+    assert all(text.endswith("then it is over.") for (text,) in didemo.values())  # both suffixes'
+    activitynet = ids("activitynet")
+    assert list(activitynet) == [f"v_-val_{n}Xy" for n in range(6)]
+    assert all(text.endswith(". Nothing else happens.") for (text,) in activitynet.values())
+    assert [len(captions) for captions in ids("msvd").values()] == [3] * 6
+    assert ids("msrvtt")["video17"] == ids("msrvtt")["video16"]
+    assert "video3" not in ids("msrvtt", "train")  # without sentences; listed:
+    assert "video3" in prepared("msrvtt", capsys)[0].joinpath("failures.jsonl").read_text()
+    assert sorted(map(len, ids("lsmdc", "train").values())) == [1] * 10 + [2]
+
+
+def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypatch, capsys):
+    data, _ = prepared("activitynet", capsys)
+    fields = TINY | {"data.path": data, "train.select": "test"}
+    results = run_main(monkeypatch, "activitynet.py:vit_b16,official", tmp_path, fields)
+    assert results["selected_on"] == "test"
+    assert "best results on the test split itself" in results["note"]
+    assert "test/text_to_video/R@1" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        ("lsmdc.py", {}, r"holds msrvtt 9k, the config wants lsmdc"),
+        ("msrvtt.py:7k", {}, r"holds msrvtt 9k, the config wants msrvtt 7k; .*--split=7k"),
+        (
+            "msrvtt.py",
+            {"init.clip": "models/none"},
+            r"looked for models/none/tokenizer; fetch https://openaipublic.*ViT-B-16.pt and .*"
+            r"xclip_jax.convert --input=ViT-B-16.pt --output=models/none --vocab=bpe_simple",
+        ),
+        (
+            "didemo.py:vit_b16",
+            {"data.path": "data/none"},
+            r"looked for data/none/xclip_clips/.*LisaAnne.*xclip_jax.prepare --dataset=didemo",
+        ),
+        ("msrvtt.py", {"train.select": "val", "data.test_split": "dev"}, None),
+        ("msrvtt.py", {"train.select": "test", "data.test_split": "dev"}, r"has no split 'dev'"),
+        ("msrvtt.py", {"data.variant": "1k"}, r"data.variant = '1k': must be one of , 9k, 7k"),
+        ("msvd.py:7k", {}, r"--config=FILE:7k: after the colon, at most one of each of vit_b32"),
+        ("msvd.py:paper,official", {}, r"at most one of each"),
+    ],
+)
+def test_what_is_absent_or_does_not_fit(
+    prepared, tmp_path, monkeypatch, capsys, config, fields, message
+):
+    data, _ = prepared("msrvtt", capsys)
+    fields = TINY | {"data.path": data} | fields
+    if message is None:
+        assert run_main(monkeypatch, config, tmp_path, fields)["split"] == "train"
+        return
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run_main(monkeypatch, config, tmp_path, fields)
+    assert stopped.value.code.startswith("error: ")
+    assert "\n" not in stopped.value.code
