@@ -43,6 +43,7 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "test": ["pytest>=8", "ruff>=0.15"],
+        "beam": ["apache-beam>=2.77"],  # preparing on many machines; see .ci/beam
         "torch": ["torch>=2.4"],  # for tests and benchmarks that compare with it, nothing else
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ import standins
 
 from xclip_jax.data.datasets import DATASETS
 from xclip_jax.data.datasets.listing import (
+    BLANK,
     LOST,
     REPEATED,
     SEGMENT,
+    TWO_SPLITS,
     UNLISTED,
+    Clip,
+    Listing,
 )
+from xclip_jax.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annotations"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="no released annotation files at hand")
@@ -148,3 +154,183 @@ def test_real_activitynet(variant, test):
     assert len(findings(listing, SEGMENT)) == 4  # two reversed, two empty; rounding is no finding
     assert max(len(clip.captions[0].split()) for clip in listing.clips) == 504
     assert not any("\n" in text or "  " in text for clip in listing.clips for text in clip.captions)
+
+
+# What every reader makes of its files
+
+
+@pytest.mark.parametrize("name", standins.STANDINS)
+def test_standins_are_read_as_released(annotations, name):
+    listing = DATASETS[name].read(annotations / name / "annotations")
+    val = {"val": standins.VAL} if name in ("msvd", "lsmdc", "didemo") else {}
+    train = standins.TRAIN + standins.VAL - 1 if name == "msrvtt" else standins.TRAIN
+    assert listing.counts() == {"train": train, "test": standins.TEST, **val}
+    odd = collections.Counter(finding.what for finding in listing.findings)
+    assert (
+        odd
+        == {
+            "msrvtt": {LOST: 1},
+            "msvd": {},
+            "lsmdc": {REPEATED: 1},
+            "didemo": {},
+            "activitynet": {LOST: 2, UNLISTED: 2, SEGMENT: 4},
+        }[name]
+    )
+
+
+def test_msrvtt_splits(annotations):
+    read, folder = DATASETS["msrvtt"].read, annotations / "msrvtt" / "annotations"
+    assert read(folder, "7k").counts() == {"train": 11, "test": 6}
+    assert read(folder, "full").counts() == {"train": 11, "val": 4, "test": 6}
+    sentences = {clip.video: clip.captions for clip in read(folder, "full").clips}
+    assert len(sentences["video0"]) == 3  # in training each is a pair of its own
+
+
+def test_what_listings_note():
+    listing = Listing()
+    listing.add("train", "a", ["one", " one\n more  word "])
+    listing.add("train", "a", ["one", "two"])
+    listing.add("train", "b", ["x", "", "half \ud83d"])
+    listing.add("test", "b", ["y"])
+    listing.add("val", "b", ["z"])
+    listing.add("val", "c", [" "])
+    assert listing.clips == [
+        Clip("a", ("one", "one more word", "two")),
+        Clip("b", ("y",), "test"),
+    ]
+    assert [(f.what, f.id) for f in listing.findings] == [
+        *((REPEATED, "a"), (BLANK, "b"), (TWO_SPLITS, "b"), (TWO_SPLITS, "b"), (BLANK, "c")),
+        (LOST, "c"),
+    ]
+
+
+def test_captions_of_nothing_and_ids_without_captions(annotations, tmp_path):
+    for path in (annotations / "msvd" / "annotations").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "train_list.txt").open("a") as ids:
+        ids.write("never_captioned_1_2\n\n")
+    captions = pickle.loads((tmp_path / "raw-captions.pkl").read_bytes())
+    captions["unknown_0_1"] = [["a", "dog"]]
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(captions))
+    listing = DATASETS["msvd"].read(tmp_path)
+    assert findings(listing, LOST) == ["never_captioned_1_2"]
+    assert findings(listing, UNLISTED) == ["unknown_0_1"]
+
+
+# Wrong files
+
+
+class Call:
+    """Pickled, a call of os.system."""
+
+    def __reduce__(self):
+        return os.system, ("touch {path}",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_hostile_pickle_runs_nothing(annotations, tmp_path, protocol):
+    for path in (annotations / "msvd" / "annotations").glob("*.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    proof = tmp_path / "ran"
+    hostile = pickle.dumps({"a": [["b"], Call()]}, protocol=protocol)
+    for payload in (
+        hostile.replace(b"touch {path}", f"touch {proof}".encode()),
+        f"cos\nsystem\n(S'touch {proof}'\ntR.".encode(),
+        f"(S'touch {proof}'\nios\nsystem\n.".encode(),
+        b"\x80\x02cbuiltins\neval\nX\x08\x00\x00\x00open('x')\x85R.",
+    ):
+        (tmp_path / "raw-captions.pkl").write_bytes(payload)
+        with pytest.raises(InputError, match=r"raw-captions\.pkl: (asks for|not a whole pickle)"):
+            DATASETS["msvd"].read(tmp_path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"no pickle", b"\x80\x02]q\x01.", b"I1\n."])
+def test_a_pickle_of_something_else(annotations, tmp_path, content):
+    for path in (annotations / "msvd" / "annotations").glob("*.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "raw-captions.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=r"raw-captions\.pkl: (not a whole pickle|must be dict)"):
+        DATASETS["msvd"].read(tmp_path)
+
+
+JSON_FILES = [
+    ("msrvtt", "MSRVTT_data.json"),
+    ("didemo", "val_data.json"),
+    ("activitynet", "train.json"),
+    ("activitynet", "val_ids.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), JSON_FILES)
+@pytest.mark.parametrize(("other", "other_file"), JSON_FILES)
+def test_a_file_of_another_benchmark(annotations, tmp_path, name, file, other, other_file):
+    copy(annotations / name, tmp_path)
+    (tmp_path / file).write_bytes((annotations / other / "annotations" / other_file).read_bytes())
+    if (name, file) == (other, other_file):
+        DATASETS[name].read(tmp_path)
+        return
+    with pytest.raises(InputError, match=r"another file\?$") as error:
+        DATASETS[name].read(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / file}")
+
+
+def copy(standin, folder):
+    for path in (standin / "annotations").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("msrvtt", "MSRVTT_train.9k.csv", "a\nb\n", "line 2: has no video_id"),
+        ("msrvtt", "MSRVTT_train.9k.csv", "", "holds no rows below a header with video_id"),
+        ("msrvtt", "MSRVTT_JSFUSION_test.csv", "video_id\nvideo1\n", "has no video_id or sentence"),
+        ("msrvtt", "MSRVTT_data.json", '{"videos": []}', "has no 'sentences': another file?"),
+        ("msrvtt", "MSRVTT_data.json", '{"videos": [1], "sentences": []}', "video 1: must be dict"),
+        ("msvd", "val_list.txt", "a caption\n", "line 1: must be one id, not 'a caption'"),
+        ("msvd", "val_list.txt", '["v_1"]', "line 1: must be one id"),
+        ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: must have 6 fields with tabs"),
+        ("lsmdc", "LSMDC16_annos_val.csv", b"\xff\n", "not UTF-8 text"),
+        ("didemo", "val_data.json", '[{"video": "a.mp4"}]', "item 1: has no 'description'"),
+        ("activitynet", "val_ids.json", "[1]", "must be str, is int"),
+        ("activitynet", "train.json", '{"v": {"duration": true}}', "'duration': must be int"),
+        ("activitynet", "train.json", "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_wrong_content_is_one_line(annotations, tmp_path, name, file, content, message):
+    copy(annotations / name, tmp_path)
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        DATASETS[name].read(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / file))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "file"), JSON_FILES)
+def test_a_cut_file(annotations, tmp_path, name, file):
+    copy(annotations / name, tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r", line \d+: not valid JSON: "):
+        DATASETS[name].read(tmp_path)
+
+
+@pytest.mark.parametrize("name", standins.STANDINS)
+def test_a_wrong_path_says_what_is_wanted_and_from_where(annotations, tmp_path, name):
+    module = DATASETS[name]
+    (tmp_path / "file").touch()
+    for path, what in (
+        (tmp_path / "x", "is no folder"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path, "has no "),
+        (annotations / ("msvd" if name != "msvd" else "lsmdc") / "annotations", "has no "),
+    ):
+        with pytest.raises(InputError) as error:
+            module.read(path)
+        message = str(error.value)
+        assert message.startswith(f"{path} {what}")
+        assert module.DOWNLOAD in message
+        assert "\n" not in message

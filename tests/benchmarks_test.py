@@ -112,7 +112,7 @@ def test_every_quirk_of_an_id_is_found(prepared, capsys):
 def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypatch, capsys):
     data, _ = prepared("activitynet", capsys)
     fields = TINY | {"data.path": data, "train.select": "test"}
-    results = run_main(monkeypatch, "activitynet.py:vit_b16,official", tmp_path, fields)
+    results = run_main(monkeypatch, "activitynet.py:vit_b16", tmp_path, fields)
     assert results["selected_on"] == "test"
     assert "best results on the test split itself" in results["note"]
     assert "test/text_to_video/R@1" in (tmp_path / "metrics.jsonl").read_text()

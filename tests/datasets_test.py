@@ -232,3 +232,37 @@ def test_no_folder_or_no_video(tmp_path):
         find_videos(tmp_path)
     with pytest.raises(InputError, match=r"^no such folder of videos: .*txt$"):
         find_videos(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("file", "video"),
+    [
+        ("12@N00_34_ab.mp4", "12@N00_34_ab.mp4"),
+        ("12@N00_34_ab.mp4", "12@N00_34_ab.mov"),  # transcoded
+        ("12@N00_34_ab.mov.mp4", "12@N00_34_ab.mov"),
+        ("12@N00_34_ab.mp4.mp4", "12@N00_34_ab.mp4"),
+        ("12@N00_34_ab.mov.mp4", "12@N00_34_ab.avi"),
+        ("12@N00_34_ab.", "12@N00_34_ab."),
+        ("12@N00_34_ab..mp4", "12@N00_34_ab."),
+        ("12@N00_34_ab.webm", "12@N00_34_ab."),
+        ("12@N00_34_ab.3GP", "12@N00_34_ab.3gp"),
+        ("v_-x_.webm", "v_-x_"),
+        ("0001_Film_00.01.03.250-00.01.06.375.avi", "0001_Film_00.01.03.250-00.01.06.375"),
+    ],
+)
+@pytest.mark.parametrize("below", ["", "film.one/"])
+def test_benchmark_ids_are_found_whatever_the_extension(tmp_path, file, video, below):
+    (tmp_path / below).mkdir(exist_ok=True)
+    for name in (file, "other.mp4", "0001_Film_00.01.03.250-00.01.06.avi"):
+        (tmp_path / f"{below}{name}").touch()
+    assert locate(video, find_videos(tmp_path)) == tmp_path / f"{below}{file}"
+
+
+def test_two_files_for_one_id_are_named(tmp_path):
+    for name in ("a/12_ab.mp4", "b/12_ab.mov"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputError, match=r"'12_ab\.' is ambiguous: .*a/12_ab.mp4 and .*b/12_ab.mov"
+    ):
+        locate("12_ab.", find_videos(tmp_path))

@@ -121,3 +121,72 @@ def test_scores_must_be_finite(bad):
 def test_every_video_needs_a_caption(text_video):
     with pytest.raises(ValueError, match="every video needs a caption"):
         retrieval_metrics(np.eye(3), text_video)
+
+
+def test_paragraphs_and_single_captions_are_one_text_a_video():
+    """Both protocols are a square matrix, its diagonal the right pairs."""
+    sim_TxV = np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 4.0], [0.0, 9.0, 8.0]])
+    # Texts: first; one better, one level; one better. Videos: one better (5 > 3); two
+    # (9 > 4, then 1 below): one better; first (8).
+    metrics = retrieval_metrics(sim_TxV, [0, 1, 2])
+    assert metrics["text_to_video"] == pytest.approx(
+        {"R@1": 100 / 3, "R@5": 100, "R@10": 100, "MdR": 2, "MnR": (1 + 2.5 + 2) / 3}
+    )
+    assert metrics["video_to_text"] == pytest.approx(
+        {"R@1": 100 / 3, "R@5": 100, "R@10": 100, "MdR": 2, "MnR": (2 + 2 + 1) / 3}
+    )
+
+
+def test_many_captions_by_hand():
+    """Three captions of video 0, one of video 1, with a tie between captions of both."""
+    sim_TxV = np.array([[2.0, 3.0], [7.0, 5.0], [4.0, 4.0], [6.0, 5.0]])
+    metrics = retrieval_metrics(sim_TxV, [0, 0, 0, 1])
+    # Each caption alone: second; first; level (1.5, half a hit); second.
+    assert metrics["text_to_video"] == pytest.approx(
+        {"R@1": 100 * 1.5 / 4, "R@5": 100, "R@10": 100, "MdR": 1.75, "MnR": 6.5 / 4}
+    )
+    # The best caption of each: video 0: 7 against 6. Video 1: 5 against 5, level.
+    assert metrics["video_to_text"] == pytest.approx(
+        {"R@1": 75, "R@5": 100, "R@10": 100, "MdR": 1.25, "MnR": 1.25}
+    )
+
+
+def release_metrics(scores_QxG, correct_Q, median):
+    """As the PyTorch release defines them: the place of the right score in the sorted row."""
+    sorted_QxG = -np.sort(-scores_QxG, 1)
+    right_Q = scores_QxG[np.arange(len(scores_QxG)), correct_Q]
+    places_Q = np.array([np.where(row == s)[0][0] for row, s in zip(sorted_QxG, right_Q)])  # noqa: B905
+    recalls = {f"R@{k}": 100 * np.mean(places_Q < k) for k in (1, 5, 10)}
+    return {**recalls, "MdR": median(places_Q) + 1, "MnR": places_Q.mean() + 1}
+
+
+def lower_median(values):
+    """torch.median, which the release takes for MSVD: the lower of the two middle values."""
+    return np.sort(values)[(len(values) - 1) // 2]
+
+
+@pytest.mark.parametrize(("seed", "number"), [(0, 40), (1, 41)])
+def test_without_ties_it_is_the_release_s_definition(seed, number):
+    rng = np.random.default_rng(seed)
+    # One text a video.
+    sim_TxV = rng.normal(size=(number, number)) + 1.5 * np.eye(number)
+    ours = retrieval_metrics(sim_TxV, np.arange(number))
+    everyone = np.arange(number)
+    theirs = release_metrics(sim_TxV, everyone, np.median)
+    assert ours["text_to_video"] == pytest.approx(theirs)
+    assert ours["video_to_text"] == pytest.approx(release_metrics(sim_TxV.T, everyone, np.median))
+    # Several: all but the median, where theirs is the lower of the two middle ranks.
+    text_video = np.sort(rng.integers(0, number, 5 * number))
+    text_video[:number] = everyone
+    sim_TxV = rng.normal(size=(len(text_video), number))
+    sim_TxV[np.arange(len(text_video)), text_video] += 1.5
+    ours = retrieval_metrics(sim_TxV, text_video)
+    best_VxV = np.stack([sim_TxV[text_video == v].max(0) for v in range(number)], 1)
+    for way, scores, right in (
+        ("text_to_video", sim_TxV, text_video),
+        ("video_to_text", best_VxV, everyone),
+    ):
+        theirs = release_metrics(scores, right, lower_median)
+        median = ours[way].pop("MdR")
+        assert theirs.pop("MdR") in (median, median - 0.5, np.floor(median))
+        assert ours[way] == pytest.approx(theirs)

@@ -135,6 +135,25 @@ def test_table_is_aligned_and_has_the_numbers():
     ]
 
 
+def test_table_with_options_and_the_paper():
+    recalls = {"R@1": 50.0, "R@5": 60.0, "R@10": 70.0, "MdR": 1.0, "MnR": 9.0}
+    paper = {"R@1": 46.1, "R@5": 73.0, "R@10": None, "MnR": 13.2}
+    results = results_of(9, 9, dataset="msrvtt 9k", selected_on="test") | {
+        "normalized": {"dual softmax": {"text_to_video": recalls}},
+        "paper": {"ViT-B/32": {"text_to_video": paper, "video_to_text": paper}},
+    }
+    assert report.format_table(results).splitlines() == [
+        "msrvtt 9k, test split, step 1200 (chosen on test), many captions, 9 texts, 9 videos, "
+        "3 videos missing",
+        "                        R@1     R@5    R@10     MdR     MnR",
+        "text to video          45.2    71.0   100.0     2.0    14.8",
+        "  with dual softmax    50.0    60.0    70.0     1.0     9.0",
+        "  paper, ViT-B/32      46.1    73.0       -       -    13.2",
+        "video to text          45.2    71.0   100.0     2.5    14.8",
+        "  paper, ViT-B/32      46.1    73.0       -       -    13.2",
+    ]
+
+
 def test_files_are_there_and_old_ones_go(tmp_path):
     (tmp_path / "attention_7.png").write_text("old")
     (tmp_path / "mine.txt").write_text("kept")

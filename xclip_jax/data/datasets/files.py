@@ -69,7 +69,7 @@ class Folder:
         try:
             with path.open("rb") as file:
                 return path, _PlainUnpickler(file, encoding="utf-8").load()
-        except pickle.UnpicklingError as error:
+        except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except Exception as error:  # a damaged pickle fails in any way
             raise InputError(f"{path}: not a whole pickle ({type(error).__name__})") from None
@@ -79,10 +79,10 @@ class _PlainUnpickler(pickle.Unpickler):
     """Refuses every pickle that names a class or function, so that there is nothing to call."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"asks for {module}.{name}: only plain data is read from it")
+        raise InputError(f"asks for {module}.{name}: only plain data is read from it")
 
     def persistent_load(self, _):
-        raise pickle.UnpicklingError("asks for an object outside it: only plain data is read")
+        raise InputError("asks for an object outside it: only plain data is read")
 
 
 def checked(value, kind, where):

@@ -1,0 +1,50 @@
+"""Dual softmax and QB-Norm against their definitions, by hand."""
+
+import numpy as np
+import pytest
+
+from xclip_jax.normalization import dual_softmax, qb_norm
+
+
+def test_dual_softmax_by_hand():
+    scores_QxG = np.log([[2.0, 6.0], [1.0, 2.0]])
+    expected = scores_QxG * [[2 / 3, 6 / 8], [1 / 3, 2 / 8]]  # each column adds up to 1
+    np.testing.assert_allclose(dual_softmax(scores_QxG), expected)
+
+
+def test_dual_softmax_keeps_one_query_as_it_is_and_takes_large_logits():
+    scores = np.array([[3.0, 5.0, 1.0]])
+    np.testing.assert_allclose(dual_softmax(scores), scores)
+    assert np.isfinite(dual_softmax(np.array([[900.0, 1.0], [1.0, 900.0]]))).all()
+
+
+def test_dual_softmax_settles_who_gets_what_two_queries_want():
+    scores_QxG = np.array([[30.0, 28.0], [29.0, 20.0]])  # both want 0, the first more clearly
+    assert scores_QxG.argmax(1).tolist() == [0, 0]
+    scores_QxG = np.array([[30.0, 29.5], [33.0, 20.0]])  # 0 is the second's
+    assert dual_softmax(scores_QxG).argmax(1).tolist() == [1, 0]
+
+
+def test_qb_norm_by_hand():
+    """The bank's only hub is item 0. Query 0 has it first and is normalised, query 1 has not."""
+    bank_BxG = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1]])
+    scores_QxG = np.array([[0.6, 0.5, 0.1], [0.2, 0.5, 0.4]])
+    beta = 2.0
+    found = qb_norm(scores_QxG, bank_BxG, beta)
+    inverted = np.exp(beta * scores_QxG[0]) / np.exp(beta * bank_BxG).sum(0)
+    np.testing.assert_allclose(np.exp(found[0]), inverted)
+    assert found[0].argmax() == 1  # the hub is no longer first
+    np.testing.assert_array_equal(found[1], scores_QxG[1])
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_qb_norm_ranks_alike_whatever_is_added_to_all_of_an_item(shift):
+    """An item that is closer to everything, bank and queries, gains nothing by it."""
+    rng = np.random.default_rng(0)
+    bank_BxG, scores_QxG = rng.normal(size=(50, 6)), rng.normal(size=(20, 6))
+    added = np.array([shift, 0, 0, 0, 0, 0])
+    found = qb_norm(scores_QxG + added, bank_BxG + added, 1.0)
+    normalised = scores_QxG - np.log(np.exp(bank_BxG).sum(0))
+    hub = (scores_QxG + added).argmax(1) == 0
+    assert hub.any()
+    np.testing.assert_array_equal(found[hub].argsort(1), normalised[hub].argsort(1))
