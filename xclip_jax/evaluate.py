@@ -13,7 +13,7 @@ from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_bat
 from xclip_jax.errors import InputError
 from xclip_jax.inference import (
     block_plan,
-    concatenate,
+    collect,
     encode_texts,
     encode_videos,
     similarity_in_blocks,
@@ -52,19 +52,22 @@ class Evaluation:
 def evaluate_split(config, model, params, dataset, split, tokenizer):
     """Encodes every caption and video of a split once and compares all with all."""
     clips = dataset.clips(split)
-    captions, text_video, names, videos = [], [], [], []
+    captions, text_video, names = [], [], []
     size = config.eval.batch_size
-    with progress(len(clips), f"encoding {split} videos", "video") as bar:
+
+    def encoded(bar):
         batches = evaluation_batches(clips, size, model.max_frames, dataset.image_size)
         for frames, masks, batch_captions, batch_names in batches:
-            videos.append(encode_videos(model, params, frames, masks, size))
+            yield encode_videos(model, params, frames, masks, size)
             for name, clip_captions in zip(batch_names, batch_captions, strict=True):
-                captions += clip_captions
-                text_video += [len(names)] * len(clip_captions)
+                captions.extend(clip_captions)
+                text_video.extend([len(names)] * len(clip_captions))
                 names.append(name)
             bar.update(len(frames))
+
+    with progress(len(clips), f"encoding {split} videos", "video") as bar:
+        video = collect(encoded(bar), len(clips))
     text = encode_texts(model, params, *tokenizer(captions), size)
-    video = concatenate(videos)
     block = "{} x {}".format(*block_plan(model, text, video, config.eval.block_cells))
     with progress(len(captions) * len(names), f"comparing, {block} at a time", "pair") as bar:
         sim_TxV = similarity_in_blocks(model, params, text, video, config.eval.block_cells, bar)

@@ -68,23 +68,38 @@ def block_shape(cells_a_pair, block_cells):
     return max(1, pairs // videos), videos
 
 
-def concatenate(features):
-    """Joins a list of features along the leading axis."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *features)
+def collect(parts, total):
+    """Joins features along the leading axis, whose length is `total`.
+
+    `parts` is an iterator: no more than one of them is in memory besides the whole.
+    """
+    whole, start = None, 0
+    for part in parts:
+        if whole is None:
+            whole = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
+        for array, rows in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            array[start : start + len(rows)] = rows
+        start += len(jax.tree.leaves(part)[0])
+    if start != total:
+        raise ValueError(f"{start} rows where there should be {total}")
+    return whole
 
 
 def _in_batches(model, params, method, batch_size, *arrays):
     """Applies an encoder to chunks of at most batch_size, each padded to a power of two."""
-    total, chunks = len(arrays[0]), []
+    total = len(arrays[0])
     if not total:
         raise ValueError("nothing to encode")
-    for start in range(0, total, batch_size):
-        chunk = _rows(arrays, start, batch_size)
-        size = len(chunk[0])
-        padded = _pad(chunk, min(batch_size, _round_up(size)))
-        features = _apply(params, *padded, model=model, method=method)
-        chunks.append(_rows(jax.tree.map(np.asarray, features), 0, size))
-    return concatenate(chunks)
+
+    def encoded():
+        for start in range(0, total, batch_size):
+            chunk = _rows(arrays, start, batch_size)
+            size = len(chunk[0])
+            padded = _pad(chunk, min(batch_size, _round_up(size)))
+            features = _apply(params, *padded, model=model, method=method)
+            yield _rows(jax.tree.map(np.asarray, features), 0, size)
+
+    return collect(encoded(), total)
 
 
 def _round_up(size):

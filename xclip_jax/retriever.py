@@ -8,7 +8,7 @@ import numpy as np
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import VideoError, preprocess, read_frames
 from xclip_jax.errors import InputError
-from xclip_jax.inference import concatenate, encode_texts, encode_videos, similarity_in_blocks
+from xclip_jax.inference import collect, encode_texts, encode_videos, similarity_in_blocks
 from xclip_jax.model_directory import load_model, model_folder
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
@@ -69,14 +69,15 @@ class Retriever:
         """
         if isinstance(videos, str | os.PathLike) or not len(videos):
             raise InputError("encode_video wants a list of at least one path or frame array")
-        batches = []
-        for start in range(0, len(videos), _BATCH):
-            frames, masks = zip(*map(self._frames, videos[start : start + _BATCH]), strict=True)
-            if len({array.dtype for array in frames}) > 1:
-                raise InputError("frame arrays of one call must be all uint8 or all float")
-            stacked = np.stack(frames), np.stack(masks)
-            batches.append(encode_videos(self.model, self.params, *stacked))
-        return concatenate(batches)
+
+        def encoded():
+            for start in range(0, len(videos), _BATCH):
+                frames, masks = zip(*map(self._frames, videos[start : start + _BATCH]), strict=True)
+                if len({array.dtype for array in frames}) > 1:
+                    raise InputError("frame arrays of one call must be all uint8 or all float")
+                yield encode_videos(self.model, self.params, np.stack(frames), np.stack(masks))
+
+        return collect(encoded(), len(videos))
 
     def similarity(self, text, video):
         """T x V logits, NumPy float32: rows texts, columns videos (Eq. 14, scaled).
