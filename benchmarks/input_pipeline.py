@@ -32,7 +32,7 @@ def make(folder):
         captions = [f"clip number {number}"]
         return {"id": str(number), "captions": captions, "frames": jpegs, "times": [*range(FRAMES)]}
 
-    clips = [Pending(functools.partial(record, n), 1) for n in range(CLIPS)]
+    clips = [Pending(functools.partial(record, n), 1, str(n)) for n in range(CLIPS)]
     write_dataset(folder, {"train": clips}, 224)
     return Dataset(folder)
 

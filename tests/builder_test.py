@@ -32,7 +32,7 @@ def write(path, captions=CAPTIONS, image_size=32, make=record, digests=True):
     def clip(split, number):
         size, digest = SHARD_BYTES // 100, str(make(split, number)) if digests else ""
         count = len(captions[split][number])
-        return Pending(functools.partial(make, split, number), count, size, digest)
+        return Pending(functools.partial(make, split, number), count, digest, size)
 
     pending = {s: [clip(s, n) for n in range(len(clips))] for s, clips in captions.items()}
     write_dataset(path, pending, image_size)
@@ -133,7 +133,7 @@ def test_no_tensorflow(tmp_path):
 import sys
 from xclip_jax.data.builder import Dataset, Pending, write_dataset
 record = {"id": "a", "captions": ["b"], "frames": [b"c"], "times": [0.0]}
-write_dataset(sys.argv[1], {"train": [Pending(lambda: record, 1)]}, 8)
+write_dataset(sys.argv[1], {"train": [Pending(lambda: record, 1, '')]}, 8)
 print(next(iter(Dataset(sys.argv[1]).clips("train")))["frames"])
 print("tensorflow" in sys.modules)
 """

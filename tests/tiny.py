@@ -29,7 +29,9 @@ def make_dataset(path, splits=("train", "val"), num_frames=3):
             "times": times,
         }
 
-    clips = [Pending(functools.partial(record, n), 2) for n in range(len(pairs))]
+    clips = [
+        Pending(functools.partial(record, n), 2, f"{num_frames} {n}") for n in range(len(pairs))
+    ]
     write_dataset(path, dict.fromkeys(splits, clips), SIDE)
     learn_tokenizer(c for cs in captions for c in cs).save(f"{path}/tokenizer")
     return path

@@ -203,7 +203,7 @@ def _write(output, read, listing, request, beam):
             if clip.split == split:
                 make = functools.partial(record, clip.id, clip.captions, job.cache)
                 digest = repr((clip.id, clip.captions, outcome.digest))
-                this = Pending(make, len(clip.captions), outcome.size, digest)
+                this = Pending(make, len(clip.captions), digest, outcome.size)
                 pending.setdefault(split, []).append(this)
     print(f"writing {', '.join(f'{split}: {len(p)} clips' for split, p in pending.items())}")
     write_dataset(

@@ -108,13 +108,13 @@ def dataset_folder(path):
 class Pending:
     """A record to be written: `make()` gives it.
 
-    size: about how many bytes it has. digest: a text that differs between different records.
+    digest: a text that differs between different records. size: about how many bytes it has.
     """
 
     make: Callable[[], dict]
     num_captions: int
+    digest: str
     size: int = 0
-    digest: str = ""
 
 
 def write_dataset(
