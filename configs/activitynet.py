@@ -9,7 +9,8 @@
 Variants: --config=configs/activitynet.py:vit_b16,official,val_2 (backbone vit_b32 or vit_b16,
 preset paper or official, split val_1 or val_2: prepare with --split and into
 data/activitynet_val_2).
-Downloads: docs/data.md.
+Downloads (links and layout: docs/data.md): captions.zip of ActivityNet Captions, videos on
+request from activity-net.org; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
 Settings: the paper's, batch 64 and 20 epochs, 64 words, 64 frames; official: the scripts', batch
 112 (B/16: 32).
 Hardware: the release's scripts run on 8 GPUs.

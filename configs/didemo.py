@@ -8,7 +8,9 @@
 
 Variants: --config=configs/didemo.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper
 or official).
-Downloads: docs/data.md. The release reads seconds 0 to 31, hence --max_seconds.
+Downloads (links and layout: docs/data.md): *_data.json and videos from LocalizingMoments,
+*_list.txt from collaborative-experts; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary. The
+release reads seconds 0 to 31, hence --max_seconds.
 Settings: the paper's, batch 64 and 20 epochs, 64 words, 64 frames; official: the scripts', the
 same (B/16: batch 16).
 Hardware: the release's scripts run on 4 GPUs.

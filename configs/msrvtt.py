@@ -9,7 +9,8 @@
 Variants: --config=configs/msrvtt.py:vit_b16,official,7k (backbone vit_b32 or vit_b16, preset
 paper or official, split 9k, 7k or full: prepare with --split and into data/msrvtt_7k or
 data/msrvtt_full).
-Downloads: docs/data.md.
+Downloads (links and layout: docs/data.md): CLIP4Clip's msrvtt_data.zip, captions and splits;
+Frozen in Time's MSRVTT.zip, videos; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
 Settings: the paper's, batch 300 and 3 epochs; official: the scripts', 5 epochs, batch 300 (B/16:
 80).
 Hardware: the release's scripts run on 4 GPUs.

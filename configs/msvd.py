@@ -8,7 +8,8 @@
 
 Variants: --config=configs/msvd.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper or
 official).
-Downloads: docs/data.md.
+Downloads (links and layout: docs/data.md): CLIP4Clip's msvd_data.zip, captions and splits;
+YouTubeClips.tar, videos; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
 Settings: the paper's, batch 300 and 3 epochs; official: the scripts', 5 epochs, batch 300 (B/16:
 80).
 Hardware: the release's scripts run on 4 GPUs.
