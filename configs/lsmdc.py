@@ -1,6 +1,6 @@
 """LSMDC 2016: 118,081 clips from films, a sentence each; tested on 1,000 of them.
 
-    python -m xclip_jax.prepare --dataset=lsmdc --videos=LSMDC/ \
+    python -m xclip_jax.prepare --dataset=lsmdc --videos=LSMDC/videos/ \
         --annotations=LSMDC/ --output=data/lsmdc
     python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
         --vocab=bpe_simple_vocab_16e6.txt.gz

@@ -204,6 +204,36 @@ def test_what_listings_note():
     ]
 
 
+def test_a_quoted_sentence_may_hold_anything(annotations, tmp_path):
+    copy(annotations / "msrvtt", tmp_path)
+    (tmp_path / "MSRVTT_JSFUSION_test.csv").write_bytes(
+        'video_id,sentence\r\nvideo16,"a ""man"",\r\nand\u2028a dog"\r\nvideo17,x\r\n'.encode()
+    )
+    tested = [c for c in DATASETS["msrvtt"].read(tmp_path).clips if c.split == "test"]
+    assert [clip.captions for clip in tested] == [('a "man", and a dog',), ("x",)]
+
+
+def test_an_id_of_two_splits_is_not_lost(annotations, tmp_path):
+    copy(annotations / "didemo", tmp_path)
+    (test_id, *_) = (tmp_path / "test_list.txt").read_text().split()
+    with (tmp_path / "train_list.txt").open("a") as ids:
+        ids.write(f"{test_id}\n")
+    listing = DATASETS["didemo"].read(tmp_path)
+    assert not listing.lost
+    assert findings(listing, TWO_SPLITS) == [test_id]
+    assert listing.counts()["test"] == standins.TEST
+
+
+def test_an_annotation_said_twice_counts_once(annotations, tmp_path):
+    copy(annotations / "didemo", tmp_path)
+    items = json.loads((tmp_path / "val_data.json").read_text())
+    before = DATASETS["didemo"].read(tmp_path).clips
+    (tmp_path / "val_data.json").write_text(json.dumps([*items, items[0]]))
+    listing = DATASETS["didemo"].read(tmp_path)
+    assert listing.clips == before
+    assert findings(listing, REPEATED) == [items[0]["video"]]
+
+
 def test_captions_of_nothing_and_ids_without_captions(annotations, tmp_path):
     for path in (annotations / "msvd" / "annotations").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -296,6 +326,15 @@ def copy(standin, folder):
         ("activitynet", "val_ids.json", "[1]", "must be str, is int"),
         ("activitynet", "train.json", '{"v": {"duration": true}}', "'duration': must be int"),
         ("activitynet", "train.json", "[" * 100_000, "nested too deeply"),
+        ("activitynet", "train.json", f"[{'9' * 5000}]", "not valid JSON: Exceeds the limit"),
+        ("activitynet", "train.json", '{"v": 1, "v": 2}', "'v' is there twice in one object"),
+        ("msrvtt", "MSRVTT_train.9k.csv", "video_id\na,b\n", "line 2: more values than columns"),
+        (
+            "msrvtt",
+            "MSRVTT_JSFUSION_test.csv",
+            "video_id,sentence\nvideo1,a man, walking\n",
+            "line 2: more values than columns; quote a text with commas",
+        ),
     ],
 )
 def test_wrong_content_is_one_line(annotations, tmp_path, name, file, content, message):

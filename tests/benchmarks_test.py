@@ -76,10 +76,11 @@ def test_prepare_train_evaluate(name, prepared, tmp_path, monkeypatch, capsys):
     assert results["num_texts"] == (18 if many else 6)  # of MSVD's test: 1 + 1 + 1 captions each
     assert results["num_videos"] == 6
     assert results["missing_videos"] == dataset.expected["test"] - 6
+    assert results["expected_videos"] == dataset.expected["test"]
     assert results["selected_on"] == ("val" if "val" in counts else "last step")
     assert results["paper"]["ViT-B/32"]["text_to_video"]["R@1"] == PAPER[name]
     assert set(results["normalized"]["dual softmax"]) == {"text_to_video", "video_to_text"}
-    assert set(results["normalized"]["QB-Norm"]) == {"text_to_video"}
+    assert set(results["normalized"]["QB-Norm (5 captions)"]) == {"text_to_video"}
     table = capsys.readouterr().out
     lines = [line for line in table.splitlines() if line.startswith("  paper, ViT-B/32")]
     assert [line.split()[2] for line in lines] == [
@@ -134,7 +135,7 @@ def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypa
             {"data.path": "data/none"},
             r"looked for data/none/xclip_clips/.*LisaAnne.*xclip_jax.prepare --dataset=didemo",
         ),
-        ("msrvtt.py", {"train.select": "val", "data.test_split": "dev"}, None),
+        ("msrvtt.py", {"data.test_split": "dev", "train.epochs": 1}, r"has no split 'dev'"),
         ("msrvtt.py", {"train.select": "test", "data.test_split": "dev"}, r"has no split 'dev'"),
         ("msrvtt.py", {"data.variant": "1k"}, r"data.variant = '1k': must be one of , 9k, 7k"),
         ("msvd.py:7k", {}, r"--config=FILE:7k: after the colon, at most one of each of vit_b32"),
@@ -146,9 +147,6 @@ def test_what_is_absent_or_does_not_fit(
 ):
     data, _ = prepared("msrvtt", capsys)
     fields = TINY | {"data.path": data} | fields
-    if message is None:
-        assert run_main(monkeypatch, config, tmp_path, fields)["split"] == "train"
-        return
     with pytest.raises(SystemExit, match=message) as stopped:
         run_main(monkeypatch, config, tmp_path, fields)
     assert stopped.value.code.startswith("error: ")

@@ -7,7 +7,7 @@ import pytest
 
 from xclip_jax.data.datasets.captions import read as read_captions
 from xclip_jax.data.datasets.listing import Clip
-from xclip_jax.data.datasets.locate import find_videos, locate
+from xclip_jax.data.datasets.locate import Videos
 from xclip_jax.errors import InputError
 
 
@@ -193,14 +193,14 @@ def folder(tmp_path):
         ("x/e.mp4", "x/e.mp4"),
         ("y/e", "y/e.mp4"),
         ("y/d", None),
-        ("f", None),
-        ("f.txt", None),
+        ("f", None),  # no video, unless its whole name is said
+        ("f.txt", "f.txt"),
         ("g", None),
         ("h", None),
     ],
 )
 def test_locate(folder, video, file):
-    assert locate(video, find_videos(folder)) == (file and folder / file)
+    assert Videos(folder).locate(video, is_path=True) == (file and folder / file)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_locate(folder, video, file):
 )
 def test_ambiguous_names_are_errors_that_name_the_files(folder, video, files):
     with pytest.raises(InputError) as error:
-        locate(video, find_videos(folder))
+        Videos(folder).locate(video, is_path=True)
     named = " and ".join(str(folder / file) for file in files)
     assert str(error.value) == f"video {video!r} is ambiguous: {named}"
 
@@ -218,20 +218,22 @@ def test_a_whole_path_wins_over_a_name_that_looks_like_it(tmp_path):
     for name in ("x/a.mp4", "x/a.mp4.webm", "a.mp4.mkv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_videos(tmp_path)
-    assert locate("x/a.mp4", found) == tmp_path / "x/a.mp4"
+    found = Videos(tmp_path)
+    assert found.locate("x/a.mp4", is_path=True) == tmp_path / "x/a.mp4"
     with pytest.raises(InputError, match="ambiguous"):
-        locate("a.mp4", found)  # a.mp4.mkv without its suffix, or the name of a file elsewhere
+        found.locate(
+            "a.mp4", is_path=True
+        )  # a.mp4.mkv without its suffix, or the name of a file elsewhere
 
 
 def test_no_folder_or_no_video(tmp_path):
     with pytest.raises(InputError, match=f"^no such folder of videos: {tmp_path / 'x'}$"):
-        find_videos(tmp_path / "x")
+        Videos(tmp_path / "x")
     (tmp_path / "a.txt").touch()
     with pytest.raises(InputError, match=f"^no video files in {tmp_path}$"):
-        find_videos(tmp_path)
+        Videos(tmp_path)
     with pytest.raises(InputError, match=r"^no such folder of videos: .*txt$"):
-        find_videos(tmp_path / "a.txt")
+        Videos(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_benchmark_ids_are_found_whatever_the_extension(tmp_path, file, video, b
     (tmp_path / below).mkdir(exist_ok=True)
     for name in (file, "other.mp4", "0001_Film_00.01.03.250-00.01.06.avi"):
         (tmp_path / f"{below}{name}").touch()
-    assert locate(video, find_videos(tmp_path)) == tmp_path / f"{below}{file}"
+    assert Videos(tmp_path).locate(video) == tmp_path / f"{below}{file}"
 
 
 def test_two_files_for_one_id_are_named(tmp_path):
@@ -265,4 +267,26 @@ def test_two_files_for_one_id_are_named(tmp_path):
     with pytest.raises(
         InputError, match=r"'12_ab\.' is ambiguous: .*a/12_ab.mp4 and .*b/12_ab.mov"
     ):
-        locate("12_ab.", find_videos(tmp_path))
+        Videos(tmp_path).locate("12_ab.")
+
+
+def test_files_of_one_id_are_an_error_wherever_they_lie(tmp_path):
+    (tmp_path / "below").mkdir()
+    for name in ("a.mp4", "below/a.mp4", "b.mp4", "b.mp4.mp4", "c.mov", "c.mp4", "d.null"):
+        (tmp_path / name).touch()
+    videos = Videos(tmp_path)
+    for video in ("a.mp4", "a", "b.mp4", "b", "c.mov", "c.mp4", "c."):
+        with pytest.raises(InputError, match="is ambiguous"):
+            videos.locate(video)
+    assert videos.locate("a.mp4", is_path=True) == tmp_path / "a.mp4"  # of one's own captions
+    assert videos.locate("d.null") == tmp_path / "d.null"  # an id of DiDeMo's
+    assert tmp_path / "d.null" not in videos.files
+
+
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "disk" / "film").mkdir(parents=True)
+    (tmp_path / "disk" / "film" / "a.mp4").touch()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "films").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "film" / "loop").symlink_to(tmp_path / "videos")
+    assert Videos(tmp_path / "videos").locate("a") == tmp_path / "videos/films/film/a.mp4"

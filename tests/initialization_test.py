@@ -141,5 +141,7 @@ def test_clip_without_a_tokenizer_is_refused(clip, tmp_path):
     write_archive(tmp_path / "clip.pt", clip[1])
     convert(tmp_path / "clip.pt", tmp_path / "model")
     config = make_config(tmp_path / "model", tiny.make_dataset(tmp_path / "data"))
-    with pytest.raises(InputError, match=r"no model with a tokenizer there, looked for .*; fetch .*--vocab"):
+    with pytest.raises(
+        InputError, match=r"no model with a tokenizer there, looked for .*; fetch .*--vocab"
+    ):
         train.run(config, tmp_path / "run")

@@ -22,6 +22,7 @@ import pytest
 
 from xclip_jax import prepare
 from xclip_jax.data import extraction
+from xclip_jax.data.accounting import report_failures
 from xclip_jax.data.builder import Dataset, dataset_folder
 from xclip_jax.data.datasets.listing import Clip, Listing
 from xclip_jax.data.text import load_tokenizer
@@ -142,7 +143,7 @@ def test_a_whole_run_and_one_more(videos, tmp_path, capsys):
     assert done.returncode == 0
     assert done.stdout.splitlines() == [
         "4 of 4 clips read",
-        "writing train: 2 clips, val: 1 clips, test: 1 clips",
+        "writing train: 2 of 2 clips, val: 1 of 1 clips, test: 1 of 1 clips",
         f"prepared {output}",
     ]
     assert "4/4" in done.stderr
@@ -180,7 +181,7 @@ def test_a_whole_run_and_one_more(videos, tmp_path, capsys):
     write_items(annotations, ITEMS[:2])
     assert main(capsys, *command(videos, annotations, output)[3:]) == (
         1,
-        f"error: {output} holds a data set of other annotations or image size; "
+        f"error: {output} holds a data set prepared with other annotations, videos; "
         "choose another --output or delete it\n",
     )
     assert snapshot(output) == before
@@ -189,7 +190,7 @@ def test_a_whole_run_and_one_more(videos, tmp_path, capsys):
 def test_other_image_size_is_refused(videos, tmp_path, in_threads):
     annotations = annotate(tmp_path / "a.json", {"video": "d"})
     prepare.prepare(annotations, videos, tmp_path / "out", image_size=32)
-    with pytest.raises(InputError, match="other annotations or image size"):
+    with pytest.raises(InputError, match="prepared with other image_size; choose"):
         prepare.prepare(annotations, videos, tmp_path / "out", image_size=16)
 
 
@@ -337,7 +338,7 @@ def test_max_failures(broken, in_threads, bound, enough):
 def report(tmp_path, failed, bound):
     listing = Listing(clips=[Clip(str(number), ("x",)) for number in range(100)])
     outcomes = [extraction.Outcome("bad")] * failed + [extraction.Outcome()] * (100 - failed)
-    prepare._report_failures(tmp_path, listing, outcomes, bound)
+    report_failures(tmp_path, listing, outcomes, bound)
 
 
 def test_max_failures_is_the_share_that_is_allowed(tmp_path):
@@ -345,6 +346,25 @@ def test_max_failures_is_the_share_that_is_allowed(tmp_path):
         report(tmp_path, percent, percent / 100)
         with pytest.raises(InputError, match=f"^{percent + 1} of 100 clips failed"):
             report(tmp_path, percent + 1, percent / 100)
+
+
+def test_a_small_split_must_not_go_lost(tmp_path):
+    splits = ["train"] * 95 + ["test"] * 5
+    listing = Listing(clips=[Clip(str(n), ("x",), split) for n, split in enumerate(splits)])
+    outcomes = [extraction.Outcome()] * 95 + [extraction.Outcome("bad")] * 5
+    with pytest.raises(InputError, match=r"^5 of 5 test clips failed, more than --max_failures"):
+        report_failures(tmp_path, listing, outcomes, 0.05)
+    report_failures(tmp_path, listing, outcomes, 1)
+
+
+def test_other_videos_are_refused_once_it_is_prepared(videos, tmp_path, in_threads):
+    folder, output = tmp_path / "videos", tmp_path / "out"
+    make_video(folder / "a.mp4", seconds=1)
+    annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "b"})
+    prepare.prepare(annotations, folder, output, image_size=32, max_failures=0.5)
+    make_video(folder / "b.mp4", seconds=1)
+    with pytest.raises(InputError, match="prepared with other videos; choose another --output"):
+        prepare.prepare(annotations, folder, output, image_size=32)
 
 
 def test_notes_about_partly_read_files_are_no_failures(tmp_path, in_threads, capsys):
@@ -496,6 +516,13 @@ def test_bad_input_is_one_line(videos, tmp_path, capsys):
             {"--output": tmp_path / "file"},
             f"[Errno 20] Not a directory: '{tmp_path / 'file' / 'work'}'",
         ),
+        (
+            {"--split": "9k"},
+            "--split=9k: with --dataset=captions it must be left out: it has no variants",
+        ),
+        ({"--beam_options": "--a=b"}, "--beam_options needs --beam_runner"),
+        ({"--dataset": "rendered"}, "--videos has no meaning with --dataset=rendered"),
+        ({"--max_seconds": "-1"}, "--max_seconds=-1: must be at least 0"),
         ({"--max_failures": "1.5"}, "--max_failures=1.5: must be from 0 to 1"),
         ({"--max_failures": "nan"}, "--max_failures=nan: must be from 0 to 1"),
         ({"--image_size": "0"}, "--image_size=0: must be from 1 to 4096"),

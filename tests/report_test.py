@@ -29,7 +29,8 @@ def results_of(texts, videos, **extra):
     recalls = {"R@1": 45.234, "R@5": 71.0, "R@10": 100.0, "MdR": 2.0, "MnR": 14.75}
     directions = {"text_to_video": recalls, "video_to_text": dict(recalls, MdR=2.5)}
     sizes = {"step": 1200, "split": "test", "num_texts": texts, "num_videos": videos}
-    sizes |= {"protocol": "many captions", "missing_videos": 3}
+    sizes |= {"protocol": "many captions", "expected_videos": videos + 3, "dataset": "captions"}
+    sizes |= {"selected_on": "last step", "max_seconds": None}
     return {**sizes, **directions, **extra}
 
 
@@ -127,7 +128,7 @@ def test_pick_shows_all_of_a_few_and_no_video_twice(missed):
 def test_table_is_aligned_and_has_the_numbers():
     table = report.format_table(results_of(1000, 250, note="on the training clips"))
     assert table.splitlines() == [
-        "test split, step 1200, many captions, 1,000 texts, 250 videos, 3 videos missing",
+        "test split, step 1200 (the last), many captions, 1,000 texts, 250 videos, 3 missing",
         "note: on the training clips",
         "                  R@1     R@5    R@10     MdR     MnR",
         "text to video    45.2    71.0   100.0     2.0    14.8",
@@ -144,7 +145,7 @@ def test_table_with_options_and_the_paper():
     }
     assert report.format_table(results).splitlines() == [
         "msrvtt 9k, test split, step 1200 (chosen on test), many captions, 9 texts, 9 videos, "
-        "3 videos missing",
+        "3 missing",
         "                        R@1     R@5    R@10     MdR     MnR",
         "text to video          45.2    71.0   100.0     2.0    14.8",
         "  with dual softmax    50.0    60.0    70.0     1.0     9.0",

@@ -77,7 +77,7 @@ def msrvtt(folder):
     ]
     tested = [(name, ids[name].captions[0]) for name in names[-TEST:]]
     tested[1] = (tested[1][0], tested[0][1])
-    rows = [f"ret{n},msr{v[5:]},{v},{s}" for n, (v, s) in enumerate(tested)]
+    rows = [f'ret{n},msr{v[5:]},{v},"{s}"' for n, (v, s) in enumerate(tested)]
     _write(
         folder,
         {

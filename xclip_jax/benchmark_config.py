@@ -25,10 +25,12 @@ def benchmark(dataset, arguments, paper, official, official_b16, max_words=32, m
     variants = DATASETS[dataset].VARIANTS
     backbone, preset, variant = _choose(arguments, (tuple(BACKBONES), PRESETS, variants))
     c = config.get_config()
-    c.name = "_".join(filter(None, (dataset, *arguments.split(","))))
+    defaults = _choose("", (tuple(BACKBONES), PRESETS, variants))
+    chosen = (backbone, preset, variant)
+    unusual = [word for word, usual in zip(chosen, defaults, strict=True) if word != usual]
+    c.name = "_".join([dataset, *unusual])
     c.data.dataset, c.data.variant = dataset, variant
-    first = not variants or variant == variants[0]
-    c.data.path = f"data/{dataset}" if first else f"data/{dataset}_{variant}"
+    c.data.path = f"data/{dataset}" + (f"_{variant}" if variant in unusual else "")
     c.init.clip = f"models/clip_{backbone.removeprefix('vit_')}"
     c.model.vision.patch_size = BACKBONES[backbone]
     c.model.update(max_words=max_words, max_frames=max_frames)

@@ -86,8 +86,8 @@ def run(config, workdir):
     dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
     check_image_size(dataset, architecture)
     split = config.data.test_split
-    own_split = split in dataset.captions_per_clip
-    if not own_split:
+    on_training = split == "test" and split not in dataset.captions_per_clip
+    if on_training:
         split = config.data.train_split
     found = evaluate_split(config, model, params, dataset, split, tokenizer)
     if not np.isfinite(found.sim_TxV).all():
@@ -99,10 +99,12 @@ def run(config, workdir):
         "selected_on": architecture.get("selected_on"),
         **found.metrics,
         "normalized": _normalized(config, model, params, dataset, found, tokenizer),
-        "paper": paper_results(dataset.name, dataset.variant, model.vision),
+        "paper": (
+            paper_results(dataset.name, dataset.variant, model.vision) if split == "test" else {}
+        ),
         "truncated_captions": found.truncated,
     }
-    if not own_split:
+    if on_training:
         results["note"] = (
             f"evaluated on the {split} split, the clips it was trained on: "
             f"the data set has no {config.data.test_split} split"
@@ -130,8 +132,7 @@ def protocol(dataset, split, found):
 
     `protocol` is "paragraph" (all captions of a video joined), "many captions" (each alone, text to
     video; the best-scoring one of each candidate, video to text) or "single caption".
-    `missing_videos` is how many the split has too few, against the paper's number for a benchmark
-    and against the annotations otherwise.
+    `expected_videos` is the paper's number for a benchmark, that of the annotations otherwise.
     """
     num_texts, num_videos = len(found.captions), len(found.clip_names)
     name = "paragraph" if dataset.paragraphs else "many captions"
@@ -140,7 +141,9 @@ def protocol(dataset, split, found):
         "protocol": name if dataset.paragraphs or num_texts > num_videos else "single caption",
         "num_texts": num_texts,
         "num_videos": num_videos,
+        "expected_videos": dataset.expected.get(split, num_videos),
         "missing_videos": max(0, dataset.expected.get(split, num_videos) - num_videos),
+        "max_seconds": dataset.max_seconds,
     }
 
 
@@ -162,7 +165,8 @@ def _normalized(config, model, params, dataset, found, tokenizer):
         scale = float(np.exp(params["clip"]["logit_scale"])) if model.fusion == "mean" else 1.0
         normalised_TxV = qb_norm(sim_TxV / scale, bank_BxV / scale)
         found_first = text_to_video_metrics(normalised_TxV, text_video)
-        results["QB-Norm"] = {"text_to_video": found_first}  # the bank holds no videos
+        # The bank holds no videos to normalise the other way by.
+        results[f"QB-Norm ({len(ids):,} captions)"] = {"text_to_video": found_first}
     return results
 
 

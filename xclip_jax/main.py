@@ -2,6 +2,7 @@
 
     python -m xclip_jax.main --config=configs/demo.py
     python -m xclip_jax.main --config=configs/captions.py --config.data.path=data/mine
+    python -m xclip_jax.main --config=configs/msrvtt.py:vit_b16,official
     python -m xclip_jax.main --config=configs/demo.py --config.mode=eval
 
 Any field of xclip_jax/config.py can be set as --config.a.b=value. The same command again goes on

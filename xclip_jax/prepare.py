@@ -14,8 +14,6 @@ annotations and files in OUTPUT/findings.jsonl.
 """
 
 import argparse
-import collections
-import dataclasses
 import functools
 import hashlib
 import json
@@ -23,11 +21,12 @@ import shutil
 from pathlib import Path
 
 from xclip_jax.data import rendered
+from xclip_jax.data.accounting import report_failures, report_findings
 from xclip_jax.data.beam import beam_pipeline, extract_all_on_beam
 from xclip_jax.data.builder import Pending, dataset_folder, write_dataset
 from xclip_jax.data.datasets import DATASETS
-from xclip_jax.data.datasets.listing import SPLITS, Finding
-from xclip_jax.data.datasets.locate import find_videos, locate
+from xclip_jax.data.datasets.listing import SPLITS
+from xclip_jax.data.datasets.locate import Videos
 from xclip_jax.data.extraction import extract_all, make_job, record
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.errors import InputError, one_line_errors, run_command
@@ -62,15 +61,18 @@ def prepare(
     """
     output = Path(output)
     variant, listing = _read_annotations(dataset, variant, Path(annotations))
-    clips, found = listing.clips, find_videos(videos)
-    paths = [locate(clip.video, found) for clip in clips]
+    clips, found = listing.clips, Videos(videos)
+    if not clips:
+        raise InputError(f"{annotations}: no id there has captions; {DATASETS[dataset].DOWNLOAD}")
+    paths = [found.locate(clip.video, is_path=dataset == "captions") for clip in clips]
     _check_names(clips, paths)
     request = {
         "dataset": dataset,
         "variant": variant,
         "image_size": image_size,
         "max_seconds": max_seconds,
-        "clips": hashlib.sha256(repr(clips).encode()).hexdigest()[:16],
+        "annotations": _digest(clips),
+        "videos": _digest([path and (path.name, path.stat().st_size) for path in paths]),
     }
     work = output / "work"
     if _already_prepared(output, request):
@@ -80,10 +82,10 @@ def prepare(
     work.mkdir(parents=True, exist_ok=True)
     (work / "request.json").write_text(json.dumps(request, indent=1))
     (work / "request.json").replace(output / "request.json")  # whole or not at all
-    _report_findings(output, request, listing, paths, found)
+    report_findings(output, f"{dataset} {variant}".strip(), listing, paths, found.files)
     jobs = [_job(work, *pair, image_size, max_seconds) for pair in zip(clips, paths, strict=True)]
     outcomes = extract_all_on_beam(jobs, work, beam) if beam else extract_all(jobs)
-    _report_failures(output, listing, outcomes, max_failures)
+    report_failures(output, listing, outcomes, max_failures)
     learn_tokenizer(c for clip in clips if clip.split == "train" for c in clip.captions).save(
         output / "tokenizer"
     )
@@ -99,14 +101,20 @@ def prepare_rendered(output, image_size, **counts):
     prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
 
 
+def _digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def _already_prepared(output, request):
     """Whether the data set is there and whole; raises if it is that of another request."""
     if not dataset_folder(output).is_dir():
         return False
     path = output / "request.json"
-    if not path.is_file() or json.loads(path.read_text()) != request:
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    changed = [name for name in request if before.get(name) != request[name]]
+    if changed:
         raise InputError(
-            f"{output} holds a data set of other annotations or image size; "
+            f"{output} holds a data set prepared with other {', '.join(changed)}; "
             "choose another --output or delete it"
         )
     return True
@@ -142,59 +150,6 @@ def _job(work, clip, path, image_size, max_seconds):
     return make_job(work, clip.video, path, image_size, clip.start, end)
 
 
-def _report_findings(output, request, listing, paths, found):
-    """Writes findings.jsonl; prints what was expected and found, and counts of what is odd."""
-    here = zip(listing.clips, paths, strict=True)
-    absent = [Finding("id without a file", clip.video, clip.split) for clip, p in here if not p]
-    files = {path for candidates in found.values() for path in candidates}
-    unnamed = [Finding("file that no clip uses", str(p)) for p in sorted(files - set(paths))]
-    findings = [*listing.findings, *absent, *unnamed]
-    lines = (json.dumps(dataclasses.asdict(finding), ensure_ascii=False) for finding in findings)
-    path = output / "findings.jsonl"
-    text = "".join(line + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    if listing.expected:
-        name = f"{request['dataset']} {request['variant']}".strip()
-        print(f"{name:20}{'expected':>10}{'found':>10}{'missing':>10}")
-    counts = listing.counts() - collections.Counter(finding.detail for finding in absent)
-    for split, expected in listing.expected.items():
-        missing = max(0, expected - counts[split])
-        print(f"  {split:18}{expected:10,}{counts[split]:10,}{missing:10,}")
-    kinds = collections.Counter(finding.what for finding in findings)
-    for what, count in kinds.items():
-        print(f"  {count:,} x {what}")
-    if kinds:
-        print(f"  listed in {path}")
-
-
-def _report_failures(output, listing, outcomes, max_failures):
-    """Writes failures.jsonl, prints the counts; InputError if too many clips failed."""
-    clips = listing.clips
-    entries = [
-        {"id": clip.id, "reason": outcome.failure or outcome.note, "kept": not outcome.failure}
-        for clip, outcome in zip(clips, outcomes, strict=True)
-        if outcome.failure or outcome.note
-    ]
-    entries += [{"id": lost.id, "reason": lost.what, "kept": False} for lost in listing.lost]
-    path = output / "failures.jsonl"
-    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    path.write_text("".join(lines), encoding="utf-8")
-    failed = [entry for entry in entries if not entry["kept"]]
-    total, partly = len(clips) + len(listing.lost), len(entries) - len(failed)
-    print(
-        f"{total - len(failed)} of {total} clips read"
-        + (f", {partly} of them only in part" if partly else "")
-        + (f"; {len(failed)} failed" if failed else "")
-        + (f" (listed in {path})" if entries else "")
-    )
-    if len(failed) / total > max_failures or len(failed) == total:
-        what = f"{len(failed)} of {total} clips failed"
-        if len(failed) < total:
-            what += f", more than --max_failures={max_failures:g} allows"
-        what += f"; the first is {failed[0]['id']}: {failed[0]['reason']}"
-        raise InputError(f"{what}; all are in {path}")
-
-
 def _write(output, read, listing, request, beam):
     """Turns the cache files into the TFDS data set, split by split, in the annotations' order."""
     pending = {}
@@ -205,7 +160,9 @@ def _write(output, read, listing, request, beam):
                 digest = repr((clip.id, clip.captions, outcome.digest))
                 this = Pending(make, len(clip.captions), digest, outcome.size)
                 pending.setdefault(split, []).append(this)
-    print(f"writing {', '.join(f'{split}: {len(p)} clips' for split, p in pending.items())}")
+    total = listing.counts()
+    counts = (f"{split}: {len(p)} of {total[split]} clips" for split, p in pending.items())
+    print(f"writing {', '.join(counts)}")
     write_dataset(
         output,
         pending,
@@ -213,7 +170,8 @@ def _write(output, read, listing, request, beam):
         request["dataset"],
         request["variant"],
         listing.paragraphs,
-        listing.expected or dict(listing.counts()),
+        listing.expected or dict(total),
+        request["max_seconds"],
         beam,
     )
     print(f"prepared {output}")
@@ -268,8 +226,13 @@ def main(argv=None):
         if args.max_seconds is not None and not 0 <= args.max_seconds < float("inf"):
             raise InputError(f"--max_seconds={args.max_seconds:g}: must be at least 0")
         if args.dataset == "rendered":
+            for name in ("videos", "annotations", "split", "max_seconds", "beam_runner"):
+                if getattr(args, name):
+                    raise InputError(f"--{name} has no meaning with --dataset=rendered")
             prepare_rendered(args.output, args.image_size)
             return
+        if args.beam_options and not args.beam_runner:
+            raise InputError("--beam_options needs --beam_runner")
         for name in ("videos", "annotations"):
             if getattr(args, name) is None:
                 raise InputError(f"--{name} is required with --dataset={args.dataset}")

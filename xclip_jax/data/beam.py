@@ -45,14 +45,18 @@ def extract_all_on_beam(jobs, folder, pipeline):
     for old in folder.glob(f"{prefix.name}-*"):
         old.unlink()
     runner, options = pipeline
-    with beam.Pipeline(runner=runner, options=options) as stages:
-        (
-            stages
-            | beam.Create(list(enumerate(jobs)))
-            | beam.Reshuffle()  # or the runner may take all jobs as one
-            | beam.Map(_line)
-            | beam.io.WriteToText(str(prefix))
-        )
+    try:
+        with beam.Pipeline(runner=runner, options=options) as stages:
+            (
+                stages
+                | beam.Create(list(enumerate(jobs)))
+                | beam.Reshuffle()  # or the runner may take all jobs as one
+                | beam.Map(_line)
+                | beam.io.WriteToText(str(prefix))
+            )
+    except Exception as error:  # runners raise whatever they like
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"Apache Beam's {runner} failed: {reason}") from error
     lines = [json.loads(line) for path in folder.glob(f"{prefix.name}-*") for line in path.open()]
     outcomes = {number: Outcome(**outcome) for number, outcome in lines}
     return [outcomes[number] for number in range(len(jobs))]

@@ -125,14 +125,15 @@ def write_dataset(
     variant="",
     paragraphs=False,
     expected=None,
+    max_seconds=None,
     beam=None,
 ):
     """Writes a data set under `path`.
 
     Args:
         pending: {split: list of Pending}.
-        image_size, dataset, variant, paragraphs, expected: see `Dataset`; `expected` is the number
-            of records where it is None.
+        image_size, dataset, variant, paragraphs, expected, max_seconds: see `Dataset`; `expected`
+            is the number of records where it is None.
         beam: (runner, PipelineOptions) to write on Apache Beam; None: in this process.
     """
     for left_by_a_kill in (Path(path) / NAME).glob("incomplete.*"):
@@ -144,6 +145,7 @@ def write_dataset(
         "variant": variant,
         "image_size": image_size,
         "paragraphs": paragraphs,
+        "max_seconds": max_seconds,
         "expected": expected or {split: len(clips) for split, clips in pending.items()},
         "captions_per_clip": {s: [clip.num_captions for clip in p] for s, p in pending.items()},
         "content": hashlib.sha256(repr(content).encode()).hexdigest(),
@@ -178,6 +180,7 @@ class Dataset:
         name: prepare's --dataset.
         variant: its --split; "" where there is none.
         paragraphs: whether all captions of a video were joined to one text.
+        max_seconds: the last second read of each clip; None: all were.
         expected: {split: how many clips there should be}: the paper's number for a benchmark.
         fingerprint: a string that differs between data sets of different content.
     """
@@ -201,12 +204,14 @@ class Dataset:
             self.image_size = metadata["image_size"]
             self.name, self.variant = metadata["dataset"], metadata["variant"]
             self.paragraphs, self.expected = metadata["paragraphs"], metadata["expected"]
+            self.max_seconds = metadata["max_seconds"]
             counts = {split: np.asarray(n) for split, n in metadata["captions_per_clip"].items()}
         except Exception as error:  # TFDS has no one type for a damaged data set
             raise InputError(f"{folder} is damaged, prepare it again: {error}") from None
         if name not in ("", self.name) or variant not in ("", self.variant):
             raise InputError(
-                f"{path} holds {self.name} {self.variant}, the config wants {name} {variant}; "
+                f"{path} holds {' '.join([self.name, self.variant]).strip()}, the config wants "
+                f"{' '.join([name, variant]).strip()}; "
                 + _how_to_prepare("ANOTHER_FOLDER", name, variant)
             )
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]

@@ -21,6 +21,7 @@ from PIL import Image
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mpg", ".mpeg", ".m2v"),
     *(".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv"),
+    *(".3gpp", ".rm", ".rmvb", ".mxf"),
     *(".ogg", ".gif"),
 )
 

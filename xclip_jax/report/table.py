@@ -20,14 +20,18 @@ def format_table(results):
 def facts(results):
     """What the numbers are of, as short texts."""
     texts, videos = count(results["num_texts"], "text"), count(results["num_videos"], "video")
-    chosen = results.get("selected_on")
-    chosen = f" (chosen on {chosen})" if chosen not in (None, "last step") else ""
+    surplus = results["num_videos"] - results["expected_videos"]
+    chosen = {None: "", "last step": " (the last)"}
+    chosen = chosen.get(results["selected_on"], f" (chosen on {results['selected_on']})")
     return [
-        *([results["dataset"]] if results.get("dataset", "captions") != "captions" else []),
+        *([results["dataset"]] if results["dataset"] != "captions" else []),
         f"{results['split']} split",
         f"step {results['step']}{chosen}",
         results["protocol"],
-        f"{texts}, {videos}, {count(results['missing_videos'], 'video')} missing",
+        *([f"up to second {results['max_seconds']:g}"] if results["max_seconds"] else []),
+        texts,
+        videos,
+        f"{-surplus:,} missing" if surplus <= 0 else f"{surplus:,} more than expected",
     ]
 
 

@@ -32,6 +32,8 @@ def read(annotations, variant="val_1"):
             kinds = {"duration": int | float, "timestamps": list, "sentences": list}
             duration, times, texts = fields(item, f"{path}, {video}", **kinds)
             sentences[video] = [checked(text, str, f"{path}, {video}") for text in texts]
+            if len(times) != len(texts):
+                listing.note(SEGMENT, video, f"{len(times)} for {len(texts)} sentences in {name}")
             for pair in times:
                 if not is_segment(pair, duration + ROUNDING) or pair[0] == pair[1]:
                     listing.note(SEGMENT, video, f"{pair} of {duration} s in {name}")

@@ -3,10 +3,10 @@
 import collections
 import csv
 import dataclasses
-import json
 import math
 from pathlib import Path
 
+from xclip_jax.data.datasets.files import parse_json
 from xclip_jax.data.datasets.listing import SPLITS, Clip, Listing, tidy
 from xclip_jax.errors import InputError
 
@@ -50,10 +50,7 @@ def read(annotations):
 
 
 def _json_items(path):
-    try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    items = parse_json(path.read_text(encoding="utf-8-sig"), path)
     if not isinstance(items, list):
         raise InputError(f"{path}: must be a list of objects with 'video' and 'caption'")
     for number, item in enumerate(items, 1):
@@ -67,9 +64,9 @@ def _jsonl_items(path):
                 continue
             where = f"{path}, line {number}"
             try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not valid JSON: {error.msg}") from None
+                yield where, parse_json(line.strip(), where)
+            except InputError as error:  # which counts the lines of this one line
+                raise InputError(str(error).replace(f"{where}, line 1:", f"{where}:")) from None
 
 
 def _csv_items(path):

@@ -1,6 +1,8 @@
 """Released annotation files read strictly: what is wrong with one is said in one clear line."""
 
 import csv
+import functools
+import io
 import json
 import pickle
 from pathlib import Path
@@ -28,17 +30,12 @@ class Folder:
     def json(self, name, kind):
         """(path, content) of a JSON file whose outermost value is a `kind`: dict or list."""
         path = self.path / name
-        try:
-            content = json.loads(_text(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-        except RecursionError:
-            raise InputError(f"{path}: nested too deeply") from None
-        return path, checked(content, kind, path)
+        return path, checked(parse_json(_text(path), path), kind, path)
 
     def lines(self, name):
         """The lines of a text file that are not blank; only their ends are cut off."""
-        return [line for line in _text(self.path / name).splitlines() if line.strip()]
+        lines = (line.removesuffix("\r") for line in _text(self.path / name).split("\n"))
+        return [line for line in lines if line.strip()]
 
     def ids(self, name):
         """The ids of a list, one a line."""
@@ -52,13 +49,18 @@ class Folder:
     def csv(self, name, columns):
         """(path, rows as dicts) of a CSV file with a header that has these columns."""
         path = self.path / name
+        reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        rows = []
         try:
-            rows = list(csv.DictReader(_text(path).splitlines(), strict=True))
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if not all(isinstance(row.get(column), str) for column in columns):
+                    raise InputError(f"{where}: has no {' or '.join(columns)}")
+                if None in row:
+                    raise InputError(f"{where}: more values than columns; quote a text with commas")
+                rows.append(row)
         except csv.Error as error:
-            raise InputError(f"{path}: not valid CSV: {error}") from None
-        for number, row in enumerate(rows, 2):
-            if not all(isinstance(row.get(column), str) for column in columns):
-                raise InputError(f"{path}, line {number}: has no {' or '.join(columns)}")
+            raise InputError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
         if not rows:
             raise InputError(f"{path}: holds no rows below a header with {', '.join(columns)}")
         return path, rows
@@ -83,6 +85,29 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def persistent_load(self, _):
         raise InputError("asks for an object outside it: only plain data is read")
+
+
+def parse_json(text, where):
+    """What a JSON text holds; an object with the same key twice is an error, not a loss."""
+    try:
+        return json.loads(text, object_pairs_hook=functools.partial(_unique, where))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+    except InputError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{where}: not valid JSON: {error}") from None
+
+
+def _unique(where, pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: {twice!r} is there twice in one object")
+    return found
 
 
 def checked(value, kind, where):

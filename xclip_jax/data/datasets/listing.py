@@ -52,13 +52,12 @@ class Listing:
     Attributes:
         expected: {split: number of videos the paper has}; empty for one's own captions.
         paragraphs: whether all captions of a video are joined to one text.
-        findings: list of Finding.
     """
 
     def __init__(self, expected=None, paragraphs=False, clips=()):
         self.expected = expected or {}
         self.paragraphs = paragraphs
-        self.findings = []
+        self._notes, self._lost = [], {}
         self._clips = {clip.id: clip for clip in clips}
 
     @property
@@ -68,12 +67,17 @@ class Listing:
 
     @property
     def lost(self):
-        """The findings about ids that cannot become clips."""
-        return [finding for finding in self.findings if finding.what == LOST]
+        """The findings about ids that cannot become clips; their detail is the split."""
+        return list(self._lost.values())
+
+    @property
+    def findings(self):
+        """List of Finding, of all that is odd."""
+        return [*self._notes, *self.lost]
 
     def note(self, what, video, detail=""):
         """Records a finding."""
-        self.findings.append(Finding(what, video, detail))
+        self._notes.append(Finding(what, video, detail))
 
     def add(self, split, video, captions):
         """Adds a video that a list names, with its captions (or sentences of its paragraph).
@@ -95,10 +99,12 @@ class Listing:
         if known:
             self.note(REPEATED, video, split)
             texts = [*known.captions, *(text for text in texts if text not in known.captions)]
-        if texts:
-            self._clips[video] = Clip(video, tuple(texts), split)
-        else:
-            self.note(LOST, video, split)
+        if not texts:
+            self._lost.setdefault(video, Finding(LOST, video, split))
+            return
+        if video in self._lost:
+            self.note(TWO_SPLITS, video, f"{self._lost.pop(video).detail} and {split}")
+        self._clips[video] = Clip(video, tuple(texts), split)
 
     def counts(self):
         """{split: number of clips}."""

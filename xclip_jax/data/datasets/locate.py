@@ -1,49 +1,74 @@
 """Which video file an annotation means, whatever its extension and sub-folder."""
 
+import os
 from pathlib import Path
 
 from xclip_jax.data.video import VIDEO_SUFFIXES
 from xclip_jax.errors import InputError
 
 
-def find_videos(folder):
-    """Every video file below a folder, by each name an annotation may use.
+class Videos:
+    """The files below a folder, by the names an annotation may use; links are followed.
 
-    Returns:
-        {name: [Path, ...]} where a name is a path below the folder or a file name, each with and
-        without its last suffix, and without further ones of videos (`a.mov.mp4`, `a..mp4`: also
-        `a`). A whole path below the folder means that file alone.
+    A video file answers to its path below the folder and to its name, each also without its suffix,
+    and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with another
+    suffix answers to its whole name or path alone.
+
+    Attributes:
+        files: paths of the video files, sorted.
 
     Raises:
         InputError: the folder is missing or holds no video.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no such folder of videos: {folder}")
-    files = (path for path in sorted(folder.rglob("*")) if _without_suffix(path.name))
-    exact = {path.relative_to(folder): path for path in files if path.is_file()}
-    if not exact:
-        raise InputError(f"no video files in {folder}")
-    found = {}
-    for below, path in exact.items():
-        stems = {below.with_name(stem).as_posix() for stem in _stems(path.name)}
-        for name in {path.name, *_stems(path.name), *stems}:
-            found.setdefault(name, []).append(path)
-    return found | {below.as_posix(): [path] for below, path in exact.items()}
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"no such folder of videos: {folder}")
+        self.files, self._by_path, self._by_name = [], {}, {}
+        for path in sorted(_walk(folder)):
+            below = path.relative_to(folder)
+            stems = _stems(path.name)
+            self._by_path[below.as_posix()] = path
+            below_stems = {below.with_name(stem).as_posix() for stem in stems}
+            for name in {path.name, below.as_posix(), *stems, *below_stems}:
+                self._by_name.setdefault(name, []).append(path)
+            if stems:
+                self.files.append(path)
+        if not self.files:
+            raise InputError(f"no video files in {folder}")
+
+    def locate(self, video, is_path=False):
+        """The one file that an annotation means; None if there is none.
+
+        Args:
+            video: an id, whose suffix, if it is a video's, may be another on disk.
+            is_path: whether it may be a path below the folder, which then means that file alone.
+
+        Raises:
+            InputError: several files answer to the name; the message names them.
+        """
+        if is_path and video in self._by_path:
+            return self._by_path[video]
+        paths = self._by_name.get(video, [])
+        if not is_path or not paths:
+            stem = _without_suffix(video)
+            paths = sorted({*paths, *(self._by_name.get(stem, []) if stem else ())})
+        if len(paths) > 1:
+            raise InputError(f"video {video!r} is ambiguous: {' and '.join(map(str, paths[:3]))}")
+        return paths[0] if paths else None
 
 
-def locate(video, found):
-    """The one file that an annotation's `video` means, out of `find_videos`; None if there is none.
-
-    A name with a video's suffix may also mean a file with another one.
-
-    Raises:
-        InputError: several files answer to the name; the message names them.
-    """
-    paths = found.get(video) or found.get(_without_suffix(video), [])
-    if len(paths) > 1:
-        raise InputError(f"video {video!r} is ambiguous: {' and '.join(map(str, paths[:3]))}")
-    return paths[0] if paths else None
+def _walk(folder):
+    """All files below a folder; each folder once, though links may lead to it again."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (path for path in (Path(here, name) for name in files) if path.is_file())
 
 
 def _stems(name):

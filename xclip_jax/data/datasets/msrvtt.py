@@ -46,7 +46,7 @@ def read(annotations, variant="9k"):
             listing.add("test", row["video_id"], [row["sentence"]])
     for split, ids in splits.items():
         for video in ids:
-            listing.add(split, video, captions[video])
+            listing.add(split, video, captions.get(video, ()))
     for video in sorted(captions.keys() - known):
         listing.note(UNLISTED, video, f"{len(captions[video])} sentences in {path.name}")
     return listing
