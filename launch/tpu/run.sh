@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the program on every worker, shows what it prints, and ends with its status.
+# Options other than --dry-run go to the program.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+parse_arguments "$@"
+require NAME PROJECT ZONE CONFIG DATA
+
+program_command "$MOUNT"
+on_workers env "LOGS=$MOUNT/logs/$NAME" bash xclip_jax/launch/tpu/worker_run.sh "$(date +%s)" \
+  "${program[@]}"
