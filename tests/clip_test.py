@@ -11,6 +11,7 @@ import pytest
 
 from xclip_jax.models.clip import (
     ACTIVATIONS,
+    REMAT,
     Clip,
     TextConfig,
     Transformer,
@@ -127,7 +128,8 @@ def test_transformer_equals_a_plain_one(params):
     np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
 
 
-def test_recomputing_layers_changes_neither_value_nor_gradient(params):
+@pytest.mark.parametrize("what", REMAT)
+def test_recomputing_layers_changes_neither_value_nor_gradient(params, what):
     x = np.random.default_rng(2).normal(size=(1, 4, 18)).astype(np.float32)
 
     def gradients(remat):
@@ -135,10 +137,10 @@ def test_recomputing_layers_changes_neither_value_nor_gradient(params):
         loss = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))
         # The flag must reach the program: only it holds a remat primitive.
         program = str(jax.make_jaxpr(loss)(params["textual"]["encoder"]))
-        assert ("checkpoint[" in program or "remat" in program) == remat
+        assert ("checkpoint[" in program or "remat" in program) == (remat != "none")
         return jax.jit(loss)(params["textual"]["encoder"])
 
-    found, expected = gradients(True), gradients(False)
+    found, expected = gradients(what), gradients("none")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 1
 

@@ -15,6 +15,7 @@ from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.errors import InputError
+from xclip_jax.experiment import resolve_architecture
 from xclip_jax.initialization import interpolate_positions, start_from_clip
 from xclip_jax.model_directory import init_params
 from xclip_jax.models import build_model
@@ -46,7 +47,7 @@ def make_config(clip, data="", **model):
 
 def start(config, tokenizer=None):
     tokenizer = tokenizer or learn_tokenizer(["red and then green", "first blue, then grey"])
-    architecture = train.resolve_architecture(config.model, tokenizer)
+    architecture = resolve_architecture(config.model, tokenizer)
     fresh = init_params(build_model(architecture), architecture, 0)
     params, rows = start_from_clip(fresh, architecture, config.init.clip)
     assert jax.tree.structure(params) == jax.tree.structure(fresh)

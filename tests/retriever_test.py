@@ -10,9 +10,9 @@ from xclip_jax import inference
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import read_frames
 from xclip_jax.errors import InputError
+from xclip_jax.experiment import resolve_architecture
 from xclip_jax.model_directory import init_params, load_model, save_model
 from xclip_jax.models import build_model
-from xclip_jax.train import resolve_architecture
 
 
 @pytest.fixture(scope="module")

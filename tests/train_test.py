@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec
 
+import xclip_jax
 from xclip_jax import evaluate, sharding, train
 from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.errors import InputError
+from xclip_jax.experiment import set_up
 from xclip_jax.model_directory import load_model
-from xclip_jax.models import build_model
-from xclip_jax.optimizer import make_optimizer
 from xclip_jax.writer import read_metrics
 
 
@@ -170,33 +171,59 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_batch_that_does_not_divide_over_the_devices_names_those_that_do():
     mesh = sharding.make_mesh(-1)
-    with pytest.raises(InputError, match=r"batch_size = 7: .* for example 6 or 8"):
-        sharding.check_batch_size(7, mesh)
+    with pytest.raises(InputError, match=r"train.batch_size = 7: .* for example 6 or 8"):
+        sharding.check_batch_size("batch_size", 7, mesh)
 
 
-def test_a_step_over_two_devices_equals_the_step_on_one(data):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train.micro_batch": 3}, r"micro_batch = 3: must be a multiple of the 2 devices"),
+        ({"train.micro_batch": 6}, r"micro_batch = 6: must divide batch_size = 8; .* 2, 4, 8"),
+        ({"mesh.fsdp": 3}, r"mesh.fsdp = 3: must divide the 2 devices"),
+        ({"mesh.data": 2, "mesh.fsdp": 2}, r"together they must be at most the 2 devices"),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused(data, fields, message):
     config = tiny.make_config(data)
-    dataset = train.Dataset(data)
-    tokenizer = train.load_tokenizer(data / "tokenizer", 8)
-    architecture = train.resolve_architecture(config.model, tokenizer)
-    model = build_model(architecture)
-    _, optimizer = make_optimizer("adamw", 1e-3, 100, 0.5, 0.1, 0.1, 0.9, 0.98, 1e-6, 1.0)
-    pairs = train.TrainingPairs(dataset, "train", "all")
-    batches = train.training_batches(pairs, tokenizer, 8, 4, tiny.SIDE, 0)
-    batch = next(batches)
-    batch.pop("truncated")
-    step = functools.partial(train.train_step, model=model, optimizer=optimizer)
-    outcomes = []
-    for count in (1, 2):
-        mesh = sharding.make_mesh(count)
-        state = train.init_state(model, architecture, optimizer, 0, mesh)
-        fn = jax.jit(functools.partial(step, same_video="ignore"))
-        placed = sharding.shard_batch(batch, mesh)
-        assert len(placed["frames"].sharding.device_set) == count
-        for _ in range(2):  # the first update has rate 0
-            state, metrics = fn(state, placed)
-        outcomes.append((jax.device_get(state.params), float(metrics["loss"])))
-    assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-5)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=1e-6), outcomes[0][0], outcomes[1][0]
-    )
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(InputError, match=message):
+        set_up(config)
+
+
+def test_the_rule_of_what_is_split():
+    assert sharding.split_spec((512, 1024), 2) == PartitionSpec(None, "fsdp")
+    assert sharding.split_spec((1024, 513), 2) == PartitionSpec("fsdp", None)
+    assert sharding.split_spec((12, 512, 512), 4) == PartitionSpec(None, None, "fsdp")
+    assert sharding.split_spec((511, 513), 2) == PartitionSpec()  # nothing divides
+    assert sharding.split_spec((64, 64), 2) == PartitionSpec()  # too small
+    assert sharding.split_spec((512, 1024), 1) == PartitionSpec()
+
+
+def test_a_run_goes_on_over_other_devices_and_micro_batches(data, tmp_path, monkeypatch):
+    """mesh, micro_batch and block_cells are free to change; the result is the same to rounding."""
+    monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
+    config = tiny.make_config(data, epochs=2)
+    config.optimizer.update(lr=1e-4, encoder_lr=1e-4)
+    train.run(config, tmp_path / "whole")
+    monkeypatch.setattr(train.Preemption, "reached", lambda self, step: step == 2)
+    with pytest.raises(SystemExit) as stopped:
+        train.run(config, tmp_path / "moved")
+    assert stopped.value.code == 75
+    monkeypatch.undo()
+    monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({"mesh.fsdp": 2, "train.micro_batch": 4})
+    other.loss.block_cells = 8 * 4 * 8
+    train.run(other, tmp_path / "moved")
+    whole, moved = (xclip_jax.load(tmp_path / name).params for name in ("whole", "moved"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole, moved)
+    steps = [line["step"] for line in read_metrics(tmp_path / "moved") if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_profile_of_some_steps(data, tmp_path):
+    config = tiny.make_config(data, epochs=1)
+    config.log.update(profile_from=2, profile_to=3)
+    train.run(config, tmp_path)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))

@@ -4,13 +4,24 @@ import logging
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from xclip_jax.distributed import is_first, share
 from xclip_jax.errors import InputError
 
 # Checkpoints between evaluations have no score; Orbax would warn of each.
 logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in str(record.msg))
+
+
+def own_checkpointer():
+    """Reads and writes whole arrays for this process alone, whatever the others do."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 class Checkpoints:
@@ -47,11 +58,11 @@ class Checkpoints:
         """
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                found = step, self.restore(step, like)
-            except Exception as error:  # Orbax has no one type for a damaged checkpoint
-                damaged[step] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = self._damage(step, like)
+            if reason:
+                damaged[step] = reason
                 continue
+            found = step, self.restore(step, like)
             for newer, reason in damaged.items():
                 logging.warning(
                     "checkpoint %d is damaged, going on from %d: %s", newer, step, reason
@@ -65,6 +76,22 @@ class Checkpoints:
                 f"of another model: choose another --workdir or delete it ({step}: {reason})"
             )
         return None
+
+    def _damage(self, step, like):
+        """Why a checkpoint cannot be restored; None if it can. All processes come to one answer.
+
+        Only the first process tries, by itself: were one of several to fail in the middle of
+        restoring, the others would wait for it.
+        """
+        reason = None
+        if is_first():
+            like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+            try:
+                with own_checkpointer() as checkpointer:
+                    checkpointer.restore(self._manager.directory / str(step) / "state", like)
+            except Exception as error:  # Orbax has no one type for a damaged checkpoint
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return share(reason)[0]
 
     def restore(self, step, like):
         """The state saved at `step`."""

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from xclip_jax.data.datasets import DATASETS
 from xclip_jax.errors import InputError
 from xclip_jax.models import HEADS, PRESETS, resolve
-from xclip_jax.models.clip import ACTIVATIONS
+from xclip_jax.models.clip import ACTIVATIONS, REMAT
 from xclip_jax.models.temporal import TEMPORAL_ENCODERS
 from xclip_jax.optimizer import OPTIMIZERS
 from xclip_jax.similarity import AGGREGATIONS, GRANULARITIES
@@ -26,6 +26,8 @@ FREE_FIELDS = (
     "report",
     "eval",
     "data.path",
+    "train.micro_batch",
+    "loss.block_cells",
 )
 
 
@@ -56,7 +58,9 @@ def get_config():
     model.padding = ""  # masked | competes: padded words and frames take part in AOSM
     model.matrices = ""  # none | learned: the release's eight matrices, tied to the lengths
     model.dtype = "float32"  # compute type of the towers: float32 | bfloat16
-    model.remat = False  # recompute layers in the backward pass: less memory, more time
+    # Less memory, more time: none | layers (computed again in the backward pass) | dots (but for
+    # their matrix products)
+    model.remat = "none"
     model.vision = vision = ConfigDict()
     vision.image_size = 224  # S, side of a frame in pixels
     vision.patch_size = 32  # side of a patch in pixels
@@ -87,6 +91,7 @@ def get_config():
 
     c.train = train = ConfigDict()
     train.batch_size = 300  # B, pairs a step, over all devices
+    train.micro_batch = 0  # pairs the towers see at once (gradient caching); 0: the batch
     train.epochs = 3  # passes over the pairs
     # Which weights are kept: val (the best on val_split; the last where there is none) | last |
     # test (the best on test_split, as the PyTorch release does; the results say so).
@@ -96,6 +101,7 @@ def get_config():
 
     c.loss = loss = ConfigDict()
     loss.same_video = "negative"  # two captions of a video in a batch: negative | ignore
+    loss.block_cells = 0  # word-frame cells a device holds at once in the loss; 0: 2^26
     loss.scale = 0.0  # factor of Eq. 17; 0: as the preset says, 1 (paper) or 0.5 (official)
 
     c.init = init = ConfigDict()
@@ -120,10 +126,13 @@ def get_config():
     evaluation.block_cells = 0  # word-frame cells computed at once; 0: what suits the device
 
     c.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices the batch is spread over; -1: all
+    mesh.data = -1  # devices along which only the batch is split; -1: as many as there are
+    mesh.fsdp = 1  # devices along which large parameters and their optimizer state are split too
 
     c.log = log = ConfigDict()
     log.every = 10  # steps between lines of metrics.jsonl
+    log.profile_from = 0  # first step of a profile for TensorBoard; 0: none
+    log.profile_to = 0  # its last step
     log.tensorboard = True  # write TensorBoard files too
 
     c.report = report = ConfigDict()
@@ -143,6 +152,7 @@ def validate(c):
     _one_of(c, "model.activation", ACTIVATIONS)
     _one_of(c, "model.aggregation", AGGREGATIONS)
     _one_of(c, "model.dtype", ("float32", "bfloat16"))
+    _one_of(c, "model.remat", ("none", *REMAT))
     _one_of(c, "model.temporal.type", TEMPORAL_ENCODERS)
     _one_of(c, "data.captions", ("all", "random"))
     _one_of(c, "data.dataset", ("", *DATASETS))
@@ -166,6 +176,8 @@ def validate(c):
     for field in _WIDTHS:
         _check(c, field, lambda x: x <= 2**16, "at most 65536")
     _check(c, "mesh.data", lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
+    at_least = f"at least log.profile_from = {c.log.profile_from}"
+    _check(c, "log.profile_to", lambda x: x >= c.log.profile_from, at_least)
     _sizes(c.model)
 
 
@@ -181,6 +193,7 @@ _POSITIVE_INTEGERS = (
     *(f"model.vision.{name}" for name in ("image_size", "patch_size", "width", "layers", "heads")),
     *(f"model.text.{name}" for name in ("context_length", "width", "layers", "heads")),
     "model.temporal.heads",
+    "mesh.fsdp",
     *(f"train.{name}" for name in ("batch_size", "epochs", "checkpoint_every")),
     "eval.batch_size",
     "log.every",
@@ -193,12 +206,16 @@ _WIDTHS = (  # what no memory could hold is refused before it is tried
 _NATURAL_NUMBERS = (
     "seed",
     "train.eval_every",
+    "train.micro_batch",
+    "loss.block_cells",
     "model.text.vocab_size",
     "model.temporal.layers",
     "eval.block_cells",
     "eval.qb_norm",
     "data.rendered",
     "report.attention_pairs",
+    "log.profile_from",
+    "log.profile_to",
 )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 
 
 class InputError(ValueError):
@@ -32,6 +33,13 @@ def run_command(command):
             raise
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(stop.code if isinstance(stop.code, int) else 1)
+        _end(stop.code if isinstance(stop.code, int) else 1)
+    except Exception:  # a defect; other processes of the program must not wait for this one
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(status):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -6,16 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
+from xclip_jax.distributed import is_first, share
 from xclip_jax.errors import InputError
 from xclip_jax.inference import (
     block_plan,
     collect,
     encode_texts,
     encode_videos,
+    on_local_devices,
     similarity_in_blocks,
 )
 from xclip_jax.metrics import retrieval_metrics, text_to_video_metrics, video_to_text_metrics
@@ -50,29 +53,64 @@ class Evaluation:
 
 
 def evaluate_split(config, model, params, dataset, split, tokenizer):
-    """Encodes every caption and video of a split once and compares all with all."""
+    """Encodes every caption and video of a split once and compares all with all.
+
+    Each process encodes a share of the clips and compares a share of the texts.
+    """
     clips = dataset.clips(split)
-    captions, text_video, names = [], [], []
+    first, end = _share_of(len(clips))
+    captions, counts, names = [], [], []
     size = config.eval.batch_size
 
     def encoded(bar):
-        batches = evaluation_batches(clips, size, model.max_frames, dataset.image_size)
+        part = slice(first, end)
+        batches = evaluation_batches(clips, size, model.max_frames, dataset.image_size, part)
         for frames, masks, batch_captions, batch_names in batches:
             yield encode_videos(model, params, frames, masks, size)
-            for name, clip_captions in zip(batch_names, batch_captions, strict=True):
-                captions.extend(clip_captions)
-                text_video.extend([len(names)] * len(clip_captions))
-                names.append(name)
+            captions.extend(caption for several in batch_captions for caption in several)
+            counts.extend(map(len, batch_captions))
+            names.extend(batch_names)
             bar.update(len(frames))
 
-    with progress(len(clips), f"encoding {split} videos", "video") as bar:
-        video = collect(encoded(bar), len(clips))
+    with progress(end - first, f"encoding {split} videos", "video") as bar:
+        video = collect(encoded(bar), end - first)
     text = encode_texts(model, params, *tokenizer(captions), size)
-    block = "{} x {}".format(*block_plan(model, text, video, config.eval.block_cells))
-    with progress(len(captions) * len(names), f"comparing, {block} at a time", "pair") as bar:
-        sim_TxV = similarity_in_blocks(model, params, text, video, config.eval.block_cells, bar)
+    video, text, captions, counts, names = _joined(video, text, captions, counts, names)
+    sim_TxV = _compare(config, model, params, text, video)
     truncated = sum(map(tokenizer.truncated, captions))
-    return Evaluation(captions, np.array(text_video), names, text, video, sim_TxV, truncated)
+    text_video = np.repeat(np.arange(len(names)), counts)
+    return Evaluation(captions, text_video, names, text, video, sim_TxV, truncated)
+
+
+def _compare(config, model, params, text, video):
+    """T x V logits; each process compares some of the texts."""
+    first, end = _share_of(len(text.mask))
+    rows = jax.tree.map(lambda x: x[first:end], text)
+    block = "{} x {}".format(*block_plan(model, rows, video, config.eval.block_cells))
+    with progress((end - first) * len(video.mask), f"comparing, {block} at a time", "pair") as bar:
+        part = similarity_in_blocks(model, params, rows, video, config.eval.block_cells, bar)
+    return _joined(part)[0]
+
+
+def _share_of(total):
+    """(first, end) of this process's share of `total` things, at least as many as processes."""
+    number, count = jax.process_index(), jax.process_count()
+    if total < count:
+        raise InputError(f"{total} things cannot be shared out over {count} processes")
+    return total * number // count, total * (number + 1) // count
+
+
+def _joined(*parts):
+    """Lists and arrays, each joined over all processes."""
+    if jax.process_count() == 1:
+        return parts
+
+    def join(*shares):
+        if isinstance(shares[0], list):
+            return [item for items in shares for item in items]
+        return jax.tree.map(lambda *x: np.concatenate(x), *shares)
+
+    return tuple(join(*shares) for shares in zip(*share(parts), strict=True))
 
 
 def run(config, workdir):
@@ -83,6 +121,7 @@ def run(config, workdir):
     """
     workdir = Path(workdir)
     architecture, model, params, tokenizer = load_model(workdir / "model")
+    params = on_local_devices(params)
     dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
     check_image_size(dataset, architecture)
     split = config.data.test_split
@@ -114,6 +153,8 @@ def run(config, workdir):
             f"the weights are those with the best results on the {split} split itself: "
             "these numbers are higher than on videos never used"
         )
+    if not is_first():
+        return results
     clips = dataset.clips(split)
     index = _write_report(config, workdir, found, results, clips, tokenizer, model, params)
     partial = workdir / "results.json.part"

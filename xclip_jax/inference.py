@@ -7,6 +7,36 @@ import functools
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def on_local_devices(params):
+    """Parameters, wherever they are, whole on each device of this process.
+
+    What is encoded or compared with them is then spread over these devices.
+    """
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+    whole = jax.tree.map(_whole, params)
+    return jax.device_put(whole, NamedSharding(mesh, PartitionSpec()))
+
+
+def _whole(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=everywhere)(x).addressable_data(0)
+    return np.asarray(x)
+
+
+def _spread(tree, params):
+    """The tree on the devices of the parameters, split along its leading axis if that divides."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return tree
+    mesh = sharding.mesh
+    size = len(jax.tree.leaves(tree)[0])
+    spec = PartitionSpec(mesh.axis_names) if size % mesh.size == 0 else PartitionSpec()
+    return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
@@ -38,7 +68,7 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
     rows, columns = block_plan(model, text, video, block_cells)
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
     for j in range(0, num_videos, columns):
-        block_video = jax.device_put(_pad(_rows(video, j, columns), columns))
+        block_video = _spread(_pad(_rows(video, j, columns), columns), params)
         for i in range(0, num_texts, rows):
             block_text = _pad(_rows(text, i, rows), rows)
             block = _apply(params, block_text, block_video, model=model, method="similarity")
@@ -95,7 +125,7 @@ def _in_batches(model, params, method, batch_size, *arrays):
         for start in range(0, total, batch_size):
             chunk = _rows(arrays, start, batch_size)
             size = len(chunk[0])
-            padded = _pad(chunk, min(batch_size, _round_up(size)))
+            padded = _spread(_pad(chunk, min(batch_size, _round_up(size))), params)
             features = _apply(params, *padded, model=model, method=method)
             yield _rows(jax.tree.map(np.asarray, features), 0, size)
 

@@ -6,7 +6,8 @@
     python -m xclip_jax.main --config=configs/demo.py --config.mode=eval
 
 Any field of xclip_jax/config.py can be set as --config.a.b=value. The same command again goes on
-where the last one stopped.
+where the last one stopped. On SIGTERM it saves and exits with status 75. Several processes train as
+one: Cloud TPU, GKE and SLURM are detected, elsewhere see --coordinator.
 """
 
 import logging
@@ -16,9 +17,16 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from xclip_jax import evaluate, prepare, train
+from xclip_jax import compile_only, evaluate, prepare, train
 from xclip_jax.config import validate
 from xclip_jax.data.builder import dataset_folder
+from xclip_jax.distributed import (
+    connect,
+    is_first,
+    named_if_it_fails,
+    stop_when_preempted,
+    wait_for_all,
+)
 from xclip_jax.errors import InputError, one_line_errors, run_command
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,6 +34,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and the report go; default runs/NAME_OF_CONFIG."
+)
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first process; Cloud TPU, GKE and SLURM need none."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: of how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which, from 0.")
+_COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile the training step, print memory, work, communication; no data."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "With --compile_only: a TPU slice such as v6e:2x4 (needs the libtpu wheel)."
 )
 
 
@@ -38,13 +58,22 @@ def main(argv):
             raise InputError(f"{' '.join(argv[1:])}: every option starts with --, see --help")
         config = _CONFIG.value
         validate(config)
+        if _COMPILE_ONLY.value:
+            compile_only.run(config, _TOPOLOGY.value)
+            return
+        connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        stop_when_preempted()
         workdir = _WORKDIR.value or f"runs/{config.name}"
         if config.data.rendered and not dataset_folder(config.data.path).is_dir():
-            image_size = config.model.vision.image_size
-            prepare.prepare_rendered(config.data.path, image_size, num_train=config.data.rendered)
-        if config.mode == "train":
-            train.run(config, workdir)
-        evaluate.run(config, workdir)
+            image_size, scenes = config.model.vision.image_size, config.data.rendered
+            if is_first():
+                prepare.prepare_rendered(config.data.path, image_size, num_train=scenes)
+            wait_for_all("the demo's data")
+        with named_if_it_fails():
+            if config.mode == "train":
+                train.run(config, workdir)
+                stop_when_preempted()
+            evaluate.run(config, workdir)
 
 
 def parse_flags(argv):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
+from xclip_jax.checkpoint import own_checkpointer
 from xclip_jax.data.text import load_tokenizer
+from xclip_jax.distributed import is_first
 from xclip_jax.errors import InputError
 from xclip_jax.models import build_model
 
@@ -49,14 +50,16 @@ def save_model(directory, architecture, params, tokenizer=None, unread=None):
         unread: official name -> array, kept for the way back to PyTorch.
     """
     directory = Path(directory).absolute()
+    if not is_first():
+        return
     partial = partial_folder(directory)
     (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "tokenizer")
     if unread:
         save_file(unread, partial / UNREAD_FILE)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
+    with own_checkpointer() as checkpointer:
+        checkpointer.save(partial / "params", jax.tree.map(np.asarray, params))
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
@@ -84,7 +87,7 @@ def load_model(directory):
     except (KeyError, TypeError) as error:
         raise InputError(f"{directory / 'model.json'} does not describe a model: {error}") from None
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with own_checkpointer() as checkpointer:
             # Told to be NumPy, so that they load whatever devices they were saved from.
             shapes = jax.eval_shape(lambda: init_params(model, architecture, 0))
             like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes)

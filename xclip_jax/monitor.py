@@ -3,6 +3,9 @@
 import math
 import time
 
+import jax
+
+from xclip_jax.distributed import is_first
 from xclip_jax.errors import InputError
 from xclip_jax.progress import progress
 from xclip_jax.writer import Writer
@@ -15,8 +18,9 @@ class Monitor:
     """
 
     def __init__(self, config, workdir, schedule, total_steps, start_step):
-        self._config, self._schedule = config, schedule
-        self._writer = Writer(workdir, config.log.tensorboard, start_step)
+        self._config, self._schedule, self._workdir = config, schedule, workdir
+        self._writer = Writer(workdir, config.log.tensorboard, start_step) if is_first() else None
+        self._profiling = False
         self._bar = progress(total_steps, "training", "step", initial=start_step)
         self._pending, self._truncated, self._clock = None, 0, (start_step, time.perf_counter())
 
@@ -24,8 +28,24 @@ class Monitor:
         return self
 
     def __exit__(self, *_):
+        if self._profiling:
+            self._stop_profiling()
         self._bar.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
+
+    def profile(self, step):
+        """Starts or ends the profile that config.log asks for, before this step."""
+        log = self._config.log
+        if step == log.profile_from and is_first():
+            jax.profiler.start_trace(str(self._workdir))
+            self._profiling = True
+        if self._profiling and step > log.profile_to:
+            self._stop_profiling()
+
+    def _stop_profiling(self):
+        jax.profiler.stop_trace()
+        self._profiling = False
 
     def step(self, step, metrics, truncated):
         """Takes the metrics of a step just dispatched and reads those of the one before."""
@@ -59,16 +79,21 @@ class Monitor:
         )
         values |= {"learning_rate": float(self._schedule(step - 1)), "videos_per_second": rate}
         values["truncated_captions"] = self._truncated
-        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        self._write(step, {f"train/{name}": value for name, value in values.items()})
+
+    def _write(self, step, scalars):
+        if self._writer:
+            self._writer.write(step, scalars)
 
     def validation(self, step, name, metrics):
         """Writes the metrics of a split; returns the score that selects weights."""
         flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
-        self._writer.write(step, flat)
+        self._write(step, flat)
         recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]
-        self._bar.write(
-            f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
-            f"{recalls[1]:.1f} video to text"
-        )
+        if is_first():
+            self._bar.write(
+                f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
+                f"{recalls[1]:.1f} video to text"
+            )
         self._clock = step, time.perf_counter()
         return sum(recalls) / 2

@@ -4,6 +4,14 @@ import sys
 
 from tqdm import tqdm
 
+_silent = False
+
+
+def silence():
+    """No more bars in this process: another one speaks for all."""
+    global _silent
+    _silent = True
+
 
 def progress(total, desc, unit, initial=0):
     """A tqdm bar with rate and time left over `total` things."""
@@ -12,6 +20,7 @@ def progress(total, desc, unit, initial=0):
         total=total,
         desc=desc,
         unit=unit,
+        disable=_silent,
         initial=initial,
         mininterval=every,
         maxinterval=2 * every,

@@ -97,9 +97,19 @@ def attention_weights(scores, mask, axis, tau):
 def attend(scores, mask, axis, tau):
     """AOSM of a vector, sum_i softmax(s / tau)_i s_i (Eq. 7, 8), along `axis`.
 
-    Written out over the axis because XLA then makes one vectorised loop of it: on CPU five times as
-    fast as reductions. Where everything is masked the result is 0, and so is its gradient.
+    Where everything is masked the result is 0, and so is its gradient.
     """
+
+    def reduced(scores, mask):
+        return jnp.sum(attention_weights(scores, mask, axis, tau) * scores, axis)
+
+    written_out = functools.partial(_attend_written_out, axis=axis, tau=tau)
+    return jax.lax.platform_dependent(scores, mask, cpu=written_out, default=reduced)
+
+
+def _attend_written_out(scores, mask, axis, tau):
+    """`attend`, a term for each place: XLA makes one vectorised loop of it, on CPU five times as
+    fast as reductions. Other compilers would take minutes over it."""
     cells = list(zip(jnp.unstack(scores, axis=axis), jnp.unstack(mask, axis=axis), strict=True))
     peak = functools.reduce(jnp.maximum, [jnp.where(real, s, _MASKED) for s, real in cells])
     total = weighted = 0.0

@@ -1,8 +1,10 @@
 """Training: one pure step, jitted over the mesh, and the loop around it."""
 
+import collections
 import functools
-import json
+import itertools
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -12,17 +14,14 @@ from flax import struct
 
 from xclip_jax import sharding
 from xclip_jax.checkpoint import Checkpoints
-from xclip_jax.data.builder import Dataset
-from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
-from xclip_jax.data.text import load_tokenizer
-from xclip_jax.errors import InputError
-from xclip_jax.evaluate import check_image_size, evaluate_split
-from xclip_jax.initialization import how_to_convert, start_from_clip
-from xclip_jax.losses import contrastive_loss
-from xclip_jax.model_directory import init_params, model_folder, save_model
-from xclip_jax.models import build_model, resolve
+from xclip_jax.contrast import Contrast
+from xclip_jax.distributed import PREEMPTED, Preemption, say, wait_for_all
+from xclip_jax.evaluate import evaluate_split
+from xclip_jax.experiment import set_up
+from xclip_jax.inference import on_local_devices
+from xclip_jax.initialization import start_from_clip
+from xclip_jax.model_directory import init_params, save_model
 from xclip_jax.monitor import Monitor
-from xclip_jax.optimizer import make_optimizer
 from xclip_jax.workdir import claim_workdir
 
 LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
@@ -37,29 +36,20 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def train_step(state, batch, model, optimizer, same_video, loss_scale=1.0):
+def train_step(state, batch, contrast, optimizer):
     """One update. Pure: (state, batch) -> (state, metrics).
 
     Args:
         batch: see data/pipeline.py; its leading axes may be split over devices, the contrast is
             over the whole batch all the same.
-        same_video: "negative" or "ignore", see losses.py.
-        loss_scale: see losses.py.
+        contrast: a Contrast, which says how the loss is computed.
     """
-
-    def loss_fn(params):
-        inputs = (batch["ids"], batch["text_mask"], batch["frames"], batch["frame_mask"])
-        sim_BxB = model.apply({"params": params}, *inputs)
-        video_B = batch["video"] if same_video == "ignore" else None
-        return contrastive_loss(sim_BxB, video_B, loss_scale), sim_BxB
-
-    (loss, sim_BxB), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, accuracy), gradients = contrast.value_and_grad(state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = clamp_logit_scale(optax.apply_updates(state.params, updates))
     metrics = {
         "loss": loss,
-        # The share of texts whose best video in the batch is theirs, in whichever of its pairs.
-        "accuracy": jnp.mean(batch["video"][jnp.argmax(sim_BxB, 1)] == batch["video"]),
+        "accuracy": accuracy,
         "gradient_norm": optax.global_norm(gradients),
         "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
     }
@@ -80,92 +70,43 @@ def run(config, workdir):
             stopped being finite.
     """
     workdir = Path(workdir)
-    mesh = sharding.make_mesh(config.mesh.data)
-    sharding.check_batch_size(config.train.batch_size, mesh)
-    dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
-    selected_on = validation_split(config, dataset)
-    pairs = TrainingPairs(dataset, config.data.train_split, config.data.captions)
-    tokenizer = load_tokenizer(_tokenizer_folder(config, dataset), config.model.max_words)
-    architecture = resolve_architecture(config.model, tokenizer)
-    check_image_size(dataset, architecture)
-    epoch_steps = steps_per_epoch(pairs, config.train.batch_size)
-    total_steps = config.train.epochs * epoch_steps
-    claim_workdir(workdir, config, dataset)
-
-    model = build_model(architecture)
-    schedule, optimizer = _optimizer(config.optimizer, total_steps)
-    state = init_state(model, architecture, optimizer, config.seed, mesh)
-    print(
+    setup = set_up(config)
+    claim_workdir(workdir, config, setup.dataset)
+    model, mesh, total_steps = setup.model, setup.mesh, setup.total_steps
+    state = init_state(model, setup.architecture, setup.optimizer, config.seed, mesh)
+    say(
         f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, "
-        f"{len(pairs)} pairs, {total_steps} steps of {config.train.batch_size} pairs "
+        f"{len(setup.pairs)} pairs, {total_steps} steps of {config.train.batch_size} pairs "
         f"on {mesh.size} x {jax.devices()[0].device_kind}"
     )
+    if mesh.size > 1:
+        say("\n".join(sharding.describe(state.params, mesh)))
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_newest(state)
     if restored:
         state = restored[1]
-        print(f"resuming from step {restored[0]} of {total_steps}")
+        say(f"resuming from step {restored[0]} of {total_steps}")
     elif config.init.clip:
-        state = _start_from_clip(state, architecture, config.init.clip)
+        state = _start_from_clip(state, setup.architecture, config.init.clip)
 
-    batches = training_batches(
-        pairs,
-        tokenizer,
-        config.train.batch_size,
-        model.max_frames,
-        dataset.image_size,
-        config.seed,
-        start_step=int(state.step),
-        process=(jax.process_index(), jax.process_count()),
-    )
-    step_fn = compile_step(model, optimizer, config, mesh)
-    validate = selected_on and functools.partial(
-        _validate, config, model, dataset, tokenizer, selected_on
-    )
-    with Monitor(config, workdir, schedule, total_steps, int(state.step)) as monitor:
-        _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps)
+    step_fn = compile_step(model, setup.optimizer, config, mesh, state)
+    with Monitor(config, workdir, setup.schedule, total_steps, int(state.step)) as monitor:
+        _fit(config, setup, state, step_fn, checkpoints, monitor)
     best = checkpoints.best_step()
-    params = checkpoints.restore(best, state).params
+    params = on_local_devices(checkpoints.restore(best, state).params)
     checkpoints.close()
-    chosen = "last step" if config.train.select == "last" or not selected_on else selected_on
-    described = {**architecture, "step": best, "selected_on": chosen}
-    save_model(workdir / "model", described, params, tokenizer)
-
-
-def validation_split(config, dataset):
-    """The split that is evaluated during training; None where the data set has none.
-
-    Raises:
-        InputError: the weights are to be the best on a test split that is not there.
-    """
-    on_test = config.train.select == "test"
-    split = config.data.test_split if on_test else config.data.val_split
-    if split in dataset.captions_per_clip:
-        return split
-    if on_test:
-        raise InputError(f"config.train.select = 'test': {dataset.path} has no split {split!r}")
-    return None
-
-
-def _tokenizer_folder(config, dataset):
-    """CLIP's tokenizer goes with CLIP's weights; else the data set's own."""
-    if not config.init.clip:
-        return dataset.path / "tokenizer"
-    folder = model_folder(config.init.clip) / "tokenizer"
-    if not folder.is_dir():
-        patch_size = config.model.vision.patch_size
-        raise InputError(
-            f"config.init.clip = {config.init.clip}: no model with a tokenizer there, looked for "
-            f"{folder}; {how_to_convert(config.init.clip, patch_size)}"
-        )
-    return folder
+    on_last = config.train.select == "last" or not setup.selected_on
+    chosen = "last step" if on_last else setup.selected_on
+    described = {**setup.architecture, "step": best, "selected_on": chosen}
+    save_model(workdir / "model", described, params, setup.tokenizer)
+    wait_for_all("the model directory")
 
 
 def _start_from_clip(state, architecture, directory):
     """The state with CLIP's weights in it; prints a table of what came from where."""
     params, rows = start_from_clip(state.params, architecture, directory)
     for name, number, origin in rows:
-        print(f"  {name:22}{number / 1e6:9.2f} M  {origin}")
+        say(f"  {name:22}{number / 1e6:9.2f} M  {origin}")
     return state.replace(params=jax.tree.map(_like, params, state.params))
 
 
@@ -174,71 +115,86 @@ def _like(value, array):
     return jax.device_put(jnp.array(value, copy=True), array.sharding)
 
 
-def compile_step(model, optimizer, config, mesh):
+def compile_step(model, optimizer, config, mesh, state):
     """`train_step` jitted over the mesh; the state passed in is given up for the new one."""
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        same_video=config.loss.same_video,
-        loss_scale=config.loss.scale or LOSS_SCALES[config.model.preset],
+    contrast = Contrast(
+        model,
+        config.loss.same_video,
+        config.loss.scale or LOSS_SCALES[config.model.preset],
+        config.train.micro_batch,
+        config.loss.block_cells,
+        mesh,
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    step = functools.partial(train_step, contrast=contrast, optimizer=optimizer)
+    shardings = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
-def _optimizer(o, total_steps):
-    """(learning rate schedule, optimizer) of config.optimizer."""
-    rates = o.lr, total_steps, o.encoder_lr / o.lr, o.weight_decay, o.warmup
-    return make_optimizer(o.name, *rates, o.b1, o.b2, o.eps, o.clip_norm, o.freeze_layers)
-
-
-def _fit(config, state, step_fn, batches, mesh, checkpoints, validate, monitor, epoch_steps):
+def _fit(config, setup, state, step_fn, checkpoints, monitor):
     """Runs the steps that are left; evaluates and saves where the config says so."""
-    eval_every = config.train.eval_every or epoch_steps
-    total_steps = config.train.epochs * epoch_steps
-    for step in range(int(state.step) + 1, total_steps + 1):
-        batch = next(batches)
-        truncated = batch.pop("truncated")
-        state, metrics = step_fn(state, sharding.shard_batch(batch, mesh))
-        monitor.step(step, metrics, int(truncated.sum()))
-        last = step == total_steps
+    eval_every = config.train.eval_every or setup.epoch_steps
+    first, preemption = int(state.step) + 1, Preemption()
+    batches = ahead(setup.batches(first - 1), setup.mesh, setup.total_steps - first + 1)
+    for step, (batch, truncated) in enumerate(batches, first):
+        monitor.profile(step)
+        state, metrics = step_fn(state, batch)
+        monitor.step(step, metrics, truncated)
+        last, stop = step == setup.total_steps, preemption.reached(step)
         if step % eval_every == 0 or last:
             monitor.flush()  # never save a state whose loss was not seen to be finite
-            score = validate(state.params, monitor, step) if validate else None
+            score = _validate(config, setup, state.params, monitor, step)
             checkpoints.save(step, state, None if config.train.select == "last" else score)
-        elif step % config.train.checkpoint_every == 0:
+        elif step % config.train.checkpoint_every == 0 or stop:
             monitor.flush()
             checkpoints.save(step, state)
-    return state
+        if stop and not last:
+            checkpoints.wait()
+            total = setup.total_steps
+            say(f"preempted: saved after step {step} of {total}; the same command goes on")
+            sys.exit(PREEMPTED)
 
 
-def _validate(config, model, dataset, tokenizer, split, params, monitor, step):
-    found = evaluate_split(config, model, params, dataset, split, tokenizer)
-    return monitor.validation(step, split, found.metrics)
+def ahead(batches, mesh, count, depth=2):
+    """`count` batches on the devices, `depth` of them before they are asked for.
+
+    Yields:
+        (batch, how many captions of this process's share were cut).
+    """
+    waiting = collections.deque()
+    for batch in itertools.islice(batches, count):
+        truncated = int(batch.pop("truncated").sum())
+        waiting.append((sharding.shard_batch(batch, mesh), truncated))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _validate(config, setup, params, monitor, step):
+    """The score that selects weights; None where there is no split to validate on."""
+    if not setup.selected_on:
+        return None
+    local = on_local_devices(params)
+    data = setup.dataset, setup.selected_on, setup.tokenizer
+    return monitor.validation(
+        step, setup.selected_on, evaluate_split(config, setup.model, local, *data).metrics
+    )
 
 
 def init_state(model, architecture, optimizer, seed, mesh):
     """A fresh TrainState, the same for the same seed, laid out on the mesh."""
-
-    def init():
-        params = init_params(model, architecture, seed)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    init = functools.partial(_init, model, architecture, optimizer, seed)
+    return jax.jit(init, out_shardings=sharding.state_shardings(jax.eval_shape(init), mesh))()
 
 
-def resolve_architecture(model_config, tokenizer):
-    """config.model as a plain dict, with the vocabulary's size filled in where it is 0.
+def state_shapes(model, architecture, optimizer, mesh):
+    """The shapes of a TrainState and where its arrays live; nothing is allocated."""
+    shapes = jax.eval_shape(functools.partial(_init, model, architecture, optimizer, 0))
+    shardings = sharding.state_shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
-    Raises:
-        InputError: the tokenizer has more ids than the vocabulary.
-    """
-    architecture = resolve(json.loads(model_config.to_json()))
-    text = architecture["text"]
-    text["vocab_size"] = text["vocab_size"] or tokenizer.vocab_size
-    if tokenizer.vocab_size > text["vocab_size"]:
-        raise InputError(
-            f"config.model.text.vocab_size = {text['vocab_size']}: must be at least the "
-            f"{tokenizer.vocab_size} ids of the tokenizer (or 0: its size)"
-        )
-    return architecture
+
+def _init(model, architecture, optimizer, seed):
+    params = init_params(model, architecture, seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

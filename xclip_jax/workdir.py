@@ -4,6 +4,7 @@ import json
 import os
 
 from xclip_jax.config import FREE_FIELDS
+from xclip_jax.distributed import is_first, wait_for_all
 from xclip_jax.errors import InputError
 
 
@@ -20,12 +21,13 @@ def claim_workdir(workdir, config, dataset):
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if is_first() and not path.exists():
             partial = path.with_suffix(".part")
             partial.write_text(json.dumps({**flat, **fixed}, indent=1) + "\n")
             os.replace(partial, path)
     except OSError as error:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
+    wait_for_all("config.json")
     try:
         before = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -114,8 +114,10 @@ def training_batches(
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
 
 
-def evaluation_batches(clips, batch_size, max_frames, image_size):
+def evaluation_batches(clips, batch_size, max_frames, image_size, part=slice(None)):
     """The clips of a split in order, decoded ahead by threads; the last batch may be smaller.
+
+    `part`: which of them.
 
     Yields:
         (frames B x F x S x S x 3, frame_mask B x F, captions: B lists of str, ids: B str).
@@ -132,5 +134,5 @@ def evaluation_batches(clips, batch_size, max_frames, image_size):
         frames, masks, *lists = zip(*examples, strict=True)
         return np.stack(frames), np.stack(masks), *map(list, lists)
 
-    stream = grain.MapDataset.source(clips).map(example).batch(batch_size, batch_fn=batch)
+    stream = grain.MapDataset.source(clips)[part].map(example).batch(batch_size, batch_fn=batch)
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))

@@ -13,6 +13,12 @@ import jax.numpy as jnp
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]: CLIP's preprocessing
 STD = (0.26862954, 0.26130258, 0.27577711)
+# What of a layer is kept for the backward pass, the rest is computed again: nothing, or the results
+# of its matrix products.
+REMAT = {
+    "layers": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -112,11 +118,13 @@ class Transformer(nn.Module):
     heads: int
     activation: str = "quick_gelu"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, mask=None):
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -170,7 +178,7 @@ class VisionTower(nn.Module):
     embed_dim: int
     activation: str
     dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, images_NxSxSx3):
@@ -199,7 +207,7 @@ class TextTower(nn.Module):
     embed_dim: int
     activation: str
     dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, ids_TxW):
@@ -234,7 +242,7 @@ class Clip(nn.Module):
     embed_dim: int
     activation: str = "quick_gelu"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         shared = (self.embed_dim, self.activation, self.dtype, self.remat)

@@ -54,7 +54,7 @@ class TightTransformer(nn.Module):
     positions: int
     activation: str = "quick_gelu"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, text, video):
@@ -83,7 +83,7 @@ class FusionTransformer(nn.Module):
     heads: int
     activation: str = "quick_gelu"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, text, video, competition):

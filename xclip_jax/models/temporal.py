@@ -17,7 +17,7 @@ class TemporalTransformer(nn.Module):
     positions: int
     activation: str = "quick_gelu"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, frames_VxFxD, mask_VxF):

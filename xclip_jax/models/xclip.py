@@ -52,7 +52,7 @@ class XClip(nn.Module):
     tau: float = 0.01
     fusion: str = "mean"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         options = (self.activation, self.dtype, self.remat)

@@ -1,0 +1,151 @@
+"""Trains the tiny model as one or several processes that are stopped in every way there is.
+
+    python tests/kills.py FOLDER [TIMES]
+
+stops a run of two processes TIMES (20) times at random moments in random ways, lets it end, and
+compares its weights with those of a run that nobody stopped.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).resolve().parent
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+
+def get_config():
+    c = tiny.make_config({data!r}, epochs={epochs}, checkpoint_every=5)
+    c.optimizer.update(lr=1e-4, encoder_lr=1e-4)
+    c.eval.batch_size = 16
+    return c
+"""
+
+
+class Run:
+    """One start of the command, as one or several processes with a device or more each."""
+
+    def __init__(self, config, workdir, processes=1, devices=1, fields=()):
+        self.workdir, self.log = Path(workdir), Path(f"{workdir}.log")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        environment = os.environ | {
+            "PYTHONPATH": str(TESTS.parent),
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.workdir.parent / "jax_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", "xclip_jax.main", f"--config={config}"]
+        command += [f"--workdir={workdir}", *fields]
+        self.processes = []
+        for number in range(processes):
+            joining = [f"--coordinator={coordinator}", f"--num_processes={processes}"]
+            joining = [*joining, f"--process_id={number}"] if processes > 1 else []
+            with self.log.open("a") as log:
+                started = subprocess.Popen(
+                    [*command, *joining],
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self.processes.append(started)
+
+    def steps(self):
+        """The last step in metrics.jsonl."""
+        path = self.workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def wait_until(self, moment):
+        """Returns when moment() is true, or a process has ended."""
+        while not moment() and all(p.poll() is None for p in self.processes):
+            time.sleep(0.002)
+
+    def end(self, seconds=150):
+        """The exit statuses; what still runs after so many seconds is killed: an error."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+def write_config(folder, data, epochs):
+    """A config file of the tiny model; three steps an epoch."""
+    path = Path(folder) / "config.py"
+    path.write_text(CONFIG.format(tests=str(TESTS), data=str(data), epochs=epochs))
+    return path
+
+
+def truncate_newest(workdir):
+    """Cuts the largest file of the newest checkpoint in half."""
+    steps = [p for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()]
+    newest = max(steps, key=lambda path: int(path.name))
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    return int(newest.name)
+
+
+def in_mid_save(workdir):
+    """Whether a checkpoint is being written."""
+    return any(Path(workdir).glob("checkpoints/*tmp*"))
+
+
+def weights(workdir):
+    """The selected weights of a finished run, as a list of arrays."""
+    import jax
+
+    from xclip_jax.model_directory import load_model
+
+    return [np.asarray(x) for x in jax.tree.leaves(load_model(Path(workdir) / "model")[2])]
+
+
+def main():
+    """Twenty random kills in a row, then the comparison."""
+    folder, times = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    sys.path.insert(0, str(TESTS))
+    import tiny
+
+    folder.mkdir(parents=True)
+    config = write_config(folder, tiny.make_dataset(folder / "data"), 7 * times)
+    assert Run(config, folder / "whole", 2).end(3600) == [0, 0]
+    rng = random.Random(0)
+    for number in range(times):
+        run = Run(config, folder / "stopped", 2)
+        before = run.steps()
+        victim = rng.choice(run.processes)
+        way = rng.choice(["SIGTERM", "SIGKILL", "SIGKILL in mid-save", "truncated checkpoint"])
+        if way == "SIGKILL in mid-save":
+            run.wait_until(lambda run=run: in_mid_save(run.workdir))
+        else:
+            enough = before + rng.randint(1, 15)
+            run.wait_until(lambda run=run, enough=enough: run.steps() >= enough)
+        victim.send_signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
+        statuses = run.end()
+        damaged = truncate_newest(run.workdir) if way.startswith("truncated") else ""
+        print(number, way, statuses, f"at step {run.steps()}", damaged, flush=True)
+        assert statuses != [0, 0]
+        assert statuses == [75, 75] if way == "SIGTERM" else 0 not in statuses
+    assert Run(config, folder / "stopped", 2).end(3600) == [0, 0]
+    for a, b in zip(weights(folder / "whole"), weights(folder / "stopped"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    print("the same weights to the last bit")
+
+
+if __name__ == "__main__":
+    main()

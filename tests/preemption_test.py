@@ -1,0 +1,73 @@
+"""Stopped in every way, on one process and on several, a run ends as if nothing had happened."""
+
+import signal
+
+import kills
+import numpy as np
+import pytest
+import tiny
+
+EPOCHS = 12  # of three steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    kills.write_config(folder, tiny.make_dataset(folder / "data"), EPOCHS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The work directory of an uninterrupted run on two processes."""
+    run = kills.Run(folder / "config.py", folder / "whole", processes=2)
+    assert run.end() == [0, 0], run.log.read_text()[-3000:]
+    return run.workdir
+
+
+def test_two_processes_stopped_in_every_way(folder, whole):
+    def start():
+        return kills.Run(folder / "config.py", folder / "stopped", processes=2)
+
+    run = start()
+    run.wait_until(lambda: run.steps() >= 4)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.end() == [75, 75], run.log.read_text()[-3000:]
+    assert "the same command goes on" in run.log.read_text()
+
+    run = start()
+    run.wait_until(lambda: kills.in_mid_save(run.workdir))
+    run.processes[0].kill()
+    assert 0 not in run.end(seconds=90)
+
+    run = start()
+    run.wait_until(lambda: run.steps() >= 20)
+    run.processes[1].kill()
+    assert 0 not in run.end(seconds=90)
+    damaged = kills.truncate_newest(run.workdir)
+
+    run = start()
+    assert run.end() == [0, 0], run.log.read_text()[-3000:]
+    assert f"checkpoint {damaged} is damaged, going on from" in run.log.read_text()
+    for a, b in zip(kills.weights(whole), kills.weights(run.workdir), strict=True):
+        np.testing.assert_array_equal(a, b)
+    same = [(path / "results.json").read_text() for path in (whole, run.workdir)]
+    assert same[0] == same[1]
+
+
+def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole):
+    """Each goes on where the one before was told to stop."""
+    config, workdir = folder / "config.py", folder / "moving"
+    for stop, processes, devices, fields in (
+        (6, 1, 8, ["--config.mesh.fsdp=2"]),
+        (14, 1, 8, ["--config.mesh.fsdp=4", "--config.train.micro_batch=8"]),
+        (22, 2, 2, ["--config.mesh.fsdp=2"]),
+        (None, 1, 1, []),
+    ):
+        run = kills.Run(config, workdir, processes, devices, fields)
+        if stop:
+            run.wait_until(lambda run=run, stop=stop: run.steps() >= stop)
+            run.processes[0].send_signal(signal.SIGTERM)
+        assert run.end() == [75 if stop else 0] * processes, run.log.read_text()[-3000:]
+    for a, b in zip(kills.weights(whole), kills.weights(workdir), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

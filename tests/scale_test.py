@@ -1,0 +1,123 @@
+"""The same losses on one device, on eight, and on two processes, however memory is saved."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+TESTS = Path(__file__).resolve().parent
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+STEPS = 20
+# A rate at which rounding is not amplified: with large ones Adam turns 1e-7 into 1e-3 in 20 steps.
+FIELDS = {"train.batch_size": 16, "optimizer.lr": 1e-4, "optimizer.encoder_lr": 1e-4}
+BLOCKS = {"loss.block_cells": 8 * 4 * 16}  # word-frame cells of a text with all videos of a batch
+MICRO = {"train.micro_batch": 8}
+FEW = [{}, BLOCKS | MICRO | {"mesh.fsdp": 2}]
+ALL = [
+    blocks | micro | {"mesh.fsdp": fsdp}
+    for blocks in ({}, BLOCKS)
+    for micro in ({}, MICRO)
+    for fsdp in (1, 2)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(tiny.make_dataset(tmp_path_factory.mktemp("data")))
+
+
+def losses(data, cases, devices, processes=1):
+    """For each process the losses of each case."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    request = {"data": data, "devices": devices, "steps": STEPS}
+    request["cases"] = [FIELDS | case for case in cases]
+    started = []
+    for number in range(processes):
+        if processes > 1:
+            joining = {"num_processes": processes, "process_id": number}
+            request |= {"coordinator": coordinator, **joining}
+        command = [sys.executable, TESTS / "scale_worker.py", json.dumps(request)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+    outputs = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0] * processes, outputs[0][1][-2000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def single(data):
+    ((curve,),) = losses(data, [{}], devices=1)
+    assert len(curve) == STEPS
+    assert curve[-1] < curve[0] - 0.5  # it learns: the curve says something
+    return curve
+
+
+def assert_same(found, single):
+    for process in found:
+        for curve in process:
+            assert curve == pytest.approx(single, abs=1e-5)
+
+
+def test_eight_devices(data, single):
+    assert_same(losses(data, FEW, devices=8), single)
+
+
+def test_two_processes(data, single):
+    assert_same(losses(data, FEW[1:], devices=4, processes=2), single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "processes"), [(8, 1), (4, 2)])
+def test_every_combination(data, single, devices, processes):
+    assert_same(losses(data, ALL, devices, processes), single)
+
+
+PMAP = """
+import functools, json, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+import contrast_test
+from xclip_jax.contrast import Contrast
+contrast_test.B = 16
+model, params = contrast_test.make()
+batch = contrast_test.make_batch()
+contrast = Contrast(model, "ignore")
+(loss, _), gradient = jax.jit(contrast.value_and_grad)(params, batch)
+
+def local_loss(params, share):
+    # The features of all devices, then the very loss of the step.
+    gather = functools.partial(jax.lax.all_gather, axis_name="i", tiled=True)
+    features = jax.tree.map(gather, contrast._encode(params, share))
+    return contrast._loss(params, features, {k: gather(v) for k, v in share.items()})[0]
+
+def step(params, share):
+    value, gradient = jax.value_and_grad(local_loss)(params, share)
+    return value, jax.lax.pmean(gradient, "i")  # each device has the loss of all
+
+shares = {k: np.asarray(v).reshape(8, -1, *v.shape[1:]) for k, v in batch.items()}
+value, by_pmap = jax.pmap(step, axis_name="i", in_axes=(None, 0))(params, shares)
+by_pmap = jax.tree.map(lambda x: x[0], by_pmap)
+scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradient))
+far = [float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (gradient, by_pmap)))]
+print(json.dumps([float(loss), [float(v) for v in value], max(far) / scale]))
+"""
+
+
+def test_pmap_gives_the_same_value_and_gradient():
+    done = subprocess.run(
+        [sys.executable, "-c", PMAP], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, values, difference = json.loads(done.stdout.splitlines()[-1])
+    assert values == pytest.approx([loss] * 8, abs=1e-5)
+    assert difference < 1e-5

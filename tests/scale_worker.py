@@ -1,0 +1,41 @@
+"""Trains the tiny model and prints its losses: one process of those that scale_test.py starts.
+
+    python tests/scale_worker.py '{"data": PATH, "devices": 8, "steps": 20, "cases": [FIELDS, ...]}'
+
+With "coordinator", "num_processes" and "process_id" it is one of several. Each case sets fields of
+the config; the output's last line is JSON, a list of losses a case.
+"""
+
+import json
+import sys
+
+import jax
+import tiny
+
+from xclip_jax import distributed, experiment, sharding, train
+
+
+def losses(request, fields):
+    """The losses of the first steps, as train.run makes them."""
+    config = tiny.make_config(request["data"], epochs=100)
+    config.update_from_flattened_dict(fields)
+    setup = experiment.set_up(config)
+    model, mesh = setup.model, setup.mesh
+    state = train.init_state(model, setup.architecture, setup.optimizer, config.seed, mesh)
+    step = train.compile_step(model, setup.optimizer, config, mesh, state)
+    batches, found = setup.batches(0), []
+    for _ in range(request["steps"]):
+        batch = next(batches)
+        batch.pop("truncated")
+        state, metrics = step(state, sharding.shard_batch(batch, mesh))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    jax.config.update("jax_num_cpu_devices", request["devices"])
+    sharding.SPLIT_SIZE = 256  # the model is tiny
+    joining = (request.get(name) for name in ("coordinator", "num_processes", "process_id"))
+    distributed.connect(*joining)
+    print(json.dumps([losses(request, fields) for fields in request["cases"]]))

@@ -1,0 +1,102 @@
+"""Compiles the training step without running it: memory, work and communication beforehand.
+
+    python -m xclip_jax.main --config=configs/msrvtt.py --compile_only
+    python -m xclip_jax.main --config=configs/msrvtt.py --compile_only --topology=v6e:2x4
+
+With the libtpu wheel (`pip install libtpu`) the second compiles for a TPU slice on any machine.
+"""
+
+import collections
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from xclip_jax import sharding
+from xclip_jax.errors import InputError
+from xclip_jax.experiment import check_batch_sizes, configured_optimizer
+from xclip_jax.models import build_model, resolve
+from xclip_jax.train import compile_step, state_shapes
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+STEPS = 1000  # of the schedule: it does not change the program's size
+
+
+def run(config, topology=""):
+    """Compiles the step of a config and prints what the compiler says of it.
+
+    Args:
+        topology: generation and shape of a TPU slice, such as v4:2x2x2, v5e:2x4, v5p:2x2x1,
+            v6e:4x4; "": the devices here.
+
+    Raises:
+        InputError: there is no such topology, or libtpu is not installed.
+    """
+    devices = _devices(topology) if topology else None
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    check_batch_sizes(config.train, mesh)
+    architecture = resolve(json.loads(config.model.to_json()))
+    architecture["text"]["vocab_size"] = architecture["text"]["vocab_size"] or 49408
+    model = build_model(architecture)
+    _, optimizer = configured_optimizer(config.optimizer, STEPS)
+    state = state_shapes(model, architecture, optimizer, mesh)
+    step = compile_step(model, optimizer, config, mesh, state)
+    compiled = step.lower(state, _batch(config, mesh)).compile()
+    report = describe(compiled, mesh)
+    print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {config.train.batch_size}")
+    for name, value in report.items():
+        print(f"  {name:34}{value}")
+    return report
+
+
+def describe(compiled, mesh):
+    """What the compiler says of a program, {what: text}."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
+    counts = collections.Counter(found)
+    named = (f"{count} {name}" for name, count in sorted(counts.items()))
+    return {
+        "state and batch, a device": _gib(kept),
+        "temporary memory, a device": _gib(memory.temp_size_in_bytes),
+        "peak memory, a device": _gib(kept + memory.temp_size_in_bytes),
+        "floating-point operations a step": f"{cost.get('flops', 0) * mesh.size:.3g}",
+        "collectives": ", ".join(named) or "none",
+    }
+
+
+def _gib(size):
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _devices(topology):
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server here
+    try:
+        return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    except Exception as error:  # libtpu has no one type
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--topology={topology}: {reason} (needs pip install libtpu; such as v6e:2x4)"
+        ) from None
+
+
+def _batch(config, mesh):
+    """Shapes of a batch, see data/pipeline.py."""
+    size, model = config.train.batch_size, config.model
+    side = model.vision.image_size
+    shapes = {
+        "ids": ((size, model.max_words), jnp.int32),
+        "text_mask": ((size, model.max_words), jnp.bool_),
+        "frames": ((size, model.max_frames, side, side, 3), jnp.uint8),
+        "frame_mask": ((size, model.max_frames), jnp.bool_),
+        "video": ((size,), jnp.int32),
+    }
+    spread = sharding.over_batch(mesh)
+    return {
+        k: jax.ShapeDtypeStruct(s, np.dtype(d), sharding=spread) for k, (s, d) in shapes.items()
+    }
