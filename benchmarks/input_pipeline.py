@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import results
 
 from xclip_jax.data.builder import Dataset, Pending, write_dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
@@ -46,7 +47,7 @@ def main():
         tokenizer = learn_tokenizer(["clip number 1"], max_words=32)
         pairs = TrainingPairs(dataset, "train", "all")
         count = BATCH * BATCHES
-        ratios = []
+        rows = []
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in range(5):
                 start = time.perf_counter()
@@ -59,9 +60,11 @@ def main():
                     next(batches)
                 ours = count / (time.perf_counter() - start)
                 del batches
-                ratios.append(ours / bare)
-                print(f"bare decoding {bare:.0f} clips/s, pipeline {ours:.0f} clips/s")
-        print(f"pipeline / bare decoding: median {statistics.median(ratios):.2f} (target 0.8)")
+                rows.append({"bare_clips_s": bare, "clips_s": ours, "ratio": ours / bare})
+    rows.append({name: statistics.median(row[name] for row in rows) for name in rows[0]})
+    print(results.table(rows))
+    print("the medians last; pipeline / bare decoding should be at least 0.8")
+    print(results.write("input_pipeline", {"clips": CLIPS, "frames": FRAMES, "batch": BATCH}, rows))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import results
 
 from xclip_jax.inference import similarity_in_blocks
 from xclip_jax.models.clip import TextConfig, VisionConfig
@@ -111,13 +112,11 @@ def compare(count, repeats):
         if torch:
             row["torch"], theirs = seconds(lambda: torch_similarity(words_only, video, torch))
             np.testing.assert_allclose(ours(), theirs, atol=1e-5)
-        rows.append(row)
-        print({k: round(v, 2) for k, v in row.items()}, flush=True)
-    for name in rows[0]:
-        print(f"{name:8} median {statistics.median(row[name] for row in rows):.2f} s")
-    if torch:
-        ratios = sorted(row["ours"] / row["torch"] for row in rows)
-        print(f"ours / torch: median {statistics.median(ratios):.2f} (target 0.5), all {ratios}")
+        rows.append(row | ({"ratio": row["ours"] / row["torch"]} if torch else {}))
+    rows.append({name: statistics.median(row[name] for row in rows) for name in rows[0]})
+    print(results.table(rows))
+    print("seconds, the medians last; ours / torch should be at most 0.5")
+    return rows
 
 
 def peak_mib():
@@ -148,8 +147,10 @@ if __name__ == "__main__":
         texts = args.texts or args.memory
         print(json.dumps(memory(args.memory, texts, args.words, args.frames)))
     else:
-        compare(args.count, args.repeats)
+        rows, peaks = compare(args.count, args.repeats), []
         for count in (args.count, 4 * args.count):
             command = [sys.executable, __file__, "--memory", str(count)]
             peak = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
             print(f"peak memory above the features, {count} x {count}: {peak:.0f} MiB")
+            peaks.append({"texts": count, "videos": count, "peak_mib": peak})
+        print(results.write("similarity", vars(args), rows + peaks))

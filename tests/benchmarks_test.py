@@ -51,6 +51,7 @@ def run_main(monkeypatch, config, workdir, fields):
     """Runs the command in this process."""
     overrides = (f"--config.{field}={value}" for field, value in fields.items())
     argv = ["main", f"--config={ROOT / 'configs'}/{config}", f"--workdir={workdir}", *overrides]
+    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is at work here already
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.a.b
     flags.FLAGS.unparse_flags()
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:

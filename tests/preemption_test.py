@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 EPOCHS = 12  # of three steps
+pytestmark = pytest.mark.slow  # several minutes on two cores
 
 
 @pytest.fixture(scope="module")

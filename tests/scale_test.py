@@ -68,10 +68,12 @@ def assert_same(found, single):
             assert curve == pytest.approx(single, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices(data, single):
     assert_same(losses(data, FEW, devices=8), single)
 
 
+@pytest.mark.slow
 def test_two_processes(data, single):
     assert_same(losses(data, FEW[1:], devices=4, processes=2), single)
 
