@@ -70,7 +70,7 @@ def run_main(data, tmp_path, monkeypatch):
         ("--config.model.text.heads=5", r"config.model.text.heads = 5: must be a divisor of"),
         ("--config.train.batch_size=64", r"batch_size = 64: must be at most the 24 training pairs"),
         ("--config.train.batch_size=7", r"batch_size = 7: must be a multiple of the 2 devices"),
-        ("--config.mesh.data=3", r"config.mesh.data = 3, fsdp = 1: together they must be at most the 2"),
+        ("--config.mesh.data=3", r"mesh.data = 3, fsdp = 1: together they must be at most the 2"),
         ("--config.model.vision.image_size=32", r"image_size = 32: must be 16, the size of the"),
         ("--config.model.text.vocab_size=100", r"vocab_size = 100: must be at least the"),
         ("--config.data.path=/nowhere", r"no prepared data set in /nowhere"),
