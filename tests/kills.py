@@ -92,8 +92,10 @@ def write_config(folder, data, epochs):
 
 
 def truncate_newest(workdir):
-    """Cuts the largest file of the newest checkpoint in half."""
+    """Cuts the largest file of the newest checkpoint in half; its step, None if there is none."""
     steps = [p for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()]
+    if not steps:
+        return None
     newest = max(steps, key=lambda path: int(path.name))
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     with largest.open("r+b") as file:
