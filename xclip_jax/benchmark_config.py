@@ -22,12 +22,12 @@ def benchmark(dataset, arguments, paper, official, official_b16, max_words=32, m
     Raises:
         InputError: an unknown word, or two of a kind.
     """
-    variants = DATASETS[dataset].VARIANTS
-    backbone, preset, variant = _choose(arguments, (tuple(BACKBONES), PRESETS, variants))
+    kinds = tuple(BACKBONES), PRESETS, DATASETS[dataset].VARIANTS
+    backbone, preset, variant = chosen = _choose(arguments, kinds)
+    unusual = [
+        word for word, kind in zip(chosen, kinds, strict=True) if word not in ("", *kind[:1])
+    ]
     c = config.get_config()
-    defaults = _choose("", (tuple(BACKBONES), PRESETS, variants))
-    chosen = (backbone, preset, variant)
-    unusual = [word for word, usual in zip(chosen, defaults, strict=True) if word != usual]
     c.name = "_".join([dataset, *unusual])
     c.data.dataset, c.data.variant = dataset, variant
     c.data.path = f"data/{dataset}" + (f"_{variant}" if variant in unusual else "")

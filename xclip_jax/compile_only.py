@@ -1,9 +1,10 @@
 """Compiles the training step without running it: memory, work and communication beforehand.
 
-    python -m xclip_jax.main --config=configs/msrvtt.py --compile_only
-    python -m xclip_jax.main --config=configs/msrvtt.py --compile_only --topology=v6e:2x4
+    python -m xclip_jax.main --config=configs/demo.py --compile_only
+    python -m xclip_jax.main --config=configs/demo.py --compile_only --topology=v6e:2x4
 
-With the libtpu wheel (`pip install libtpu`) the second compiles for a TPU slice on any machine.
+With the libtpu wheel (`pip install libtpu`) the second compiles for a TPU slice on any machine; a
+model of CLIP's size takes minutes.
 """
 
 import collections

@@ -96,7 +96,7 @@ def _share_of(total):
     """(first, end) of this process's share of `total` things, at least as many as processes."""
     number, count = jax.process_index(), jax.process_count()
     if total < count:
-        raise InputError(f"{total} things cannot be shared out over {count} processes")
+        raise InputError(f"{total} clips or texts to evaluate are too few for {count} processes")
     return total * number // count, total * (number + 1) // count
 
 

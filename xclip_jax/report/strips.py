@@ -30,5 +30,6 @@ def make_strip(frames_FxSxSx3, limit=STRIP_FRAMES):
 
 
 def resize(frame_SxSx3, side):
+    """A uint8 frame at another size: side x side x 3."""
     image = Image.fromarray(np.ascontiguousarray(frame_SxSx3, np.uint8))
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
