@@ -194,13 +194,16 @@ def test_what_listings_note():
     listing.add("test", "b", ["y"])
     listing.add("val", "b", ["z"])
     listing.add("val", "c", [" "])
+    listing.add("val", "d", [""])
+    listing.add("val", "d", ["said at last"])
     assert listing.clips == [
         Clip("a", ("one", "one more word", "two")),
         Clip("b", ("y",), "test"),
+        Clip("d", ("said at last",), "val"),
     ]
     assert [(f.what, f.id) for f in listing.findings] == [
         *((REPEATED, "a"), (BLANK, "b"), (TWO_SPLITS, "b"), (TWO_SPLITS, "b"), (BLANK, "c")),
-        (LOST, "c"),
+        *((BLANK, "d"), (REPEATED, "d"), (LOST, "c")),
     ]
 
 

@@ -42,9 +42,10 @@ def connect(coordinator, num_processes, process_id):
     }
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
-    except ValueError as error:  # no cluster here
-        if all(given):
-            raise InputError(f"--coordinator={coordinator}: {error}") from None
+    except ValueError as error:
+        # On a cluster that JAX cannot make sense of, each process would train alone.
+        if "coordinator_address should be defined" not in str(error):
+            raise InputError(f"cannot join the other processes: {error}") from None
     if not is_first():
         silence()
 

@@ -103,7 +103,11 @@ class Listing:
             self._lost.setdefault(video, Finding(LOST, video, split))
             return
         if video in self._lost:
-            self.note(TWO_SPLITS, video, f"{self._lost.pop(video).detail} and {split}")
+            before = self._lost.pop(video).detail
+            if before == split:
+                self.note(REPEATED, video, split)
+            else:
+                self.note(TWO_SPLITS, video, f"{before} and {split}")
         self._clips[video] = Clip(video, tuple(texts), split)
 
     def counts(self):
