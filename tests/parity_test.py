@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import xclip_jax
-from xclip_jax import train
+from xclip_jax import losses, train
 from xclip_jax.convert import mapping
 from xclip_jax.convert.importing import convert
 from xclip_jax.models import build_model
@@ -104,7 +104,7 @@ def encode_frames(model, frames, mask_VxF):
 
 def loss_of(config, sim_TxV):
     scale = train.LOSS_SCALES[config["preset"]]
-    return train.contrastive_loss(jnp.asarray(sim_TxV), scale=scale)
+    return losses.contrastive_loss(jnp.asarray(sim_TxV), scale=scale)
 
 
 def loss_and_gradients(retriever, params, golden):
