@@ -1,5 +1,6 @@
 """Presets, heads, learned matrices and pair-wise Transformers: what each computes, by hand."""
 
+import functools
 import json
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from xclip_jax import losses
 from xclip_jax.config import get_config
 from xclip_jax.inference import similarity_in_blocks
-from xclip_jax.model_directory import init_params
 from xclip_jax.models import HEADS, build_model, resolve
 from xclip_jax.similarity import Competition, TextFeatures, VideoFeatures, granular_similarity
 
@@ -45,7 +46,7 @@ def batch(texts=3, videos=2, seed=0):
 def make(seed=0, **changes):
     a = architecture(**changes)
     model = build_model(a)
-    fresh = init_params(model, a, seed)
+    fresh = tiny.make_params(model, a, seed)
     keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(fresh)))
     noise = jax.tree.unflatten(jax.tree.structure(fresh), list(keys))
     return model, jax.tree.map(lambda x, k: x + 0.2 * jax.random.normal(k, x.shape), fresh, noise)
@@ -71,9 +72,9 @@ def test_presets_fill_in_what_is_left_open():
 def test_logits_do_not_depend_on_the_rest_of_the_batch(head, preset):
     model, params = make(head=head, preset=preset)
     ids, words, frames, mask = batch()
-    sim_TxV = jax.jit(model.apply)({"params": params}, ids, words, frames, mask)
+    sim_TxV = tiny.apply(model, params, ids, words, frames, mask)
     assert sim_TxV.shape == (3, 2)
-    alone = model.apply({"params": params}, ids[2:], words[2:], frames[1:], mask[1:])
+    alone = tiny.apply(model, params, ids[2:], words[2:], frames[1:], mask[1:])
     np.testing.assert_allclose(alone[0, 0], sim_TxV[2, 1], atol=1e-4)
 
 
@@ -81,11 +82,11 @@ def test_baselines_are_cosines_of_sentence_and_video():
     for head in ("mean_pooling", "seq_lstm", "seq_transformer"):
         model, params = make(head=head, preset="official")
         ids, words, frames, mask = batch()
-        text = model.apply({"params": params}, ids, words, method="encode_text")
-        video = model.apply({"params": params}, frames, mask, method="encode_video")
+        text = tiny.apply(model, params, ids, words, method="encode_text")
+        video = tiny.apply(model, params, frames, mask, method="encode_video")
         scale = float(jnp.exp(params["clip"]["logit_scale"]))
         expected = scale * text.sentence @ video.video.T
-        sim_TxV = model.apply({"params": params}, ids, words, frames, mask)
+        sim_TxV = tiny.apply(model, params, ids, words, frames, mask)
         np.testing.assert_allclose(sim_TxV, expected, rtol=1e-4)
         assert "aggregation_matrices" not in params
 
@@ -101,7 +102,7 @@ def test_residual_adds_the_clip_frames():
             clip = m.clip.encode_image(images).reshape(*mask.shape, -1)
             return clip, m._encode_time(clip, mask)
 
-        return m.apply({"params": params}, frames, mask, method=method)
+        return tiny.apply(m, params, frames, mask, method=method)
 
     (clip, added), (_, alone) = raw(model), raw(plain)
     np.testing.assert_allclose(added, alone + clip, atol=1e-5)
@@ -179,9 +180,9 @@ def test_identity_matrices_change_nothing():
     without = build_model(architecture(preset="official", matrices="none"))
     plain = {name: x for name, x in params.items() if name != "aggregation_matrices"}
     inputs = batch()
-    found = model.apply({"params": params}, *inputs)
-    np.testing.assert_allclose(found, without.apply({"params": plain}, *inputs), atol=1e-4)
-    fresh = init_params(model, architecture(preset="official"), 0)["aggregation_matrices"]
+    found = tiny.apply(model, params, *inputs)
+    np.testing.assert_allclose(found, tiny.apply(without, plain, *inputs), atol=1e-4)
+    fresh = tiny.make_params(model, architecture(preset="official"))["aggregation_matrices"]
     assert len(fresh) == 8
     assert all(np.array_equal(x, np.eye(len(x))) for x in fresh.values())
 
@@ -190,7 +191,7 @@ def test_identity_matrices_change_nothing():
 def test_pairwise_transformers_ignore_padding(options):
     model, params = make(**options)
     text, video = features()
-    apply = jax.jit(lambda t, v: model.apply({"params": params}, t, v, method="similarity"))
+    apply = functools.partial(tiny.apply, model, params, method="similarity")
     sim_TxV = apply(text, video)
     noise = np.random.default_rng(5).normal(size=video.frames.shape).astype(np.float32)
     frames = np.where(video.mask[..., None], video.frames, noise)
@@ -206,12 +207,12 @@ def test_pairwise_transformers_ignore_padding(options):
 def test_tight_transformer_sees_raw_features():
     model, params = make(head="tight_transformer")
     ids, words, frames, mask = batch()
-    text = model.apply({"params": params}, ids, words, method="encode_text")
-    video = model.apply({"params": params}, frames, mask, method="encode_video")
+    text = tiny.apply(model, params, ids, words, method="encode_text")
+    video = tiny.apply(model, params, frames, mask, method="encode_video")
     assert np.abs(np.linalg.norm(text.sentence, axis=-1) - 1).max() > 0.05
     assert np.abs(np.linalg.norm(video.frames, axis=-1) - 1).max() > 0.05
     with pytest.raises(ValueError, match="has no granularities"):
-        model.apply({"params": params}, text, video, method="granular_similarity")
+        tiny.apply(model, params, text, video, method="granular_similarity")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_every_head_learns_four_pairs(options):
     @jax.jit
     def step(params, state):
         def loss_fn(params):
-            sim_TxV = model.apply({"params": params}, ids, words, frames, mask)
+            sim_TxV = tiny.apply(model, params, ids, words, frames, mask)
             return losses.contrastive_loss(sim_TxV)
 
         loss, gradients = jax.value_and_grad(loss_fn)(params)

@@ -17,7 +17,6 @@ from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.errors import InputError
 from xclip_jax.experiment import resolve_architecture
 from xclip_jax.initialization import interpolate_positions, start_from_clip
-from xclip_jax.model_directory import init_params
 from xclip_jax.models import build_model
 
 
@@ -48,7 +47,7 @@ def make_config(clip, data="", **model):
 def start(config, tokenizer=None):
     tokenizer = tokenizer or learn_tokenizer(["red and then green", "first blue, then grey"])
     architecture = resolve_architecture(config.model, tokenizer)
-    fresh = init_params(build_model(architecture), architecture, 0)
+    fresh = tiny.make_params(build_model(architecture), architecture)
     params, rows = start_from_clip(fresh, architecture, config.init.clip)
     assert jax.tree.structure(params) == jax.tree.structure(fresh)
     assert sum(row[1] for row in rows) == sum(x.size for x in jax.tree.leaves(params))

@@ -25,7 +25,7 @@ sys.path.insert(0, {tests!r})
 import tiny
 
 def get_config():
-    c = tiny.make_config({data!r}, epochs={epochs}, checkpoint_every=5)
+    c = tiny.make_config({data!r}, epochs={epochs}, checkpoint_every=5, eval_every=12)
     c.optimizer.update(lr=1e-4, encoder_lr=1e-4)
     c.eval.batch_size = 16
     return c
@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, config, workdir, processes=1, devices=1, fields=()):
         self.workdir, self.log = Path(workdir), Path(f"{workdir}.log")
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         with socket.socket() as free:
             free.bind(("localhost", 0))
             coordinator = f"localhost:{free.getsockname()[1]}"
@@ -68,6 +69,10 @@ class Run:
         path = self.workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def said(self):
+        """What this start has written to the log."""
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def wait_until(self, moment):
         """Returns when moment() is true, or a process has ended."""

@@ -1,16 +1,12 @@
 """The command as a user meets it: the whole path, mistakes answered in one line, kills survived."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
+import kills
 import pytest
 import tiny
 from absl import flags
@@ -20,14 +16,6 @@ from xclip_jax import main
 from xclip_jax.data import rendered
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
-import sys
-sys.path.insert(0, {tests!r})
-import tiny
-
-def get_config():
-    return tiny.make_config({data!r}, epochs={epochs}, checkpoint_every=2)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +23,10 @@ def data(tmp_path_factory):
     return str(tiny.make_dataset(tmp_path_factory.mktemp("data")))
 
 
-def write_config(path, data, epochs=1):
-    path.write_text(CONFIG.format(tests=str(ROOT / "tests"), data=data, epochs=epochs))
-    return path
-
-
 @pytest.fixture
 def run_main(data, tmp_path, monkeypatch):
     """Runs the command in this process; returns what it exits with, None if it succeeds."""
-    config = write_config(tmp_path / "config.py", data)
+    config = kills.write_config(tmp_path, data, epochs=1)
     monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is at work here already
 
     def run(*arguments):
@@ -111,7 +94,7 @@ def command(config, workdir, *arguments):
 
 
 def test_an_unknown_field_and_a_missing_config_are_refused_without_a_traceback(data, tmp_path):
-    config = write_config(tmp_path / "config.py", data)
+    config = kills.write_config(tmp_path, data, epochs=1)
     for arguments, message in (
         ([f"--config={config}", "--config.model.widht=3"], "widht"),
         ([], "config"),
@@ -136,54 +119,6 @@ def test_help():
     done = subprocess.run(command("x", "y", "--help"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert "--config.a.b=value" in done.stdout
-
-
-MOMENTS = {
-    "first step": lambda run: '"step": 1,' in run.metrics(),
-    "mid-epoch": lambda run: '"step": 14,' in run.metrics(),
-    "checkpoint": lambda run: any(run.workdir.glob("checkpoints/*tmp*")),
-    "evaluation": lambda run: "encoding val" in run.log.read_text()[-300:],
-}
-
-
-class Run:
-    """The command in a process of its own, to be killed."""
-
-    def __init__(self, config, workdir, cache):
-        self.workdir, self.log = workdir, workdir.with_suffix(".log")
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command(config, workdir), stderr=log, stdout=log, env=environment, cwd=ROOT
-            )
-
-    def metrics(self):
-        path = self.workdir / "metrics.jsonl"
-        return path.read_text() if path.exists() else ""
-
-    def kill_when(self, moment):
-        deadline = time.monotonic() + 120
-        while not moment(self):
-            assert self.process.poll() is None, "ended before the moment:\n" + self.log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_weights(data, tmp_path):
-    config = write_config(tmp_path / "config.py", data, epochs=20)
-    whole = Run(config, tmp_path / "whole", tmp_path / "cache")
-    assert whole.process.wait() == 0, whole.log.read_text()
-    for moment in MOMENTS.values():
-        Run(config, tmp_path / "killed", tmp_path / "cache").kill_when(moment)
-    last = Run(config, tmp_path / "killed", tmp_path / "cache")
-    assert last.process.wait() == 0, last.log.read_text()
-    assert "resuming from step" in last.log.read_text()
-    a, b = (xclip_jax.load(tmp_path / name).params for name in ("whole", "killed"))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    one, other = ((tmp_path / name / "results.json").read_text() for name in ("whole", "killed"))
-    assert one == other
 
 
 def test_the_demo_path_from_rendering_to_the_report(run_main, tmp_path, monkeypatch):

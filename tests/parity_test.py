@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 import xclip_jax
 from xclip_jax import losses, train
@@ -52,7 +53,7 @@ def inputs(golden):
 
 
 def apply(retriever, *args, method=None, model=None):
-    return (model or retriever.model).apply({"params": retriever.params}, *args, method=method)
+    return tiny.apply(model or retriever.model, retriever.params, *args, method=method)
 
 
 def normalized(x):
@@ -112,7 +113,7 @@ def loss_and_gradients(retriever, params, golden):
         sim = retriever.model.apply({"params": params}, *inputs(golden))
         return loss_of(retriever.config, sim)
 
-    return jax.value_and_grad(loss_fn)(params)
+    return jax.jit(jax.value_and_grad(loss_fn))(params)
 
 
 def norms(tree):

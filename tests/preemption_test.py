@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 EPOCHS = 12  # of three steps
-pytestmark = pytest.mark.slow  # several minutes on two cores
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,40 @@ def folder(tmp_path_factory):
 def whole(folder):
     """The work directory of an uninterrupted run on two processes."""
     run = kills.Run(folder / "config.py", folder / "whole", processes=2)
-    assert run.end() == [0, 0], run.log.read_text()[-3000:]
+    assert run.end() == [0, 0], run.said()[-3000:]
     return run.workdir
+
+
+def assert_same(workdir, whole):
+    for a, b in zip(kills.weights(whole), kills.weights(workdir), strict=True):
+        np.testing.assert_array_equal(a, b)
+    one, other = ((path / "results.json").read_text() for path in (whole, workdir))
+    assert one == other
+
+
+MOMENTS = {
+    "first step": lambda run: run.steps() >= 1,
+    "mid-epoch": lambda run: run.steps() >= 14,
+    "checkpoint": lambda run: kills.in_mid_save(run.workdir),
+    "evaluation": lambda run: "encoding val" in run.said()[-300:],
+}
+
+
+def test_one_process_killed_at_any_moment(folder):
+    def start(name):
+        return kills.Run(folder / "config.py", folder / name)
+
+    whole = start("whole_alone")
+    assert whole.end() == [0], whole.said()[-3000:]
+    for moment in MOMENTS.values():
+        run = start("killed")
+        run.wait_until(lambda run=run, moment=moment: moment(run))
+        run.processes[0].kill()
+        assert run.end() == [-signal.SIGKILL], "ended before the moment"
+    run = start("killed")
+    assert run.end() == [0], run.said()[-3000:]
+    assert "resuming from step" in run.said()
+    assert_same(run.workdir, whole.workdir)
 
 
 def test_two_processes_stopped_in_every_way(folder, whole):
@@ -33,8 +64,8 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     run = start()
     run.wait_until(lambda: run.steps() >= 4)
     run.processes[1].send_signal(signal.SIGTERM)
-    assert run.end() == [75, 75], run.log.read_text()[-3000:]
-    assert "the same command goes on" in run.log.read_text()
+    assert run.end() == [75, 75], run.said()[-3000:]
+    assert "the same command goes on" in run.said()
 
     run = start()
     run.wait_until(lambda: kills.in_mid_save(run.workdir))
@@ -48,12 +79,9 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     damaged = kills.truncate_newest(run.workdir)
 
     run = start()
-    assert run.end() == [0, 0], run.log.read_text()[-3000:]
-    assert f"checkpoint {damaged} is damaged, going on from" in run.log.read_text()
-    for a, b in zip(kills.weights(whole), kills.weights(run.workdir), strict=True):
-        np.testing.assert_array_equal(a, b)
-    same = [(path / "results.json").read_text() for path in (whole, run.workdir)]
-    assert same[0] == same[1]
+    assert run.end() == [0, 0], run.said()[-3000:]
+    assert f"checkpoint {damaged} is damaged, going on from" in run.said()
+    assert_same(run.workdir, whole)
 
 
 def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole):
@@ -69,6 +97,6 @@ def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole
         if stop:
             run.wait_until(lambda run=run, stop=stop: run.steps() >= stop)
             run.processes[0].send_signal(signal.SIGTERM)
-        assert run.end() == [75 if stop else 0] * processes, run.log.read_text()[-3000:]
+        assert run.end() == [75 if stop else 0] * processes, run.said()[-3000:]
     for a, b in zip(kills.weights(whole), kills.weights(workdir), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

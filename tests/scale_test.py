@@ -20,8 +20,7 @@ STEPS = 20
 FIELDS = {"train.batch_size": 16, "optimizer.lr": 1e-4, "optimizer.encoder_lr": 1e-4}
 BLOCKS = {"loss.block_cells": 8 * 4 * 16}  # word-frame cells of a text with all videos of a batch
 MICRO = {"train.micro_batch": 8}
-FEW = [{}, BLOCKS | MICRO | {"mesh.fsdp": 2}]
-ALL = [
+CASES = [
     blocks | micro | {"mesh.fsdp": fsdp}
     for blocks in ({}, BLOCKS)
     for micro in ({}, MICRO)
@@ -62,26 +61,12 @@ def single(data):
     return curve
 
 
-def assert_same(found, single):
-    for process in found:
-        for curve in process:
-            assert curve == pytest.approx(single, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_eight_devices(data, single):
-    assert_same(losses(data, FEW, devices=8), single)
-
-
-@pytest.mark.slow
-def test_two_processes(data, single):
-    assert_same(losses(data, FEW[1:], devices=4, processes=2), single)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("devices", "processes"), [(8, 1), (4, 2)])
-def test_every_combination(data, single, devices, processes):
-    assert_same(losses(data, ALL, devices, processes), single)
+@pytest.mark.parametrize(("devices", "processes"), [(8, 1), (2, 2)])
+def test_the_same_losses(data, single, devices, processes):
+    """On so many devices of so many processes."""
+    for process in losses(data, CASES, devices, processes):
+        for curve, case in zip(process, CASES, strict=True):
+            assert curve == pytest.approx(single, abs=1e-5), case
 
 
 PMAP = """

@@ -258,7 +258,7 @@ MADE_UP_IDS = {
 def vocabulary_file(path, text):
     """Writes `text` to `path`, packed if its name ends in .gz."""
     data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
@@ -304,7 +304,7 @@ def test_merges_past_those_of_openai_are_left_out(tmp_path, monkeypatch):
 NO_MERGES = "the file has no merges below a header line"
 DAMAGED = "the file is damaged or no vocabulary file"
 PROSE = "A dog runs after the red ball.\nIt sits down by the fire.\nThe ball is lost.\n"
-PACKED = gzip.compress(MADE_UP.encode() * 1000)
+PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ PACKED = gzip.compress(MADE_UP.encode() * 1000)
         (b"\x1f\x8b and no more", DAMAGED),
         (b"PK\x03\x04\xff\xfe", DAMAGED),
         (b"", NO_MERGES),
-        (gzip.compress(b""), NO_MERGES),
+        (gzip.compress(b"", mtime=0), NO_MERGES),
         (b"\n\n", NO_MERGES),
         (b"#version: 0.2\n", NO_MERGES),
         (b"A dog runs after the red ball.", NO_MERGES),

@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
 import numpy as np
 
 from xclip_jax import config
 from xclip_jax.data.builder import Pending, write_dataset
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
+from xclip_jax.model_directory import init_params
 
 SIDE = 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (90,) * 3}
@@ -51,3 +53,14 @@ def make_config(path, **train):
     c.log.update(every=1, tensorboard=False)
     c.report.attention_pairs = 1
     return c
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def apply(model, params, *inputs, method=None):
+    """model.apply as one program: op by op, each op would be compiled by itself."""
+    return model.apply({"params": params}, *inputs, method=method)
+
+
+def make_params(model, architecture, seed=0):
+    """init_params as one program."""
+    return jax.jit(lambda: init_params(model, architecture, seed))()

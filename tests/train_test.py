@@ -43,7 +43,7 @@ def finished(data, tmp_path_factory):
 
 
 def test_it_learns_and_the_report_says_so(data, tmp_path):
-    config = tiny.make_config(data, epochs=40)
+    config = tiny.make_config(data, epochs=40, eval_every=40)
     config.data.test_split = "val"
     config.loss.same_video = "ignore"
     train.run(config, tmp_path)

@@ -1,12 +1,12 @@
 """The whole model's contract: features, masks, logits, and what must not change them."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from xclip_jax.losses import contrastive_loss
 from xclip_jax.models.clip import TextConfig, VisionConfig
@@ -49,14 +49,9 @@ def params():
     return params
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
-def _apply(model, params, *inputs, method):
-    return model.apply({"params": params}, *inputs, method=method)
-
-
 def apply(params, *inputs, method, model=None):
     """The model's answer as NumPy arrays."""
-    return jax.tree.map(np.asarray, _apply(model or xclip(), params, *inputs, method=method))
+    return jax.tree.map(np.asarray, tiny.apply(model or xclip(), params, *inputs, method=method))
 
 
 def encode(params, ids=IDS, text_mask=TEXT_MASK, frames=FRAMES, frame_mask=FRAME_MASK):
