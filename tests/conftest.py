@@ -4,8 +4,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX comes in, and for the processes that tests start
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
