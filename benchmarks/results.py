@@ -62,6 +62,12 @@ def table(rows):
     )
 
 
+def peak_mib():
+    """Peak memory of this process alone (Linux); getrusage's ru_maxrss includes the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
 def _text(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

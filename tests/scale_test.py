@@ -61,7 +61,7 @@ def single(data):
     return curve
 
 
-@pytest.mark.parametrize(("devices", "processes"), [(8, 1), (2, 2)])
+@pytest.mark.parametrize(("devices", "processes"), [(8, 1), (1, 2)])
 def test_the_same_losses(data, single, devices, processes):
     """On so many devices of so many processes."""
     for process in losses(data, CASES, devices, processes):
