@@ -1,5 +1,7 @@
 """What the compiler says of a step, without data and without running it."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
@@ -17,8 +19,8 @@ def test_memory_work_and_communication(capsys):
     both = compile_only.run(config)
     assert "all-reduce" in both["collectives"]
     assert "all-gather" in both["collectives"]
-    flops = [float(report["floating-point operations a step"]) for report in (alone, both)]
-    assert flops[1] == pytest.approx(flops[0], rel=0.5)  # the whole step's, however it is split
+    flops = "matrix products, FLOP a step"
+    assert alone[flops] == both[flops]  # the whole step's, however it is split
     out = capsys.readouterr().out
     assert "1 x cpu, batch 64" in out
     assert "2 x cpu, batch 64" in out
@@ -35,6 +37,23 @@ def test_micro_batches_take_less_memory():
 
 def gib(text):
     return float(text.removesuffix(" GiB"))
+
+
+def test_matrix_products_are_counted_in_every_layer():
+    def layers(x_3x4, kernels_5x4x4, flag):
+        x_3x4, _ = jax.lax.scan(lambda x, kernel: (jnp.sin(x @ kernel), None), x_3x4, kernels_5x4x4)
+        return jnp.sum(jax.lax.cond(flag, lambda x: x @ kernels_5x4x4[0], lambda x: x, x_3x4))
+
+    def count(function, *args):
+        return compile_only.matrix_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+    inputs = jnp.ones((3, 4)), jnp.ones((5, 4, 4))
+    a_layer = 2 * 3 * 4 * 4
+    assert count(jax.jit(layers), *inputs, True) == 6 * a_layer
+    both = jax.grad(lambda kernels, x: layers(x, kernels, True))
+    assert count(both, *inputs[::-1]) == 3 * 6 * a_layer
+    recomputed = jax.grad(jax.checkpoint(lambda kernels, x: layers(x, kernels, True)))
+    assert count(recomputed, *inputs[::-1]) > 3.8 * 6 * a_layer
 
 
 def test_no_such_topology():

@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, config, workdir, processes=1, devices=1, fields=()):
         self.workdir, self.log = Path(workdir), Path(f"{workdir}.log")
+        self.started = time.time()
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -97,9 +98,9 @@ def write_config(folder, data, epochs):
 
 
 def truncate_newest(workdir):
-    """Cuts the largest file of the newest checkpoint in half; its step, None if there is none."""
+    """Cuts the newest checkpoint's largest file in half; its step, None if it is the only one."""
     steps = [p for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()]
-    if not steps:
+    if len(steps) < 2:
         return None
     newest = max(steps, key=lambda path: int(path.name))
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -108,9 +109,13 @@ def truncate_newest(workdir):
     return int(newest.name)
 
 
-def in_mid_save(workdir):
-    """Whether a checkpoint is being written."""
-    return any(Path(workdir).glob("checkpoints/*tmp*"))
+def in_mid_save(run):
+    """Whether this start is writing a checkpoint; what others left half written does not count."""
+    try:
+        found = [path.stat().st_mtime for path in run.workdir.glob("checkpoints/*tmp*")]
+    except FileNotFoundError:  # just renamed: whole
+        return False
+    return any(changed > run.started for changed in found)
 
 
 def weights(workdir):
@@ -138,7 +143,7 @@ def main():
         victim = rng.choice(run.processes)
         way = rng.choice(["SIGTERM", "SIGKILL", "SIGKILL in mid-save", "truncated checkpoint"])
         if way == "SIGKILL in mid-save":
-            run.wait_until(lambda run=run: in_mid_save(run.workdir))
+            run.wait_until(lambda run=run: in_mid_save(run))
         else:
             enough = before + rng.randint(1, 15)
             run.wait_until(lambda run=run, enough=enough: run.steps() >= enough)

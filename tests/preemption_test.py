@@ -35,7 +35,7 @@ def assert_same(workdir, whole):
 MOMENTS = {
     "first step": lambda run: run.steps() >= 1,
     "mid-epoch": lambda run: run.steps() >= 14,
-    "checkpoint": lambda run: kills.in_mid_save(run.workdir),
+    "checkpoint": lambda run: kills.in_mid_save(run),
     "evaluation": lambda run: "encoding val" in run.said()[-300:],
 }
 
@@ -68,7 +68,7 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     assert "the same command goes on" in run.said()
 
     run = start()
-    run.wait_until(lambda: kills.in_mid_save(run.workdir))
+    run.wait_until(lambda: kills.in_mid_save(run))
     run.processes[0].kill()
     assert 0 not in run.end(seconds=90)
 
@@ -81,6 +81,7 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     run = start()
     assert run.end() == [0, 0], run.said()[-3000:]
     assert f"checkpoint {damaged} is damaged, going on from" in run.said()
+    assert "Traceback" not in run.said()
     assert_same(run.workdir, whole)
 
 

@@ -1,6 +1,7 @@
 """Training checkpoints by Orbax: asynchronous, the newest two and the best one kept."""
 
 import logging
+import sys
 from pathlib import Path
 
 import jax
@@ -85,6 +86,7 @@ class Checkpoints:
         """
         reason = None
         if is_first():
+            _silence_late_reads()
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
             try:
                 with own_checkpointer() as checkpointer:
@@ -114,6 +116,17 @@ class Checkpoints:
     def close(self):
         """Waits and lets go of the directory."""
         self._manager.close()
+
+
+def _silence_late_reads():
+    """After one read failed, the others report to Orbax's closed event loop, a traceback each."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def _score(metrics):
