@@ -17,6 +17,7 @@ from xclip_jax.errors import InputError
 from xclip_jax.progress import silence
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL): saved, and the same command goes on
+JOIN_SECONDS = 300  # after which those that wait for a missing process end
 LOST_SECONDS = 60  # after which a process that is gone ends the others
 
 
@@ -36,7 +37,13 @@ def connect(coordinator, num_processes, process_id):
         raise InputError("--coordinator, --num_processes and --process_id go together")
     if all(given) and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id={process_id}: must be from 0 to {num_processes - 1}")
+    if process_id == 0 and num_processes > 1:
+        print(
+            f"waiting for {num_processes} processes at {coordinator}, at most {JOIN_SECONDS} s",
+            flush=True,
+        )
     options = {
+        "initialization_timeout": JOIN_SECONDS,
         "heartbeat_timeout_seconds": LOST_SECONDS,
         "shutdown_timeout_seconds": LOST_SECONDS,
     }
