@@ -14,11 +14,11 @@ def test_memory_work_and_communication(capsys):
     config.train.batch_size = 64
     config.mesh.data = 1
     alone = compile_only.run(config)
-    assert alone["collectives"] == "none"
+    assert alone["collectives in the program"] == "none"
     config.mesh.data = -1
     both = compile_only.run(config)
-    assert "all-reduce" in both["collectives"]
-    assert "all-gather" in both["collectives"]
+    assert "all-reduce" in both["collectives in the program"]
+    assert "all-gather" in both["collectives in the program"]
     flops = "matrix products, FLOP a step"
     assert alone[flops] == both[flops]  # the whole step's, however it is split
     out = capsys.readouterr().out

@@ -8,10 +8,13 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import kills
 import pytest
+import tiny
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -395,10 +398,9 @@ def test_watch_keeps_the_slice_on_demand(launcher):
     assert (status, done) == (0, ["setup", "run"])
 
 
-@pytest.mark.parametrize("status", [75, 255])
-def test_watch_recreates_and_resumes_after_preemption(launcher, status):
+def test_watch_recreates_and_resumes_after_preemption(launcher):
     states = ["ACTIVE", "DELETING", "NONE", "PROVISIONING", "ACTIVE"]
-    result, done, _ = watch(launcher, states, runs=[status, 0], creates=[0])
+    result, done, _ = watch(launcher, states, runs=[75, 0], creates=[0])
     assert result == 0
     assert done == ["setup", "run", "delete", "create", "setup", "run", "delete"]
     first, second = [call for call in launcher.calls("gcloud") if "worker_run" in call[7]]
@@ -449,7 +451,19 @@ def test_watch_gives_up_after_failures_in_a_row(launcher, states, creates):
 
 def test_watch_gives_up_on_slices_that_cannot_be_reached(launcher):
     status, done, _ = watch(launcher, ["ACTIVE"] * 2, setups=[255, 255], MAX_FAILURES="2")
-    assert (status, done) == (1, ["setup", "delete", "setup"])
+    assert (status, done) == (1, ["setup", "setup"])
+
+
+def test_watch_comes_back_to_a_program_when_only_the_connection_was_lost(launcher):
+    status, done, _ = watch(launcher, ["ACTIVE", "ACTIVE"], runs=[255, 0])
+    assert (status, done) == (0, ["setup", "run", "setup", "run", "delete"])
+
+
+def test_watch_recreates_a_slice_that_took_the_connection_with_it(launcher):
+    states = ["ACTIVE", "SUSPENDED", "NONE", "ACTIVE"]
+    status, done, _ = watch(launcher, states, runs=[255, 0], creates=[0])
+    assert status == 0
+    assert done == ["setup", "run", "delete", "create", "setup", "run", "delete"]
 
 
 def test_a_slice_that_works_ends_the_row_of_failures(launcher):
@@ -576,9 +590,11 @@ def test_worker_setup_leaves_what_is_mounted(worker):
 
 # SLURM
 
+SRUN = ["srun", "--kill-on-bad-exit=0", "--cpus-per-task=8", "--label"]
+
 
 def slurm(launcher, *arguments, **options):
-    job = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT)}
+    job = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "8"}
     return launcher.popen(["slurm.sbatch", *arguments], variables=VARIABLES | job, **options)
 
 
@@ -589,10 +605,34 @@ def test_slurm_requeues_only_what_was_preempted(launcher, status, requeued):
     assert launcher.calls("scontrol") == ([["scontrol", "requeue", "17"]] if requeued else [])
     words = program("/scratch/me", "--config.train.epochs=1")
     cache = "JAX_COMPILATION_CACHE_DIR=/scratch/me/jax_cache"
-    assert launcher.calls("srun") == [
-        ["srun", "--kill-on-bad-exit=0", "--label", "env", cache, "python", *words]
-    ]
+    assert launcher.calls("srun") == [[*SRUN, "env", cache, "python", *words]]
     assert launcher.calls("python") == [["python", *words]]
+
+
+TWO_TASKS = """
+while [[ $1 == --* ]]; do shift; done
+pids=()
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "$status"
+"""
+
+
+def test_slurm_trains_as_two_processes_that_find_each_other(launcher, tmp_path):
+    """The real program in the environment that SLURM gives each of two tasks."""
+    config = kills.write_config(tmp_path, tiny.make_dataset(tmp_path / "data"), epochs=1)
+    launcher.stand_in("srun", TWO_TASKS)
+    launcher.stand_in("python", f'exec "{sys.executable}" "$@"')
+    variables = {"NAME": "two", "CONFIG": str(config), "DATA": "data", "SHARED": str(tmp_path)}
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "JAX_PLATFORMS": "cpu"}
+    job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(ROOT)}
+    started = launcher.popen(["slurm.sbatch"], variables=variables | job)
+    output, errors = started.communicate(timeout=150)
+    assert started.returncode == 0, errors
+    assert "on 2 x cpu" in output
+    assert output.count("report: ") == 1  # one process speaks
+    assert (tmp_path / "runs/two/results.json").is_file()
 
 
 def test_slurm_hands_the_signal_to_the_tasks_and_waits_for_them(launcher):

@@ -113,13 +113,54 @@ def test_checkpoints_of_another_model_are_refused_and_kept(finished, tmp_path):
         train.run(config, tmp_path)
 
 
+def cut(path):
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+DAMAGES = {
+    "a file cut": cut,
+    "no state": lambda path: shutil.rmtree(path / "state"),
+    "metrics": lambda path: (path / "metrics/metrics").write_bytes(b"\xff"),
+    "no metrics": lambda path: (path / "metrics/metrics").write_text(""),
+    "array metadata": lambda path: (path / "state/array_metadatas/process_0").write_text("?"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_gives_way_to_a_whole_checkpoint(tmp_path, damage, caplog):
+    state = {"x": jax.device_put(np.arange(4000.0))}
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"x": state["x"] + step}, step)
+    checkpoints.close()
+    DAMAGES[damage](tmp_path / "2")
+    checkpoints = Checkpoints(tmp_path)
+    step, found = checkpoints.restore_newest(state)
+    assert (step, found["x"][0]) == (1, 1)
+    assert "checkpoint 2 is damaged" in caplog.text
+    checkpoints.close()
+
+
+def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next(tmp_path, caplog):
+    state = {"x": np.arange(4000.0)}
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in ((1, 9), (2, 5), (3, 7)):
+        checkpoints.save(step, {"x": state["x"] + (np.nan if step == 1 else step)}, score)
+    checkpoints.wait()
+    step, found = checkpoints.restore_best(state)
+    assert (step, found["x"][0]) == (3, 3)
+    assert "checkpoint 1 is damaged, taking the next best: it holds NaN" in caplog.text
+    checkpoints.close()
+
+
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
     state = {"x": np.arange(4.0)}
     checkpoints = Checkpoints(tmp_path)
     for step, score in enumerate([10, 90, 30, 90, 20, None, 40], 1):
         checkpoints.save(step, {"x": state["x"] + step}, score)
-    assert checkpoints.best_step() == 4  # the latest of equals
-    assert checkpoints.restore(4, state)["x"].tolist() == [4, 5, 6, 7]
+    step, best = checkpoints.restore_best(state)
+    assert (step, best["x"].tolist()) == (4, [4, 5, 6, 7])  # the latest of equals
     step, newest = checkpoints.restore_newest(state)
     assert (step, newest["x"].tolist()) == (7, [7, 8, 9, 10])
     checkpoints.close()

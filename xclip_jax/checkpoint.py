@@ -1,6 +1,8 @@
 """Training checkpoints by Orbax: asynchronous, the newest two and the best one kept."""
 
+import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from xclip_jax.distributed import is_first, share
+from xclip_jax.distributed import is_first, share, wait_for_all
 from xclip_jax.errors import InputError
 
 # Checkpoints between evaluations have no score; Orbax would warn of each.
@@ -29,10 +31,12 @@ class Checkpoints:
     """The checkpoints of a work directory.
 
     A step that was cut short while being written or deleted is never taken for whole: restoring
-    tries the newest first and falls back, saying so.
+    tries the newest first and falls back, saying so. Bits that changed on the disk are noticed if
+    a file cannot be read any more or holds NaN or infinite numbers.
     """
 
     def __init__(self, directory):
+        _delete_unreadable(Path(directory))
         policies = [keep.LatestN(2), keep.BestN(get_metric_fn=_score, n=1, **_UNSCORED)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
@@ -89,8 +93,13 @@ class Checkpoints:
             _silence_late_reads()
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
             try:
+                folder = self._manager.directory / str(step) / "state"
+                for path in folder.glob("array_metadatas/*"):
+                    json.loads(path.read_text())
                 with own_checkpointer() as checkpointer:
-                    checkpointer.restore(self._manager.directory / str(step) / "state", like)
+                    arrays = jax.tree.leaves(checkpointer.restore(folder, like))
+                if not all(np.isfinite(array).all() for array in arrays):
+                    reason = "it holds NaN or infinite numbers"
             except Exception as error:  # Orbax has no one type for a damaged checkpoint
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return share(reason)[0]
@@ -101,13 +110,24 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self._manager.restore(step, args=args)["state"]
 
-    def best_step(self):
-        """The step with the highest validation score; the newest if none was ever scored."""
+    def restore_best(self, like):
+        """(step, state) with the highest validation score; the newest if none was ever scored.
+
+        One that is damaged gives way to the next, with a warning.
+
+        Raises:
+            InputError: none can be restored.
+        """
         self._manager.wait_until_finished()
-        scores = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scored = {step: metrics["score"] for step, metrics in scores.items() if metrics}
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scores = {step: found["score"] if found else -np.inf for step, found in metrics.items()}
         # The latest of equals, which is the one that BestN keeps.
-        return max(scored, key=lambda s: (scored[s], s)) if scored else max(scores, default=None)
+        for step in sorted(scores, key=lambda s: (scores[s], s), reverse=True):
+            reason = self._damage(step, like)
+            if not reason:
+                return step, self.restore(step, like)
+            logging.warning("checkpoint %d is damaged, taking the next best: %s", step, reason)
+        raise InputError(f"no checkpoint in {self._manager.directory} can be restored")
 
     def wait(self):
         """Returns when everything is on disk."""
@@ -116,6 +136,25 @@ class Checkpoints:
     def close(self):
         """Waits and lets go of the directory."""
         self._manager.close()
+
+
+def _delete_unreadable(directory):
+    """Deletes steps whose metrics cannot be read, unless all are such: Orbax would open none."""
+    if is_first():
+        steps = [path for path in directory.glob("*") if path.name.isdigit()]
+        broken = [path for path in steps if not _is_readable(path / "metrics" / "metrics")]
+        for path in broken if len(broken) < len(steps) else []:
+            logging.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
+            shutil.rmtree(path)
+    wait_for_all("whole checkpoints")
+
+
+def _is_readable(path):
+    """Whether a JSON file can be read, or is not there, as where nothing was validated."""
+    try:
+        return not path.exists() or bool(json.loads(path.read_text()) or True)
+    except ValueError:
+        return False
 
 
 def _silence_late_reads():

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from xclip_jax.models import build_model, resolve
 from xclip_jax.train import compile_step, state_shapes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+CLIP_VOCABULARY = 49408
 STEPS = 1000  # of the schedule: it does not change the program's size
 
 
@@ -42,7 +44,8 @@ def run(config, topology=""):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch_sizes(config.train, mesh)
     architecture = resolve(json.loads(config.model.to_json()))
-    architecture["text"]["vocab_size"] = architecture["text"]["vocab_size"] or 49408
+    assumed = not architecture["text"]["vocab_size"]
+    architecture["text"]["vocab_size"] = architecture["text"]["vocab_size"] or CLIP_VOCABULARY
     model = build_model(architecture)
     _, optimizer = configured_optimizer(config.optimizer, STEPS)
     state = state_shapes(model, architecture, optimizer, mesh)
@@ -50,6 +53,8 @@ def run(config, topology=""):
     traced = step.trace(state, _batch(config, mesh))
     compiled = traced.lower().compile()
     report = describe(compiled, matrix_flops(traced.jaxpr.jaxpr))
+    if assumed:
+        report["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's: the tokenizer of the data decides"
     print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {config.train.batch_size}")
     for name, value in report.items():
         print(f"  {name:34}{value}")
@@ -65,7 +70,7 @@ def describe(compiled, flops):
         "temporary memory, a device": _gib(memory.temp_size_in_bytes),
         "peak memory, a device": _gib(kept + memory.temp_size_in_bytes),
         "matrix products, FLOP a step": f"{flops:.3g}, all devices",
-        "collectives": _collectives(compiled),
+        "collectives in the program": _collectives(compiled),
     }
 
 
@@ -115,10 +120,9 @@ def _devices(topology):
     try:
         return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except Exception as error:  # libtpu has no one type
+        hint = "such as v6e:2x4" if find_spec("libtpu") else "needs pip install libtpu"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"--topology={topology}: {reason} (needs pip install libtpu; such as v6e:2x4)"
-        ) from None
+        raise InputError(f"--topology={topology}: {reason} ({hint})") from None
 
 
 def _batch(config, mesh):

@@ -27,7 +27,9 @@ FREE_FIELDS = (
     "eval",
     "data.path",
     "train.micro_batch",
+    "train.checkpoint_every",
     "loss.block_cells",
+    "model.remat",
 )
 
 
@@ -177,6 +179,8 @@ def validate(c):
         _check(c, field, lambda x: x <= 2**16, "at most 65536")
     _check(c, "mesh.data", lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
     at_least = f"at least log.profile_from = {c.log.profile_from}"
+    both = "at least 1 where log.profile_to is set"
+    _check(c, "log.profile_from", lambda x: x > 0 or not c.log.profile_to, both)
     _check(c, "log.profile_to", lambda x: x >= c.log.profile_from, at_least)
     _sizes(c.model)
 

@@ -6,6 +6,7 @@ writes logs, reports and model directories.
 
 import contextlib
 import pickle
+import re
 import signal
 import sys
 
@@ -35,6 +36,10 @@ def connect(coordinator, num_processes, process_id):
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
         raise InputError("--coordinator, --num_processes and --process_id go together")
+    if all(given) and not re.fullmatch(r".+:\d+", coordinator):
+        raise InputError(f"--coordinator={coordinator}: must be HOST:PORT")
+    if all(given) and num_processes < 1:
+        raise InputError(f"--num_processes={num_processes}: must be at least 1")
     if all(given) and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id={process_id}: must be from 0 to {num_processes - 1}")
     if process_id == 0 and num_processes > 1:
@@ -121,6 +126,15 @@ class Preemption:
 
 
 def stop_when_preempted():
-    """Outside of training there is nothing to save: SIGTERM just ends the program."""
-    if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+    """SIGTERM just ends the program: to be called where there is nothing to save.
+
+    With several processes not before training, which needs the handler that JAX has set.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+
+
+def leave():
+    """Ends together with the others: they fail if the first process goes before them."""
+    if jax.process_count() > 1:
+        wait_for_all("the end")
+        jax.distributed.shutdown()

@@ -13,6 +13,7 @@ one: Cloud TPU, GKE and SLURM are detected, elsewhere see --coordinator.
 import logging
 import sys
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
@@ -23,6 +24,7 @@ from xclip_jax.data.builder import dataset_folder
 from xclip_jax.distributed import (
     connect,
     is_first,
+    leave,
     named_if_it_fails,
     stop_when_preempted,
     wait_for_all,
@@ -61,8 +63,11 @@ def main(argv):
         if _COMPILE_ONLY.value:
             compile_only.run(config, _TOPOLOGY.value)
             return
+        if _TOPOLOGY.value:
+            raise InputError("--topology: only with --compile_only")
         connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        stop_when_preempted()
+        if jax.process_count() == 1 or config.mode == "eval":
+            stop_when_preempted()
         workdir = _WORKDIR.value or f"runs/{config.name}"
         if config.data.rendered and not dataset_folder(config.data.path).is_dir():
             image_size, scenes = config.model.vision.image_size, config.data.rendered
@@ -74,6 +79,7 @@ def main(argv):
                 train.run(config, workdir)
                 stop_when_preempted()
             evaluate.run(config, workdir)
+            leave()
 
 
 def parse_flags(argv):

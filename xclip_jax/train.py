@@ -15,7 +15,7 @@ from flax import struct
 from xclip_jax import sharding
 from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.contrast import Contrast
-from xclip_jax.distributed import PREEMPTED, Preemption, say, wait_for_all
+from xclip_jax.distributed import PREEMPTED, Preemption, leave, say, wait_for_all
 from xclip_jax.evaluate import evaluate_split
 from xclip_jax.experiment import set_up
 from xclip_jax.inference import on_local_devices
@@ -92,8 +92,8 @@ def run(config, workdir):
     step_fn = compile_step(model, setup.optimizer, config, mesh, state)
     with Monitor(config, workdir, setup.schedule, total_steps, int(state.step)) as monitor:
         _fit(config, setup, state, step_fn, checkpoints, monitor)
-    best = checkpoints.best_step()
-    params = on_local_devices(checkpoints.restore(best, state).params)
+    best, state = checkpoints.restore_best(state)
+    params = on_local_devices(state.params)
     checkpoints.close()
     on_last = config.train.select == "last" or not setup.selected_on
     chosen = "last step" if on_last else setup.selected_on
@@ -151,6 +151,7 @@ def _fit(config, setup, state, step_fn, checkpoints, monitor):
             checkpoints.wait()
             total = setup.total_steps
             say(f"preempted: saved after step {step} of {total}; the same command goes on")
+            leave()
             sys.exit(PREEMPTED)
 
 

@@ -55,7 +55,8 @@ use_slice() {
   train
   case $status in
     0) finish ;;
-    "$PREEMPTED" | "$CONNECTION_LOST") delete ;;
+    "$PREEMPTED") delete ;;
+    "$CONNECTION_LOST") sleep "$POLL_SECONDS" ;; # the program may still run: the state tells
     *) # When a worker vanishes the others fail in ways of their own: ask about the slice first.
       sleep "$POLL_SECONDS"
       if [[ $(slice_state) == ACTIVE ]]; then
