@@ -2,7 +2,10 @@
 
     python benchmarks/train_step.py --model=b32 --batch=4,8 --torch
 
-    python benchmarks/train_step.py --model=b16 --batch=32,64,128 --dtype=bfloat16
+    python benchmarks/train_step.py --model=b32,b16 --batch=80,300 --dtype=bfloat16 --torch
+
+The second line is for a GPU: both backbones at the batches of the release's scripts, meant to take
+less than 8 minutes on a large one. It was written without one at hand.
 
 Random weights, random frames, the default config's loss and AdamW, all devices. With --torch the
 plain PyTorch of torch_xclip.py starts from the same weights; the two take turns in one run. Writes
@@ -10,6 +13,7 @@ results/NAME_DEVICE.json, after each batch size.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,10 +34,10 @@ from xclip_jax.train import compile_step, init_state
 TURN, STEPS = 2, 1000  # timed steps of a turn; steps of the schedule
 
 
-def configured(args, batch):
+def configured(args, model, batch):
     """The default config with what the command line says."""
     config = get_config()
-    config.model.vision.patch_size = BACKBONES[f"vit_{args.model}"]
+    config.model.vision.patch_size = BACKBONES[f"vit_{model}"]
     config.model.update(dtype=args.dtype, max_frames=args.frames)
     config.train.update(batch_size=batch, micro_batch=args.micro_batch)
     return config
@@ -138,9 +142,9 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def measure(args, batch_size, product):
+def measure(args, model, batch_size, product):
     """A row of the table."""
-    config = configured(args, batch_size)
+    config = configured(args, model, batch_size)
     architecture = resolve(json.loads(config.model.to_json()))
     batch = random_batch(architecture, batch_size)
     ours = Ours(config, architecture, batch)
@@ -152,7 +156,7 @@ def measure(args, batch_size, product):
     flops = step_flops(architecture, batch_size) / step_time
     peak_bytes, source = ours.peak_bytes()
     row = {
-        "model": args.model,
+        "model": model,
         "dtype": args.dtype,
         "batch": batch_size,
         "step_s": step_time,
@@ -207,7 +211,7 @@ def compared(rounds, trainer):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=("b32", "b16"), default="b32")
+    parser.add_argument("--model", default="b32", help="b32, b16 or b32,b16")
     parser.add_argument("--batch", default="4,8", help="sizes, rising: peak memory only rises")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--frames", type=int, default=12)
@@ -216,6 +220,8 @@ def arguments():
     parser.add_argument("--torch", action="store_true", help="measure PyTorch too")
     parser.add_argument("--name", default="train_step", help="of the results")
     args = parser.parse_args()
+    if not {f"vit_{model}" for model in args.model.split(",")} <= BACKBONES.keys():
+        parser.error(f"--model={args.model}: must be of b32, b16")
     if args.torch and args.micro_batch:
         parser.error("--micro_batch: the PyTorch side has no gradient caching")
     return args
@@ -226,8 +232,8 @@ def main():
     if args.torch:  # both share a GPU: neither may take it all
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     product, rows = Product(args.dtype), []
-    for batch_size in map(int, args.batch.split(",")):
-        rows.append(measure(args, batch_size, product))
+    for model, batch in itertools.product(args.model.split(","), args.batch.split(",")):
+        rows.append(measure(args, model, int(batch), product))
         said = {**vars(args), "peak_tflops": product.peak_flops() / 1e12}
         path = results.write(args.name, said, rows)
         print(results.table(rows), flush=True)
