@@ -37,6 +37,7 @@ class Checkpoints:
 
     def __init__(self, directory):
         _delete_unreadable(Path(directory))
+        _silence_late_reads()
         policies = [keep.LatestN(2), keep.BestN(get_metric_fn=_score, n=1, **_UNSCORED)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
@@ -90,7 +91,6 @@ class Checkpoints:
         """
         reason = None
         if is_first():
-            _silence_late_reads()
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
             try:
                 folder = self._manager.directory / str(step) / "state"
@@ -152,9 +152,12 @@ def _delete_unreadable(directory):
 def _is_readable(path):
     """Whether a JSON file can be read, or is not there, as where nothing was validated."""
     try:
-        return not path.exists() or bool(json.loads(path.read_text()) or True)
+        json.loads(path.read_text())
+    except FileNotFoundError:
+        return True
     except ValueError:
         return False
+    return True
 
 
 def _silence_late_reads():

@@ -1,7 +1,7 @@
 """The device mesh, and where arrays live on it.
 
 Batches are split over all devices. Parameters and optimizer state are whole on every device, or,
-with an `fsdp` axis, each large array is split over it and gathered when it is used.
+with an `fsdp` axis, each large array is split over it and gathered at the start of a step.
 """
 
 import math
