@@ -32,6 +32,13 @@ def get_config():
 """
 
 
+def free_port():
+    """A port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Run:
     """One start of the command, as one or several processes with a device or more each."""
 
@@ -39,9 +46,7 @@ class Run:
         self.workdir, self.log = Path(workdir), Path(f"{workdir}.log")
         self.started = time.time()
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            coordinator = f"localhost:{free.getsockname()[1]}"
+        coordinator = f"localhost:{free_port()}"
         environment = os.environ | {
             "PYTHONPATH": str(TESTS.parent),
             "JAX_NUM_CPU_DEVICES": str(devices),

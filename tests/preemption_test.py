@@ -1,6 +1,8 @@
 """Stopped in every way, on one process and on several, a run ends as if nothing had happened."""
 
 import signal
+import subprocess
+import sys
 
 import kills
 import numpy as np
@@ -83,6 +85,32 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     assert f"checkpoint {damaged} is damaged, going on from" in run.said()
     assert "Traceback" not in run.said()
     assert_same(run.workdir, whole)
+
+
+ENDING = """
+import os, signal, sys, time
+from xclip_jax import distributed, errors
+
+def main():
+    distributed.connect(sys.argv[1], 2, int(sys.argv[2]))
+    distributed.share("both are here")
+    if sys.argv[2] == "1":
+        time.sleep(4)
+    distributed.leave()
+    distributed.stop_when_preempted()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+errors.run_command(main)
+"""
+
+
+def test_the_first_process_waits_for_the_last_and_sigterm_ends_each():
+    """The command ends without JAX's own farewell: those that outlive the first are aborted."""
+    coordinator = f"localhost:{kills.free_port()}"
+    command = [sys.executable, "-c", ENDING, coordinator]
+    started = [subprocess.Popen([*command, number]) for number in "01"]
+    assert [process.wait(60) for process in started] == [75, 75]
 
 
 def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole):

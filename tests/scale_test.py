@@ -2,11 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import kills
 import pytest
 import tiny
 
@@ -36,9 +36,7 @@ def data(tmp_path_factory):
 
 def losses(data, cases, devices, processes=1):
     """For each process the losses of each case."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
+    coordinator = f"localhost:{kills.free_port()}"
     request = {"data": data, "devices": devices, "steps": STEPS}
     request["cases"] = [FIELDS | case for case in cases]
     started = []
