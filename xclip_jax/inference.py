@@ -7,6 +7,7 @@ import functools
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -23,8 +24,7 @@ def on_local_devices(params):
 
 def _whole(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-        x = jax.jit(lambda x: x, out_shardings=everywhere)(x).addressable_data(0)
+        x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
