@@ -20,7 +20,7 @@ import av
 import numpy as np
 import pytest
 
-from xclip_jax import prepare
+from xclip_jax import prepare, workers
 from xclip_jax.data import extraction
 from xclip_jax.data.accounting import report_failures
 from xclip_jax.data.builder import Dataset, dataset_folder
@@ -71,7 +71,7 @@ def videos(tmp_path_factory):
 def in_threads(monkeypatch):
     """The pool of processes becomes one of threads: the tests that use it are not about crashes."""
 
-    monkeypatch.setattr(extraction, "worker_pool", concurrent.futures.ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "worker_pool", concurrent.futures.ThreadPoolExecutor)
 
 
 def command(videos, annotations, output, *more):
@@ -431,7 +431,7 @@ def test_a_crashing_decoder_takes_only_its_clip_along(tmp_path, monkeypatch, cap
     for number, name in enumerate(names):
         make_video(folder / f"{name}.mp4", level=20 + 20 * number, seconds=1)
     monkeypatch.setattr(extraction, "extract", extract_or_die)
-    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 2)
     annotations = annotate(tmp_path / "a.json", *({"video": name} for name in names))
     prepare.prepare(annotations, folder, output, image_size=32, max_failures=0.2)
     assert "4 of 5 clips read; 1 failed" in capsys.readouterr().out
@@ -459,8 +459,8 @@ def test_a_pool_that_breaks_while_it_is_fed_loses_no_job(monkeypatch):
             future.set_result(function(*arguments))
             return future
 
-    monkeypatch.setattr(extraction, "worker_pool", Pool)
-    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workers, "worker_pool", Pool)
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job))
     jobs = [f"job {n}" for n in range(9)]
     assert [outcome.note for outcome in extraction.extract_all(jobs)] == jobs

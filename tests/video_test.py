@@ -211,9 +211,9 @@ def test_pixels_are_made_square(tmp_path, degrees, aspect):
 
 
 def test_pixel_aspect_out_of_reason_is_ignored():
-    assert video._Converter(32, Fraction(1, 65535)).pixel_aspect == 1
-    assert video._Converter(32, None).pixel_aspect == 1
-    assert video._Converter(32, Fraction(64, 51)).pixel_aspect == Fraction(64, 51)
+    assert video._Upright(Fraction(1, 65535)).pixel_aspect == 1
+    assert video._Upright(None).pixel_aspect == 1
+    assert video._Upright(Fraction(64, 51)).pixel_aspect == Fraction(64, 51)
 
 
 def plain_preprocess(image, size):
@@ -265,7 +265,7 @@ def test_colours(pixel_format, matrix, full_range):
             dtype = np.uint16 if scale == 4 else np.uint8
             plane.update(np.full(plane.buffer_size // dtype().nbytes, level * scale + 0.5, dtype))
         frame.colorspace, frame.color_range = matrix, 2 if full_range else 1
-        got = video._Converter(32, None)(frame)[16, 16]
+        got = video._Upright(None)(frame).square(32)[16, 16]
         assert got.tolist() == pytest.approx(rgb.tolist(), abs=1 if scale == 4 else 3)
 
 
@@ -280,7 +280,7 @@ def test_ten_bit(tmp_path):
 @pytest.mark.parametrize("pixel_format", ["gray", "yuva420p", "bgra", "rgb565le", "rgb24", "gbrp"])
 def test_any_pixel_format_becomes_rgb(pixel_format):
     frame = av.VideoFrame.from_ndarray(grey(20), format="rgb24").reformat(format=pixel_format)
-    array = video._Converter(32, None)(frame)
+    array = video._Upright(None)(frame).square(32)
     assert array.shape == (32, 32, 3)
     assert abs(array.mean() - 100) < 3
 

@@ -1,10 +1,12 @@
 """Worker processes that leave Ctrl-C to their parent and end when it is killed."""
 
+import collections
 import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 
 class _Pool(ProcessPoolExecutor):
@@ -28,6 +30,38 @@ def worker_pool(jobs):
     workers = max(1, min(os.cpu_count() or 1, jobs))
     context = multiprocessing.get_context("spawn")
     return _Pool(workers, context, initializer=_end_with_parent)
+
+
+def run_jobs(function, jobs, done):
+    """Calls `function` on every job on all cores, and `done(index, result)` here as results come.
+
+    A job that brings its process down takes only itself with it, and its result is None: the jobs
+    that were running then are tried again, each in a process of its own.
+    """
+    todo = collections.deque(range(len(jobs)))
+    while todo:
+        for index in _run_pool(function, jobs, todo, done):
+            if _run_pool(function, jobs, collections.deque([index]), done):
+                done(index, None)
+
+
+def _run_pool(function, jobs, todo, done):
+    """Works off `todo` (emptied as it goes); returns the jobs in flight if the pool broke."""
+    at_once = 2 * os.cpu_count()
+    with worker_pool(len(todo)) as pool:
+        running = {}
+        while todo or running:
+            try:
+                while todo and len(running) < at_once:
+                    running[pool.submit(function, jobs[todo[0]])] = todo[0]
+                    todo.popleft()
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                results = [(future, future.result()) for future in ended]
+            except BrokenProcessPool:  # from submit as well, if it broke in the meantime
+                return list(running.values())
+            for future, result in results:
+                done(running.pop(future), result)
+    return []
 
 
 def _end_with_parent():

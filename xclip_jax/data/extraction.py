@@ -1,18 +1,17 @@
 """Reading the frames of clips, once each, into cache files; on all cores of this machine."""
 
-import collections
 import dataclasses
 import hashlib
 import os
-from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.progress import progress
-from xclip_jax.workers import worker_pool
+from xclip_jax.workers import run_jobs
+
+CRASHED = "the decoder crashed on this file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,41 +100,16 @@ def record(clip_id, captions, cache):
 
 
 def extract_all(jobs):
-    """`extract` of every job on all cores, in order, with a progress bar.
+    """`extract` of every job on all cores, in order, with a progress bar."""
+    outcomes, failures = [None] * len(jobs), 0
 
-    A decoder that brings its process down takes only its own clip with it: the jobs that were
-    running then are tried again, each in a process of its own.
-    """
-    outcomes = [None] * len(jobs)
-    todo = collections.deque(range(len(jobs)))
+    def done(index, outcome):
+        nonlocal failures
+        outcomes[index] = outcome or Outcome(CRASHED)
+        failures += outcomes[index].failure is not None
+        bar.update()
+        bar.set_postfix(failed=failures, refresh=False)
+
     with progress(len(jobs), "reading videos", "clip") as bar:
-        while todo:
-            suspects = _run_pool(jobs, todo, outcomes, bar)
-            for index in suspects:
-                left = _run_pool(jobs, collections.deque([index]), outcomes, bar)
-                if left:
-                    outcomes[index] = Outcome("the decoder crashed on this file")
-                    bar.update()
+        run_jobs(extract, jobs, done)
     return outcomes
-
-
-def _run_pool(jobs, todo, outcomes, bar):
-    """Works off `todo` (emptied as it goes); returns the jobs in flight if the pool broke."""
-    at_once, failures = 2 * os.cpu_count(), 0
-    with worker_pool(len(todo)) as pool:
-        running = {}
-        while todo or running:
-            try:
-                while todo and len(running) < at_once:
-                    running[pool.submit(extract, jobs[todo[0]])] = todo[0]
-                    todo.popleft()
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                results = [(future, future.result()) for future in done]
-            except BrokenProcessPool:  # from submit as well, if it broke in the meantime
-                return list(running.values())
-            for future, outcome in results:
-                outcomes[running.pop(future)] = outcome
-                failures += outcome.failure is not None
-                bar.update()
-                bar.set_postfix(failed=failures, refresh=False)
-    return []

@@ -84,23 +84,102 @@ def read_frames(
     Raises:
       VideoError: not one frame could be had.
     """
-    av.logging.set_level(None)  # FFmpeg would print each broken macroblock to stderr
-    first = max(_seconds(start or 0), 0)
-    last = math.inf if end is None else _seconds(end)
+    reader = VideoReader(path, start, end)
+    chosen = [(picture.square(image_size), time) for time, picture in reader]
+    return Frames(*map(list, zip(*chosen, strict=True)), reader.note)
+
+
+class VideoReader:
+    """The pictures of `read_frames` one after another, as (presentation time, Picture); once.
+
+    A picture shown for more than a second comes more than once, the same object.
+
+    Attributes, after the last picture:
+      note: None, or why the file was read only in part.
+      end: seconds from the file's first frame to the end of its last.
+
+    Raises, on iteration:
+      VideoError: not one frame could be had.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, start: float | None = None, end: float | None = None
+    ):
+        self.path, self.start, self.until = path, start, end
+        self.note: str | None = None
+        self.end = 0.0
+
+    def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
+        av.logging.set_level(None)  # FFmpeg would print each broken macroblock to stderr
+        first = max(_seconds(self.start or 0), 0)
+        last = math.inf if self.until is None else _seconds(self.until)
+        with _open(self.path) as container:
+            stream = _video_stream(container)
+            decoder = _Decoder(container, stream)
+            upright = _Upright(stream.sample_aspect_ratio)
+            second, found = 1 / stream.time_base, False
+            for ticks, frame in _pick(decoder, first * second, last * second, second):
+                found = True
+                yield float(ticks / second), upright(frame)
+            if not decoder.count:
+                raise VideoError(f"no frame could be decoded: {_reason(decoder.error)}")
+            if not found:
+                until = "its end" if self.until is None else f"{self.until} s"
+                raise VideoError(f"no frame between {self.start or 0} s and {until}")
+            self.note = decoder.trouble(stream.frames if self.until is None else 0)
+            self.end = float(decoder.end / second)
+
+
+class Picture:
+    """A decoded frame, upright; its pixels may not be square yet.
+
+    Attributes:
+      image: RGB.
+      pixel_aspect: width of a pixel over its height.
+    """
+
+    def __init__(self, image: Image.Image, pixel_aspect: Fraction):
+        self.image, self.pixel_aspect = image, pixel_aspect
+        self._square: dict[int, np.ndarray] = {}
+
+    def square(self, image_size: int) -> np.ndarray:
+        """uint8 S x S x 3 as `preprocess` makes it; asked for again, the same array."""
+        if image_size not in self._square:
+            self._square[image_size] = preprocess(self.image, image_size, self.pixel_aspect)
+        return self._square[image_size]
+
+    def thumbnail(self, longest: int) -> bytes:
+        """JPEG of the whole picture, its longer side `longest` pixels, or its own if shorter."""
+        width, height = self.image.width * self.pixel_aspect, self.image.height
+        scale = min(1, longest / max(width, height))
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        small = self.image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
+        return simplejpeg.encode_jpeg(np.array(small), quality=80, colorspace="RGB")
+
+
+def still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
+    """JPEG of the picture shown `second` seconds after the file's first frame, found by seeking.
+
+    Fast, and on files with odd time stamps or indices not exact: for people to look at.
+
+    Raises:
+      VideoError: there is no such picture.
+    """
+    av.logging.set_level(None)
     with _open(path) as container:
         stream = _video_stream(container)
-        decoder = _Decoder(container, stream)
-        convert = _Converter(image_size, stream.sample_aspect_ratio)
-        second = 1 / stream.time_base
-        picked = _pick(decoder, first * second, last * second, second)
-        chosen = [(convert(frame), float(ticks / second)) for ticks, frame in picked]
-        if not decoder.count:
-            raise VideoError(f"no frame could be decoded: {_reason(decoder.error)}")
-        if not chosen:
-            until = "its end" if end is None else f"{end} s"
-            raise VideoError(f"no frame between {start or 0} s and {until}")
-        note = decoder.trouble(stream.frames if end is None else 0)
-    return Frames(*map(list, zip(*chosen, strict=True)), note)
+        wanted = (stream.start_time or 0) + round(_seconds(second) / stream.time_base)
+        frame = None
+        try:
+            container.seek(wanted, stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts + (frame.duration or 1) > wanted:
+                    break
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"no picture at {second} s: {_reason(error)}") from error
+        if frame is None:
+            raise VideoError(f"no picture at {second} s")
+        return _Upright(stream.sample_aspect_ratio)(frame).thumbnail(longest)
 
 
 def preprocess(
@@ -176,11 +255,15 @@ class _Decoder:
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
         self.container, self.stream = container, stream
+        self.clock = _Clock(stream)
         self.count = 0
         self.error: Exception | None = None
 
+    @property
+    def end(self) -> int:
+        return self.clock.end
+
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        clock = _Clock(self.stream)
         # AVI keeps decoding times alone; what FFmpeg makes of them as presentation times jumps
         # back and forth with B-frames.
         stamp = "dts" if self.container.format.name == "avi" else "pts"
@@ -188,7 +271,7 @@ class _Decoder:
             for packet in self.container.demux(self.stream):
                 for frame in self._decode(packet):
                     self.count += 1
-                    yield clock(getattr(frame, stamp)), frame
+                    yield self.clock(getattr(frame, stamp)), frame
         except (av.FFmpegError, ValueError) as error:
             self.error = error
 
@@ -227,8 +310,13 @@ class _Clock:
         self.zero: int | None = None
         self.now = -self.period
 
+    @property
+    def end(self) -> int:
+        """Ticks from the first frame to the end of the last, had it an average length."""
+        return self.now + self.period
+
     def __call__(self, stamp: int | None) -> int:
-        due = self.now + self.period
+        due = self.end
         if stamp is None:
             self.now = due
             return due
@@ -259,26 +347,25 @@ def _pick(
         target += second
 
 
-class _Converter:
-    """Decoded frame -> uint8 S x S x 3; asked for the same frame again, the same array."""
+class _Upright:
+    """Decoded frame -> Picture; asked for the same frame again, the same Picture."""
 
-    def __init__(self, image_size: int, pixel_aspect: Fraction | None):
-        self.image_size = image_size
+    def __init__(self, pixel_aspect: Fraction | None):
         # Beyond these bounds it is a header's garbage.
         sane = pixel_aspect is not None and Fraction(1, 8) <= pixel_aspect <= 8
         self.pixel_aspect = pixel_aspect if sane else Fraction(1)
         self.reformatter = VideoReformatter()
-        self.frame, self.array = None, None
+        self.frame, self.picture = None, None
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+    def __call__(self, frame: av.VideoFrame) -> Picture:
         if frame is not self.frame:
             image, aspect = Image.fromarray(self._rgb(frame).to_ndarray()), self.pixel_aspect
             swapped, turn = _turn(frame)
             if turn is not None:
                 image = image.transpose(turn)
             self.frame = frame
-            self.array = preprocess(image, self.image_size, 1 / aspect if swapped else aspect)
-        return self.array
+            self.picture = Picture(image, 1 / aspect if swapped else aspect)
+        return self.picture
 
     def _rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
         flags = _DEFAULT if frame.format.components[0].bits <= 8 else _ACCURATE
