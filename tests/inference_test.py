@@ -55,7 +55,7 @@ def features(direct):
 @pytest.fixture
 def compilations():
     """Counts compilations since the test began, or since it was last asked."""
-    apply = inference._apply
+    apply = inference.apply
     seen = apply._cache_size()
 
     def count():
@@ -87,14 +87,14 @@ def test_batches_equal_one_batch(params, features, batch_size):
 @pytest.fixture
 def sizes(monkeypatch):
     """The shapes of the masks handed to the device, as they are handed over."""
-    seen, apply = [], inference._apply
+    seen, apply = [], inference.apply
 
     def watched(params, *inputs, **options):
         masks = [x for x in jax.tree.leaves(inputs) if x.dtype == bool]
         seen.append(tuple(len(mask) for mask in masks))
         return apply(params, *inputs, **options)
 
-    monkeypatch.setattr(inference, "_apply", watched)
+    monkeypatch.setattr(inference, "apply", watched)
     return seen
 
 

@@ -14,11 +14,13 @@ from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_bat
 from xclip_jax.distributed import is_first, share
 from xclip_jax.errors import InputError
 from xclip_jax.inference import (
+    apply,
     block_plan,
     collect,
     encode_texts,
     encode_videos,
     on_local_devices,
+    rows,
     similarity_in_blocks,
 )
 from xclip_jax.metrics import retrieval_metrics, text_to_video_metrics, video_to_text_metrics
@@ -27,7 +29,7 @@ from xclip_jax.normalization import dual_softmax, qb_norm
 from xclip_jax.paper import paper_results
 from xclip_jax.progress import progress
 from xclip_jax.report import Attention, format_table, write_report
-from xclip_jax.similarity import TextFeatures, VideoFeatures, word_frame_attention
+from xclip_jax.similarity import TextFeatures, VideoFeatures
 from xclip_jax.writer import read_metrics
 
 
@@ -85,10 +87,10 @@ def evaluate_split(config, model, params, dataset, split, tokenizer):
 def _compare(config, model, params, text, video):
     """T x V logits; each process compares some of the texts."""
     first, end = _share_of(len(text.mask))
-    rows = jax.tree.map(lambda x: x[first:end], text)
-    block = "{} x {}".format(*block_plan(model, rows, video, config.eval.block_cells))
+    texts = rows(text, first, end - first)
+    block = "{} x {}".format(*block_plan(model, texts, video, config.eval.block_cells))
     with progress((end - first) * len(video.mask), f"comparing, {block} at a time", "pair") as bar:
-        part = similarity_in_blocks(model, params, rows, video, config.eval.block_cells, bar)
+        part = similarity_in_blocks(model, params, texts, video, config.eval.block_cells, bar)
     return _joined(part)[0]
 
 
@@ -236,11 +238,10 @@ def _write_report(config, workdir, found, results, clips, tokenizer, model, para
 
     pairs = []
     if model.fusion == "mean" and "frame_word" in model.granularities:
-        matrices = params.get("aggregation_matrices")
         count = min(config.report.attention_pairs, len(found.captions))
         for text in np.linspace(0, len(found.captions) - 1, count).astype(int):
             attention = functools.partial(_attention, found, text, clips[found.text_video[text]])
-            pairs.append(attention(tokenizer, model, matrices, frames_of))
+            pairs.append(attention(tokenizer, model, params, frames_of))
     return write_report(
         workdir / "report",
         results,
@@ -254,26 +255,25 @@ def _write_report(config, workdir, found, results, clips, tokenizer, model, para
     )
 
 
-def _attention(found, text, record, tokenizer, model, matrices, frames_of):
+def _attention(found, text, record, tokenizer, model, params, frames_of):
     """What AOSM looks at in one caption and its video."""
     video = found.text_video[text]
-    mask_W, frames_F = found.text.mask[text], found.video.mask[video]
-    words_W = np.asarray(model.competition.words(mask_W[None])[0])
-    weights_WxF = word_frame_attention(
-        found.text.words[text],
-        found.video.frames[video],
-        words_W,
-        np.asarray(model.competition.frames(frames_F)),
-        model.tau,
-        matrices,
-    )
-    tokens = ["start", *tokenizer.tokens(found.captions[text])[: mask_W.sum() - 2], "end"]
+    one_text, one_video = rows(found.text, text, 1), rows(found.video, video, 1)
+    weights_WxF = apply(params, one_text, one_video, model=model, method="word_frame_attention")[0]
+    words, words_W = words_of(model, tokenizer, found.captions[text], one_text.mask[0])
     times = np.asarray(record["times"])
     return Attention(
-        words=[token for token, shown in zip(tokens, words_W, strict=False) if shown],
-        weights_WxF=np.asarray(weights_WxF)[words_W & mask_W][:, frames_F],
+        words=words,
+        weights_WxF=np.asarray(weights_WxF)[words_W][:, one_video.mask[0]],
         times=times[choose_frames(len(times), model.max_frames)].tolist(),
         caption=found.captions[text],
         frames_FxSxSx3=frames_of(video),
         clip=found.clip_names[video],
     )
+
+
+def words_of(model, tokenizer, caption, mask_W):
+    """(tokens, mask W) of what counts as a word in a caption; padding never does here."""
+    words_W = np.asarray(model.competition.words(mask_W[None])[0]) & mask_W
+    tokens = ["start", *tokenizer.tokens(caption)[: mask_W.sum() - 2], "end"]
+    return [token for token, shown in zip(tokens, words_W, strict=False) if shown], words_W

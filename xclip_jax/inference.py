@@ -40,7 +40,8 @@ def _spread(tree, params):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
-def _apply(params, *args, model, method):
+def apply(params, *args, model, method):
+    """`method` of the model with these parameters, compiled once for each shape."""
     return model.apply({"params": params}, *args, method=method)
 
 
@@ -65,14 +66,14 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
         bar: optional progress bar, moved on by the pairs done.
     """
     num_texts, num_videos = len(text.mask), len(video.mask)
-    rows, columns = block_plan(model, text, video, block_cells)
+    height, columns = block_plan(model, text, video, block_cells)
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
     for j in range(0, num_videos, columns):
-        block_video = _spread(_pad(_rows(video, j, columns), columns), params)
-        for i in range(0, num_texts, rows):
-            block_text = _pad(_rows(text, i, rows), rows)
-            block = _apply(params, block_text, block_video, model=model, method="similarity")
-            part = sim_TxV[i : i + rows, j : j + columns]
+        block_video = _spread(_pad(rows(video, j, columns), columns), params)
+        for i in range(0, num_texts, height):
+            block_text = _pad(rows(text, i, height), height)
+            block = apply(params, block_text, block_video, model=model, method="similarity")
+            part = sim_TxV[i : i + height, j : j + columns]
             part[:] = np.asarray(block)[: part.shape[0], : part.shape[1]]
             if bar is not None:
                 bar.update(part.size)
@@ -82,8 +83,8 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
 def block_plan(model, text, video, block_cells=0):
     """(texts, videos) that `similarity_in_blocks` compares at once."""
     cells_a_pair = model.pair_cells(text.mask.shape[1], video.mask.shape[1])
-    rows, columns = block_shape(cells_a_pair, block_cells or default_block_cells())
-    return min(rows, _round_up(len(text.mask))), min(columns, _round_up(len(video.mask)))
+    texts, videos = block_shape(cells_a_pair, block_cells or default_block_cells())
+    return min(texts, _round_up(len(text.mask))), min(videos, _round_up(len(video.mask)))
 
 
 def default_block_cells():
@@ -107,8 +108,8 @@ def collect(parts, total):
     for part in parts:
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
-        for array, rows in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
-            array[start : start + len(rows)] = rows
+        for array, some in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            array[start : start + len(some)] = some
         start += len(jax.tree.leaves(part)[0])
     if start != total:
         raise ValueError(f"{start} rows where there should be {total}")
@@ -123,11 +124,11 @@ def _in_batches(model, params, method, batch_size, *arrays):
 
     def encoded():
         for start in range(0, total, batch_size):
-            chunk = _rows(arrays, start, batch_size)
+            chunk = rows(arrays, start, batch_size)
             size = len(chunk[0])
             padded = _spread(_pad(chunk, min(batch_size, _round_up(size))), params)
-            features = _apply(params, *padded, model=model, method=method)
-            yield _rows(jax.tree.map(np.asarray, features), 0, size)
+            features = apply(params, *padded, model=model, method=method)
+            yield rows(jax.tree.map(np.asarray, features), 0, size)
 
     return collect(encoded(), total)
 
@@ -137,7 +138,8 @@ def _round_up(size):
     return 1 << (size - 1).bit_length()
 
 
-def _rows(tree, start, count):
+def rows(tree, start, count):
+    """`count` rows of every array of the tree, from row `start` on."""
     return jax.tree.map(lambda array: array[start : start + count], tree)
 
 

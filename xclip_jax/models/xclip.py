@@ -1,6 +1,7 @@
 """X-CLIP: CLIP's towers, a temporal encoder and multi-grained similarity fused by AOSM."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from xclip_jax.models.clip import Clip, TextConfig, VisionConfig, normalize_frames
@@ -13,6 +14,8 @@ from xclip_jax.similarity import (
     VideoFeatures,
     fuse,
     granular_similarity,
+    mixed_weights,
+    word_frame_attention,
 )
 
 
@@ -137,6 +140,47 @@ class XClip(nn.Module):
         if self.fusion == "transformer":
             return self.pair_encoder(text, video, self.competition)
         return fuse(self.granular_similarity(text, video))
+
+    def word_frame_attention(self, text, video):
+        """V x W x F: of one text (T = 1) and V videos, see xclip_jax.similarity."""
+        words_W, frames_VxF = (
+            self.competition.words(text.mask)[0],
+            self.competition.frames(video.mask),
+        )
+        matrices = self.aggregation_matrices() if self.matrices else None
+
+        def of_video(frames_FxD, frames_F):
+            return word_frame_attention(
+                text.words[0], frames_FxD, words_W, frames_F, self.tau, matrices
+            )
+
+        return jax.vmap(of_video)(video.frames, frames_VxF)
+
+    def frame_attention(self, text, video):
+        """V x F: how much AOSM looks at each frame of V videos for one text (T = 1).
+
+        The mean of its weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), of those of
+        them that the model has; one that has neither looks where the sentence's cosine is largest.
+        Masked frames get 0.
+        """
+        matrices = self.aggregation_matrices() if self.matrices else {}
+        names = self.granularities if self.fusion == "mean" else ()
+        found = []
+        if "frame_word" in names:
+            found.append(jnp.sum(self.word_frame_attention(text, video), 1))
+        if "frame_sentence" in names or not found:
+            frames_VxFxD = _normalize(video.frames)
+            scores_VxF = frames_VxFxD @ _normalize(text.sentence[0])
+            mask_VxF = self.competition.frames(video.mask)
+            matrix = matrices.get("frame_sentence")
+            found.append(mixed_weights(scores_VxF, mask_VxF, 1, self.tau, matrix))
+        return jnp.where(video.mask, sum(found) / len(found), 0)
+
+    def search_vector(self, text):
+        """T x D: its inner product with a video's vector is their similarity (Eq. 3), unscaled."""
+        if self.matrices and "video_sentence" in self.granularities:
+            return text.sentence @ self.aggregation_matrices()["video_sentence"]
+        return _normalize(text.sentence)
 
     @property
     def competition(self):

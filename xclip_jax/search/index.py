@@ -1,0 +1,336 @@
+"""An index of videos: add files, ask with a sentence, a video or a picture."""
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xclip_jax.errors import InputError
+from xclip_jax.evaluate import words_of
+from xclip_jax.inference import apply, on_local_devices
+from xclip_jax.model_directory import model_folder
+from xclip_jax.retriever import load
+from xclip_jax.search.funnel import Funnel, Stopwatch, example_funnel, example_text
+from xclip_jax.search.indexing import add_files
+from xclip_jax.search.results import Answer, Attention, Hit
+from xclip_jax.search.store import Store, exists
+
+SEGMENT_SECONDS = 30
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Index:
+    """Segments of videos with their features, and the model that made them.
+
+    Safe to be asked by several threads, and while another process adds to it: see `refresh`.
+
+    Attributes:
+        location: its folder or bucket URI.
+        funnel_widths: (candidates, rerank), see xclip_jax.search.funnel.
+    """
+
+    def __init__(self, store, model=None, candidates=5000, rerank=200):
+        self._store, self._given_model = store, model
+        self._widths = candidates, rerank
+        self._lock = threading.Lock()
+        self._snapshot = store.snapshot()
+
+    @classmethod
+    def open(cls, location, model=None, candidates=5000, rerank=200):
+        """The index at `location`.
+
+        Args:
+            location: a folder, or a URI of a bucket (s3://, gs://, az://).
+            model: a model or work directory; None: where it was when the index was made.
+            candidates, rerank: segments scored without and with their frames.
+
+        Raises:
+            InputError: there is none, it is damaged, or it was made with another model.
+        """
+        index = cls(Store(location), model, candidates, rerank)
+        if model is not None:
+            index.retriever  # noqa: B018  (checked now, not at the first question)
+        return index
+
+    @classmethod
+    def create(cls, location, model, segment_seconds=SEGMENT_SECONDS, precision="float32"):
+        """Makes an empty index.
+
+        Args:
+            location: see `open`.
+            model: a model or work directory.
+            segment_seconds: whole seconds of a segment, at least 1.
+            precision: of the stored features, "float32", or "float16": half the disk, logits to
+                about 0.01.
+
+        Raises:
+            InputError: there is one already, or no model.
+        """
+        if exists(location):
+            raise InputError(f"{location} holds an index already")
+        retriever = load(model)
+        about = {
+            "model": _where(model),
+            "fingerprint": fingerprint(retriever),
+            "max_frames": retriever.model.max_frames,
+            "embed_dim": retriever.model.embed_dim,
+            "segment_seconds": segment_seconds,
+            "precision": precision,
+        }
+        return cls(Store.create(location, about), model)
+
+    def __len__(self):
+        return self.num_segments
+
+    @property
+    def location(self):
+        """Its folder or URI."""
+        return self._store.location
+
+    @property
+    def about(self):
+        """What it was made with: model, fingerprint, segment_seconds, precision."""
+        return self._store.about
+
+    @property
+    def num_segments(self):
+        """Of the version that questions see."""
+        return len(self._snapshot)
+
+    @property
+    def num_files(self):
+        """Likewise."""
+        return self._snapshot.num_files
+
+    @property
+    def model_name(self):
+        """Where the model is."""
+        return self.about["model"] if self._given_model is None else _where(self._given_model)
+
+    @functools.cached_property
+    def retriever(self):
+        """The model, see xclip_jax.retriever.
+
+        Raises:
+            InputError: it is not there, or not the one that the index was made with.
+        """
+        made_with = self.about["model"]
+        if self._given_model is None and not Path(made_with).is_dir():
+            raise InputError(
+                f"the model of {self.location} is no longer in {made_with}: say where with --model"
+            )
+        retriever = load(self.model_name)
+        found = fingerprint(retriever)
+        if found != self.about["fingerprint"]:
+            raise InputError(
+                f"{self.location} was made with the model {made_with} "
+                f"({self.about['fingerprint']}), not with {self.model_name} ({found}): "
+                "vectors of two models cannot be compared"
+            )
+        retriever.params = on_local_devices(retriever.params)
+        return retriever
+
+    def add(self, videos, prune=False):
+        """Takes in video files, and folders of them with their sub-folders.
+
+        Files that are in it unchanged (size and time of change) are left alone, changed ones are
+        read again. What is done when it is interrupted stays; a second call does the rest.
+
+        Args:
+            videos: paths.
+            prune: whether what is known of files that are gone from these folders is removed.
+
+        Returns:
+            Added, see xclip_jax.search.indexing.
+
+        Raises:
+            InputError: no video is found.
+        """
+        added = add_files(self._store, self.retriever, videos, prune)
+        self.refresh()
+        return added
+
+    def remove(self, videos):
+        """Forgets files; returns how many segments that took out."""
+        before = self.num_segments
+        self._store.remove([os.path.abspath(video) for video in videos])
+        self.refresh()
+        return before - self.num_segments
+
+    def refresh(self):
+        """Lets questions see what has been committed since; returns whether there was anything."""
+        with self._lock:
+            if self._store.version() == self._snapshot.version:
+                return False
+            self._snapshot = self._store.snapshot()
+            return True
+
+    def query(self, text, k=10, path=None, start=None, end=None, exhaustive=False, bar=None):
+        """The segments that fit a sentence best.
+
+        Args:
+            text: the sentence.
+            k: how many; all there are if fewer.
+            path: only files of this name: a part of the path, or a pattern with * and ?.
+            start, end: only segments that reach into this part of their file, seconds.
+            exhaustive: score every segment by the whole model.
+            bar: optional progress bar over segments, for `exhaustive`.
+
+        Returns:
+            Answer.
+
+        Raises:
+            InputError: the sentence is empty, k is below 1, or the model has no tokenizer.
+        """
+        text = " ".join(text.split())
+        if not text:
+            raise InputError("the sentence is empty")
+        watch = Stopwatch()
+        features = self.retriever.encode_text([text])
+        watch("encoding")
+        answer = self._ask(self._funnel, features, k, (path, start, end), exhaustive, bar)
+        answer.seconds.update({**watch.seconds, **answer.seconds})
+        tokenizer = self.retriever.tokenizer
+        if not tokenizer.truncated(text):
+            return answer
+        note = f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
+        return Answer(answer.hits, answer.seconds, answer.searched, note)
+
+    def similar(self, file, k=10, path=None, start=None, end=None):
+        """The segments that resemble a video or a picture; options as of `query`.
+
+        The score is a logit of the mean of video-video and video-frame similarity.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        watch = Stopwatch()
+        video = self.retriever.encode_video([_picture(file) if _is_picture(file) else file])
+        watch("encoding")
+        return self._alike(video.video[0], k, (path, start, end), watch.seconds)
+
+    def like(self, segment_id, k=10):
+        """The segments that resemble one of the index, itself left out; KeyError if unknown."""
+        snapshot = self._snapshot
+        vector = snapshot.features([snapshot.row(segment_id)]).video[0]
+        answer = self._alike(vector, k + 1, (None, None, None), {})
+        others = [hit for hit in answer if hit.id != segment_id][:k]
+        hits = [Hit(rank, *_fields(hit)[1:]) for rank, hit in enumerate(others, 1)]
+        return Answer(hits, answer.seconds, answer.searched)
+
+    def rank_captions(self, video, captions):
+        """[(caption, logit)] of T sentences for one video file, the best first (video to text)."""
+        text = self.retriever.encode_text(captions)
+        scores_T = self.retriever.similarity(text, self.retriever.encode_video([video]))[:, 0]
+        order = np.argsort(-scores_T, kind="stable")
+        return [(captions[index], float(scores_T[index])) for index in order]
+
+    def attention(self, segment_id, text):
+        """How AOSM spreads its attention over a sentence and a segment; KeyError if unknown.
+
+        Raises:
+            InputError: the model has no word-frame similarity.
+        """
+        model = self.retriever.model
+        if model.fusion != "mean" or "frame_word" not in model.granularities:
+            raise InputError("the model compares no words with frames: there is no heat map")
+        snapshot = self._snapshot
+        row = [snapshot.row(segment_id)]
+        one, video = self.retriever.encode_text([text]), snapshot.features(row)
+        weights = apply(self.retriever.params, one, video, model=model, method=_ATTENTION)[0]
+        words, words_W = words_of(model, self.retriever.tokenizer, text, one.mask[0])
+        times = snapshot.read(row, ["times"])["times"][0].as_py()
+        shown_F = video.mask[0]
+        return Attention(
+            words, np.asarray(times)[shown_F].tolist(), np.asarray(weights)[words_W][:, shown_F]
+        )
+
+    def segment(self, segment_id):
+        """The segment as a Hit of rank 0 and score 0; KeyError if there is none."""
+        snapshot = self._snapshot
+        row = snapshot.row(segment_id)
+        start = float(snapshot.starts[row])
+        path, end = snapshot.paths[row].as_py(), float(snapshot.ends[row])
+        return Hit(0, 0.0, segment_id, path, start, end, start)
+
+    def thumbnail(self, segment_id):
+        """Its picture, JPEG; KeyError if there is none."""
+        snapshot = self._snapshot
+        return snapshot.read([snapshot.row(segment_id)], ["thumbnail"])["thumbnail"][0].as_py()
+
+    @functools.cached_property
+    def _funnel(self):
+        retriever = self.retriever
+        return Funnel(retriever.model, retriever.params, *self._widths)
+
+    def _alike(self, vector_D, k, where, seconds):
+        text = example_text(vector_D, self.retriever.model.max_words)
+        answer = self._ask(example_funnel(self._funnel), text, k, where)
+        answer.seconds.update({**seconds, **answer.seconds})
+        return answer
+
+    def _ask(self, funnel, text, k, where, exhaustive=False, bar=None):
+        """Answer to a query that has been encoded."""
+        if k < 1:
+            raise InputError(f"k = {k}: must be at least 1")
+        snapshot = self._snapshot
+        allowed = snapshot.matching(*where)
+        if exhaustive:
+            (found,) = funnel.exhaustive(snapshot, text, k, allowed, bar)
+        else:
+            found = funnel.search(snapshot, text, k, allowed)
+        searched = len(snapshot) if allowed is None else int(allowed.sum())
+        return Answer(_hits(snapshot, found), dict(found.seconds), searched)
+
+
+_ATTENTION = "word_frame_attention"
+
+
+def _hits(snapshot, found):
+    if not len(found.rows):
+        return []
+    table = snapshot.read(found.rows, ["id", "path", "start", "end", "times"]).to_pylist()
+    return [
+        Hit(rank, float(score), *(row[n] for n in ("id", "path", "start", "end")), row["times"][f])
+        for rank, (row, score, f) in enumerate(
+            zip(table, found.scores, found.best, strict=True), start=1
+        )
+    ]
+
+
+def _fields(hit):
+    return [getattr(hit, name) for name in hit.__dataclass_fields__]
+
+
+def _is_picture(file):
+    return Path(file).suffix.lower() in _IMAGE_SUFFIXES
+
+
+def _picture(file):
+    """A picture as a video of one frame, 1 x H x W x 3."""
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))[None]
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file}: no picture that can be read: {error}") from None
+
+
+def _where(model):
+    return os.path.abspath(model_folder(model))
+
+
+def fingerprint(retriever):
+    """16 hexadecimal digits of all that a model's features depend on: architecture and numbers."""
+    ignored = ("step", "selected_on", "remat")
+    about = {name: value for name, value in retriever.config.items() if name not in ignored}
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8)
+    for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

@@ -1,0 +1,281 @@
+"""What an index keeps: a LanceDB database, in a folder or a bucket.
+
+https://lancedb.github.io/lancedb. The table `segments` has a row a segment, `unreadable` a row for
+each file that gave none. A commit is a version: whole or not there at all, whatever is killed, and
+who reads a version is not disturbed by those who write the next.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from pathlib import Path
+
+import faiss
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xclip_jax.errors import InputError
+from xclip_jax.similarity import VideoFeatures
+
+FORMAT = 1  # raise it when older indexes can no longer be read
+_ABOUT = b"xclip_jax"
+_BATCH = 4096  # rows read at once
+
+
+class Store:
+    """An index on disk.
+
+    Attributes:
+        location: absolute folder, or URI.
+        about: what it was made with: `model`, `fingerprint`, `max_frames`, `embed_dim`,
+            `segment_seconds`, `precision`.
+    """
+
+    def __init__(self, location):
+        """Opens it.
+
+        Raises:
+            InputError: there is none, it is damaged, or of another version of this program.
+        """
+        self.location = _absolute(location)
+        if not exists(self.location):
+            raise InputError(
+                f"no index in {self.location}: make one with "
+                "python -m xclip_jax.search index VIDEOS --model=DIR --index=DIR"
+            )
+        with self.readable():
+            self._database = lancedb.connect(self.location)
+            self._segments = self._database.open_table("segments")
+            self._unreadable = self._database.open_table("unreadable")
+            self.about = json.loads(self._segments.schema.metadata[_ABOUT])
+        if self.about["format"] != FORMAT:
+            raise InputError(
+                f"{self.location} is an index of format {self.about['format']}, and this program "
+                f"reads format {FORMAT}: index the videos again"
+            )
+
+    @classmethod
+    def create(cls, location, about):
+        """Makes an empty one; see `about` above."""
+        location = _absolute(location)
+        about = {"format": FORMAT, **about}
+        numbers = {"float32": pa.float32(), "float16": pa.float16()}[about["precision"]]
+        dim, frames = about["embed_dim"], about["max_frames"]
+        schema = pa.schema(
+            [
+                ("id", pa.string()),
+                *_FILE,
+                ("start", pa.float64()),
+                ("end", pa.float64()),
+                ("count", pa.int32()),  # real frames; the rest of `times` and `frames` is 0
+                ("times", pa.list_(pa.float64(), frames)),
+                ("video", pa.list_(numbers, dim)),
+                ("frames", pa.list_(numbers, frames * dim)),  # one block: nested lists are slow
+                ("thumbnail", pa.binary()),
+            ],
+            metadata={_ABOUT: json.dumps(about).encode()},
+        )
+        database = lancedb.connect(location)
+        database.create_table("unreadable", schema=pa.schema([*_FILE, ("reason", pa.string())]))
+        database.create_table("segments", schema=schema)  # last: by it an index is known
+        return cls(location)
+
+    def files(self):
+        """{path: (size, mtime)} of the files in it, readable or not; several if it is ambiguous."""
+        found = {}
+        for table in (self._segments, self._unreadable):
+            table.checkout_latest()
+            with self.readable():
+                rows = table.search().select(["path", "size", "mtime"]).to_arrow()
+            for path, *stamp in zip(*(rows[name].to_pylist() for name in _NAMES), strict=True):
+                found.setdefault(path, set()).add(tuple(stamp))
+        return found
+
+    def unreadable(self):
+        """{path: reason}."""
+        rows = self._unreadable.search().select(["path", "reason"]).to_arrow()
+        return dict(zip(rows["path"].to_pylist(), rows["reason"].to_pylist(), strict=True))
+
+    def add(self, rows):
+        """Commits segments: a list of dicts, a key a column. Those that are there stay."""
+        table = pa.Table.from_pylist(rows, self._segments.schema)
+        self._segments.merge_insert("id").when_not_matched_insert_all().execute(table)
+
+    def add_unreadable(self, rows):
+        """Commits unreadable files: dicts with path, size, mtime, reason."""
+        self._unreadable.add(pa.Table.from_pylist(rows, self._unreadable.schema))
+
+    def remove(self, paths, keep=None):
+        """Commits the removal of all that is known of these files.
+
+        Args:
+            paths: of the files.
+            keep: optional (size, mtime): what is known of this state of a file stays.
+        """
+        unless = f" AND NOT (size = {keep[0]} AND mtime = {keep[1]})" if keep else ""
+        for start in range(0, len(paths), 500):
+            names = ", ".join(f"'{_quoted(path)}'" for path in paths[start : start + 500])
+            for table in (self._segments, self._unreadable):
+                table.delete(f"path IN ({names}){unless}")
+
+    def tidy(self):
+        """Joins the small files of many commits, and removes versions older than an hour."""
+        for table in (self._segments, self._unreadable):
+            table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
+
+    def version(self):
+        """A number that grows with every commit of segments."""
+        with self.readable():
+            self._segments.checkout_latest()
+            return self._segments.version
+
+    def snapshot(self):
+        """The newest version, to be read."""
+        with self.readable():
+            return Snapshot(self, lancedb.connect(self.location).open_table("segments"))
+
+    @contextlib.contextmanager
+    def readable(self):
+        """Turns what the database says of damage into one line."""
+        try:
+            yield
+        except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"the index {self.location} cannot be read: {reason}") from error
+
+
+class Snapshot:
+    """A version of an index: what is needed of every segment in memory, the rest read when asked.
+
+    Rows are numbered from 0.
+
+    Attributes:
+        version: its number.
+        flat: faiss index of the unit video vectors, as float16.
+        paths: N strings (Arrow). starts, ends: N seconds.
+    """
+
+    def __init__(self, store, table):
+        self.version = table.version
+        table.checkout(self.version)
+        self._store, self._table = store, table
+        self._frames, dim = store.about["max_frames"], store.about["embed_dim"]
+        half = faiss.ScalarQuantizer.QT_fp16
+        self.flat = faiss.IndexScalarQuantizer(dim, half, faiss.METRIC_INNER_PRODUCT)
+        parts = [[] for _ in range(5)]
+        columns = ["id", "path", "start", "end"]
+        query = table.search().select([*columns, "video"]).with_row_id(True)
+        for batch in query.to_batches(_BATCH):
+            vectors = _matrix(batch["video"], dim)
+            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+            self.flat.add(vectors / np.maximum(norms, 1e-12))
+            for part, name in zip(parts, [*columns, "_rowid"], strict=True):
+                part.append(batch[name])
+        types = (pa.string(), pa.string(), pa.float64(), pa.float64(), pa.uint64())
+        whole = [pa.chunked_array(part, kind) for part, kind in zip(parts, types, strict=True)]
+        self.ids, self.paths = whole[:2]
+        self.starts, self.ends, self._row_ids = (array.to_numpy() for array in whole[2:])
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def num_files(self):
+        return len(pc.unique(self.paths))
+
+    def row(self, segment_id):
+        """The row of a segment; KeyError if there is none of that id."""
+        row = pc.index(self.ids, segment_id).as_py()
+        if row < 0:
+            raise KeyError(segment_id)
+        return row
+
+    def matching(self, path=None, start=None, end=None):
+        """Rows that fit, N bool, or None for all.
+
+        Args:
+            path: a part of the path; or with `*` (any characters) and `?` (any one) its end, or
+                the whole of it if it begins with `/`.
+            start, end: seconds; the segment must reach into what lies between.
+        """
+        conditions = []
+        if path:
+            pattern = path if any(c in path for c in "*?") else f"*{path}*"
+            pattern = pattern if pattern.startswith("/") else f"*{pattern}"
+            escaped = pattern.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+            like = escaped.replace("*", "%").replace("?", "_")
+            conditions.append(pc.match_like(self.paths, like).to_numpy())
+        if start is not None:
+            conditions.append(self.ends > start)
+        if end is not None:
+            conditions.append(self.starts < end)
+        return np.logical_and.reduce(conditions) if conditions else None
+
+    def read(self, rows, columns):
+        """Columns of some rows, in their order: an Arrow table."""
+        row_ids = self._row_ids[rows]
+        with self._store.readable():
+            query = self._table.take_row_ids(row_ids.tolist()).select(columns)
+            found = query.with_row_id().to_arrow()
+            place = {row_id: k for k, row_id in enumerate(found["_rowid"].to_pylist())}
+            return found.take([place[row_id] for row_id in row_ids.tolist()])
+
+    def features(self, rows):
+        """VideoFeatures of some rows, in their order; float32."""
+        return self._features(self.read(rows, ["count", "video", "frames"]))
+
+    def blocks(self, size=_BATCH):
+        """Yields (rows, VideoFeatures) of all, block by block."""
+        order = np.argsort(self._row_ids)
+        query = self._table.search().select(["count", "video", "frames"]).with_row_id(True)
+        with self._store.readable():
+            for batch in query.to_batches(size):
+                row_ids = batch["_rowid"].to_numpy()
+                place = np.searchsorted(self._row_ids, row_ids, sorter=order)
+                yield order[place], self._features(batch)
+
+    def tables(self, size=_BATCH):
+        """Yields all columns but the thumbnails as Arrow tables."""
+        names = [name for name in self._table.schema.names if name != "thumbnail"]
+        with self._store.readable():
+            for batch in self._table.search().select(names).to_batches(size):
+                yield pa.Table.from_batches([batch])
+
+    def _features(self, batch):
+        dim = self.flat.d
+        frames = _matrix(batch["frames"], self._frames * dim)
+        mask = np.arange(self._frames) < batch["count"].to_numpy()[:, None]
+        return VideoFeatures(
+            _matrix(batch["video"], dim), frames.reshape(len(mask), self._frames, dim), mask
+        )
+
+
+def exists(location):
+    """Whether there is an index."""
+    location = _absolute(location)
+    if "://" not in location:
+        return Path(location, "segments.lance").is_dir()
+    return "segments" in lancedb.connect(location).table_names()
+
+
+_FILE = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
+_NAMES = [name for name, _ in _FILE]
+
+
+def _absolute(location):
+    location = str(location)
+    return location if "://" in location else os.path.abspath(location)
+
+
+def _quoted(text):
+    return text.replace("'", "''")
+
+
+def _matrix(array, width):
+    """A column of fixed-size lists as float32 rows."""
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32, copy=False).reshape(-1, width)
