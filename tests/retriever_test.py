@@ -7,22 +7,14 @@ import tiny
 
 import xclip_jax
 from xclip_jax import inference
-from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import read_frames
 from xclip_jax.errors import InputError
-from xclip_jax.experiment import resolve_architecture
 from xclip_jax.model_directory import load_model, save_model
-from xclip_jax.models import build_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model"
-    tokenizer = learn_tokenizer(["a red dog", "a blue cat and"] * 2, max_words=8)
-    architecture = resolve_architecture(tiny.make_config("").model, tokenizer)
-    params = tiny.make_params(build_model(architecture), architecture)
-    save_model(path, architecture, params, tokenizer)
-    return path
+    return tiny.make_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")

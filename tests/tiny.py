@@ -6,10 +6,13 @@ import jax
 import numpy as np
 
 from xclip_jax import config
+from xclip_jax.data import rendered
 from xclip_jax.data.builder import Pending, write_dataset
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
-from xclip_jax.model_directory import init_params
+from xclip_jax.experiment import resolve_architecture
+from xclip_jax.model_directory import init_params, save_model
+from xclip_jax.models import build_model
 
 SIDE = 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (90,) * 3}
@@ -64,3 +67,23 @@ def apply(model, params, *inputs, method=None):
 def make_params(model, architecture, seed=0):
     """init_params as one program."""
     return jax.jit(lambda: init_params(model, architecture, seed))()
+
+
+def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
+    """A model directory with random weights; `model` sets fields of config.model."""
+    tokenizer = learn_tokenizer(list(texts) * 2, max_words=8)
+    c = make_config("")
+    c.model.update(model)
+    architecture = resolve_architecture(c.model, tokenizer)
+    params = make_params(build_model(architecture), architecture, seed)
+    save_model(path, architecture, params, tokenizer)
+    return path
+
+
+def make_videos(folder, count=6):
+    """Video files of six seconds, `clip0.mp4` and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"clip{number}.mp4" for number in range(count)]
+    for path, scene in zip(paths, rendered.scenes("train", count), strict=True):
+        rendered.render(scene, path)
+    return paths

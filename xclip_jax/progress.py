@@ -14,12 +14,13 @@ def silence():
 
 
 def progress(total, desc, unit, initial=0):
-    """A tqdm bar with rate and time left over `total` things."""
+    """A tqdm bar with rate and time left over `total` things; bytes ("B") as kB, MB, ..."""
     every = 0.2 if sys.stderr.isatty() else 30
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
+        unit_scale=unit == "B",
         disable=_silent,
         initial=initial,
         mininterval=every,

@@ -73,7 +73,7 @@ class Funnel:
         if not len(snapshot) or (allowed is not None and not allowed.any()):
             return Found(np.zeros(0, int), np.zeros(0), np.zeros(0, int), {})
         watch = Stopwatch()
-        rerank = max(self.rerank, 1 << (k - 1).bit_length())
+        rerank = self._rerank(k)
         word_model = self.word_model
         width = max(self.candidates, rerank) if word_model else rerank
         rows = self._nearest(snapshot, text, width, allowed)
@@ -118,6 +118,10 @@ class Funnel:
             for t in range(num_texts)
         ]
 
+    def _rerank(self, k):
+        """How many to score by the whole model: more only if more are asked for."""
+        return self.rerank if k <= self.rerank else 1 << (k - 1).bit_length()
+
     def _nearest(self, snapshot, text, width, allowed):
         """The rows with the largest sentence-video similarity, best first."""
         vector = apply(self.params, text, model=self.model, method="search_vector")
@@ -145,8 +149,8 @@ class Funnel:
 
     def _frames(self, text, index, snapshot, rows):
         one = jax.tree.map(lambda x: x[index : index + 1], text)
-        width = max(self.rerank, 1 << (len(rows) - 1).bit_length()) if len(rows) else 0
-        return self._by_all(one, snapshot.features(rows), width)[1] if width else rows
+        width = self._rerank(len(rows))
+        return self._by_all(one, snapshot.features(rows), width)[1] if len(rows) else rows
 
 
 def example_funnel(funnel):

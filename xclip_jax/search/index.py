@@ -1,5 +1,6 @@
 """An index of videos: add files, ask with a sentence, a video or a picture."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from xclip_jax.search.results import Answer, Attention, Hit
 from xclip_jax.search.store import Store, exists
 
 SEGMENT_SECONDS = 30
+PRECISIONS = ("float32", "float16")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -31,13 +33,12 @@ class Index:
     Safe to be asked by several threads, and while another process adds to it: see `refresh`.
 
     Attributes:
-        location: its folder or bucket URI.
-        funnel_widths: (candidates, rerank), see xclip_jax.search.funnel.
+        widths: (candidates, rerank), see xclip_jax.search.funnel.
     """
 
     def __init__(self, store, model=None, candidates=5000, rerank=200):
         self._store, self._given_model = store, model
-        self._widths = candidates, rerank
+        self.widths = candidates, rerank
         self._lock = threading.Lock()
         self._snapshot = store.snapshot()
 
@@ -59,13 +60,16 @@ class Index:
         return index
 
     @classmethod
-    def create(cls, location, model, segment_seconds=SEGMENT_SECONDS, precision="float32"):
+    def create(
+        cls, location, model, segment_seconds=SEGMENT_SECONDS, shots=False, precision="float32"
+    ):
         """Makes an empty index.
 
         Args:
             location: see `open`.
             model: a model or work directory.
             segment_seconds: whole seconds of a segment, at least 1.
+            shots: whether to cut at changes of shot, no segment longer than that.
             precision: of the stored features, "float32", or "float16": half the disk, logits to
                 about 0.01.
 
@@ -81,6 +85,7 @@ class Index:
             "max_frames": retriever.model.max_frames,
             "embed_dim": retriever.model.embed_dim,
             "segment_seconds": segment_seconds,
+            "shots": shots,
             "precision": precision,
         }
         return cls(Store.create(location, about), model)
@@ -188,24 +193,29 @@ class Index:
         Raises:
             InputError: the sentence is empty, k is below 1, or the model has no tokenizer.
         """
-        text = " ".join(text.split())
-        if not text:
-            raise InputError("the sentence is empty")
+        if exhaustive:
+            return self.query_exhaustively([text], k, path, start, end, bar)[0]
         watch = Stopwatch()
-        features = self.retriever.encode_text([text])
+        features = self._encode([text])
         watch("encoding")
-        answer = self._ask(self._funnel, features, k, (path, start, end), exhaustive, bar)
-        answer.seconds.update({**watch.seconds, **answer.seconds})
-        tokenizer = self.retriever.tokenizer
-        if not tokenizer.truncated(text):
-            return answer
-        note = f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
-        return Answer(answer.hits, answer.seconds, answer.searched, note)
+        return self._search(self._funnel, features, k, (path, start, end), watch, self._note(text))
+
+    def query_exhaustively(self, texts, k=10, path=None, start=None, end=None, bar=None):
+        """An Answer to each of T sentences, every segment scored by the whole model."""
+        watch = Stopwatch()
+        features = self._encode(texts)
+        watch("encoding")
+        snapshot, allowed, searched = self._choose(k, (path, start, end))
+        found = self._funnel.exhaustive(snapshot, features, k, allowed, bar)
+        return [
+            Answer(_hits(snapshot, one), watch.seconds | one.seconds, searched, self._note(text))
+            for text, one in zip(texts, found, strict=True)
+        ]
 
     def similar(self, file, k=10, path=None, start=None, end=None):
         """The segments that resemble a video or a picture; options as of `query`.
 
-        The score is a logit of the mean of video-video and video-frame similarity.
+        The score is a logit: the mean of video-video and video-frame similarity.
 
         Raises:
             InputError: the file cannot be read.
@@ -213,15 +223,15 @@ class Index:
         watch = Stopwatch()
         video = self.retriever.encode_video([_picture(file) if _is_picture(file) else file])
         watch("encoding")
-        return self._alike(video.video[0], k, (path, start, end), watch.seconds)
+        return self._alike(video.video[0], k, (path, start, end), watch)
 
     def like(self, segment_id, k=10):
         """The segments that resemble one of the index, itself left out; KeyError if unknown."""
         snapshot = self._snapshot
         vector = snapshot.features([snapshot.row(segment_id)]).video[0]
-        answer = self._alike(vector, k + 1, (None, None, None), {})
+        answer = self._alike(vector, k + 1, (None, None, None), Stopwatch())
         others = [hit for hit in answer if hit.id != segment_id][:k]
-        hits = [Hit(rank, *_fields(hit)[1:]) for rank, hit in enumerate(others, 1)]
+        hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
         return Answer(hits, answer.seconds, answer.searched)
 
     def rank_captions(self, video, captions):
@@ -251,6 +261,10 @@ class Index:
             words, np.asarray(times)[shown_F].tolist(), np.asarray(weights)[words_W][:, shown_F]
         )
 
+    def tables(self):
+        """Yields Arrow tables, block by block, of all that is kept but the thumbnails."""
+        return self._snapshot.tables()
+
     def segment(self, segment_id):
         """The segment as a Hit of rank 0 and score 0; KeyError if there is none."""
         snapshot = self._snapshot
@@ -267,26 +281,36 @@ class Index:
     @functools.cached_property
     def _funnel(self):
         retriever = self.retriever
-        return Funnel(retriever.model, retriever.params, *self._widths)
+        return Funnel(retriever.model, retriever.params, *self.widths)
 
-    def _alike(self, vector_D, k, where, seconds):
+    def _encode(self, texts):
+        if not all(text.split() for text in texts):
+            raise InputError("the sentence is empty")
+        return self.retriever.encode_text(texts)
+
+    def _note(self, text):
+        tokenizer = self.retriever.tokenizer
+        if not tokenizer.truncated(text):
+            return None
+        return f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
+
+    def _alike(self, vector_D, k, where, watch):
         text = example_text(vector_D, self.retriever.model.max_words)
-        answer = self._ask(example_funnel(self._funnel), text, k, where)
-        answer.seconds.update({**seconds, **answer.seconds})
-        return answer
+        return self._search(example_funnel(self._funnel), text, k, where, watch)
 
-    def _ask(self, funnel, text, k, where, exhaustive=False, bar=None):
-        """Answer to a query that has been encoded."""
+    def _search(self, funnel, text, k, where, watch, note=None):
+        """The Answer to a query that has been encoded."""
+        snapshot, allowed, searched = self._choose(k, where)
+        found = funnel.search(snapshot, text, k, allowed)
+        return Answer(_hits(snapshot, found), watch.seconds | found.seconds, searched, note)
+
+    def _choose(self, k, where):
+        """(the snapshot to search, which of its rows or None for all, how many these are)."""
         if k < 1:
             raise InputError(f"k = {k}: must be at least 1")
         snapshot = self._snapshot
         allowed = snapshot.matching(*where)
-        if exhaustive:
-            (found,) = funnel.exhaustive(snapshot, text, k, allowed, bar)
-        else:
-            found = funnel.search(snapshot, text, k, allowed)
-        searched = len(snapshot) if allowed is None else int(allowed.sum())
-        return Answer(_hits(snapshot, found), dict(found.seconds), searched)
+        return snapshot, allowed, len(snapshot) if allowed is None else int(allowed.sum())
 
 
 _ATTENTION = "word_frame_attention"
@@ -302,10 +326,6 @@ def _hits(snapshot, found):
             zip(table, found.scores, found.best, strict=True), start=1
         )
     ]
-
-
-def _fields(hit):
-    return [getattr(hit, name) for name in hit.__dataclass_fields__]
 
 
 def _is_picture(file):

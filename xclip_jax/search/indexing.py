@@ -18,7 +18,7 @@ from xclip_jax.data.extraction import CRASHED
 from xclip_jax.errors import InputError
 from xclip_jax.inference import encode_videos
 from xclip_jax.progress import progress
-from xclip_jax.search.segments import Job, Reading, frames_of, read_segments
+from xclip_jax.search.segments import Job, Reading, check_shots, frames_of, read_segments
 from xclip_jax.workers import run_jobs
 
 COMMIT_SECONDS = 5  # between commits; each is a version to be joined with others later
@@ -48,6 +48,8 @@ class Added:
 def add_files(store, retriever, videos, prune=False):
     """See xclip_jax.search.index.Index.add."""
     here = find_videos(videos)
+    if store.about["shots"]:
+        check_shots()
     with _alone(store), _frames_folder() as folder:
         known, added = store.files(), Added()
         stamps = {path: _stamp(path) for path in here}
@@ -104,15 +106,16 @@ class _Writer:
 
     def run(self, paths):
         model, about = self.retriever.model, self.store.about
-        lengths = model.vision.image_size, model.max_frames, about["segment_seconds"]
-        jobs = [Job(path, self.folder / str(n), *lengths) for n, path in enumerate(paths)]
-        megabytes = sum(self.stamps[path][0] for path in paths) / 1e6
-        with progress(round(megabytes, 1), "indexing", "MB") as bar:
+        lengths = model.vision.image_size, model.max_frames
+        cut = about["segment_seconds"], about["shots"]
+        jobs = [Job(path, self.folder / str(n), *lengths, *cut) for n, path in enumerate(paths)]
+        sizes = [self.stamps[path][0] for path in paths]
+        with progress(sum(sizes), "indexing", "B") as bar:
 
             def done(index, reading):
                 self.take(jobs[index], reading or Reading([], failure=CRASHED))
                 jobs[index].frames.unlink(missing_ok=True)
-                bar.update(min(self.stamps[paths[index]][0] / 1e6, bar.total - bar.n))
+                bar.update(sizes[index])
                 counts = {"segments": self.added.segments, "failed": len(self.added.unreadable)}
                 bar.set_postfix(counts, refresh=False)
 
@@ -165,6 +168,7 @@ class _Writer:
             row["frames"] = video.frames[k].reshape(-1).astype(dtype)
             self.ready.append(row)
             self.open[row["path"]] -= 1
+        self.added.segments += len(self.batch)
         self.batch = []
 
     def commit_now_and_then(self):
@@ -185,7 +189,6 @@ class _Writer:
                 self.store.remove([path], keep=self.stamps[path])
                 self.added.removed += 1
         self.added.files += len(paths) - len(self.failed)
-        self.added.segments += len(whole)
         self.failed = []
         self.committed, self.commits = time.monotonic(), self.commits + 1
         if self.commits % TIDY_COMMITS == 0:

@@ -31,7 +31,7 @@ class Store:
     Attributes:
         location: absolute folder, or URI.
         about: what it was made with: `model`, `fingerprint`, `max_frames`, `embed_dim`,
-            `segment_seconds`, `precision`.
+            `segment_seconds`, `shots`, `precision`.
     """
 
     def __init__(self, location):

@@ -1,0 +1,409 @@
+"""An index of a few videos by a small random model: what is found, kept, replaced and refused."""
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import xclip_jax
+from xclip_jax.data.video import read_frames, still
+from xclip_jax.errors import InputError
+from xclip_jax.search import Index, indexing
+from xclip_jax.search.store import Store
+
+COUNT, SECONDS = 5, 2  # clips of six seconds: three segments each
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    tiny.make_videos(folder, COUNT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Threads in place of processes, which take seconds to start."""
+    monkeypatch.setattr("xclip_jax.workers.worker_pool", concurrent.futures.ThreadPoolExecutor)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model, videos):
+    """A folder that holds an index; not to be changed."""
+    folder = tmp_path_factory.mktemp("index") / "index"
+    index = Index.create(folder, model, segment_seconds=SECONDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xclip_jax.workers.worker_pool", concurrent.futures.ThreadPoolExecutor)
+        index.add([videos])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(made):
+    return Index.open(made)
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """An index of one's own."""
+    return Index.open(shutil.copytree(made, tmp_path / "copy"))
+
+
+def content(index):
+    """{id: (path, start, end, video vector, frame vectors)}."""
+    found = {}
+    for table in index.tables():
+        for row in table.to_pylist():
+            values = row["path"], row["start"], row["end"], row["video"], row["frames"]
+            found[row["id"]] = tuple(values)
+    return found
+
+
+def test_segments_have_the_features_of_their_frames(index, videos, model):
+    retriever = xclip_jax.load(model)
+    assert (index.num_files, index.num_segments, len(index)) == (COUNT, 3 * COUNT, 3 * COUNT)
+    frames = read_frames(videos / "clip1.mp4", tiny.SIDE).frames
+    expected = retriever.encode_video([np.stack(frames[a : a + 2]) for a in (0, 2, 4)])
+    rows = [row for row in content(index).values() if row[0] == str(videos / "clip1.mp4")]
+    rows.sort(key=lambda row: row[1])
+    assert [row[1] for row in rows] == [0, 2, 4]
+    np.testing.assert_allclose([row[3] for row in rows], expected.video, atol=1e-6)
+    found = np.reshape([row[4] for row in rows], (3, 4, 32))
+    np.testing.assert_allclose(found[expected.mask], expected.frames[expected.mask], atol=1e-6)
+
+
+@pytest.mark.parametrize("exhaustive", [False, True])
+def test_ranking_is_that_of_the_whole_model(index, videos, model, exhaustive):
+    retriever = xclip_jax.load(model)
+    segments = {}
+    for path in videos.iterdir():
+        frames = read_frames(path, tiny.SIDE).frames
+        for start in (0, 2, 4):
+            segments[str(path), start] = np.stack(frames[start : start + 2])
+    video = retriever.encode_video(list(segments.values()))
+    for text in ("a red dog", "blue", "a cat and"):
+        scores = retriever.similarity(retriever.encode_text([text]), video)[0]
+        expected = sorted(zip(scores, segments, strict=True), reverse=True)[:7]
+        answer = index.query(text, k=7, exhaustive=exhaustive)
+        assert [(hit.path, hit.start) for hit in answer] == [where for _, where in expected]
+        assert [hit.score for hit in answer] == pytest.approx([s for s, _ in expected], abs=1e-4)
+        assert [hit.rank for hit in answer] == list(range(1, 8))
+        assert all(hit.start <= hit.second < hit.end for hit in answer)
+        assert answer.searched == 3 * COUNT
+
+
+def test_k_larger_than_the_index_gives_all(index):
+    assert len(index.query("a dog", k=1000)) == 3 * COUNT
+
+
+def test_filters(index, videos):
+    assert {hit.path for hit in index.query("a dog", path="clip2")} == {str(videos / "clip2.mp4")}
+    assert len(index.query("a dog", k=50, path="clip?.mp4")) == 3 * COUNT
+    assert len(index.query("a dog", k=50, path="*p[2].mp4")) == 0
+    assert len(index.query("a dog", k=50, path=f"{videos}/*3.mp4")) == 3
+    assert len(index.query("a dog", k=50, path="%")) == 0  # no wildcard of ours
+    early = index.query("a dog", k=50, end=1.5)
+    assert {hit.start for hit in early} == {0}
+    assert early.searched == COUNT
+    assert {hit.start for hit in index.query("a dog", k=50, start=4.5)} == {4}
+    assert len(index.query("a dog", k=50, start=2.5, end=3.5, exhaustive=True)) == COUNT
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_empty_sentence(index, text):
+    with pytest.raises(InputError, match="sentence is empty"):
+        index.query(text)
+
+
+def test_k_below_one(index):
+    with pytest.raises(InputError, match="at least 1"):
+        index.query("a dog", k=0)
+
+
+def test_a_long_sentence_is_cut_and_says_so(index):
+    answer = index.query("a red dog and a blue cat " * 400)
+    assert "first 6 tokens" in answer.note
+    assert len(answer) == 10
+    assert index.query("a dog").note is None
+
+
+def test_nothing_is_compiled_between_queries(index):
+    index.query("a dog")
+    index.similar(index.segment(index.query("a dog")[0].id).path)
+    before = xclip_jax.inference.apply._cache_size()
+    for k in (1, 3, 10, 200):
+        index.query("a red cat and a dog", k=k)
+        index.query("cat", k=k, path="clip1")
+        index.like(index.query("a dog")[0].id, k=k - 1 or 1)
+    assert xclip_jax.inference.apply._cache_size() == before
+
+
+def test_an_example_is_compared_as_a_sentence_is(index, videos, model, tmp_path):
+    retriever = xclip_jax.load(model)
+    frames = read_frames(videos / "clip3.mp4", 64).frames
+    Image.fromarray(frames[4]).save(tmp_path / "still.png")
+    for file, pixels in ((videos / "clip3.mp4", np.stack(frames)), ("still.png", frames[4][None])):
+        vector = retriever.encode_video([pixels]).video[0]
+        expected = []
+        for _, _, _, video, block in content(index).values():
+            cosines = np.reshape(block, (4, 32))[:2] @ vector
+            weights = np.exp((cosines - cosines.max()) / 0.01)
+            expected.append((video @ vector + weights @ cosines / weights.sum()) / 2)  # Eq. 3, 7, 8
+        scale = np.exp(retriever.params["clip"]["logit_scale"])
+        scores = [hit.score for hit in index.similar(tmp_path / file, k=100)]
+        assert scores == pytest.approx(sorted(scale * np.array(expected), reverse=True), abs=2e-3)
+
+
+def test_more_like_one_of_the_index(index):
+    hit = index.query("a dog")[0]
+    found = index.like(hit.id, k=3)
+    assert hit.id not in [other.id for other in found]
+    assert [other.rank for other in found] == [1, 2, 3]
+
+
+def test_examples_that_cannot_be_read(index, tmp_path):
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="no picture"):
+        index.similar(tmp_path / "no.png")
+    with pytest.raises(InputError, match="gone"):
+        index.similar(tmp_path / "gone.mp4")
+
+
+def test_captions_of_a_video_are_ranked(index, videos, model):
+    captions = ["a red dog", "a blue cat and", "cat"]
+    retriever = xclip_jax.load(model)
+    video = retriever.encode_video([videos / "clip0.mp4"])
+    scores = retriever.similarity(retriever.encode_text(captions), video)[:, 0]
+    ranked = index.rank_captions(videos / "clip0.mp4", captions)
+    assert [caption for caption, _ in ranked] == [captions[i] for i in np.argsort(-scores)]
+    assert ranked[0][1] == pytest.approx(scores.max(), abs=1e-5)
+
+
+def test_attention_is_that_of_the_words_and_real_frames(index):
+    hit = index.query("a red dog")[0]
+    attention = index.attention(hit.id, "a red dog")
+    assert attention.weights_WxF.shape == (len(attention.words), 2)
+    assert attention.weights_WxF.sum() == pytest.approx(1, abs=1e-5)
+    assert attention.times == [hit.start, hit.start + 1]
+
+
+def test_what_is_kept_of_a_segment(index, videos):
+    hit = index.query("a dog")[0]
+    segment = index.segment(hit.id)
+    assert (segment.path, segment.start, segment.end) == (hit.path, hit.start, hit.end)
+    assert index.thumbnail(hit.id)[:3] == b"\xff\xd8\xff"
+    assert still(hit.path, hit.second)[:3] == b"\xff\xd8\xff"
+    for ask in (index.segment, index.thumbnail, index.like):
+        with pytest.raises(KeyError):
+            ask("0123456789abcdef")
+
+
+def test_again_reads_nothing(copied, videos, monkeypatch):
+    monkeypatch.setattr(indexing, "run_jobs", None)  # would fail if called
+    before = content(copied)
+    added = copied.add([videos])
+    assert (added.files, added.segments, added.unchanged) == (0, 0, COUNT)
+    assert content(copied) == before
+
+
+def test_a_changed_file_is_read_again_and_only_that(copied, videos, tmp_path):
+    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
+    copied.add([folder])
+    assert copied.num_segments == 6 * COUNT
+    before = content(copied)
+    shutil.copy(videos / "clip4.mp4", folder / "clip0.mp4")
+    os.utime(folder / "clip0.mp4", ns=(1, 1))
+    added = copied.add([folder])
+    assert (added.files, added.unchanged, added.removed) == (1, COUNT - 1, 1)
+    after = content(copied)
+    changed = {key for key in before if key not in after}
+    assert {before[key][0] for key in changed} == {str(folder / "clip0.mp4")}
+    assert len(changed) == 3
+    assert len(after) == len(before)
+
+
+def test_prune_forgets_what_is_gone_from_these_folders_alone(copied, videos, tmp_path):
+    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
+    copied.add([folder])
+    (folder / "clip1.mp4").unlink()
+    assert copied.add([folder]).removed == 0
+    assert copied.num_files == 2 * COUNT
+    assert copied.add([folder], prune=True).removed == 1
+    assert copied.num_files == 2 * COUNT - 1
+    assert copied.remove([folder / "clip2.mp4"]) == 3
+    assert copied.num_files == 2 * COUNT - 2
+
+
+def test_unreadable_files_are_listed_and_left_alone_until_they_change(copied, videos, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "it's broken.mp4").write_bytes(b"nothing")
+    shutil.copy(videos / "clip0.mp4", folder)
+    for _ in range(2):
+        added = copied.add([folder])
+        assert list(added.unreadable) == [str(folder / "it's broken.mp4")]
+        assert "cannot be opened" in added.unreadable[str(folder / "it's broken.mp4")]
+    shutil.copy(videos / "clip1.mp4", folder / "it's broken.mp4")
+    added = copied.add([folder])
+    assert (added.files, added.unreadable) == (1, {})
+    assert copied.add([folder]).unreadable == {}
+
+
+def test_features_do_not_depend_on_what_is_encoded_beside_them(index, model, videos, tmp_path):
+    """To the last bit: what a killed run had left to do comes in other batches."""
+    other = Index.create(tmp_path / "one_by_one", model, segment_seconds=SECONDS)
+    for path in sorted(videos.iterdir(), reverse=True):
+        other.add([path])
+    assert content(other) == content(index)
+
+
+def test_half_precision_is_close(index, model, videos, tmp_path):
+    half = Index.create(tmp_path / "half", model, segment_seconds=SECONDS, precision="float16")
+    half.add([videos])
+    for one, other in zip(index.query("a dog"), half.query("a dog"), strict=True):
+        assert one.score == pytest.approx(other.score, abs=0.01)
+
+
+def test_another_model_is_refused_by_name(made, tmp_path):
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=f"was made with the model .* not with {other}"):
+        Index.open(made, other)
+
+
+def test_a_model_that_has_moved(model, videos, tmp_path):
+    place = Path(shutil.copytree(model, tmp_path / "before"))
+    Index.create(tmp_path / "index", place).add([videos / "clip0.mp4"])
+    place.rename(tmp_path / "after")
+    with pytest.raises(InputError, match=r"no longer in .*before: say where with --model"):
+        Index.open(tmp_path / "index").query("a dog")
+    assert len(Index.open(tmp_path / "index", tmp_path / "after").query("a dog")) == 1
+
+
+def test_no_index_there(tmp_path):
+    with pytest.raises(InputError, match="no index in"):
+        Index.open(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_damage_is_one_clear_line(made, tmp_path):
+    for number, pattern in enumerate(["segments.lance/data/*", "segments.lance/_versions/*"]):
+        folder = Path(shutil.copytree(made, tmp_path / str(number)))
+        for path in folder.glob(pattern):
+            path.write_bytes(b"x" * 100)
+        with pytest.raises(InputError, match=r"cannot be read: .+") as caught:
+            Index.open(folder).query("a dog")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["nowhere", "."])
+def test_no_videos(copied, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no such file|no video files in"):
+        copied.add([given])
+
+
+def test_an_empty_index_answers_nothing(model, tmp_path):
+    empty = Index.create(tmp_path / "empty", model)
+    assert empty.query("a dog").hits == []
+    assert empty.query("a dog", exhaustive=True).hits == []
+    with pytest.raises(InputError, match="holds an index already"):
+        Index.create(tmp_path / "empty", model)
+
+
+def test_one_writer_at_a_time(copied, videos):
+    with (
+        indexing._alone(copied._store),
+        pytest.raises(InputError, match="another process is adding"),
+    ):
+        copied.add([videos])
+
+
+def test_readers_see_whole_files_while_a_writer_adds(copied, videos, tmp_path, monkeypatch):
+    """Two readers ask all the time: no error, and of no file a part."""
+    monkeypatch.setattr(indexing, "COMMIT_SECONDS", 0)
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for number in range(12):
+        shutil.copy(videos / f"clip{number % COUNT}.mp4", folder / f"{number}.mp4")
+    commit = Store.add
+
+    def slowly(store, rows):
+        time.sleep(0.3)
+        commit(store, rows)
+
+    monkeypatch.setattr(Store, "add", slowly)
+    readers = [Index.open(copied.location) for _ in range(2)]
+    seen, failures, ended = [set(), set()], [], threading.Event()
+
+    def read(reader, versions):
+        try:
+            while not ended.is_set():
+                reader.refresh()
+                hits = reader.query("a dog", k=200).hits
+                versions.add(len(hits))
+                for path in {hit.path for hit in hits}:
+                    assert sum(hit.path == path for hit in hits) == 3
+        except Exception as error:
+            failures.append(error)
+
+    running = [threading.Thread(target=read, args=pair) for pair in zip(readers, seen, strict=True)]
+    for thread in running:
+        thread.start()
+    copied.add([folder])
+    ended.set()
+    for thread in running:
+        thread.join()
+    assert failures == []
+    assert all(len(versions) > 2 for versions in seen)
+    assert copied.num_segments == 3 * COUNT + 36
+
+
+def test_old_versions_do_not_pile_up(copied, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "COMMIT_SECONDS", 0)
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for number in range(8):
+        shutil.copy(videos / "clip0.mp4", folder / f"{number}.mp4")
+    copied.add([folder])
+    table = Store(copied.location)._segments
+    assert table.stats()["num_rows"] == 3 * (COUNT + 8)
+    assert table.stats()["fragment_stats"]["num_fragments"] == 1
+
+
+READ_ONLY = """
+import os, sys
+from xclip_jax.search import Index
+os.seteuid(65534)  # nobody
+try:
+    open(os.path.join(sys.argv[1], "x"), "w")
+except PermissionError:
+    print("read-only,", len(Index.open(sys.argv[1]).query("a dog", k=4)), "hits")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="needs root to be nobody")
+def test_a_folder_that_may_only_be_read(made, model, videos):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(model, f"{folder}/model")
+        index = Index.create(f"{folder}/index", f"{folder}/model", segment_seconds=SECONDS)
+        index.add([videos])
+        done = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, f"{folder}/index"], capture_output=True, text=True
+        )
+    assert done.stdout == "read-only, 4 hits\n", done.stderr

@@ -1,0 +1,120 @@
+"""How videos are cut, and what of each segment is kept."""
+
+import io
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_test import at_rate, corners, grey, write
+
+from xclip_jax.data import video
+from xclip_jax.search import segments
+from xclip_jax.search.segments import Job, frames_of, read_segments
+
+
+def read(tmp_path, path, seconds=4, max_frames=100, shots=False):
+    job = Job(str(path), tmp_path / "frames", 32, max_frames, seconds, shots)
+    return job, read_segments(job)
+
+
+def spans(reading):
+    return [(segment.start, segment.end) for segment in reading.segments]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (3, [(0, 3)]),
+        (4, [(0, 4)]),
+        (5, [(0, 5)]),  # a rest of less than half joins the one before
+        (6, [(0, 4), (4, 6)]),
+        (9, [(0, 4), (4, 9)]),
+        (12, [(0, 4), (4, 8), (8, 12)]),
+    ],
+)
+def test_segments_of_four_seconds(tmp_path, length, expected):
+    path = write(tmp_path / "a.mp4", at_rate(2, 2 * length), [grey(0)] * 2 * length)
+    _, reading = read(tmp_path, path)
+    for found, wanted in zip(spans(reading), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=0.1)
+    assert (reading.failure, reading.note) == (None, None)
+
+
+def test_frames_are_those_of_the_reader_and_their_times_where_they_are_shown(tmp_path):
+    path = write(tmp_path / "a.mp4", at_rate(1, 12))
+    job, reading = read(tmp_path, path, max_frames=3)
+    whole = video.read_frames(path, 32).frames
+    found = list(frames_of(job, reading.segments))
+    assert [segment.times for segment in reading.segments] == [[0, 1, 3], [4, 5, 7], [8, 9, 11]]
+    for segment, frames in zip(reading.segments, found, strict=True):
+        np.testing.assert_array_equal(frames, [whole[int(second)] for second in segment.times])
+
+
+def test_a_picture_held_over_a_border_is_in_both_segments(tmp_path):
+    path = write(tmp_path / "a.mkv", [0, 1, 2, 6.5, 7, 8])
+    job, reading = read(tmp_path, path)
+    second = list(frames_of(job, reading.segments))[1]
+    assert spans(reading)[1][0] == 4
+    assert reading.segments[1].times == [4, 5, 6, 7, 8]
+    assert [round((frame.mean() - 20) / 4) for frame in second] == [2, 2, 2, 4, 5]
+
+
+def test_thumbnail_is_the_whole_picture_of_about_the_middle(tmp_path):
+    pictures = [corners(360, 640) if second in (4, 8) else grey(0) for second in range(12)]
+    pictures = [np.resize(p, (360, 640, 3)) if p.shape[0] != 360 else p for p in pictures]
+    path = write(tmp_path / "a.mp4", at_rate(1, 12), pictures)
+    _, reading = read(tmp_path, path, seconds=30)
+    image = np.asarray(Image.open(io.BytesIO(reading.segments[0].thumbnail)))
+    assert image.shape == (180, 320, 3)
+    assert image[10, 10].tolist() == pytest.approx([255, 0, 0], abs=12)
+    assert image[-10, -10].tolist() == pytest.approx([255, 255, 255], abs=12)
+
+
+def test_cut_at_changes_of_shot(tmp_path):
+    pytest.importorskip("scenedetect")
+    rng = np.random.default_rng(0)
+    shots = [rng.integers(0, 255, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(3)]
+    pictures = [shots[int(t >= 3.4) + int(t >= 8)] for t in np.arange(0, 14, 0.2)]
+    path = write(tmp_path / "a.mp4", at_rate(5, len(pictures)), pictures)
+    _, reading = read(tmp_path, path, seconds=30, shots=True)
+    starts = [segment.start for segment in reading.segments]
+    assert starts == pytest.approx([0, 3.4, 8], abs=0.05)
+    assert [segment.times[0] for segment in reading.segments] == [0, 4, 8]
+    _, reading = read(tmp_path, path, seconds=4, shots=True)
+    assert [round(segment.start) for segment in reading.segments] == [0, 3, 8, 12]
+
+
+def test_a_shot_of_less_than_two_frames_stays_with_the_one_before():
+    class Reader:
+        def __iter__(self):
+            picture = video.Picture(Image.new("RGB", (8, 8)), 1)
+            yield from ((float(second), picture) for second in range(9))
+
+    cut = [(start, len(p)) for start, _, p in segments._cut(Reader(), 8, 30, [3.5, 4.2, 5.0, 7.1])]
+    assert cut == [(0.0, 4), (3.5, 4), (7.1, 1)]
+
+
+def test_files_that_cannot_be_read_give_a_reason(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "garbage.mp4").write_bytes(bytes(range(256)) * 50)
+    assert "0 bytes" in read(tmp_path, tmp_path / "empty.mp4")[1].failure
+    assert read(tmp_path, tmp_path / "garbage.mp4", shots=False)[1].failure
+    assert "cannot be opened" in read(tmp_path, tmp_path / "gone.mp4")[1].failure
+
+
+def test_a_file_cut_short_is_noted_and_kept(tmp_path):
+    path = write(tmp_path / "a.avi", at_rate(10, 50), time_base=Fraction(1, 10), g="10")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    _, reading = read(tmp_path, path)
+    assert reading.failure is None
+    assert "fewer frames" in reading.note
+    assert 2 <= len(reading.segments[0].times) <= 4
+
+
+def test_still_is_the_picture_of_that_second(tmp_path):
+    path = write(tmp_path / "a.mp4", at_rate(5, 45), g="10")
+    for second in (0, 1, 4.2, 8.8, 100):
+        image = np.asarray(Image.open(io.BytesIO(video.still(path, second))))
+        assert round((image.mean() - 20) / 4) == min(round(second * 5), 44)
