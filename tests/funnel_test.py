@@ -1,0 +1,183 @@
+"""Which candidates the funnel lets through, for every kind of head."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from xclip_jax.models import build_model, resolve
+from xclip_jax.search.funnel import Funnel, example_funnel, example_text
+from xclip_jax.search.store import Store
+from xclip_jax.similarity import TextFeatures
+
+DIM, FRAMES, WORDS, COUNT = 32, 4, 8, 300
+HEADS = {
+    "paper": {},
+    "official": {"preset": "official"},
+    "clip": {"head": "mean_pooling"},
+    "lstm": {"head": "seq_lstm"},
+    "tight": {"head": "tight_transformer"},
+    "fusion": {"fusion": "transformer"},
+    "frames only": {"granularities": ("frame_sentence", "frame_word")},
+    "no words": {"granularities": ("video_sentence", "frame_sentence")},
+}
+
+
+def make_model(**fields):
+    c = tiny.make_config("").model
+    c.text.vocab_size = 100
+    c.update(fields)
+    architecture = resolve(c.to_dict())
+    model = build_model(architecture)
+    return model, tiny.make_params(model, architecture)
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """Segments of topics, frames around their video, in no order."""
+    rng = np.random.default_rng(0)
+    topics = unit(rng.normal(size=(20, DIM)))
+    frames = unit(
+        topics[rng.integers(20, size=COUNT)][:, None] + 0.2 * rng.normal(size=(COUNT, FRAMES, DIM))
+    )
+    about = {"embed_dim": DIM, "max_frames": FRAMES, "precision": "float32", "model": ""}
+    store = Store.create(tmp_path_factory.mktemp("index"), about)
+    counts = rng.integers(1, FRAMES + 1, size=COUNT)
+    rows = []
+    for number, (block, count) in enumerate(zip(frames, counts, strict=True)):
+        block[count:] = 0
+        rows.append(
+            {
+                "id": f"{number:016x}",
+                "path": f"/videos/{number % 7}.mp4",
+                "size": 1,
+                "mtime": 1,
+                "start": float(number),
+                "end": float(number + 1),
+                "count": count,
+                "times": [0.0] * FRAMES,
+                "video": unit(block[:count].sum(0)),
+                "frames": block.reshape(-1),
+                "thumbnail": b"",
+            }
+        )
+    for start in range(0, COUNT, 100):  # three fragments
+        store.add(rows[start : start + 100])
+    return store.snapshot()
+
+
+def make_text(seed=0):
+    rng = np.random.default_rng(seed)
+    words = unit(rng.normal(size=(1, WORDS, DIM)))
+    return TextFeatures(words[:, 5], words, np.arange(WORDS)[None] < 6)
+
+
+def every_score(snapshot, model, params, text):
+    video = snapshot.features(np.arange(len(snapshot)))
+    return np.asarray(tiny.apply(model, params, text, video, method="similarity"))[0]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_wide_enough_it_is_exact(snapshot, head):
+    model, params = make_model(**HEADS[head])
+    for seed in range(3):
+        text = make_text(seed)
+        scores = every_score(snapshot, model, params, text)
+        expected = np.argsort(-scores, kind="stable")[:10]
+        funnel = Funnel(model, params, candidates=COUNT, rerank=COUNT)
+        for found in (
+            funnel.search(snapshot, text, 10),
+            funnel.exhaustive(snapshot, text, 10)[0],
+        ):
+            np.testing.assert_allclose(found.scores, scores[expected], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(scores[found.rows], scores[expected], rtol=1e-4, atol=1e-5)
+            assert found.best.shape == (10,)
+
+
+def test_each_stage_keeps_the_best_of_its_own_score(snapshot):
+    model, params = make_model()
+    text = make_text()
+    video = snapshot.features(np.arange(COUNT))
+    parts = tiny.apply(model, params, text, video, method="granular_similarity")
+    parts = {name: np.asarray(value)[0] for name, value in parts.items()}
+    first = np.argsort(-parts["video_sentence"])[:50]
+    words = parts["video_sentence"] + parts["video_word"]
+    second = first[np.argsort(-words[first])][:16]
+    total = sum(parts.values()) / 4
+    third = second[np.argsort(-total[second])]
+    found = Funnel(model, params, candidates=50, rerank=16).search(snapshot, text, 16)
+    assert found.rows.tolist() == third.tolist()
+    np.testing.assert_allclose(found.scores, total[third], atol=1e-4)
+    assert list(found.seconds) == ["sentence-video", "video-word", "reading", "all"]
+
+
+def test_a_model_without_words_skips_their_stage(snapshot):
+    model, params = make_model(head="mean_pooling")
+    text = make_text()
+    funnel = Funnel(model, params, candidates=7, rerank=20)
+    scores = every_score(snapshot, model, params, text)
+    assert funnel.search(snapshot, text, 20).rows.tolist() == np.argsort(-scores)[:20].tolist()
+
+
+def test_only_rows_that_are_allowed(snapshot):
+    model, params = make_model()
+    text, allowed = make_text(), np.arange(COUNT) % 3 == 1
+    scores = np.where(allowed, every_score(snapshot, model, params, text), -np.inf)
+    funnel = Funnel(model, params)
+    expected = np.argsort(-scores)[:10].tolist()
+    assert funnel.search(snapshot, text, 10, allowed).rows.tolist() == expected
+    assert funnel.exhaustive(snapshot, text, 10, allowed)[0].rows.tolist() == expected
+    assert len(funnel.search(snapshot, text, 10, np.zeros(COUNT, bool)).rows) == 0
+    few = np.arange(COUNT) < 3
+    assert sorted(funnel.search(snapshot, text, 10, few).rows) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
+def test_best_frame_is_real_and_the_nearest_where_one_stands_out(snapshot, head):
+    model, params = make_model(**HEADS[head])
+    video = snapshot.features(np.array([3]))
+    text = make_text()
+    frames = 0.1 * np.ones((1, FRAMES, DIM), np.float32)
+    frames[0, 2] = text.sentence[0]
+    video = video.replace(frames=frames, mask=np.array([[True, True, True, False]]))
+    text = text.replace(words=np.broadcast_to(text.sentence[:, None], text.words.shape))
+    weights = np.asarray(tiny.apply(model, params, text, video, method="frame_attention"))
+    assert weights[0].argmax() == 2
+    assert weights[0, 3] == 0
+
+
+def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
+    model, params = make_model()
+    text, video = make_text(), snapshot.features(np.arange(5))
+    weights = np.asarray(tiny.apply(model, params, text, video, method="frame_attention"))
+    shares = np.asarray(tiny.apply(model, params, text, video, method="word_frame_attention"))
+    cosines = np.where(video.mask, video.frames @ text.sentence[0], -np.inf)
+    by_sentence = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)
+    by_sentence /= by_sentence.sum(1, keepdims=True)  # Eq. 7
+    np.testing.assert_allclose(weights, (by_sentence + shares.sum(1)) / 2, atol=1e-5)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["paper", "clip", "tight"])
+def test_an_example_finds_its_own_vector_first(snapshot, head):
+    model, params = make_model(**HEADS[head])
+    vector = snapshot.features(np.array([42])).video[0]
+    found = example_funnel(Funnel(model, params)).search(snapshot, example_text(5 * vector, 8), 3)
+    cosines = snapshot.features(found.rows).video @ vector
+    assert cosines[0] > 0.9
+    assert snapshot.features(np.array([42])).video[0] @ vector == pytest.approx(1, abs=1e-5)
+
+
+def test_rows_come_in_the_order_asked_for(snapshot):
+    rows = np.array([250, 3, 101, 299, 0])
+    table = snapshot.read(rows, ["id", "start"])
+    assert table["start"].to_pylist() == rows.tolist()
+    assert [snapshot.row(key) for key in table["id"].to_pylist()] == rows.tolist()
+    blocks = [(block, video) for block, video in snapshot.blocks(64)]
+    np.testing.assert_array_equal(np.sort(np.concatenate([b for b, _ in blocks])), np.arange(COUNT))
+    for block, video in blocks:
+        jax.tree.map(np.testing.assert_array_equal, video, snapshot.features(block))
