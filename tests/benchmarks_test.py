@@ -152,3 +152,21 @@ def test_what_is_absent_or_does_not_fit(
         run_main(monkeypatch, config, tmp_path, fields)
     assert stopped.value.code.startswith("error: ")
     assert "\n" not in stopped.value.code
+
+
+def test_search_is_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import results
+    import search
+
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(search, "text_tower", lambda: 0.0)
+    arguments = ["--segments=300", "--queries=3", f"--folder={tmp_path / 'index'}"]
+    search.main(arguments)
+    (written,) = tmp_path.glob("search_300_*.json")
+    whole, *funnels = json.loads(written.read_text())["rows"]
+    assert whole["segments"] == 300
+    assert [row["compiled"] for row in funnels] == [0, 0, 0]
+    assert funnels[-1]["top_10"] == 1  # it scores all 300
+    with pytest.raises(SystemExit, match="holds another index"):
+        search.main([*arguments, "--precision=float32"])

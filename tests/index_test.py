@@ -300,6 +300,11 @@ def test_no_index_there(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_bucket_that_cannot_be_asked():
+    with pytest.raises(InputError, match="the index nonsense://bucket/index cannot be read: "):
+        Index.open("nonsense://bucket/index")
+
+
 def test_damage_is_one_clear_line(made, tmp_path):
     for number, pattern in enumerate(["segments.lance/data/*", "segments.lance/_versions/*"]):
         folder = Path(shutil.copytree(made, tmp_path / str(number)))

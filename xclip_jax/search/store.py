@@ -137,14 +137,9 @@ class Store:
         with self.readable():
             return Snapshot(self, lancedb.connect(self.location).open_table("segments"))
 
-    @contextlib.contextmanager
     def readable(self):
-        """Turns what the database says of damage into one line."""
-        try:
-            yield
-        except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"the index {self.location} cannot be read: {reason}") from error
+        """A context that turns what the database says of damage into one line."""
+        return _one_line(self.location)
 
 
 class Snapshot:
@@ -254,11 +249,21 @@ class Snapshot:
 
 
 def exists(location):
-    """Whether there is an index."""
+    """Whether there is an index; InputError if the bucket cannot be asked."""
     location = _absolute(location)
     if "://" not in location:
         return Path(location, "segments.lance").is_dir()
-    return "segments" in lancedb.connect(location).table_names()
+    with _one_line(location):
+        return "segments" in lancedb.connect(location).table_names()
+
+
+@contextlib.contextmanager
+def _one_line(location):
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the index {location} cannot be read: {reason[:300]}") from error
 
 
 _FILE = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
