@@ -36,7 +36,7 @@ SEARCH = [
     "faiss-cpu>=1.12",  # exact inner products with a million float16 vectors in memory
     "filelock>=3.16",  # comes with huggingface_hub: one writer at a time
     "starlette>=0.47",  # the page: routes, byte ranges, uploads
-    "python-multipart>=0.0.20",  # starlette's uploads
+    "anyio>=4",  # comes with starlette: threads for what takes time
     "uvicorn>=0.34",  # serves it
 ]
 SHOTS = ["scenedetect>=0.7"]  # where shots change, by presentation time

@@ -10,15 +10,23 @@ from concurrent.futures.process import BrokenProcessPool
 
 
 class _Pool(ProcessPoolExecutor):
+    def __exit__(self, kind, *_):
+        """After an error, such as Ctrl-C, ends the jobs under way: they may take long."""
+        if kind is not None:
+            for process in list((self._processes or {}).values()):
+                process.kill()
+        self.shutdown(cancel_futures=kind is not None)
+
     def submit(self, *args, **kwargs):
-        """Starts workers deaf to Ctrl-C: they may get one before they have begun."""
-        if threading.current_thread() is not threading.main_thread():
-            return super().submit(*args, **kwargs)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """Starts workers deaf to Ctrl-C: they may get one before they have begun.
+
+        They inherit the mask; the parent hears of what came meanwhile as soon as it is lifted.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(*args, **kwargs)
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def worker_pool(jobs):

@@ -169,17 +169,25 @@ def still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
     with _open(path) as container:
         stream = _video_stream(container)
         wanted = (stream.start_time or 0) + round(_seconds(second) / stream.time_base)
-        frame = None
         try:
-            container.seek(wanted, stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.pts + (frame.duration or 1) > wanted:
-                    break
+            frame = _seek(container, stream, wanted, wanted)
+            if frame is None or frame.is_corrupt:  # where it landed cannot be decoded by itself
+                frame = _seek(container, stream, stream.start_time or 0, wanted)
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"no picture at {second} s: {_reason(error)}") from error
         if frame is None:
             raise VideoError(f"no picture at {second} s")
         return _Upright(stream.sample_aspect_ratio)(frame).thumbnail(longest)
+
+
+def _seek(container, stream, start: int, wanted: int) -> av.VideoFrame | None:
+    """Of the frames from about `start` on, in ticks, the one shown at `wanted`, or the last."""
+    frame = None
+    container.seek(start, stream=stream)
+    for frame in container.decode(stream):
+        if frame.pts is None or frame.pts + (frame.duration or 1) > wanted:
+            break
+    return frame
 
 
 def preprocess(

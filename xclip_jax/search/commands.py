@@ -17,6 +17,7 @@ from xclip_jax.search import recall as measured
 from xclip_jax.search.export import write
 from xclip_jax.search.index import Index
 from xclip_jax.search.picture import draw_grid
+from xclip_jax.search.serve import serve as run
 from xclip_jax.search.store import exists
 
 
@@ -106,13 +107,9 @@ def serve(location, host, port, open, model, candidates, rerank):
 
     It serves the files of the index, and no others.
     """
-    from xclip_jax.search.serve import serve as run  # its web server, for this command alone
-
     found = Index.open(location, model, candidates, rerank)
     found.retriever  # noqa: B018  (loaded before the first visitor)
-    if open:
-        webbrowser.open(f"http://{host}:{port}")
-    run(found, host, port)
+    run(found, host, port, open)
 
 
 def recall(location, sample, queries, json, model, candidates, rerank):

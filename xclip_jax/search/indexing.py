@@ -237,5 +237,6 @@ def _frames_folder():
         pid = old.name.split("-")[2]
         if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():
             shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"xclip_jax-frames-{os.getpid()}-") as folder:
+    prefix = f"xclip_jax-frames-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         yield Path(folder)

@@ -1,0 +1,392 @@
+"""The search page's server: what it gives, what it refuses, and that nothing else gets out."""
+
+import concurrent.futures
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from xclip_jax.errors import InputError
+from xclip_jax.search import serve
+from xclip_jax.search.results import Answer, Attention, Hit
+
+CONTENT = bytes(range(256)) * 40
+SECRET = "a secret of the server"
+
+
+def jpeg(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+class FakeIndex:
+    """Segments of given files, all found by every query, in order; the rest of an index's face.
+
+    Args:
+      segments: (path, start, end, best second) of each.
+    """
+
+    location, model_name, num_files = "videos.index", "tiny", 2
+
+    def __init__(self, segments):
+        self.hits = {
+            f"{number:016x}": Hit(number, 30.0 - number, f"{number:016x}", str(path), *times)
+            for number, (path, *times) in enumerate(segments, 1)
+        }
+        self.num_segments, self.refreshed, self.asked = len(segments), threading.Event(), []
+
+    def answer(self, k, *asked):
+        self.asked.append(asked)
+        hits = list(self.hits.values())[:k]
+        return Answer(hits, {"encode": 0.012, "search": 0.003}, 12340, "a note")
+
+    def query(self, text, k=10, path=None, start=None, end=None):
+        if not text:
+            raise InputError("the query is empty")
+        if text == "break":
+            raise RuntimeError(SECRET)
+        return self.answer(k, text, path, start, end)
+
+    def similar(self, file, k=10, path=None, start=None, end=None):
+        try:
+            Image.open(file).load()
+        except OSError as error:
+            raise InputError(f"{file}: no picture that can be read") from error
+        return self.answer(k, file, path)
+
+    def like(self, segment_id, k=10):
+        return self.answer(k, segment_id)
+
+    def attention(self, segment_id, text):
+        if text == "no attention":
+            raise InputError("this model has no attention to show")
+        hit, words = self.hits[segment_id], text.split()
+        times = np.linspace(hit.start, hit.end - 0.5, 6).tolist()
+        weights_WxF = np.random.default_rng(1).dirichlet(np.full(len(words) * 6, 0.4))
+        return Attention(words, times, weights_WxF.reshape(len(words), 6))
+
+    def thumbnail(self, segment_id):
+        return jpeg("red")
+
+    def segment(self, segment_id):
+        return self.hits[segment_id]
+
+    def refresh(self):
+        self.refreshed.set()
+        return False
+
+
+@pytest.fixture
+def index(tmp_path):
+    names = ["dog.mp4", "<b>&.webm", "gone.mp4", "page.html"]
+    for name in names:
+        (tmp_path / name).write_bytes(CONTENT)
+    (tmp_path / "gone.mp4").unlink()
+    (tmp_path / "secret.txt").write_text(SECRET)
+    return FakeIndex([(tmp_path / name, 10.0, 20.0, 12.5) for name in names])
+
+
+@pytest.fixture
+def client(index):
+    with browser(index) as client:
+        yield client
+
+
+def browser(index, host="localhost:7870"):
+    app = serve.make_app(index)
+    return TestClient(app, f"http://{host}", raise_server_exceptions=False)
+
+
+def segment(number):
+    return f"{number:016x}"
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    return response.json()["error"]
+
+
+def test_the_page_brings_all_it_needs_and_allows_nothing_else(client):
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    for name, kind in (("style.css", "text/css"), ("page.js", "text/javascript")):
+        assert f'"{name}"' in page.text
+        assert client.get(f"/{name}").headers["content-type"].startswith(kind)
+    assert "default-src 'none'; script-src 'self'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_facts(client):
+    facts = client.get("/api/index").json()
+    assert (facts["segments"], facts["files"], facts["model"]) == (4, 2, "tiny")
+
+
+def test_a_query_with_filters(client, index, tmp_path):
+    asked = {"text": "a dog", "k": "2", "path": "*.mp4", "start": "1.5", "end": 60}
+    answer = client.post("/api/search", json=asked).json()
+    assert index.asked == [("a dog", "*.mp4", 1.5, 60.0)]
+    assert (answer["searched"], answer["note"], len(answer["hits"])) == (12340, "a note", 2)
+    assert 0 <= answer["seconds"] < 1
+    path = str(tmp_path / "dog.mp4")
+    times = {"start": 10.0, "end": 20.0, "second": 12.5}
+    found = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4"}
+    assert answer["hits"][0] == found | times
+
+
+def test_a_long_query_of_any_characters(client, index):
+    text = "猫🐕" * 5000
+    assert client.post("/api/search", json={"text": text}).status_code == 200
+    assert index.asked[0][0] == text
+    body = b'{"text": "half \\ud83d a character"}'
+    assert client.post("/api/search", content=body).status_code == 200
+    assert index.asked[1][0] == "half ? a character"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"text": ""}, "the query is empty"),
+        ({}, "the query is empty"),
+        ({"text": 3}, "text is not a text"),
+        ({"text": "a", "k": 0}, "between 1 and 100"),
+        ({"text": "a", "k": 101}, "between 1 and 100"),
+        ({"text": "a", "k": "many"}, "between 1 and 100"),
+        ({"text": "a", "k": 1e400}, "between 1 and 100"),
+        ({"text": "a", "start": "soon"}, "start is not a number"),
+        ({"text": "a", "end": "inf"}, "end is not a number"),
+        ({"text": "a", "end": [1]}, "end is not a number"),
+        (["a"], "not a JSON object"),
+    ],
+)
+def test_what_is_wrong_with_a_query_is_said(client, asked, message):
+    body = serve.json.dumps(asked)
+    assert message in error_of(client.post("/api/search", content=body), 400)
+
+
+def test_a_body_that_is_no_json_or_endless(client):
+    assert "not a JSON" in error_of(client.post("/api/search", content=b"\xff{"), 400)
+    endless = iter([b" " * 2**20] * 2)  # no Content-Length: it must be counted
+    assert error_of(client.post("/api/search", content=endless), 413) == "more than 1 MB"
+
+
+def test_an_example_is_searched_by_and_removed(client, index):
+    response = client.post("/api/example?name=../Dog.JPG&k=3&path=*.mp4", content=jpeg("blue"))
+    assert len(response.json()["hits"]) == 3
+    ((file, path),) = index.asked
+    assert path == "*.mp4"
+    assert file.endswith(".jpg")
+    assert not os.path.exists(file)
+
+
+def test_an_example_that_is_garbage_or_too_big(client, index, monkeypatch, tmp_path):
+    monkeypatch.setattr(serve.tempfile, "tempdir", str(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    message = error_of(client.post("/api/example?name=a.jpg", content=b"garbage"), 400)
+    assert message == "a.jpg: no picture that can be read"
+    monkeypatch.setattr(serve, "MOST_UPLOADED", 2**20)
+    big = b"x" * (2**20 + 1)
+    for body in (big, iter([big[: 2**19], big[2**19 :]])):
+        assert error_of(client.post("/api/example", content=body), 413) == "more than 1 MB"
+    assert index.asked == []
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_like(client, index):
+    answer = client.get(f"/api/like/{segment(2)}?k=1").json()
+    assert index.asked == [(segment(2),)]
+    assert (answer["like"]["name"], len(answer["hits"])) == ("<b>&.webm", 1)
+    assert "between 1" in error_of(client.get(f"/api/like/{segment(2)}?k=101"), 400)
+
+
+def test_attention(client):
+    seen = client.post(f"/api/attention/{segment(1)}", json={"text": "a big dog"}).json()
+    assert seen["words"] == ["a", "big", "dog"]
+    assert np.shape(seen["weights"]) == (3, len(seen["times"]))
+    assert np.sum(seen["weights"]) == pytest.approx(1)
+    refused = client.post(f"/api/attention/{segment(1)}", json={"text": "no attention"})
+    assert "no attention to show" in error_of(refused, 400)
+
+
+def test_stills_fall_back_to_the_thumbnail(client, monkeypatch):
+    asked = []
+
+    def still(path, second, longest):
+        asked.append((os.path.basename(path), second))
+        if second > 15:
+            raise serve.video.VideoError("no picture")
+        return jpeg("green")
+
+    monkeypatch.setattr(serve.video, "still", still)
+    pictures = [client.get(f"/still/{segment(1)}?second={second}") for second in (12.5, 16)]
+    assert [picture.content for picture in pictures] == [jpeg("green"), jpeg("red")]
+    assert asked == [("dog.mp4", 12.5), ("dog.mp4", 16.0)]
+    assert pictures[0].headers["content-type"] == "image/jpeg"
+    assert client.get(f"/thumbnail/{segment(1)}").content == jpeg("red")
+    assert "not a number" in error_of(client.get(f"/still/{segment(1)}?second=nan"), 400)
+
+
+def test_a_file_and_its_ranges(client):
+    address = f"/video/{segment(1)}"
+    whole = client.get(address)
+    assert (whole.status_code, whole.content) == (200, CONTENT)
+    assert (whole.headers["content-type"], whole.headers["accept-ranges"]) == ("video/mp4", "bytes")
+    part = client.get(address, headers={"Range": "bytes=100-299"})
+    assert (part.status_code, part.content) == (206, CONTENT[100:300])
+    assert part.headers["content-range"] == f"bytes 100-299/{len(CONTENT)}"
+    tail = client.get(address, headers={"Range": "bytes=-5"})
+    assert (tail.status_code, tail.content) == (206, CONTENT[-5:])
+    beyond = client.get(address, headers={"Range": f"bytes={len(CONTENT)}-"})
+    assert (beyond.status_code, beyond.content) == (416, b"")
+    assert client.head(address).headers["content-length"] == str(len(CONTENT))
+
+
+def test_no_file_is_shown_as_a_page_of_this_server(client):
+    assert client.get(f"/video/{segment(4)}").headers["content-type"] == "application/octet-stream"
+
+
+def test_a_file_that_vanished(client):
+    assert error_of(client.get(f"/video/{segment(3)}"), 404) == "gone.mp4 is no longer on disk"
+    assert client.get(f"/still/{segment(3)}?second=1").content == jpeg("red")
+
+
+@pytest.mark.parametrize("kind", ["video", "thumbnail", "still", "api/like"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("f" * 16, "1", segment(1).upper() + "A", segment(1) + "%0A", "%00" * 16, "' OR '1'='1"),
+        *("secret.txt", "../secret.txt", "..%2fsecret.txt", "%2e%2e/%2e%2e/etc/passwd"),
+        *("/etc/passwd", "%2fetc%2fpasswd", f"{segment(1)}/../secret.txt", f"{segment(1)}/x", ""),
+    ],
+)
+def test_only_ids_of_the_index_open_anything(client, kind, name):
+    response = client.get(f"/{kind}/{name}")
+    error_of(response, 404)
+    assert SECRET not in response.text
+    assert "root:" not in response.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/page/", "/page", "/serve.py", "/../serve.py", "/..%2fserve.py", "//etc/passwd"]
+)
+def test_no_other_file_of_the_program_is_served(client, path):
+    error_of(client.get(path), 404)
+
+
+def test_only_the_right_methods(client):
+    error_of(client.get("/api/search"), 405)
+    error_of(client.post(f"/video/{segment(1)}"), 405)
+
+
+def test_a_defect_is_logged_and_not_told(client, caplog):
+    response = client.post("/api/search", json={"text": "break"})
+    message = error_of(response, 500)
+    assert "terminal of the server" in message
+    assert SECRET not in response.text
+    assert "serve" not in response.text.replace("of the server", "")
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert SECRET in caplog.text
+    assert client.post("/api/search", json={"text": "a dog"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(("localhost:7870", 200), ("127.0.0.1", 200), ("[::1]:7870", 200)),
+        *(("evil.example", 400), ("localhost.evil.example:7870", 400), ("10.0.0.1", 400)),
+    ],
+)
+def test_only_this_machines_names_reach_a_local_server(index, host, status):
+    with browser(index, host) as client:
+        assert client.get("/api/index").status_code == status
+
+
+def test_fifty_requests_at_once(client, index):
+    most, now, lock = [], set(), threading.Lock()
+
+    def slow(text, *_, **__):
+        with lock:
+            now.add(text)
+            most.append(len(now))
+        time.sleep(0.01)
+        with lock:
+            now.discard(text)
+        return index.answer(1, text)
+
+    index.query = slow
+
+    def ask(number):
+        return client.post("/api/search", json={"text": f"dog {number}"}).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        statuses = list(pool.map(ask, range(50)))
+    assert statuses == [200] * 50
+    assert max(most) == 2  # the processor is not fought for
+
+
+def test_the_index_is_refreshed_and_a_failure_of_that_ends_nothing(index, monkeypatch, caplog):
+    monkeypatch.setattr(serve, "REFRESH_EVERY", 0.01)
+    calls = []
+
+    def refresh():
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise RuntimeError("a writer halfway through")
+        index.refreshed.set()
+
+    index.refresh = refresh
+    with browser(index) as client:
+        assert index.refreshed.wait(10)
+        assert client.get("/api/index").status_code == 200
+    assert "halfway" in caplog.text
+
+
+def test_a_port_in_use_is_said_in_one_line(index):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"^cannot listen on 127.0.0.1, port {port}: [^\n]+$"):
+            serve.serve(index, "127.0.0.1", port)
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_does_not_exist(index, port):
+    with pytest.raises(InputError, match="cannot listen"):
+        serve.serve(index, "127.0.0.1", port)
+
+
+SERVER = """
+from serve_test import FakeIndex
+from xclip_jax.search.serve import serve
+serve(FakeIndex([({path!r}, 0, 1, 0)]), port=0)
+"""
+
+
+def test_it_says_where_it_is_and_ctrl_c_ends_it_quietly(tmp_path):
+    (tmp_path / "long.mp4").write_bytes(b"0" * 50_000_000)
+    program = SERVER.format(path=str(tmp_path / "long.mp4"))
+    here = os.path.dirname(__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        first, second = process.stdout.readline(), process.stdout.readline()
+        port = int(second.split("http://127.0.0.1:")[1].split()[0])
+        with socket.create_connection(("127.0.0.1", port), 10) as watching:
+            watching.sendall(f"GET /video/{1:016x} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert watching.recv(100).startswith(b"HTTP/1.1 200")
+            process.send_signal(signal.SIGINT)  # while someone watches, and reads no further
+            rest, _ = process.communicate(timeout=20)
+    assert first == "videos.index: 1 segments of 2 files\n"
+    assert (process.returncode, rest) == (0, "")
