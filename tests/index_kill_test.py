@@ -18,7 +18,7 @@ from xclip_jax import workers
 from xclip_jax.search import Index, indexing
 from xclip_jax.search.store import Store, exists
 workers.worker_pool = concurrent.futures.ThreadPoolExecutor
-indexing.COMMIT_SECONDS = 0
+indexing.COMMIT_SECONDS = indexing.COMMIT_SHARE = 0
 folder, model, videos = sys.argv[1:]
 index = Index.open(folder) if exists(folder) else Index.create(folder, model, segment_seconds=2)
 index.retriever

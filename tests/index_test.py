@@ -18,7 +18,7 @@ from PIL import Image
 import xclip_jax
 from xclip_jax.data.video import read_frames, still
 from xclip_jax.errors import InputError
-from xclip_jax.search import Index, indexing
+from xclip_jax.search import Index, indexing, store
 from xclip_jax.search.store import Store
 
 COUNT, SECONDS = 5, 2  # clips of six seconds: three segments each
@@ -341,6 +341,7 @@ def test_one_writer_at_a_time(copied, videos):
 def test_readers_see_whole_files_while_a_writer_adds(copied, videos, tmp_path, monkeypatch):
     """Two readers ask all the time: no error, and of no file a part."""
     monkeypatch.setattr(indexing, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(indexing, "COMMIT_SHARE", 0)
     folder = tmp_path / "more"
     folder.mkdir()
     for number in range(12):
@@ -378,16 +379,24 @@ def test_readers_see_whole_files_while_a_writer_adds(copied, videos, tmp_path, m
     assert copied.num_segments == 3 * COUNT + 36
 
 
-def test_old_versions_do_not_pile_up(copied, videos, tmp_path, monkeypatch):
+def fragments(index):
+    return Store(index.location)._segments.stats()["fragment_stats"]["num_fragments"]
+
+
+def test_files_of_many_commits_are_joined(copied, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(indexing, "COMMIT_SHARE", 0)
     folder = tmp_path / "more"
     folder.mkdir()
     for number in range(8):
         shutil.copy(videos / "clip0.mp4", folder / f"{number}.mp4")
     copied.add([folder])
-    table = Store(copied.location)._segments
-    assert table.stats()["num_rows"] == 3 * (COUNT + 8)
-    assert table.stats()["fragment_stats"]["num_fragments"] == 1
+    assert 2 < fragments(copied) < store.MOST_FRAGMENTS
+    before = content(copied)
+    monkeypatch.setattr(store, "MOST_FRAGMENTS", 2)
+    copied.add([folder])
+    assert fragments(copied) == 1
+    assert content(copied) == before
 
 
 READ_ONLY = """

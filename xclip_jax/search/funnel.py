@@ -18,8 +18,10 @@ import jax
 import numpy as np
 
 from xclip_jax.inference import apply, similarity_in_blocks
+from xclip_jax.search.store import unit_vectors
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
+FEW = 16  # hits whose best frames are looked for at once, if no more are asked for
 STAGES = ("sentence-video", "video-word", "reading", "all")
 
 
@@ -84,10 +86,11 @@ class Funnel:
         watch("video-word")
         video = snapshot.features(rows)
         watch("reading")
-        scores, frames = self._by_all(text, video, rerank)
+        scores = self._by_all(text, video, rerank)
         order = best(scores, k)
+        frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
         watch("all")
-        return Found(rows[order], scores[order], frames[order], watch.seconds)
+        return Found(rows[order], scores[order], frames, watch.seconds)
 
     def exhaustive(self, snapshot, text, k, allowed=None, bar=None):
         """For each of T sentences the Found of the whole model's scores with all rows.
@@ -114,7 +117,7 @@ class Funnel:
                 bar.update(len(block))
         seconds = {"all": time.perf_counter() - started}
         return [
-            Found(rows[t], scores[t], self._frames(text, t, snapshot, rows[t]), seconds)
+            Found(rows[t], scores[t], self._best_frames_of(text, t, snapshot, rows[t]), seconds)
             for t in range(num_texts)
         ]
 
@@ -133,24 +136,29 @@ class Funnel:
         return rows[0][rows[0] >= 0]
 
     def _by_words(self, word_model, snapshot, text, rows, width):
-        vectors = _padded(snapshot.flat.reconstruct_batch(rows), width)
-        shape = (width, word_model.max_frames)
+        vectors, shape = _padded(snapshot.halves[rows], width), (width, word_model.max_frames)
         video = VideoFeatures(vectors, np.zeros((*shape, 0), np.float32), np.ones(shape, bool))
         scores = apply(self.params, text, video, model=word_model, method="similarity")
         return np.asarray(scores)[0, : len(rows)]
 
     def _by_all(self, text, video, width):
-        """(scores, best frames) of one sentence with at most `width` videos."""
-        count = len(video.mask)
-        video = jax.tree.map(lambda x: _padded(x, width), _unit(video) if self.unit else video)
+        """Scores of one sentence with at most `width` videos."""
+        count, video = len(video.mask), _unit(video) if self.unit else video
+        video = jax.tree.map(lambda x: _padded(x, width), video)
         scores = apply(self.params, text, video, model=self.model, method="similarity")
-        weights = apply(self.params, text, video, model=self.model, method="frame_attention")
-        return np.asarray(scores)[0, :count], np.asarray(weights)[:count].argmax(1)
+        return np.asarray(scores)[0, :count]
 
-    def _frames(self, text, index, snapshot, rows):
+    def _best_frames(self, text, video):
+        """Of each video the number of the frame that AOSM weighs most for one sentence."""
+        count = len(video.mask)
+        width = max(FEW, 1 << (count - 1).bit_length())
+        video = jax.tree.map(lambda x: _padded(x, width), video)
+        weights = apply(self.params, text, video, model=self.model, method="frame_attention")
+        return np.asarray(weights)[:count].argmax(1)
+
+    def _best_frames_of(self, text, index, snapshot, rows):
         one = jax.tree.map(lambda x: x[index : index + 1], text)
-        width = self._rerank(len(rows))
-        return self._by_all(one, snapshot.features(rows), width)[1] if len(rows) else rows
+        return self._best_frames(one, snapshot.features(rows)) if len(rows) else rows
 
 
 def example_funnel(funnel):
@@ -168,11 +176,6 @@ def example_text(vector_D, max_words):
     """TextFeatures that hold the vector of a video as their only sentence."""
     words = np.zeros((1, max_words, len(vector_D)), np.float32)
     return TextFeatures(unit_vectors(vector_D[None]), words, np.arange(max_words)[None] < 2)
-
-
-def unit_vectors(vectors):
-    """L2-normalised along the last axis; zeros stay zeros."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def _unit(video):

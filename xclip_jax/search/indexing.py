@@ -21,8 +21,9 @@ from xclip_jax.progress import progress
 from xclip_jax.search.segments import Job, Reading, check_shots, frames_of, read_segments
 from xclip_jax.workers import run_jobs
 
-COMMIT_SECONDS = 5  # between commits; each is a version to be joined with others later
-TIDY_COMMITS = 200
+# Between commits: each is a file more to be read from, so in a run of days they are further apart.
+COMMIT_SECONDS = 5  # at least
+COMMIT_SHARE = 0.02  # of the time the run has taken so far
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ class _Writer:
         self.batch = []  # (row, frames) still to be encoded
         self.open, self.ready = {}, []  # path -> rows not yet encoded; rows to be committed
         self.failed = []
-        self.committed, self.commits = time.monotonic(), 0
+        self.started = self.committed = time.monotonic()
         per_device = 4 if jax.default_backend() == "cpu" else 64
         self.batch_size = per_device * jax.local_device_count()
 
@@ -172,7 +173,8 @@ class _Writer:
         self.batch = []
 
     def commit_now_and_then(self):
-        if time.monotonic() - self.committed > COMMIT_SECONDS:
+        now = time.monotonic()
+        if now - self.committed > max(COMMIT_SECONDS, COMMIT_SHARE * (now - self.started)):
             self.commit()
 
     def commit(self):
@@ -190,9 +192,7 @@ class _Writer:
                 self.added.removed += 1
         self.added.files += len(paths) - len(self.failed)
         self.failed = []
-        self.committed, self.commits = time.monotonic(), self.commits + 1
-        if self.commits % TIDY_COMMITS == 0:
-            self.store.tidy()
+        self.committed = time.monotonic()
 
 
 def segment_id(path, size, mtime, start):

@@ -21,6 +21,7 @@ from xclip_jax.errors import InputError
 from xclip_jax.similarity import VideoFeatures
 
 FORMAT = 1  # raise it when older indexes can no longer be read
+MOST_FRAGMENTS = 32  # files that reading 200 rows is not slowed down by
 _ABOUT = b"xclip_jax"
 _BATCH = 4096  # rows read at once
 
@@ -122,9 +123,14 @@ class Store:
                 table.delete(f"path IN ({names}){unless}")
 
     def tidy(self):
-        """Joins the small files of many commits, and removes versions older than an hour."""
+        """Joins the files of many commits, and removes versions older than an hour.
+
+        Rarely: whatever has been joined before is written anew, up to a million rows.
+        """
         for table in (self._segments, self._unreadable):
-            table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
+            table.checkout_latest()
+            if table.stats()["fragment_stats"]["num_fragments"] > MOST_FRAGMENTS:
+                table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
 
     def version(self):
         """A number that grows with every commit of segments."""
@@ -149,7 +155,7 @@ class Snapshot:
 
     Attributes:
         version: its number.
-        flat: faiss index of the unit video vectors, as float16.
+        flat: faiss index of the unit video vectors; halves: these vectors, N x D float16.
         paths: N strings (Arrow). starts, ends: N seconds.
     """
 
@@ -160,19 +166,23 @@ class Snapshot:
         self._frames, dim = store.about["max_frames"], store.about["embed_dim"]
         half = faiss.ScalarQuantizer.QT_fp16
         self.flat = faiss.IndexScalarQuantizer(dim, half, faiss.METRIC_INNER_PRODUCT)
+        # It would grow by doubling, and copying: room for all at once, which the first `add` takes.
+        self.flat.codes.resize(table.count_rows() * self.flat.code_size)
         parts = [[] for _ in range(5)]
         columns = ["id", "path", "start", "end"]
         query = table.search().select([*columns, "video"]).with_row_id(True)
         for batch in query.to_batches(_BATCH):
-            vectors = _matrix(batch["video"], dim)
-            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-            self.flat.add(vectors / np.maximum(norms, 1e-12))
+            self.flat.add(unit_vectors(_matrix(batch["video"], dim)))
             for part, name in zip(parts, [*columns, "_rowid"], strict=True):
                 part.append(batch[name])
         types = (pa.string(), pa.string(), pa.float64(), pa.float64(), pa.uint64())
         whole = [pa.chunked_array(part, kind) for part, kind in zip(parts, types, strict=True)]
         self.ids, self.paths = whole[:2]
         self.starts, self.ends, self._row_ids = (array.to_numpy() for array in whole[2:])
+        self.halves = np.zeros((0, dim), np.float16)
+        if len(self.ids):
+            codes = faiss.rev_swig_ptr(self.flat.codes.data(), self.flat.codes.size())
+            self.halves = codes.view(np.float16).reshape(-1, dim)
 
     def __len__(self):
         return len(self.ids)
@@ -219,7 +229,7 @@ class Snapshot:
             return found.take([place[row_id] for row_id in row_ids.tolist()])
 
     def features(self, rows):
-        """VideoFeatures of some rows, in their order; float32."""
+        """VideoFeatures of some rows, in their order; numbers as stored."""
         return self._features(self.read(rows, ["count", "video", "frames"]))
 
     def blocks(self, size=_BATCH):
@@ -279,8 +289,13 @@ def _quoted(text):
     return text.replace("'", "''")
 
 
+def unit_vectors(vectors):
+    """L2-normalised along the last axis, float32; zeros stay zeros."""
+    vectors = vectors.astype(np.float32, copy=False)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
 def _matrix(array, width):
-    """A column of fixed-size lists as float32 rows."""
+    """A column of fixed-size lists as rows."""
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    flat = array.flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32, copy=False).reshape(-1, width)
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
