@@ -10,15 +10,8 @@ had before; at least 0.99 of the ten best of the whole model in the funnel's ten
 while queries are answered. The second line takes videos in with random weights of B/32; the target
 is 1.2 times the bare sum of reading them and of the towers.
 
-Files of 20 synthetic segments have a sub-topic of a topic, which others share. A frame is the sum
-of equal parts of topic, sub-topic, file, segment and its own; one in ten is of something else. All
-have a direction in common, as CLIP's have: unrelated videos have a cosine of 0.6, a sentence has
-0.2 with those of others and 0.4 with its own. It is about three frames of its segment, half of its
-words each about one of them, while the other half say nothing; noise is added to all. Its amount
-(see `noise`) was chosen, by trying several with 20,000 and 100,000 segments, so that the whole
-model ranks the own segment first about every other time: the larger the gallery, the less noise.
-
-The index's files are in the page cache after a few queries where memory suffices for them.
+The synthetic vectors: benchmarks/search_vectors.py. The index's files are in the page cache after a
+few queries where memory suffices for them. The text tower's time comes on top of a query's.
 """
 
 import argparse
@@ -36,6 +29,7 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 import results
+import search_vectors
 
 from xclip_jax.config import get_config
 from xclip_jax.inference import encode_texts, encode_videos, on_local_devices
@@ -48,13 +42,8 @@ from xclip_jax.search.index import SEGMENT_SECONDS, Index
 from xclip_jax.search.indexing import find_videos
 from xclip_jax.search.segments import Job, frames_of, read_segments
 from xclip_jax.search.store import Store, exists
-from xclip_jax.similarity import TextFeatures
 from xclip_jax.workers import run_jobs
 
-DIM, FRAMES, WORDS = 512, 12, 32
-FILE, CHUNK = 20, 4000  # segments of a file; of what is in memory at once
-TOPICS = 200
-SPECTRUM = np.arange(1, DIM + 1, dtype=np.float32) ** -0.375
 K, WARM_UP, COMPARED = 10, 20, 100
 FUNNELS = {  # name -> candidates, rerank
     "5000, 200": (5000, 200),
@@ -62,60 +51,6 @@ FUNNELS = {  # name -> candidates, rerank
     "sentence-video, 2000": (2000, 2000),
 }
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-class World:
-    """What videos and sentences are about, the same in every run."""
-
-    def __init__(self, segments):
-        rng = np.random.default_rng(0)
-        self.pictures, other = directions(rng, 2)  # what all pictures have in common
-        self.texts = 0.4 * self.pictures + (1 - 0.4**2) ** 0.5 * other
-        self.topics = directions(rng, TOPICS)
-        subtopics = max(10, segments // 100)
-        self.subtopics = directions(rng, subtopics)
-        self.topic_of = rng.integers(0, TOPICS, subtopics)
-
-    def subjects(self, rng, count):
-        """count x D: topic and sub-topic, some more frequent than others."""
-        sub = (len(self.subtopics) * rng.random(count) ** 1.5).astype(int)
-        return self.topics[self.topic_of[sub]] + self.subtopics[sub]
-
-    def frames(self, rng, count):
-        """Frames of CHUNK segments."""
-        files = self.subjects(rng, count // FILE) + directions(rng, count // FILE)
-        segments = np.repeat(files, FILE, axis=0) + directions(rng, count)
-        frames = directions(rng, count, FRAMES)
-        elsewhere = rng.random(frames.shape[:2]) < 0.1
-        other = self.subjects(rng, elsewhere.sum()) + 2**0.5 * directions(rng, elsewhere.sum())
-        segments = np.repeat(segments[:, None], FRAMES, axis=1)
-        segments[elsewhere] = other
-        return unit((frames + segments) * 5**-0.5 + self.pictures)
-
-    def queries(self, rng, video, noise):
-        """TextFeatures of a sentence for each of some VideoFeatures."""
-        count = len(video.mask)
-        described = (rng.random((count, 3)) * video.mask.sum(1)[:, None]).astype(int)
-        frames = np.take_along_axis(video.frames, described[..., None], 1)
-        content = unit(frames - (frames @ self.pictures)[..., None] * self.pictures)
-        lengths = rng.integers(6, 18, count)
-        mask = np.arange(WORDS) < lengths[:, None]
-        told = np.take_along_axis(content, rng.integers(0, 3, (count, WORDS))[..., None], 1)
-        told *= rng.random((count, WORDS, 1)) < 0.5
-        shared = directions(rng, count)
-        own = directions(rng, count, WORDS)
-        words = self.texts + told + noise * (shared[:, None] + own) * 0.5**0.5
-        sentence = self.texts + unit(content.mean(1)) + noise * shared
-        return TextFeatures(unit(sentence), unit(words), mask)
-
-
-def directions(rng, *shape):
-    """Unit vectors; few of their dimensions hold most of them, so that more are alike."""
-    return unit(rng.standard_normal((*shape, DIM), np.float32) * SPECTRUM)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def make(folder, segments, precision):
@@ -131,8 +66,8 @@ def make(folder, segments, precision):
     table = lancedb.connect(folder).open_table("segments")
     if not table.count_rows():
         with progress(segments, "writing", "segments") as bar:
-            batches = _batches(table.schema, segments, bar)
-            table.add(pa.RecordBatchReader.from_batches(table.schema, batches))
+            rows = search_vectors.batches(table.schema, segments, bar)
+            table.add(pa.RecordBatchReader.from_batches(table.schema, rows))
     return store
 
 
@@ -146,54 +81,6 @@ def about(model, fingerprint, precision):
         "shots": False,
         "precision": precision,
     }
-
-
-def _batches(schema, segments, bar):
-    """Yields Arrow batches of CHUNK rows; their numbers do not depend on the batches before."""
-    world = World(segments)
-    for first in range(0, segments, CHUNK):
-        rng = np.random.default_rng([1, first])
-        number = np.arange(first, min(first + CHUNK, segments))
-        count = np.where(rng.random(CHUNK) < 0.05, rng.integers(1, FRAMES + 1, CHUNK), FRAMES)
-        mask = (np.arange(FRAMES) < count[:, None])[: len(number), :, None]
-        frames = world.frames(rng, CHUNK)[: len(number)] * mask
-        start = number % FILE * float(SEGMENT_SECONDS)
-        columns = {
-            "id": [f"{n:016x}" for n in number],
-            "path": [f"/videos/{n // FILE % 1000:03}/{n // FILE:08}.mp4" for n in number],
-            "size": number * 0,
-            "mtime": number * 0,
-            "start": start,
-            "end": start + SEGMENT_SECONDS,
-            "count": count[: len(number)],
-            "times": (start[:, None] + np.linspace(1, 28, FRAMES)) * mask[..., 0],
-            "video": unit(frames.sum(1)),  # Eq. 2
-            "frames": frames.reshape(len(number), -1),
-            "thumbnail": [b""] * len(number),
-        }
-        arrays = [_column(columns[field.name], field.type) for field in schema]
-        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-        bar.update(len(number))
-
-
-def _column(values, kind):
-    if not pa.types.is_fixed_size_list(kind):
-        return pa.array(values, kind)
-    flat = np.asarray(values, kind.value_type.to_pandas_dtype()).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-
-
-def noise(segments):
-    """See above."""
-    return 2.1 - 0.2 * float(np.log10(segments / 100_000))
-
-
-def make_queries(store, segments, count):
-    """(TextFeatures of sentences, row of each one's own segment)."""
-    snapshot, rng = store.snapshot(), np.random.default_rng(2)
-    rows = rng.choice(segments, count, replace=count > segments)
-    text = World(segments).queries(rng, snapshot.features(rows), noise(segments))
-    return text, rows
 
 
 def tower_config():
@@ -230,7 +117,11 @@ def measure(folder, text, own, count):
         there = [np.isin(b, f) for b, f in zip(best, row.pop("found"), strict=False)]
         row["top_1"], row["top_10"] = float(np.mean(there, 0)[0]), float(np.mean(there))
     recall = float(np.mean(best[:, 0] == own[compared]))
-    whole = {"segments": len(snapshot), "noise": noise(len(snapshot)), "exhaustive_R@1": recall}
+    whole = {
+        "segments": len(snapshot),
+        "noise": search_vectors.noise(len(snapshot)),
+        "exhaustive_R@1": recall,
+    }
     return whole | {"open_seconds": opening}, rows
 
 
@@ -243,13 +134,11 @@ def _exhaustive(funnel, snapshot, text):
 def _answer(funnel, snapshot, text, numbers):
     """([rows found], {stage: milliseconds}) of some of the queries, one after another."""
     answers, took = [], []
-    shown = ["id", "path", "start", "end", "times"]  # as Index.query reads them
     for n in numbers:
         one = jax.tree.map(lambda x, n=n: x[n : n + 1], text)
         whole, found = seconds(lambda one=one: funnel.search(snapshot, one, K))
-        hits, _ = seconds(lambda found=found: snapshot.read(found.rows, shown).to_pylist())
         answers.append(found.rows)
-        took.append({"query": whole + hits, **found.seconds, "hits": hits})
+        took.append({"query": whole, **found.seconds})
     table = {name: [1000 * one[name] for one in took] for name in took[0]}
     both = [(name, q) for name in table for q in (50, 95)]
     return answers, {f"{name}_p{q}": float(np.percentile(table[name], q)) for name, q in both}
@@ -264,7 +153,10 @@ def seconds(function):
 def text_tower(repeats=50):
     """Milliseconds in which B/32's text tower, with random weights, encodes one query; p50."""
     architecture, model = tower_config()
-    ids, mask = np.ones((1, WORDS), np.int32), np.arange(WORDS)[None] < 12
+    ids, mask = (
+        np.ones((1, search_vectors.WORDS), np.int32),
+        np.arange(search_vectors.WORDS)[None] < 12,
+    )
     params = jax.jit(lambda: init_params(model, architecture, 0))()
     encode = functools.partial(encode_texts, model, on_local_devices(params), ids, mask)
     encode()
@@ -273,7 +165,7 @@ def text_tower(repeats=50):
 
 def searching(args, folder):
     store = make(folder, args.segments, args.precision)
-    text, own = make_queries(store, args.segments, WARM_UP + args.queries)
+    text, own = search_vectors.make_queries(store, args.segments, WARM_UP + args.queries)
     fresh = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, fresh) as pool:
         whole, rows = pool.submit(measure, folder, text, own, args.queries).result()
@@ -282,7 +174,7 @@ def searching(args, folder):
     columns = ("compiled", "peak_mib", "top_1", "top_10", "query_p50", "query_p95")
     print(results.table([{name: row[name] for name in ("funnel", *columns)} for row in rows]))
     for quantile in ("p50", "p95"):
-        stages = {stage: f"{stage}_{quantile}" for stage in (*STAGES, "hits")}
+        stages = {stage: f"{stage}_{quantile}" for stage in STAGES}
         named = [{k.replace(" ", "_"): row[v] for k, v in stages.items()} for row in rows]
         print(f"{quantile} of the stages:\n{results.table(named)}")
     print("milliseconds; top_1, top_10: share of the whole model's best in the funnel's ten")

@@ -30,13 +30,13 @@ class Found(NamedTuple):
 
     Attributes:
         rows: n ints. scores: n logits.
-        best: of each row the number of the frame that AOSM weighs most.
+        moments: of each row the time of the frame that AOSM weighs most, in seconds.
         seconds: what each stage took, by its name in STAGES.
     """
 
     rows: np.ndarray
     scores: np.ndarray
-    best: np.ndarray
+    moments: np.ndarray
     seconds: dict
 
 
@@ -73,7 +73,7 @@ class Funnel:
             text: TextFeatures of one sentence.
         """
         if not len(snapshot) or (allowed is not None and not allowed.any()):
-            return Found(np.zeros(0, int), np.zeros(0), np.zeros(0, int), {})
+            return Found(np.zeros(0, int), np.zeros(0), np.zeros(0), {})
         watch = Stopwatch()
         rerank = self._rerank(k)
         word_model = self.word_model
@@ -84,13 +84,13 @@ class Funnel:
             scores = self._by_words(word_model, snapshot, text, rows, width)
             rows = rows[best(scores, rerank)]
         watch("video-word")
-        video = snapshot.features(rows)
+        video, times = snapshot.segments(rows)
         watch("reading")
         scores = self._by_all(text, video, rerank)
         order = best(scores, k)
-        frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
+        moments = self._moments(text, jax.tree.map(lambda x: x[order], video), times[order])
         watch("all")
-        return Found(rows[order], scores[order], frames, watch.seconds)
+        return Found(rows[order], scores[order], moments, watch.seconds)
 
     def exhaustive(self, snapshot, text, k, allowed=None, bar=None):
         """For each of T sentences the Found of the whole model's scores with all rows.
@@ -117,7 +117,7 @@ class Funnel:
                 bar.update(len(block))
         seconds = {"all": time.perf_counter() - started}
         return [
-            Found(rows[t], scores[t], self._best_frames_of(text, t, snapshot, rows[t]), seconds)
+            Found(rows[t], scores[t], self._moments_of(text, t, snapshot, rows[t]), seconds)
             for t in range(num_texts)
         ]
 
@@ -148,17 +148,17 @@ class Funnel:
         scores = apply(self.params, text, video, model=self.model, method="similarity")
         return np.asarray(scores)[0, :count]
 
-    def _best_frames(self, text, video):
-        """Of each video the number of the frame that AOSM weighs most for one sentence."""
+    def _moments(self, text, video, times_VxF):
+        """Of each video the time of the frame that AOSM weighs most for one sentence."""
         count = len(video.mask)
         width = max(FEW, 1 << (count - 1).bit_length())
         video = jax.tree.map(lambda x: _padded(x, width), video)
         weights = apply(self.params, text, video, model=self.model, method="frame_attention")
-        return np.asarray(weights)[:count].argmax(1)
+        return times_VxF[np.arange(count), np.asarray(weights)[:count].argmax(1)]
 
-    def _best_frames_of(self, text, index, snapshot, rows):
+    def _moments_of(self, text, index, snapshot, rows):
         one = jax.tree.map(lambda x: x[index : index + 1], text)
-        return self._best_frames(one, snapshot.features(rows)) if len(rows) else rows
+        return self._moments(one, *snapshot.segments(rows)) if len(rows) else np.zeros(0)
 
 
 def example_funnel(funnel):

@@ -228,7 +228,7 @@ class Index:
     def like(self, segment_id, k=10):
         """The segments that resemble one of the index, itself left out; KeyError if unknown."""
         snapshot = self._snapshot
-        vector = snapshot.features([snapshot.row(segment_id)]).video[0]
+        vector = snapshot.segments([snapshot.row(segment_id)])[0].video[0]
         answer = self._alike(vector, k + 1, (None, None, None), Stopwatch())
         others = [hit for hit in answer if hit.id != segment_id][:k]
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
@@ -252,14 +252,12 @@ class Index:
             raise InputError("the model compares no words with frames: there is no heat map")
         snapshot = self._snapshot
         row = [snapshot.row(segment_id)]
-        one, video = self.retriever.encode_text([text]), snapshot.features(row)
+        one, (video, times) = self.retriever.encode_text([text]), snapshot.segments(row)
         weights = apply(self.retriever.params, one, video, model=model, method=_ATTENTION)[0]
         words, words_W = words_of(model, self.retriever.tokenizer, text, one.mask[0])
-        times = snapshot.read(row, ["times"])["times"][0].as_py()
         shown_F = video.mask[0]
-        return Attention(
-            words, np.asarray(times)[shown_F].tolist(), np.asarray(weights)[words_W][:, shown_F]
-        )
+        weights_WxF = np.asarray(weights)[words_W][:, shown_F]
+        return Attention(words, times[0, shown_F].tolist(), weights_WxF)
 
     def tables(self):
         """Yields Arrow tables, block by block, of all that is kept but the thumbnails."""
@@ -269,9 +267,8 @@ class Index:
         """The segment as a Hit of rank 0 and score 0; KeyError if there is none."""
         snapshot = self._snapshot
         row = snapshot.row(segment_id)
-        start = float(snapshot.starts[row])
-        path, end = snapshot.paths[row].as_py(), float(snapshot.ends[row])
-        return Hit(0, 0.0, segment_id, path, start, end, start)
+        start, end = float(snapshot.starts[row]), float(snapshot.ends[row])
+        return Hit(0, 0.0, segment_id, snapshot.paths[row].as_py(), start, end, start)
 
     def thumbnail(self, segment_id):
         """Its picture, JPEG; KeyError if there is none."""
@@ -317,15 +314,18 @@ _ATTENTION = "word_frame_attention"
 
 
 def _hits(snapshot, found):
-    if not len(found.rows):
-        return []
-    table = snapshot.read(found.rows, ["id", "path", "start", "end", "times"]).to_pylist()
+    columns = (snapshot.ids, snapshot.paths, snapshot.starts, snapshot.ends)
     return [
-        Hit(rank, float(score), *(row[n] for n in ("id", "path", "start", "end")), row["times"][f])
-        for rank, (row, score, f) in enumerate(
-            zip(table, found.scores, found.best, strict=True), start=1
+        Hit(rank, float(score), *(_plain(column[row]) for column in columns), float(moment))
+        for rank, (row, score, moment) in enumerate(
+            zip(found.rows.tolist(), found.scores, found.moments, strict=True), start=1
         )
     ]
+
+
+def _plain(value):
+    """A Python value of Arrow's or NumPy's."""
+    return value.as_py() if hasattr(value, "as_py") else value.item()
 
 
 def _is_picture(file):

@@ -228,9 +228,10 @@ class Snapshot:
             place = {row_id: k for k, row_id in enumerate(found["_rowid"].to_pylist())}
             return found.take([place[row_id] for row_id in row_ids.tolist()])
 
-    def features(self, rows):
-        """VideoFeatures of some rows, in their order; numbers as stored."""
-        return self._features(self.read(rows, ["count", "video", "frames"]))
+    def segments(self, rows):
+        """(VideoFeatures, times N x F) of N rows, in their order; numbers as stored."""
+        found = self.read(rows, ["count", "video", "frames", "times"])
+        return self._features(found), _matrix(found["times"], self._frames)
 
     def blocks(self, size=_BATCH):
         """Yields (rows, VideoFeatures) of all, block by block."""
