@@ -1,6 +1,7 @@
 """An index of a few videos by a small random model: what is found, kept, replaced and refused."""
 
 import concurrent.futures
+import datetime
 import os
 import shutil
 import subprocess
@@ -320,6 +321,59 @@ def test_no_videos(copied, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no such file|no video files in"):
         copied.add([given])
+
+
+def test_a_name_that_is_no_text_is_listed(copied, videos, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    shutil.copy(videos / "clip0.mp4", os.fsencode(folder) + b"/\xff.mp4")
+    shutil.copy(videos / "clip0.mp4", folder / "\N{DOG FACE}'s.mp4")
+    added = copied.add(folder)
+    assert added.files == 1
+    assert list(added.unreadable.values()) == ["its name is not UTF-8"]
+    assert copied.remove(folder / "\N{DOG FACE}'s.mp4") == 3
+
+
+def test_prune_when_all_is_gone(copied, videos, tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    shutil.copy(videos / "clip0.mp4", folder)
+    copied.add(folder)
+    (folder / "clip0.mp4").unlink()
+    assert copied.add(folder, prune=True).removed == 1
+
+
+def test_a_full_disk_is_no_fault_of_the_video(copied, videos, tmp_path, monkeypatch):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    shutil.copy(videos / "clip0.mp4", folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("xclip_jax.search.segments._middle_thumbnail", full)
+    with pytest.raises(OSError, match="No space left"):
+        copied.add(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr("xclip_jax.workers.worker_pool", concurrent.futures.ThreadPoolExecutor)
+    assert copied.add(folder).files == 1
+
+
+def test_a_version_whose_files_are_gone_is_left_for_the_newest(copied, videos, monkeypatch):
+    reader, at_once = Index.open(copied.location), datetime.timedelta(0)
+    monkeypatch.setattr(store, "MOST_FRAGMENTS", 0)
+    monkeypatch.setattr(store.datetime, "timedelta", lambda hours: at_once)
+    copied.remove(videos / "clip0.mp4")
+    copied.add(videos / "clip1.mp4")  # tidies up
+    hits = reader.query("a dog", k=100)
+    assert len(hits) == 3 * (COUNT - 1)
+
+
+def test_a_folder_with_other_things_is_left_alone(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other things"):
+        Index.create(tmp_path, model)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_an_empty_index_answers_nothing(model, tmp_path):

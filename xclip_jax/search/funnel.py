@@ -75,7 +75,7 @@ class Funnel:
         if not len(snapshot) or (allowed is not None and not allowed.any()):
             return Found(np.zeros(0, int), np.zeros(0), np.zeros(0), {})
         watch = Stopwatch()
-        rerank = self._rerank(k)
+        rerank = self._rerank(min(k, len(snapshot)))
         word_model = self.word_model
         width = max(self.candidates, rerank) if word_model else rerank
         rows = self._nearest(snapshot, text, width, allowed)

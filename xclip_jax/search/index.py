@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xclip_jax.errors import InputError
 from xclip_jax.evaluate import words_of
@@ -148,7 +148,7 @@ class Index:
         read again. What is done when it is interrupted stays; a second call does the rest.
 
         Args:
-            videos: paths.
+            videos: paths, or one.
             prune: whether what is known of files that are gone from these folders is removed.
 
         Returns:
@@ -157,14 +157,14 @@ class Index:
         Raises:
             InputError: no video is found.
         """
-        added = add_files(self._store, self.retriever, videos, prune)
+        added = add_files(self._store, self.retriever, _listed(videos), prune)
         self.refresh()
         return added
 
     def remove(self, videos):
-        """Forgets files; returns how many segments that took out."""
+        """Forgets files, a list of paths or one; returns how many segments that took out."""
         before = self.num_segments
-        self._store.remove([os.path.abspath(video) for video in videos])
+        self._store.remove([os.path.abspath(video) for video in _listed(videos)])
         self.refresh()
         return before - self.num_segments
 
@@ -281,6 +281,7 @@ class Index:
         return Funnel(retriever.model, retriever.params, *self.widths)
 
     def _encode(self, texts):
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no half characters
         if not all(text.split() for text in texts):
             raise InputError("the sentence is empty")
         return self.retriever.encode_text(texts)
@@ -298,7 +299,12 @@ class Index:
     def _search(self, funnel, text, k, where, watch, note=None):
         """The Answer to a query that has been encoded."""
         snapshot, allowed, searched = self._choose(k, where)
-        found = funnel.search(snapshot, text, k, allowed)
+        try:
+            found = funnel.search(snapshot, text, k, allowed)
+        except InputError:  # a writer has joined this version's files with others, long ago
+            if not self.refresh():
+                raise
+            return self._search(funnel, text, k, where, watch, note)
         return Answer(_hits(snapshot, found), watch.seconds | found.seconds, searched, note)
 
     def _choose(self, k, where):
@@ -336,9 +342,13 @@ def _picture(file):
     """A picture as a video of one frame, 1 x H x W x 3."""
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))[None]
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{file}: no picture that can be read: {error}") from None
+
+
+def _listed(paths):
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
 def _where(model):

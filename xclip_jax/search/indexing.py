@@ -48,12 +48,12 @@ class Added:
 
 def add_files(store, retriever, videos, prune=False):
     """See xclip_jax.search.index.Index.add."""
-    here = find_videos(videos)
+    here = find_videos(videos, may_be_none=prune)
     if store.about["shots"]:
         check_shots()
     with _alone(store), _frames_folder() as folder:
         known, added = store.files(), Added()
-        stamps = {path: _stamp(path) for path in here}
+        stamps = {path: stamp for path in here if (stamp := _stamp(path)) and _is_utf8(path)}
         todo = [path for path, stamp in stamps.items() if stamp not in known.get(path, ())]
         done = [path for path, stamp in stamps.items() if stamp in known.get(path, ())]
         for path in done:  # the old state of a file, left by a kill just after the new was added
@@ -62,6 +62,7 @@ def add_files(store, retriever, videos, prune=False):
         reasons = store.unreadable()
         added.unreadable = {path: reasons[path] for path in done if path in reasons}
         added.unchanged = len(done) - len(added.unreadable)
+        added.unreadable |= {path: "its name is not UTF-8" for path in here if not _is_utf8(path)}
         if prune:
             gone = [p for p in known if p not in stamps and _below(p, videos)]
             store.remove(gone)
@@ -72,7 +73,7 @@ def add_files(store, retriever, videos, prune=False):
     return added
 
 
-def find_videos(videos):
+def find_videos(videos, may_be_none=False):
     """Absolute paths of the files, and of those in the folders and their sub-folders; sorted.
 
     Raises:
@@ -87,7 +88,7 @@ def find_videos(videos):
             found.add(os.path.abspath(video))
         else:
             raise InputError(f"no such file or folder of videos: {video}")
-    if not found:
+    if not found and not may_be_none:
         raise InputError(f"no video files in {', '.join(map(str, videos))}")
     return sorted(found)
 
@@ -206,8 +207,15 @@ def _filled(times, length):
 
 
 def _stamp(path):
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    """(size, mtime) of a file; None if it has just gone."""
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+
+
+def _is_utf8(path):
+    """Whether the name can be kept: on Linux it may be any bytes."""
+    return path == path.encode("utf-8", "replace").decode()
 
 
 def _below(path, videos):

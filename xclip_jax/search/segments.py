@@ -80,7 +80,7 @@ def read_segments(job):
                     pictures[index][0].tofile(file)
                 times = [float(first + index) for index in chosen]
                 found.append((start, times, _middle_thumbnail(pictures)))
-    except (VideoError, OSError) as error:
+    except VideoError as error:
         return Reading([], failure=str(error))
     ends = [start for start, *_ in found[1:]] + [reader.end]
     segments = [

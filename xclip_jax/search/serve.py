@@ -139,12 +139,15 @@ class _Routes:
             tasks.cancel_scope.cancel()
 
     async def _refresh(self):
-        while True:
-            await anyio.sleep(REFRESH_EVERY)
+        took = 0
+        while True:  # a large index takes seconds to load, which must not be all that is done
+            await anyio.sleep(max(REFRESH_EVERY, 10 * took))
+            start = time.perf_counter()
             try:
                 await run_sync(self.index.refresh, abandon_on_cancel=True)
             except Exception:  # such as a writer halfway through; the next time may be better
                 logging.getLogger(__name__).exception("the index could not be refreshed")
+            took = time.perf_counter() - start
 
     async def facts(self, request):
         """What is searched, for someone who has not asked for anything yet."""

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xclip_jax.errors import InputError
+from xclip_jax.model_directory import partial_folder
 from xclip_jax.similarity import VideoFeatures
 
 FORMAT = 1  # raise it when older indexes can no longer be read
@@ -60,7 +61,7 @@ class Store:
 
     @classmethod
     def create(cls, location, about):
-        """Makes an empty one; see `about` above."""
+        """Makes an empty one, whole or not at all; see `about` above."""
         location = _absolute(location)
         about = {"format": FORMAT, **about}
         numbers = {"float32": pa.float32(), "float16": pa.float16()}[about["precision"]]
@@ -79,9 +80,16 @@ class Store:
             ],
             metadata={_ABOUT: json.dumps(about).encode()},
         )
-        database = lancedb.connect(location)
-        database.create_table("unreadable", schema=pa.schema([*_FILE, ("reason", pa.string())]))
+        unreadable = pa.schema([*_FILE, ("reason", pa.string())])
+        in_folder = "://" not in location
+        if in_folder and os.path.exists(location) and os.listdir(location):
+            raise InputError(f"{location} holds other things than an index: name a new folder")
+        partial = partial_folder(location) if in_folder else location
+        database = lancedb.connect(partial)
+        database.create_table("unreadable", schema=unreadable, mode="overwrite")
         database.create_table("segments", schema=schema)  # last: by it an index is known
+        if in_folder:
+            os.replace(partial, location)
         return cls(location)
 
     def files(self):

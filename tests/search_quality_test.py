@@ -1,0 +1,137 @@
+"""Search with trained models: the figures of an evaluation, the right second, real clips.
+
+Takes minutes: `pytest -m slow tests/search_quality_test.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser_test import chromium, click_through, heat, search, serving, shoot
+
+import xclip_jax
+from xclip_jax.data import rendered
+from xclip_jax.search import Index
+
+__all__ = ["chromium"]  # the fixture
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIPS = ROOT.parent / "shared" / "clips"
+TEST_CLIPS = 220
+
+
+def run(folder, *arguments):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(index of the demo's test clips, its results.json)."""
+    folder = tmp_path_factory.mktemp("demo")
+    run(folder, "xclip_jax.main", f"--config={ROOT}/configs/demo.py")
+    (folder / "clips").mkdir()
+    for path in (folder / "data/demo/scenes/videos").glob("test_*.mp4"):
+        path.rename(folder / "clips" / path.name)
+    run(folder, "xclip_jax.search", "index", "clips", "--model=runs/demo", "--index=index")
+    results = json.loads((folder / "runs/demo/results.json").read_text())
+    return Index.open(folder / "index"), results
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return rendered.scenes("test", TEST_CLIPS)
+
+
+def number(hit):
+    return int(Path(hit.path).stem.removeprefix("test_"))
+
+
+def test_recall_is_that_of_the_evaluation(demo, scenes):
+    index, results = demo
+    right = [number(index.query(s.captions[0])[0]) == n for n, s in enumerate(scenes)]
+    assert len(index) == TEST_CLIPS
+    assert 100 * np.mean(right) == pytest.approx(results["text_to_video"]["R@1"], abs=1)
+
+
+def test_exhaustive_ranking_is_that_of_the_similarity(demo, scenes):
+    index, _ = demo
+    captions = [scene.captions[0] for scene in scenes]
+    retriever = xclip_jax.load(index.model_name)
+    paths = [f"{Path(index.location).parent}/clips/test_{n:05}.mp4" for n in range(TEST_CLIPS)]
+    video = retriever.encode_video(paths)
+    sim_TxV = retriever.similarity(retriever.encode_text(captions), video)
+    answers = index.query_exhaustively(captions, k=TEST_CLIPS)
+    found_TxV = [[number(hit) for hit in answer] for answer in answers]
+    np.testing.assert_array_equal(found_TxV, np.argsort(-sim_TxV, axis=1, kind="stable"))
+
+
+def test_best_second_is_in_the_event_asked_for(demo, scenes):
+    index, _ = demo
+    inside = []
+    for n, scene in enumerate(scenes):
+        for place, event in enumerate(scene.events if scene.kind == "order" else ()):
+            sentence = f"a {event.size} {event.colour} {event.shape}"
+            second = index.query(sentence, k=1, path=f"test_{n:05}")[0].second
+            inside.append((second < rendered.LAST / 2) == (place == 0))
+    assert len(inside) > 300
+    assert np.mean(inside) >= 0.8
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """(index of real clips, their captions), by a small model trained on them."""
+    if not CLIPS.is_dir():
+        pytest.skip(f"needs real clips with captions in {CLIPS}")
+    folder = tmp_path_factory.mktemp("real")
+    captions = CLIPS / "captions.json"
+    data = ("--dataset=captions", f"--videos={CLIPS}", f"--annotations={captions}")
+    run(folder, "xclip_jax.prepare", *data, "--output=data", "--image_size=96")
+    small = ("vision.image_size=96", "vision.patch_size=16")
+    run(
+        folder,
+        "xclip_jax.main",
+        f"--config={ROOT}/configs/captions.py",
+        "--config.data.path=data",
+        "--config.train.epochs=80",
+        *(f"--config.model.{field}" for field in small),
+    )
+    run(folder, "xclip_jax.search", "index", CLIPS, "--model=runs/captions", "--index=index")
+    return Index.open(folder / "index"), json.loads(captions.read_text())
+
+
+def test_each_caption_finds_its_real_clip_first(real):
+    index, clips = real
+    for clip in clips:
+        for caption in clip["captions"]:
+            assert Path(index.query(caption)[0].path).name == clip["video"], caption
+
+
+def test_the_page_plays_real_clips_from_the_best_second(real, chromium):
+    """Set XCLIP_JAX_SCREENSHOTS to a folder, and look at the pictures."""
+    index, clips = real
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    with serving(index) as address:
+        for clip in clips:
+            if Path(clip["video"]).suffix not in (".mp4", ".webm"):
+                continue  # of which a browser plays all
+            hit = index.query(clip["captions"][0])[0]
+            page.goto("about:blank")
+            click_through(page, address, clip["captions"][0], clip["video"], hit.second)
+        words, times, strengths = heat(page)
+        assert strengths.shape == (len(words), len(times))
+        page.locator("#heat").scroll_into_view_if_needed()
+        shoot(page, "heatmap")
+        page.set_viewport_size({"width": 375, "height": 740})
+        shoot(page, "narrow_player")
+        page.keyboard.press("Escape")
+        shoot(page, "narrow")
+        search(page, "  ")
+        shoot(page, "error")
