@@ -119,7 +119,7 @@ def make_queries(store, segments, count):
     """(TextFeatures of sentences, row of each one's own segment)."""
     snapshot, rng = store.snapshot(), np.random.default_rng(2)
     rows = rng.choice(segments, count, replace=count > segments)
-    video, _ = snapshot.segments(rows)
+    video = snapshot.features(rows)
     video = video.replace(frames=video.frames.astype(np.float32))
     text = World(segments).queries(rng, video, noise(segments))
     return text, rows

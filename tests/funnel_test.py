@@ -77,7 +77,7 @@ def make_text(seed=0):
 
 
 def every_score(snapshot, model, params, text):
-    video = snapshot.segments(np.arange(len(snapshot)))[0]
+    video = snapshot.features(np.arange(len(snapshot)))
     return np.asarray(tiny.apply(model, params, text, video, method="similarity"))[0]
 
 
@@ -101,7 +101,7 @@ def test_wide_enough_it_is_exact(snapshot, head):
 def test_each_stage_keeps_the_best_of_its_own_score(snapshot):
     model, params = make_model()
     text = make_text()
-    video = snapshot.segments(np.arange(COUNT))[0]
+    video = snapshot.features(np.arange(COUNT))
     parts = tiny.apply(model, params, text, video, method="granular_similarity")
     parts = {name: np.asarray(value)[0] for name, value in parts.items()}
     first = np.argsort(-parts["video_sentence"])[:50]
@@ -139,7 +139,7 @@ def test_only_rows_that_are_allowed(snapshot):
 @pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
 def test_best_frame_is_real_and_the_nearest_where_one_stands_out(snapshot, head):
     model, params = make_model(**HEADS[head])
-    video = snapshot.segments(np.array([3]))[0]
+    video = snapshot.features(np.array([3]))
     text = make_text()
     frames = 0.1 * np.ones((1, FRAMES, DIM), np.float32)
     frames[0, 2] = text.sentence[0]
@@ -152,7 +152,7 @@ def test_best_frame_is_real_and_the_nearest_where_one_stands_out(snapshot, head)
 
 def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
     model, params = make_model()
-    text, video = make_text(), snapshot.segments(np.arange(5))[0]
+    text, video = make_text(), snapshot.features(np.arange(5))
     weights = np.asarray(tiny.apply(model, params, text, video, method="frame_attention"))
     shares = np.asarray(tiny.apply(model, params, text, video, method="word_frame_attention"))
     cosines = np.where(video.mask, video.frames @ text.sentence[0], -np.inf)
@@ -165,11 +165,11 @@ def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
 @pytest.mark.parametrize("head", ["paper", "clip", "tight"])
 def test_an_example_finds_its_own_vector_first(snapshot, head):
     model, params = make_model(**HEADS[head])
-    vector = snapshot.segments(np.array([42]))[0].video[0]
+    vector = snapshot.features(np.array([42])).video[0]
     found = example_funnel(Funnel(model, params)).search(snapshot, example_text(5 * vector, 8), 3)
-    cosines = snapshot.segments(found.rows)[0].video @ vector
+    cosines = snapshot.features(found.rows).video @ vector
     assert cosines[0] > 0.9
-    assert snapshot.segments(np.array([42]))[0].video[0] @ vector == pytest.approx(1, abs=1e-5)
+    assert snapshot.features(np.array([42])).video[0] @ vector == pytest.approx(1, abs=1e-5)
 
 
 def test_rows_come_in_the_order_asked_for(snapshot):
@@ -180,4 +180,4 @@ def test_rows_come_in_the_order_asked_for(snapshot):
     blocks = [(block, video) for block, video in snapshot.blocks(64)]
     np.testing.assert_array_equal(np.sort(np.concatenate([b for b, _ in blocks])), np.arange(COUNT))
     for block, video in blocks:
-        jax.tree.map(np.testing.assert_array_equal, video, snapshot.segments(block)[0])
+        jax.tree.map(np.testing.assert_array_equal, video, snapshot.features(block))

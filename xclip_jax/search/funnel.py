@@ -84,11 +84,12 @@ class Funnel:
             scores = self._by_words(word_model, snapshot, text, rows, width)
             rows = rows[best(scores, rerank)]
         watch("video-word")
-        video, times = snapshot.segments(rows)
+        video = snapshot.features(rows)
         watch("reading")
         scores = self._by_all(text, video, rerank)
         order = best(scores, k)
-        moments = self._moments(text, jax.tree.map(lambda x: x[order], video), times[order])
+        frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
+        moments = snapshot.times[rows[order], frames]
         watch("all")
         return Found(rows[order], scores[order], moments, watch.seconds)
 
@@ -148,17 +149,19 @@ class Funnel:
         scores = apply(self.params, text, video, model=self.model, method="similarity")
         return np.asarray(scores)[0, :count]
 
-    def _moments(self, text, video, times_VxF):
-        """Of each video the time of the frame that AOSM weighs most for one sentence."""
+    def _best_frames(self, text, video):
+        """Of each video the number of the frame that AOSM weighs most for one sentence."""
         count = len(video.mask)
         width = max(FEW, 1 << (count - 1).bit_length())
         video = jax.tree.map(lambda x: _padded(x, width), video)
         weights = apply(self.params, text, video, model=self.model, method="frame_attention")
-        return times_VxF[np.arange(count), np.asarray(weights)[:count].argmax(1)]
+        return np.asarray(weights)[:count].argmax(1)
 
     def _moments_of(self, text, index, snapshot, rows):
+        if not len(rows):
+            return np.zeros(0)
         one = jax.tree.map(lambda x: x[index : index + 1], text)
-        return self._moments(one, *snapshot.segments(rows)) if len(rows) else np.zeros(0)
+        return snapshot.times[rows, self._best_frames(one, snapshot.features(rows))]
 
 
 def example_funnel(funnel):

@@ -228,7 +228,7 @@ class Index:
     def like(self, segment_id, k=10):
         """The segments that resemble one of the index, itself left out; KeyError if unknown."""
         snapshot = self._snapshot
-        vector = snapshot.segments([snapshot.row(segment_id)])[0].video[0]
+        vector = snapshot.features([snapshot.row(segment_id)]).video[0]
         answer = self._alike(vector, k + 1, (None, None, None), Stopwatch())
         others = [hit for hit in answer if hit.id != segment_id][:k]
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
@@ -252,12 +252,12 @@ class Index:
             raise InputError("the model compares no words with frames: there is no heat map")
         snapshot = self._snapshot
         row = [snapshot.row(segment_id)]
-        one, (video, times) = self.retriever.encode_text([text]), snapshot.segments(row)
+        one, video = self.retriever.encode_text([text]), snapshot.features(row)
         weights = apply(self.retriever.params, one, video, model=model, method=_ATTENTION)[0]
         words, words_W = words_of(model, self.retriever.tokenizer, text, one.mask[0])
         shown_F = video.mask[0]
         weights_WxF = np.asarray(weights)[words_W][:, shown_F]
-        return Attention(words, times[0, shown_F].tolist(), weights_WxF)
+        return Attention(words, snapshot.times[row[0], shown_F].tolist(), weights_WxF)
 
     def tables(self):
         """Yields Arrow tables, block by block, of all that is kept but the thumbnails."""

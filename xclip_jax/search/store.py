@@ -22,6 +22,9 @@ from xclip_jax.model_directory import partial_folder
 from xclip_jax.similarity import VideoFeatures
 
 FORMAT = 1  # raise it when older indexes can no longer be read
+# One query is one thread's work in any case; idle threads of OpenMP spin for a while after it, and
+# slow down what follows (on two cores, the reading of rows by a third).
+faiss.omp_set_num_threads(1)
 MOST_FRAGMENTS = 32  # files that reading 200 rows is not slowed down by
 _ABOUT = b"xclip_jax"
 _BATCH = 4096  # rows read at once
@@ -164,7 +167,7 @@ class Snapshot:
     Attributes:
         version: its number.
         flat: faiss index of the unit video vectors; halves: these vectors, N x D float16.
-        paths: N strings (Arrow). starts, ends: N seconds.
+        ids, paths: N strings (Arrow). starts, ends: N seconds. times: of the frames, N x F.
     """
 
     def __init__(self, store, table):
@@ -176,19 +179,19 @@ class Snapshot:
         self.flat = faiss.IndexScalarQuantizer(dim, half, faiss.METRIC_INNER_PRODUCT)
         # It would grow by doubling, and copying: room for all at once, which the first `add` takes.
         self.flat.codes.resize(table.count_rows() * self.flat.code_size)
-        parts = [[] for _ in range(5)]
-        columns = ["id", "path", "start", "end"]
-        query = table.search().select([*columns, "video"]).with_row_id(True)
+        names, kept = ["id", "path", "start", "end", "count", "times"], []
+        query = table.search().select([*names, "video"]).with_row_id(True)
         for batch in query.to_batches(_BATCH):
             self.flat.add(unit_vectors(_matrix(batch["video"], dim)))
-            for part, name in zip(parts, [*columns, "_rowid"], strict=True):
-                part.append(batch[name])
-        types = (pa.string(), pa.string(), pa.float64(), pa.float64(), pa.uint64())
-        whole = [pa.chunked_array(part, kind) for part, kind in zip(parts, types, strict=True)]
-        self.ids, self.paths = whole[:2]
-        self.starts, self.ends, self._row_ids = (array.to_numpy() for array in whole[2:])
+            kept.append(batch.select([*names, "_rowid"]))
+        fields = [table.schema.field(name) for name in names]
+        rows = pa.Table.from_batches(kept, pa.schema([*fields, ("_rowid", pa.uint64())]))
+        self.ids, self.paths = rows["id"], rows["path"]
+        self.starts, self.ends = rows["start"].to_numpy(), rows["end"].to_numpy()
+        self.times = _matrix(rows["times"], self._frames).astype(np.float32)
+        self._counts, self._row_ids = rows["count"].to_numpy(), rows["_rowid"].to_numpy()
         self.halves = np.zeros((0, dim), np.float16)
-        if len(self.ids):
+        if len(rows):
             codes = faiss.rev_swig_ptr(self.flat.codes.data(), self.flat.codes.size())
             self.halves = codes.view(np.float16).reshape(-1, dim)
 
@@ -236,20 +239,19 @@ class Snapshot:
             place = {row_id: k for k, row_id in enumerate(found["_rowid"].to_pylist())}
             return found.take([place[row_id] for row_id in row_ids.tolist()])
 
-    def segments(self, rows):
-        """(VideoFeatures, times N x F) of N rows, in their order; numbers as stored."""
-        found = self.read(rows, ["count", "video", "frames", "times"])
-        return self._features(found), _matrix(found["times"], self._frames)
+    def features(self, rows):
+        """VideoFeatures of some rows, in their order; numbers as stored."""
+        return self._features(rows, self.read(rows, ["video", "frames"]))
 
     def blocks(self, size=_BATCH):
         """Yields (rows, VideoFeatures) of all, block by block."""
         order = np.argsort(self._row_ids)
-        query = self._table.search().select(["count", "video", "frames"]).with_row_id(True)
+        query = self._table.search().select(["video", "frames"]).with_row_id(True)
         with self._store.readable():
             for batch in query.to_batches(size):
                 row_ids = batch["_rowid"].to_numpy()
-                place = np.searchsorted(self._row_ids, row_ids, sorter=order)
-                yield order[place], self._features(batch)
+                rows = order[np.searchsorted(self._row_ids, row_ids, sorter=order)]
+                yield rows, self._features(rows, batch)
 
     def tables(self, size=_BATCH):
         """Yields all columns but the thumbnails as Arrow tables."""
@@ -258,13 +260,11 @@ class Snapshot:
             for batch in self._table.search().select(names).to_batches(size):
                 yield pa.Table.from_batches([batch])
 
-    def _features(self, batch):
+    def _features(self, rows, found):
         dim = self.flat.d
-        frames = _matrix(batch["frames"], self._frames * dim)
-        mask = np.arange(self._frames) < batch["count"].to_numpy()[:, None]
-        return VideoFeatures(
-            _matrix(batch["video"], dim), frames.reshape(len(mask), self._frames, dim), mask
-        )
+        frames = _matrix(found["frames"], self._frames * dim).reshape(-1, self._frames, dim)
+        mask = np.arange(self._frames) < self._counts[rows, None]
+        return VideoFeatures(_matrix(found["video"], dim), frames, mask)
 
 
 def exists(location):
