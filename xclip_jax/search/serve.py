@@ -152,7 +152,8 @@ class _Routes:
     async def facts(self, request):
         """What is searched, for someone who has not asked for anything yet."""
         counts = {"segments": self.index.num_segments, "files": self.index.num_files}
-        model = {"model": self.index.model_name}
+        path = Path(self.index.model_name)
+        model = {"model": path.parent.name if path.name == "model" else path.name}
         return JSONResponse({**counts, **model, "most_uploaded": MOST_UPLOADED})
 
     async def search(self, request):
