@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import json
 import os
 import signal
 import socket
@@ -172,7 +173,7 @@ def test_a_long_query_of_any_characters(client, index):
     ],
 )
 def test_what_is_wrong_with_a_query_is_said(client, asked, message):
-    body = serve.json.dumps(asked)
+    body = json.dumps(asked)
     assert message in error_of(client.post("/api/search", content=body), 400)
 
 

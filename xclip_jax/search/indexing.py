@@ -21,6 +21,7 @@ from xclip_jax.progress import progress
 from xclip_jax.search.segments import Job, Reading, check_shots, frames_of, read_segments
 from xclip_jax.workers import run_jobs
 
+NO_TEXT = "its name is not UTF-8"
 # Between commits: each is a file more to be read from, so in a run of days they are further apart.
 COMMIT_SECONDS = 5  # at least
 COMMIT_SHARE = 0.02  # of the time the run has taken so far
@@ -52,25 +53,31 @@ def add_files(store, retriever, videos, prune=False):
     if store.about["shots"]:
         check_shots()
     with _alone(store), _frames_folder() as folder:
-        known, added = store.files(), Added()
+        added = Added(unreadable={path: NO_TEXT for path in here if not _is_utf8(path)})
         stamps = {path: stamp for path in here if (stamp := _stamp(path)) and _is_utf8(path)}
-        todo = [path for path, stamp in stamps.items() if stamp not in known.get(path, ())]
-        done = [path for path, stamp in stamps.items() if stamp in known.get(path, ())]
-        for path in done:  # the old state of a file, left by a kill just after the new was added
-            if len(known[path]) > 1:
-                store.remove([path], keep=stamps[path])
-        reasons = store.unreadable()
-        added.unreadable = {path: reasons[path] for path in done if path in reasons}
-        added.unchanged = len(done) - len(added.unreadable)
-        added.unreadable |= {path: "its name is not UTF-8" for path in here if not _is_utf8(path)}
+        known = store.files()
         if prune:
-            gone = [p for p in known if p not in stamps and _below(p, videos)]
+            gone = [path for path in known if path not in stamps and _below(path, videos)]
             store.remove(gone)
             added.removed = len(gone)
+        done = [path for path, stamp in stamps.items() if stamp in known.get(path, ())]
+        _count_done(store, done, stamps, known, added)
+        todo = [path for path, stamp in stamps.items() if stamp not in known.get(path, ())]
         if todo:
             _Writer(store, retriever, folder, stamps, known, added).run(todo)
         store.tidy()
     return added
+
+
+def _count_done(store, done, stamps, known, added):
+    """What is in the index already; an old state that a kill left beside the new one goes."""
+    for path in done:
+        if len(known[path]) > 1:
+            store.remove([path], keep=stamps[path])
+    reasons = store.unreadable()
+    before = {path: reasons[path] for path in done if path in reasons}
+    added.unchanged = len(done) - len(before)
+    added.unreadable |= before
 
 
 def find_videos(videos, may_be_none=False):

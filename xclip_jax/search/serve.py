@@ -6,9 +6,7 @@ What touches the index or a file runs in threads, a few at once, so that every r
 
 import contextlib
 import ipaddress
-import json
 import logging
-import math
 import mimetypes
 import os
 import re
@@ -34,11 +32,18 @@ from starlette.routing import Route
 
 from xclip_jax.data import video
 from xclip_jax.errors import InputError
+from xclip_jax.search.requests import (
+    asked_json,
+    chunks_of,
+    count_of,
+    options_of,
+    seconds_of,
+    suffix_of,
+    text_of,
+)
 
 PAGE = Path(__file__).with_name("page")
-DEFAULT_HITS, MOST_HITS = 12, 100
 MOST_UPLOADED = 500 * 2**20  # bytes of an example
-MOST_ASKED = 2**20  # bytes of a query's JSON
 STILL_SIDE = 480  # pixels, the longer side
 REFRESH_EVERY = 5  # seconds
 # Names under which this machine reaches itself. Without the check, a web site whose name is made to
@@ -158,14 +163,15 @@ class _Routes:
 
     async def search(self, request):
         """{text, k, path, start, end} -> hits for a sentence."""
-        asked = await _asked(request)
-        return await self._answer(partial(self.index.query, _text(asked, "text"), **_where(asked)))
+        asked = await asked_json(request)
+        query = partial(self.index.query, text_of(asked, "text"), **options_of(asked))
+        return await self._answer(query)
 
     async def example(self, request):
         """An image's or video's bytes as the body, ?name=its name&k=... -> hits like it."""
-        where, name = _where(request.query_params), request.query_params.get("name", "")
-        with tempfile.NamedTemporaryFile(suffix=_suffix(name)) as file:
-            async for chunk in _body(request, MOST_UPLOADED):
+        where, name = options_of(request.query_params), request.query_params.get("name", "")
+        with tempfile.NamedTemporaryFile(suffix=suffix_of(name)) as file:
+            async for chunk in chunks_of(request, MOST_UPLOADED):
                 await run_sync(file.write, chunk)
             await run_sync(file.flush)
             try:
@@ -176,7 +182,7 @@ class _Routes:
     async def like(self, request):
         """?k= -> hits like a segment of the index."""
         segment = await self._segment(request)
-        query = partial(self.index.like, segment.id, _k(request.query_params))
+        query = partial(self.index.like, segment.id, count_of(request.query_params))
         return await self._answer(query, like=_shown(segment))
 
     async def _answer(self, query, **more):
@@ -188,8 +194,8 @@ class _Routes:
 
     async def attention(self, request):
         """{text} -> how the sentence's words look at the segment's frames."""
-        segment, asked = await self._segment(request), await _asked(request)
-        look = partial(self.index.attention, segment.id, _text(asked, "text"))
+        segment, asked = await self._segment(request), await asked_json(request)
+        look = partial(self.index.attention, segment.id, text_of(asked, "text"))
         seen = await run_sync(look, limiter=self.for_queries)
         weights = seen.weights_WxF.tolist()
         return JSONResponse({"words": seen.words, "times": seen.times, "weights": weights})
@@ -202,7 +208,7 @@ class _Routes:
     async def still(self, request):
         """?second= -> the picture at that second; the stored one where the file gives none."""
         segment = await self._segment(request)
-        second = _seconds(request.query_params, "second") or 0.0
+        second = seconds_of(request.query_params, "second") or 0.0
         return await self._picture(partial(self._still, segment, second))
 
     def _still(self, segment, second):
@@ -282,74 +288,6 @@ def _shown(segment):
 
 def _found(hit):
     return {"rank": hit.rank, "score": hit.score, "second": hit.second}
-
-
-async def _body(request, limit):
-    """The request's body in chunks, or 413."""
-    too_big = HTTPException(413, f"more than {limit / 2**20:,.0f} MB")
-    if int(request.headers.get("content-length") or 0) > limit:
-        raise too_big
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_big
-        yield chunk
-
-
-async def _asked(request):
-    """The JSON object that a request brings."""
-    body = b"".join([chunk async for chunk in _body(request, MOST_ASKED)])
-    try:
-        asked = json.loads(body)
-    except ValueError:
-        asked = None
-    if not isinstance(asked, dict):
-        raise InputError("the request is not a JSON object")
-    return asked
-
-
-def _text(asked, name):
-    text = asked.get(name) or ""
-    if not isinstance(text, str):
-        raise InputError(f"{name} is not a text")
-    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a character
-
-
-def _k(asked):
-    k = asked.get("k", DEFAULT_HITS)
-    try:
-        k = int(k)
-    except (TypeError, ValueError, OverflowError):
-        k = 0
-    if not 1 <= k <= MOST_HITS:
-        raise InputError(f"the number of results lies between 1 and {MOST_HITS}")
-    return k
-
-
-def _seconds(asked, name):
-    value = asked.get(name)
-    if value in (None, ""):
-        return None
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise InputError(f"{name} is not a number of seconds")
-    return value
-
-
-def _where(asked):
-    """The options of a query that say where to look and how much to show."""
-    limits = {name: _seconds(asked, name) for name in ("start", "end")}
-    return {"k": _k(asked), "path": _text(asked, "path") or None, **limits}
-
-
-def _suffix(name):
-    """Of an example's name: it tells an image from a video; nothing else of it is used."""
-    suffix = Path(name).suffix.lower()
-    return suffix if re.fullmatch(r"\.[a-z0-9]{1,8}", suffix) else ""
 
 
 def _readable(path):
