@@ -400,28 +400,30 @@ def test_readers_see_whole_files_while_a_writer_adds(copied, videos, tmp_path, m
     folder.mkdir()
     for number in range(12):
         shutil.copy(videos / f"clip{number % COUNT}.mp4", folder / f"{number}.mp4")
+    readers = [Index.open(copied.location) for _ in range(2)]
+    seen, passes, failures, ended = [set(), set()], [0, 0], [], threading.Event()
     commit = Store.add
 
-    def slowly(store, rows):
-        time.sleep(0.3)
+    def commit_and_let_them_read(store, rows):
         commit(store, rows)
+        wanted = [count + 2 for count in passes]  # one may have begun before
+        while not failures and any(p < w for p, w in zip(passes, wanted, strict=True)):
+            time.sleep(0.01)
 
-    monkeypatch.setattr(Store, "add", slowly)
-    readers = [Index.open(copied.location) for _ in range(2)]
-    seen, failures, ended = [set(), set()], [], threading.Event()
-
-    def read(reader, versions):
+    def read(number):
         try:
             while not ended.is_set():
-                reader.refresh()
-                hits = reader.query("a dog", k=200).hits
-                versions.add(len(hits))
+                readers[number].refresh()
+                hits = readers[number].query("a dog", k=200).hits
+                seen[number].add(len(hits))
                 for path in {hit.path for hit in hits}:
                     assert sum(hit.path == path for hit in hits) == 3
+                passes[number] += 1
         except Exception as error:
             failures.append(error)
 
-    running = [threading.Thread(target=read, args=pair) for pair in zip(readers, seen, strict=True)]
+    monkeypatch.setattr(Store, "add", commit_and_let_them_read)
+    running = [threading.Thread(target=read, args=(number,)) for number in range(2)]
     for thread in running:
         thread.start()
     copied.add([folder])
