@@ -376,6 +376,85 @@ def test_a_folder_with_other_things_is_left_alone(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+UNGUARDED = """
+import sys
+from xclip_jax.search import Index
+print(Index.create(sys.argv[1], sys.argv[2]).add(sys.argv[3]).segments, "segments")
+"""
+
+
+def test_a_plain_script_needs_no_guard_for_its_workers(model, videos, tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    (tmp_path / "one").mkdir()
+    shutil.copy(videos / "clip0.mp4", tmp_path / "one")
+    arguments = [tmp_path / "index", model, tmp_path / "one"]
+    command = [sys.executable, tmp_path / "script.py", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.stdout == "1 segments\n", done.stderr
+
+
+def test_a_decoder_that_crashed_is_tried_again(copied, videos, tmp_path, monkeypatch):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    shutil.copy(videos / "clip0.mp4", folder)
+    run_jobs = indexing.run_jobs
+    monkeypatch.setattr(indexing, "run_jobs", lambda _, jobs, done: done(0, None))
+    assert "crashed" in copied.add(folder).unreadable[str(folder / "clip0.mp4")]
+    monkeypatch.setattr(indexing, "run_jobs", run_jobs)
+    added = copied.add(folder)
+    assert (added.files, added.unreadable) == (1, {})
+
+
+def test_folders_that_are_gone_can_be_forgotten(copied, videos, tmp_path):
+    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
+    copied.add(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="no such file or folder"):
+        copied.add(folder)
+    assert copied.add(folder, prune=True).removed == COUNT
+    assert copied.remove(videos) == 3 * COUNT
+    assert len(copied) == 0
+
+
+def test_changed_files_cost_few_versions(copied, videos, tmp_path):
+    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
+    copied.add(folder)
+    before = copied._store.version()
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))
+    assert copied.add(folder).removed == COUNT
+    assert copied.num_segments == 6 * COUNT
+    assert copied._store.version() <= before + 2
+
+
+def test_an_example_must_be_a_video_or_a_picture_by_name(index, videos, tmp_path):
+    """FFmpeg would follow a playlist to any file of this machine."""
+    playlist = tmp_path / "a.m3u8"
+    clip = videos / "clip0.mp4"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{clip}\n#EXT-X-ENDLIST")
+    for name in ("a.m3u8", "a.mp4", "a.ts", "a"):
+        copy = tmp_path / name
+        if copy != playlist:
+            shutil.copy(playlist, copy)
+        with pytest.raises(InputError):
+            index.similar(copy)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"segment_seconds": 0}, {"segment_seconds": 2.5}, {"precision": "int8"}]
+)
+def test_settings_that_make_no_sense(model, tmp_path, settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        Index.create(tmp_path / "index", model, **settings)
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5, "3"])
+def test_k_that_is_no_number(index, k):
+    with pytest.raises(InputError, match="at least 1"):
+        index.query("a dog", k=k)
+
+
 def test_an_empty_index_answers_nothing(model, tmp_path):
     empty = Index.create(tmp_path / "empty", model)
     assert empty.query("a dog").hits == []

@@ -172,6 +172,8 @@ def test_export(tmp_path, name):
         (["query", "--video=videos/clip0.mp4", "--captions=model/params", *at()], "directory"),
         (["query", "--video=videos/clip0.mp4", "--exhaustive", *at()], "only with a sentence"),
         (["query", "a"], "--index"),
+        (["query", "a", "--save_grid=a.xyz", *at()], "must be a .png file"),
+        (["query", "a", "--save_grid=nowhere/a.png", *at()], "in a folder that exists"),
         (["export", "--output=a.csv", *at()], "must end in .parquet or .npz"),
         (["recall", "--sample=99999", *at()], "at most 4000"),
         (["index", "videos", "--index=new"], "--model is required"),

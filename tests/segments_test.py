@@ -118,3 +118,9 @@ def test_still_is_the_picture_of_that_second(tmp_path):
     for second in (0, 1, 4.2, 8.8, 100):
         image = np.asarray(Image.open(io.BytesIO(video.still(path, second))))
         assert round((image.mean() - 20) / 4) == min(round(second * 5), 44)
+
+
+def test_still_of_a_second_beyond_all_clocks(tmp_path):
+    path = write(tmp_path / "a.mp4", at_rate(5, 10))
+    with pytest.raises(video.VideoError, match="no picture"):
+        video.still(path, 1e300)

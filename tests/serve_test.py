@@ -179,6 +179,9 @@ def test_what_is_wrong_with_a_query_is_said(client, asked, message):
 
 def test_a_body_that_is_no_json_or_endless(client):
     assert "not a JSON" in error_of(client.post("/api/search", content=b"\xff{"), 400)
+    assert "not a JSON" in error_of(client.post("/api/search", content=b"[" * 200_000), 400)
+    huge = b'{"text": "a", "start": 1' + b"0" * 400 + b"}"
+    assert "number of seconds" in error_of(client.post("/api/search", content=huge), 400)
     endless = iter([b" " * 2**20] * 2)  # no Content-Length: it must be counted
     assert error_of(client.post("/api/search", content=endless), 413) == "more than 1 MB"
 

@@ -168,12 +168,12 @@ def still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
     av.logging.set_level(None)
     with _open(path) as container:
         stream = _video_stream(container)
-        wanted = (stream.start_time or 0) + round(_seconds(second) / stream.time_base)
         try:
+            wanted = (stream.start_time or 0) + round(_seconds(second) / stream.time_base)
             frame = _seek(container, stream, wanted, wanted)
             if frame is None or frame.is_corrupt:  # where it landed cannot be decoded by itself
                 frame = _seek(container, stream, stream.start_time or 0, wanted)
-        except (av.FFmpegError, ValueError) as error:
+        except (av.FFmpegError, ValueError, OverflowError) as error:
             raise VideoError(f"no picture at {second} s: {_reason(error)}") from error
         if frame is None:
             raise VideoError(f"no picture at {second} s")

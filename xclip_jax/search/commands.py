@@ -41,6 +41,12 @@ def index(location, videos, model, segment_seconds, shots, precision, prune):
     else:
         found = Index.create(location, model, **settings)
     started = time.perf_counter()
+    if found.retriever.tokenizer is None:
+        print(
+            "note: the model has no tokenizer: videos and pictures can be asked with, sentences "
+            "only once it is converted again with --vocab",
+            file=sys.stderr,
+        )
     added = found.add(videos, prune)
     for title, files in (("read only in part", added.partial), ("unreadable", added.unreadable)):
         for path, reason in files.items():
@@ -83,6 +89,8 @@ def query(
         raise InputError("--captions: ranked for a video, name it with --video")
     if exhaustive and text is None:
         raise InputError("--exhaustive: only with a sentence")
+    if save_grid and not (Path(save_grid).suffix == ".png" and Path(save_grid).parent.is_dir()):
+        raise InputError(f"--save_grid={save_grid}: must be a .png file in a folder that exists")
     found = Index.open(location, model, candidates, rerank)
     if captions:
         return _print_captions(found.rank_captions(video, _lines(captions))[:k], json)
@@ -108,7 +116,7 @@ def serve(location, host, port, open, model, candidates, rerank):
     It serves the files of the index, and no others.
     """
     found = Index.open(location, model, candidates, rerank)
-    found.retriever  # noqa: B018  (loaded before the first visitor)
+    found.warm_up()
     run(found, host, port, open)
 
 
@@ -143,7 +151,8 @@ def _print_answer(answer, as_json):
         at = clock(hit.second)
         print(f"{hit.rank:4}  {hit.score:7.2f}  {at:>7}  {span:>15}  {_short(hit.path)}")
     milliseconds = 1000 * sum(answer.seconds.values())
-    print(f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms", file=sys.stderr)
+    took = f"{milliseconds:,.0f} ms, most of it compiling"
+    print(f"{answer.searched:,} segments searched in {took}", file=sys.stderr)
 
 
 def _print_captions(ranked, as_json):
@@ -176,7 +185,7 @@ def _short(path):
 def _lines(path):
     """The lines of a text file that are not empty."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise InputError(f"{path}: no UTF-8 text") from None
     lines = [line for line in lines if line]

@@ -1,5 +1,6 @@
 """An index of videos: add files, ask with a sentence, a video or a picture."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from xclip_jax.data.video import VIDEO_SUFFIXES
 from xclip_jax.errors import InputError
 from xclip_jax.evaluate import words_of
 from xclip_jax.inference import apply, on_local_devices
 from xclip_jax.model_directory import model_folder
 from xclip_jax.retriever import load
 from xclip_jax.search.funnel import Funnel, Stopwatch, example_funnel, example_text
-from xclip_jax.search.indexing import add_files
+from xclip_jax.search.indexing import add_files, below
 from xclip_jax.search.results import Answer, Attention, Hit
-from xclip_jax.search.store import Store, exists
+from xclip_jax.search.store import Store
 
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
@@ -37,6 +39,8 @@ class Index:
     """
 
     def __init__(self, store, model=None, candidates=5000, rerank=200):
+        if candidates < 1 or rerank < 1:
+            raise InputError(f"candidates = {candidates}, rerank = {rerank}: must be at least 1")
         self._store, self._given_model = store, model
         self.widths = candidates, rerank
         self._lock = threading.Lock()
@@ -76,8 +80,10 @@ class Index:
         Raises:
             InputError: there is one already, or no model.
         """
-        if exists(location):
-            raise InputError(f"{location} holds an index already")
+        if not isinstance(segment_seconds, int) or segment_seconds < 1:
+            raise InputError(f"segment_seconds = {segment_seconds}: must be a whole number from 1")
+        if precision not in PRECISIONS:
+            raise InputError(f"precision = {precision!r}: must be {' or '.join(PRECISIONS)}")
         retriever = load(model)
         about = {
             "model": _where(model),
@@ -162,9 +168,14 @@ class Index:
         return added
 
     def remove(self, videos):
-        """Forgets files, a list of paths or one; returns how many segments that took out."""
-        before = self.num_segments
-        self._store.remove([os.path.abspath(video) for video in _listed(videos)])
+        """Forgets files, and all below folders; returns how many segments that took out.
+
+        Args:
+            videos: paths, or one; of what need not be there any more.
+        """
+        self.refresh()
+        before, videos = self.num_segments, _listed(videos)
+        self._store.remove([path for path in self._store.files() if below(path, videos)])
         self.refresh()
         return before - self.num_segments
 
@@ -218,8 +229,11 @@ class Index:
         The score is a logit: the mean of video-video and video-frame similarity.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: the file cannot be read, or its name is not that of a video or a picture.
         """
+        # A playlist would have FFmpeg read other files, and who sent it would learn of them.
+        if Path(file).suffix.lower() not in (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES):
+            raise InputError(f"{file}: its name is not that of a video or a picture")
         watch = Stopwatch()
         video = self.retriever.encode_video([_picture(file) if _is_picture(file) else file])
         watch("encoding")
@@ -227,6 +241,8 @@ class Index:
 
     def like(self, segment_id, k=10):
         """The segments that resemble one of the index, itself left out; KeyError if unknown."""
+        if k < 1:
+            raise InputError(f"k = {k}: must be at least 1")
         snapshot = self._snapshot
         vector = snapshot.features([snapshot.row(segment_id)]).video[0]
         answer = self._alike(vector, k + 1, (None, None, None), Stopwatch())
@@ -280,7 +296,16 @@ class Index:
         retriever = self.retriever
         return Funnel(retriever.model, retriever.params, *self.widths)
 
+    def warm_up(self):
+        """Compiles what questions need, so that the first one need not wait for it."""
+        for hit in self.query("a", k=1):
+            self.like(hit.id, k=1)
+            with contextlib.suppress(InputError):
+                self.attention(hit.id, "a")
+
     def _encode(self, texts):
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError("a sentence must be a str")
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no half characters
         if not all(text.split() for text in texts):
             raise InputError("the sentence is empty")
@@ -309,8 +334,8 @@ class Index:
 
     def _choose(self, k, where):
         """(the snapshot to search, which of its rows or None for all, how many these are)."""
-        if k < 1:
-            raise InputError(f"k = {k}: must be at least 1")
+        if not isinstance(k, int) or k < 1:
+            raise InputError(f"k = {k!r}: must be a whole number, at least 1")
         snapshot = self._snapshot
         allowed = snapshot.matching(*where)
         return snapshot, allowed, len(snapshot) if allowed is None else int(allowed.sum())
@@ -343,7 +368,7 @@ def _picture(file):
     try:
         with Image.open(file) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of Pillow's readers each raises what it likes
         raise InputError(f"{file}: no picture that can be read: {error}") from None
 
 

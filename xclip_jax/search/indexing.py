@@ -57,7 +57,7 @@ def add_files(store, retriever, videos, prune=False):
         stamps = {path: stamp for path in here if (stamp := _stamp(path)) and _is_utf8(path)}
         known = store.files()
         if prune:
-            gone = [path for path in known if path not in stamps and _below(path, videos)]
+            gone = [path for path in known if path not in stamps and below(path, videos)]
             store.remove(gone)
             added.removed = len(gone)
         done = [path for path, stamp in stamps.items() if stamp in known.get(path, ())]
@@ -71,9 +71,7 @@ def add_files(store, retriever, videos, prune=False):
 
 def _count_done(store, done, stamps, known, added):
     """What is in the index already; an old state that a kill left beside the new one goes."""
-    for path in done:
-        if len(known[path]) > 1:
-            store.remove([path], keep=stamps[path])
+    store.remove_old({path: stamps[path] for path in done if len(known[path]) > 1})
     reasons = store.unreadable()
     before = {path: reasons[path] for path in done if path in reasons}
     added.unchanged = len(done) - len(before)
@@ -93,7 +91,7 @@ def find_videos(videos, may_be_none=False):
                 found.update(os.path.abspath(path) for path in Videos(video).files)
         elif os.path.isfile(video):
             found.add(os.path.abspath(video))
-        else:
+        elif not may_be_none:
             raise InputError(f"no such file or folder of videos: {video}")
     if not found and not may_be_none:
         raise InputError(f"no video files in {', '.join(map(str, videos))}")
@@ -131,6 +129,7 @@ class _Writer:
             run_jobs(read_segments, jobs, done)
             self.encode(everything=True)
             self.commit()
+            bar.set_postfix(segments=self.added.segments, failed=len(self.added.unreadable))
 
     def take(self, job, reading):
         """Queues the segments of a file."""
@@ -138,7 +137,8 @@ class _Writer:
         about_file = {"path": job.path, "size": size, "mtime": mtime}
         if reading.failure:
             self.added.unreadable[job.path] = reading.failure
-            self.failed.append({**about_file, "reason": reading.failure})
+            if reading.failure != CRASHED:  # may be the machine's fault: tried again next time
+                self.failed.append({**about_file, "reason": reading.failure})
             return self.commit_now_and_then()
         if reading.note:
             self.added.partial[job.path] = reading.note
@@ -194,10 +194,9 @@ class _Writer:
         if self.failed:
             self.store.add_unreadable(self.failed)
         paths = dict.fromkeys(row["path"] for row in [*whole, *self.failed])
-        for path in paths:
-            if path in self.known:
-                self.store.remove([path], keep=self.stamps[path])
-                self.added.removed += 1
+        changed = {path: self.stamps[path] for path in paths if path in self.known}
+        self.store.remove_old(changed)
+        self.added.removed += len(changed)
         self.added.files += len(paths) - len(self.failed)
         self.failed = []
         self.committed = time.monotonic()
@@ -225,7 +224,7 @@ def _is_utf8(path):
     return path == path.encode("utf-8", "replace").decode()
 
 
-def _below(path, videos):
+def below(path, videos):
     """Whether a file is, or was, one of these or in one of these folders."""
     folders = (os.path.abspath(video) for video in videos)
     return any(path == folder or Path(folder) in Path(path).parents for folder in folders)

@@ -31,7 +31,7 @@ async def asked_json(request):
     body = b"".join([chunk async for chunk in chunks_of(request, MOST_ASKED)])
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         asked = None
     if not isinstance(asked, dict):
         raise InputError("the request is not a JSON object")
@@ -65,7 +65,7 @@ def seconds_of(asked, name):
         return None
     try:
         value = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value < math.inf:
         raise InputError(f"{name} is not a number of seconds")

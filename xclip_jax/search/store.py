@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 from pathlib import Path
 
 import faiss
@@ -25,6 +26,7 @@ FORMAT = 1  # raise it when older indexes can no longer be read
 # One query is one thread's work in any case; idle threads of OpenMP spin for a while after it, and
 # slow down what follows (on two cores, the reading of rows by a third).
 faiss.omp_set_num_threads(1)
+MOST_VERSIONS = 100
 MOST_FRAGMENTS = 32  # files that reading 200 rows is not slowed down by
 _ABOUT = b"xclip_jax"
 _BATCH = 4096  # rows read at once
@@ -85,6 +87,8 @@ class Store:
         )
         unreadable = pa.schema([*_FILE, ("reason", pa.string())])
         in_folder = "://" not in location
+        if exists(location):
+            raise InputError(f"{location} holds an index already")
         if in_folder and os.path.exists(location) and os.listdir(location):
             raise InputError(f"{location} holds other things than an index: name a new folder")
         partial = partial_folder(location) if in_folder else location
@@ -120,18 +124,25 @@ class Store:
         """Commits unreadable files: dicts with path, size, mtime, reason."""
         self._unreadable.add(pa.Table.from_pylist(rows, self._unreadable.schema))
 
-    def remove(self, paths, keep=None):
-        """Commits the removal of all that is known of these files.
-
-        Args:
-            paths: of the files.
-            keep: optional (size, mtime): what is known of this state of a file stays.
-        """
-        unless = f" AND NOT (size = {keep[0]} AND mtime = {keep[1]})" if keep else ""
+    def remove(self, paths):
+        """Commits the removal of all that is known of these files."""
         for start in range(0, len(paths), 500):
             names = ", ".join(f"'{_quoted(path)}'" for path in paths[start : start + 500])
-            for table in (self._segments, self._unreadable):
-                table.delete(f"path IN ({names}){unless}")
+            self._delete(f"path IN ({names})")
+
+    def remove_old(self, stamps):
+        """Commits the removal of all but the newest state of files: {path: (size, mtime)}."""
+        old = [
+            f"(path = '{_quoted(path)}' AND NOT (size = {size} AND mtime = {mtime}))"
+            for path, (size, mtime) in stamps.items()
+        ]
+        for start in range(0, len(old), 100):
+            self._delete(" OR ".join(old[start : start + 100]))
+
+    def _delete(self, condition):
+        for table in (self._segments, self._unreadable):
+            if table.count_rows(condition):  # or it would be a version for nothing
+                table.delete(condition)
 
     def tidy(self):
         """Joins the files of many commits, and removes versions older than an hour.
@@ -140,7 +151,8 @@ class Store:
         """
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
-            if table.stats()["fragment_stats"]["num_fragments"] > MOST_FRAGMENTS:
+            fragments = table.stats()["fragment_stats"]["num_fragments"]
+            if fragments > MOST_FRAGMENTS or len(table.list_versions()) > MOST_VERSIONS:
                 table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
 
     def version(self):
@@ -282,7 +294,11 @@ def _one_line(location):
         yield
     except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the index {location} cannot be read: {reason[:300]}") from error
+        reason = re.sub(r",? *(at )?/(rustc|root)/.*", "", reason)[:300]  # a place in its source
+        raise InputError(
+            f"the index {location} cannot be read: {reason}; if it is damaged, delete it and "
+            "index the videos again"
+        ) from error
 
 
 _FILE = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
