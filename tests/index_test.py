@@ -537,6 +537,7 @@ def test_files_of_many_commits_are_joined(copied, videos, tmp_path, monkeypatch)
 READ_ONLY = """
 import os, sys
 from xclip_jax.search import Index
+Index.open(sys.argv[1]).query("a dog")  # imports all there is, which nobody may not be able to
 os.seteuid(65534)  # nobody
 try:
     open(os.path.join(sys.argv[1], "x"), "w")
