@@ -151,7 +151,7 @@ def _print_answer(answer, as_json):
         at = clock(hit.second)
         print(f"{hit.rank:4}  {hit.score:7.2f}  {at:>7}  {span:>15}  {_short(hit.path)}")
     milliseconds = 1000 * sum(answer.seconds.values())
-    took = f"{milliseconds:,.0f} ms, most of it compiling"
+    took = f"{milliseconds:,.0f} ms, compiling included"
     print(f"{answer.searched:,} segments searched in {took}", file=sys.stderr)
 
 
