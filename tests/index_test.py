@@ -65,6 +65,14 @@ def copied(made, tmp_path):
     return Index.open(shutil.copytree(made, tmp_path / "copy"))
 
 
+@pytest.fixture
+def one_clip(videos, tmp_path):
+    """A folder that holds clip0.mp4 alone."""
+    (tmp_path / "more").mkdir()
+    shutil.copy(videos / "clip0.mp4", tmp_path / "more")
+    return tmp_path / "more"
+
+
 def content(index):
     """{id: (path, start, end, video vector, frame vectors)}."""
     found = {}
@@ -343,20 +351,16 @@ def test_prune_when_all_is_gone(copied, videos, tmp_path):
     assert copied.add(folder, prune=True).removed == 1
 
 
-def test_a_full_disk_is_no_fault_of_the_video(copied, videos, tmp_path, monkeypatch):
-    folder = tmp_path / "more"
-    folder.mkdir()
-    shutil.copy(videos / "clip0.mp4", folder)
-
+def test_a_full_disk_is_no_fault_of_the_video(copied, one_clip, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("xclip_jax.search.segments._middle_thumbnail", full)
     with pytest.raises(OSError, match="No space left"):
-        copied.add(folder)
+        copied.add(one_clip)
     monkeypatch.undo()
     monkeypatch.setattr("xclip_jax.workers.worker_pool", concurrent.futures.ThreadPoolExecutor)
-    assert copied.add(folder).files == 1
+    assert copied.add(one_clip).files == 1
 
 
 def test_a_version_whose_files_are_gone_is_left_for_the_newest(copied, videos, monkeypatch):
@@ -393,15 +397,12 @@ def test_a_plain_script_needs_no_guard_for_its_workers(model, videos, tmp_path):
     assert done.stdout == "1 segments\n", done.stderr
 
 
-def test_a_decoder_that_crashed_is_tried_again(copied, videos, tmp_path, monkeypatch):
-    folder = tmp_path / "more"
-    folder.mkdir()
-    shutil.copy(videos / "clip0.mp4", folder)
+def test_a_decoder_that_crashed_is_tried_again(copied, one_clip, monkeypatch):
     run_jobs = indexing.run_jobs
     monkeypatch.setattr(indexing, "run_jobs", lambda _, jobs, done: done(0, None))
-    assert "crashed" in copied.add(folder).unreadable[str(folder / "clip0.mp4")]
+    assert "crashed" in copied.add(one_clip).unreadable[str(one_clip / "clip0.mp4")]
     monkeypatch.setattr(indexing, "run_jobs", run_jobs)
-    added = copied.add(folder)
+    added = copied.add(one_clip)
     assert (added.files, added.unreadable) == (1, {})
 
 

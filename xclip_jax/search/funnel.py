@@ -94,7 +94,7 @@ class Funnel:
         return Found(rows[order], scores[order], moments, watch.seconds)
 
     def exhaustive(self, snapshot, text, k, allowed=None, bar=None):
-        """For each of T sentences the Found of the whole model's scores with all rows.
+        """For each of T sentences (not examples) the Found of the model's scores with all rows.
 
         Args:
             text: TextFeatures.
@@ -104,18 +104,18 @@ class Funnel:
         rows = np.zeros((num_texts, 0), int)
         scores = np.zeros((num_texts, 0), np.float32)
         for block, video in snapshot.blocks():
+            size = len(block)
             if allowed is not None:
                 keep = allowed[block]
                 block, video = block[keep], jax.tree.map(lambda x, keep=keep: x[keep], video)
             if len(block):
-                video = _unit(video) if self.unit else video
                 new = similarity_in_blocks(self.model, self.params, text, video)
                 rows = np.concatenate([rows, np.broadcast_to(block, new.shape)], 1)
                 scores = np.concatenate([scores, new], 1)
                 order = np.stack([best(row, k) for row in scores])
                 rows, scores = (np.take_along_axis(x, order, 1) for x in (rows, scores))
             if bar is not None:
-                bar.update(len(block))
+                bar.update(size)
         seconds = {"all": time.perf_counter() - started}
         return [
             Found(rows[t], scores[t], self._moments_of(text, t, snapshot, rows[t]), seconds)
