@@ -28,13 +28,13 @@ REQUIRES = [
     "tqdm>=4.66",
     "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
     "matplotlib>=3.9",
+    "filelock>=3.16",  # comes with huggingface_hub: one writer at a time
 ]
 
 SEARCH = [
     "lancedb>=0.40",  # the index: rows on disk or in a bucket, versions, safe when killed
     "pyarrow>=20",  # comes with lancedb: its rows
     "faiss-cpu>=1.12",  # exact inner products with a million float16 vectors in memory
-    "filelock>=3.16",  # comes with huggingface_hub: one writer at a time
     "starlette>=0.47",  # the page: routes, byte ranges, uploads
     "anyio>=4",  # comes with starlette: threads for what takes time
     "uvicorn>=0.34",  # serves it

@@ -4,13 +4,19 @@
 
 Needs nothing: renders 4,280 clips of moving shapes to data/demo, trains a small X-CLIP from random
 weights and evaluates it on 220 clips whose combinations of objects and motions it has never seen.
+
+Variant: --config=configs/demo.py:study, a narrower image tower and three epochs, for studies, which
+take many runs (docs/studies.md).
 """
 
 from xclip_jax import config
+from xclip_jax.errors import InputError
 
 
-def get_config():
-    """Small towers, small frames, one learning rate."""
+def get_config(variant=""):
+    """Small towers, small frames, one learning rate. variant: "" or "study"."""
+    if variant not in ("", "study"):
+        raise InputError(f"--config=configs/demo.py:{variant}: after the colon, only study")
     c = config.get_config()
     c.name = "demo"
     c.data.path = "data/demo"
@@ -27,4 +33,9 @@ def get_config():
     c.train.update(batch_size=64, epochs=12)
     c.loss.same_video = "ignore"
     c.optimizer.update(lr=1.5e-3, encoder_lr=1.5e-3, weight_decay=0.1)
+    if variant == "study":
+        c.name = "demo_study"
+        model.vision.update(width=64, heads=2)
+        c.train.update(epochs=3, select="last", eval_every=1_000_000)
+        c.report.attention_pairs = 0
     return c

@@ -89,12 +89,13 @@ def get_config():
     data.train_split = "train"  # split to train on
     data.val_split = "val"  # split to validate on, if the data set has it; "": none
     data.test_split = "test"  # split of the final table, if the data set has it; else train_split
+    data.max_videos = 0  # train on so many videos, drawn once for all seeds; 0: on all
     data.captions = "all"  # all: each caption its own pair | random: one a video and epoch
 
     c.train = train = ConfigDict()
     train.batch_size = 300  # B, pairs a step, over all devices
     train.micro_batch = 0  # pairs the towers see at once (gradient caching); 0: the batch
-    train.epochs = 3  # passes over the pairs
+    train.epochs = 3  # passes over the pairs; 0: the weights it starts from are evaluated
     # Which weights are kept: val (the best on val_split; the last where there is none) | last |
     # test (the best on test_split, as the PyTorch release does; the results say so).
     train.select = "val"
@@ -198,7 +199,7 @@ _POSITIVE_INTEGERS = (
     *(f"model.text.{name}" for name in ("context_length", "width", "layers", "heads")),
     "model.temporal.heads",
     "mesh.fsdp",
-    *(f"train.{name}" for name in ("batch_size", "epochs", "checkpoint_every")),
+    *(f"train.{name}" for name in ("batch_size", "checkpoint_every")),
     "eval.batch_size",
     "log.every",
 )
@@ -209,6 +210,8 @@ _WIDTHS = (  # what no memory could hold is refused before it is tried
 )
 _NATURAL_NUMBERS = (
     "seed",
+    "data.max_videos",
+    "train.epochs",
     "train.eval_every",
     "train.micro_batch",
     "loss.block_cells",

@@ -23,7 +23,13 @@ from xclip_jax.inference import (
     rows,
     similarity_in_blocks,
 )
-from xclip_jax.metrics import retrieval_metrics, text_to_video_metrics, video_to_text_metrics
+from xclip_jax.metrics import (
+    rank_counts,
+    retrieval_counts,
+    retrieval_metrics,
+    summarize,
+    video_to_text_counts,
+)
 from xclip_jax.model_directory import load_model
 from xclip_jax.normalization import dual_softmax, qb_norm
 from xclip_jax.paper import paper_results
@@ -31,6 +37,8 @@ from xclip_jax.progress import progress
 from xclip_jax.report import Attention, format_table, write_report
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 from xclip_jax.writer import read_metrics
+
+RANKS = "ranks.npz"
 
 
 @dataclasses.dataclass
@@ -133,13 +141,15 @@ def run(config, workdir):
     found = evaluate_split(config, model, params, dataset, split, tokenizer)
     if not np.isfinite(found.sim_TxV).all():
         raise InputError(f"{workdir / 'model'} gives similarities that are NaN or infinite")
+    counts = retrieval_counts(found.sim_TxV, found.text_video)
+    normalized = _normalized(config, model, params, dataset, found, tokenizer)
     results = {
         "step": architecture["step"],
         "split": split,
         **protocol(dataset, split, found),
         "selected_on": architecture.get("selected_on"),
-        **found.metrics,
-        "normalized": _normalized(config, model, params, dataset, found, tokenizer),
+        **_summarized(counts),
+        "normalized": {option: _summarized(both) for option, both in normalized.items()},
         "paper": (
             paper_results(dataset.name, dataset.variant, model.vision) if split == "test" else {}
         ),
@@ -159,6 +169,7 @@ def run(config, workdir):
         return results
     clips = dataset.clips(split)
     index = _write_report(config, workdir, found, results, clips, tokenizer, model, params)
+    _write_ranks(workdir / RANKS, {"": counts, **normalized})
     partial = workdir / "results.json.part"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(partial, workdir / "results.json")
@@ -168,6 +179,26 @@ def run(config, workdir):
         print(f"{whole} cut to model.max_words = {model.max_words} tokens")
     print(f"\nreport: {index}")
     return results
+
+
+def _summarized(counts):
+    return {way: summarize(*both) for way, both in counts.items()}
+
+
+def _write_ranks(path, counts):
+    """ranks.npz: 2 x Q integers at "DIRECTION" and "OPTION/DIRECTION", see `rank_counts`.
+
+    By them intervals can be had: how many gallery items are better than each query's right one, and
+    how many others are equal to it.
+    """
+    partial = path.with_name(f"{path.stem}.part.npz")
+    flat = {
+        f"{option}/{way}".strip("/"): both
+        for option, d in counts.items()
+        for way, both in d.items()
+    }
+    np.savez(partial, **{name: np.stack(both) for name, both in flat.items()})
+    os.replace(partial, path)
 
 
 def protocol(dataset, split, found):
@@ -191,13 +222,13 @@ def protocol(dataset, split, found):
 
 
 def _normalized(config, model, params, dataset, found, tokenizer):
-    """{name: metrics by direction} of the test-time options that are on."""
+    """{name: counts by direction} of the test-time options that are on."""
     sim_TxV, text_video = found.sim_TxV, found.text_video
     results = {}
     if config.eval.dual_softmax:
         results["dual softmax"] = {
-            "text_to_video": text_to_video_metrics(dual_softmax(sim_TxV), text_video),
-            "video_to_text": video_to_text_metrics(dual_softmax(sim_TxV.T).T, text_video),
+            "text_to_video": rank_counts(dual_softmax(sim_TxV), text_video),
+            "video_to_text": video_to_text_counts(dual_softmax(sim_TxV.T).T, text_video),
         }
     if config.eval.qb_norm:
         ids, mask = tokenizer(_querybank(dataset, config.data.train_split, config.eval.qb_norm))
@@ -207,9 +238,9 @@ def _normalized(config, model, params, dataset, found, tokenizer):
             bank_BxV = similarity_in_blocks(model, params, bank, found.video, block, bar)
         scale = float(np.exp(params["clip"]["logit_scale"])) if model.fusion == "mean" else 1.0
         normalised_TxV = qb_norm(sim_TxV / scale, bank_BxV / scale)
-        found_first = text_to_video_metrics(normalised_TxV, text_video)
         # The bank holds no videos to normalise the other way by.
-        results[f"QB-Norm ({len(ids):,} captions)"] = {"text_to_video": found_first}
+        found_first = {"text_to_video": rank_counts(normalised_TxV, text_video)}
+        results[f"QB-Norm ({len(ids):,} captions)"] = found_first
     return results
 
 

@@ -53,7 +53,9 @@ def set_up(config):
     check_batch_sizes(config.train, mesh)
     dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
     selected_on = validation_split(config, dataset)
-    pairs = TrainingPairs(dataset, config.data.train_split, config.data.captions)
+    pairs = TrainingPairs(
+        dataset, config.data.train_split, config.data.captions, config.data.max_videos
+    )
     tokenizer = load_tokenizer(_tokenizer_folder(config, dataset), config.model.max_words)
     architecture = resolve_architecture(config.model, tokenizer)
     check_image_size(dataset, architecture)
@@ -73,7 +75,7 @@ def set_up(config):
             process=(jax.process_index(), jax.process_count()),
         )
 
-    schedule, optimizer = configured_optimizer(config.optimizer, total_steps)
+    schedule, optimizer = configured_optimizer(config.optimizer, max(1, total_steps))
     return Setup(
         mesh,
         dataset,

@@ -11,7 +11,6 @@ one: Cloud TPU, GKE and SLURM are detected, elsewhere see --coordinator.
 """
 
 import logging
-import sys
 
 import jax
 from absl import app, flags
@@ -19,8 +18,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from xclip_jax import compile_only, evaluate, prepare, train
+from xclip_jax.command_line import parse_flags
 from xclip_jax.config import validate
-from xclip_jax.data.builder import dataset_folder
 from xclip_jax.distributed import (
     connect,
     is_first,
@@ -69,34 +68,15 @@ def main(argv):
         if jax.process_count() == 1 or config.mode == "eval":
             stop_when_preempted()
         workdir = _WORKDIR.value or f"runs/{config.name}"
-        if config.data.rendered and not dataset_folder(config.data.path).is_dir():
-            image_size, scenes = config.model.vision.image_size, config.data.rendered
-            if is_first():
-                prepare.prepare_rendered(config.data.path, image_size, num_train=scenes)
-            wait_for_all("the demo's data")
+        if is_first():
+            prepare.render_if_missing(config)
+        wait_for_all("the demo's data")
         with named_if_it_fails():
             if config.mode == "train":
                 train.run(config, workdir)
                 stop_when_preempted()
             evaluate.run(config, workdir)
             leave()
-
-
-def parse_flags(argv):
-    """absl's parsing, with one line for a mistake, and success for a call for help."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        lines = str(error).strip().splitlines()
-        if "Traceback (most recent call last):" in lines:  # of a config file that raised
-            lines = [lines[0].split("Error whilst")[0], lines[-1].split("InputError: ")[-1]]
-        sys.exit("error: " + " ".join(" ".join(lines).split()))
-    except (AttributeError, KeyError, TypeError) as error:
-        field = " ".join(str(error.args[0] if error.args else error).split()).strip("\"'")
-        field = field.partition(" Other fields present:")[0]
-        sys.exit(f"error: --config has no field {field}: see xclip_jax/config.py for all of them")
-    except SystemExit:
-        sys.exit(0 if any(arg.lstrip("-").startswith("help") for arg in argv[1:]) else 1)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,13 @@ def expected_ranks(better_Q, equal_Q):
 def summarize(better_Q, equal_Q):
     """R@1, R@5, R@10 in percent, and the median and mean expected rank (1 = best)."""
     ranks_Q = expected_ranks(better_Q, equal_Q)
-    hits = {k: np.clip((k - better_Q) / (equal_Q + 1), 0, 1) for k in RECALLS}
-    recalls = {f"R@{k}": 100 * float(hits[k].mean()) for k in RECALLS}
+    recalls = {f"R@{k}": float(recall(better_Q, equal_Q, k).mean()) for k in RECALLS}
     return {**recalls, "MdR": float(np.median(ranks_Q)), "MnR": float(ranks_Q.mean())}
+
+
+def recall(better_Q, equal_Q, k):
+    """R@k of each query alone, in percent: 0 or 100 where there are no ties."""
+    return 100 * np.clip((k - better_Q) / (equal_Q + 1), 0, 1)
 
 
 def best_caption_scores(sim_TxV, text_video_T):
@@ -73,19 +77,19 @@ def retrieval_metrics(sim_TxV, text_video_T):
     Returns:
         {"text_to_video": {...}, "video_to_text": {...}}, see `summarize`.
     """
-    video_to_text = video_to_text_metrics(sim_TxV, text_video_T)
+    counts = retrieval_counts(sim_TxV, text_video_T)
+    return {way: summarize(*both) for way, both in counts.items()}
+
+
+def retrieval_counts(sim_TxV, text_video_T):
+    """What `retrieval_metrics` sums up: {direction: (better_Q, equal_Q)}, see `rank_counts`."""
     return {
-        "text_to_video": text_to_video_metrics(sim_TxV, text_video_T),
-        "video_to_text": video_to_text,
+        "text_to_video": rank_counts(sim_TxV, text_video_T),
+        "video_to_text": video_to_text_counts(sim_TxV, text_video_T),
     }
 
 
-def text_to_video_metrics(sim_TxV, text_video_T):
-    """One direction of `retrieval_metrics`."""
-    return summarize(*rank_counts(sim_TxV, text_video_T))
-
-
-def video_to_text_metrics(sim_TxV, text_video_T):
-    """One direction of `retrieval_metrics`."""
+def video_to_text_counts(sim_TxV, text_video_T):
+    """One direction of `retrieval_counts`."""
     by_video_VxV = best_caption_scores(np.asarray(sim_TxV), np.asarray(text_video_T))
-    return summarize(*rank_counts(by_video_VxV, np.arange(len(by_video_VxV))))
+    return rank_counts(by_video_VxV, np.arange(len(by_video_VxV)))

@@ -38,9 +38,14 @@ def paper_results(dataset, variant, vision):
             for one that is neither.
     """
     rows = _RESULTS.get((dataset, variant), {})
-    own = f"ViT-B/{vision.patch_size}" if vision.width == 768 else ""
+    own = backbone(vision)
     chosen = {own: rows[own]} if own in rows else rows
     return {backbone: _named(pair) for backbone, pair in chosen.items()}
+
+
+def backbone(vision):
+    """ "ViT-B/32" or "ViT-B/16", as the paper calls them; "" for another image tower."""
+    return f"ViT-B/{vision.patch_size}" if vision.width == 768 else ""
 
 
 def _named(pair):

@@ -20,6 +20,8 @@ import json
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
+
 from xclip_jax.data import rendered
 from xclip_jax.data.accounting import report_failures, report_findings
 from xclip_jax.data.beam import beam_pipeline, extract_all_on_beam
@@ -92,6 +94,16 @@ def prepare(
     read = [three for three in zip(clips, jobs, outcomes, strict=True) if not three[2].failure]
     _write(output, read, listing, request, beam)
     shutil.rmtree(work)
+
+
+def render_if_missing(config):
+    """The data of a config that renders its own, unless it is there; one process does it."""
+    path = Path(config.data.path)
+    if config.data.rendered and not dataset_folder(path).is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        with FileLock(path / "render.lock"):
+            side = config.model.vision.image_size
+            prepare_rendered(path, side, num_train=config.data.rendered)
 
 
 def prepare_rendered(output, image_size, **counts):

@@ -88,6 +88,8 @@ def run(config, workdir):
         say(f"resuming from step {restored[0]} of {total_steps}")
     elif config.init.clip:
         state = _start_from_clip(state, setup.architecture, config.init.clip)
+    if not total_steps and not restored:
+        checkpoints.save(0, state)
 
     step_fn = compile_step(model, setup.optimizer, config, mesh, state)
     with Monitor(config, workdir, setup.schedule, total_steps, int(state.step)) as monitor:

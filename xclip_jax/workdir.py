@@ -15,19 +15,30 @@ def claim_workdir(workdir, config, dataset):
         InputError: it cannot be written, or was made with a config or data that change the course
             of training; the fields are named.
     """
-    flat = flatten(json.loads(config.to_json()))
-    fixed = {k: v for k, v in flat.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
-    fixed["data.fingerprint"] = dataset.fingerprint
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first() and not path.exists():
             partial = path.with_suffix(".part")
-            partial.write_text(json.dumps({**flat, **fixed}, indent=1) + "\n")
+            described = flatten(json.loads(config.to_json())) | fixed_fields(config, dataset)
+            partial.write_text(json.dumps(described, indent=1) + "\n")
             os.replace(partial, path)
     except OSError as error:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
     wait_for_all("config.json")
+    check_same_run(workdir, config, dataset)
+
+
+def fixed_fields(config, dataset):
+    """{dotted field: value} of all that changes the course of training, the data's content too."""
+    flat = flatten(json.loads(config.to_json()))
+    fixed = {k: v for k, v in flat.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
+    return fixed | {"data.fingerprint": dataset.fingerprint}
+
+
+def check_same_run(workdir, config, dataset):
+    """Raises InputError if a work directory's config.json is damaged or of another run."""
+    path, fixed = workdir / "config.json", fixed_fields(config, dataset)
     try:
         before = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -55,6 +56,34 @@ def worker_pool(jobs):
     workers = max(1, min(os.cpu_count() or 1, jobs))
     context = multiprocessing.get_context("spawn")
     return _Pool(workers, context, initializer=_end_with_parent)
+
+
+def start_module(module, arguments, log):
+    """Starts `python -m module arguments...` in a process that ends with this one.
+
+    What it prints is appended to the file `log`. It is deaf to Ctrl-C, which this process answers.
+
+    Returns:
+        its multiprocessing.Process.
+    """
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_run_module, args=(module, arguments, log))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with _main_hidden():
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process
+
+
+def _run_module(module, arguments, log):
+    _end_with_parent()
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_jobs(function, jobs, done):

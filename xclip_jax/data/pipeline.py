@@ -36,21 +36,26 @@ class TrainingPairs:
 
     With captions="all" each caption is a pair of its own; with "random" there is one pair a video,
     its caption drawn by `choose_caption`. An item is (record, video, caption number or None).
+    At most `max_videos` are used, always the same ones, a smaller number's among a larger one's;
+    0: all.
     """
 
-    def __init__(self, dataset, split, captions):
+    def __init__(self, dataset, split, captions, max_videos=0):
         self._clips = dataset.clips(split)
-        self._ends = np.cumsum(dataset.captions_per_clip[split])
+        counts = dataset.captions_per_clip[split]
+        drawn = np.random.default_rng(0).permutation(len(counts))[: max_videos or None]
+        self._videos = np.sort(drawn)
+        self._ends = np.cumsum(counts[self._videos])
         self._all = captions == "all"
 
     def __len__(self):
         return int(self._ends[-1]) if self._all else len(self._ends)
 
     def __getitem__(self, index):
-        if not self._all:
-            return self._clips[index], index, None
-        video = int(np.searchsorted(self._ends, index, side="right"))
-        return self._clips[video], video, index - int(self._ends[video])  # counted from the last
+        place = int(np.searchsorted(self._ends, index, side="right")) if self._all else index
+        video = int(self._videos[place])
+        caption = index - int(self._ends[place]) if self._all else None  # counted from the last
+        return self._clips[video], video, caption
 
 
 def choose_caption(item, rng):

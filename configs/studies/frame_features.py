@@ -1,0 +1,19 @@
+"""Which frame features texts are compared with: before or after the temporal encoder.
+
+python -m xclip_jax.study --study=configs/studies/frame_features.py --config=configs/msrvtt.py
+"""
+
+from xclip_jax.study import Study, Variant
+
+
+def get_study(config):
+    """Eq. 1 says after; the release takes those before."""
+    del config
+    return Study(
+        title="Frame features before or after the temporal encoder",
+        columns=("frame features",),
+        variants={
+            "before (release)": Variant({"model.frame_features": "clip"}),
+            "after (Eq. 1)": Variant({"model.frame_features": "temporal"}),
+        },
+    )
