@@ -75,10 +75,10 @@ def main(argv):
 
 def _chosen(studies, planned):
     """The runs of --only's variants, first seeds first, each once."""
-    names = {name for study in studies.values() for name in study.variants}
-    unknown = set(_ONLY.value) - names
+    names = list(dict.fromkeys(name for study in studies.values() for name in study.variants))
+    unknown = [name for name in _ONLY.value if name not in names]
     if unknown:
-        raise InputError(f"--only={unknown.pop()}: no such variant, there are {', '.join(names)}")
+        raise InputError(f"--only={unknown[0]}: no such variant, there are {', '.join(names)}")
     wanted = [runs for (_, name), runs in planned.items() if name in (_ONLY.value or names)]
     ordered = (runs[k] for k in range(_SEEDS.value) for runs in wanted)
     return list({run.workdir: run for run in ordered}.values())

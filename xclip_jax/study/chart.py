@@ -36,7 +36,7 @@ def draw(table, path):
 
 def _draw_bars(table, path):
     """A pair of bars a row: filled text to video, hatched video to text; a dot a seed."""
-    figure = Figure((6.6, 1.5 + 0.48 * len(table.rows)), facecolor="white", layout="constrained")
+    figure = Figure((6.6, 1.9 + 0.48 * len(table.rows)), facecolor="white", layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(table.rows))
     for (way, label), shift, fill in zip(DIRECTIONS, (-0.2, 0.2), _FILLS, strict=True):
