@@ -42,7 +42,7 @@ def content(folder):
     return sorted(rows, key=lambda row: row["id"])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random(tmp_path, kills):
     model, videos = tiny.make_model(tmp_path / "model"), tmp_path / "videos"
     clips = tiny.make_videos(videos, 8)

@@ -168,6 +168,23 @@ def test_an_epoch_without_a_rest_is_all_pairs():
     assert len(TrainingPairs(DATASET, "train", "all")) == 27
 
 
+@pytest.mark.parametrize("captions", ["all", "random"])
+def test_a_part_of_the_videos_is_always_the_same_and_within_a_larger_part(captions):
+    def pairs(most):
+        found = TrainingPairs(DATASET, "train", captions, most)
+        return [(v, record["id"], n) for record, v, n in (found[k] for k in range(len(found)))]
+
+    whole, parts = pairs(0), [pairs(most) for most in (11, 7, 3)]
+    assert parts[0] == pairs(99) == whole
+    assert pairs(3) == parts[2]
+    for most, larger, part in zip((7, 3), parts, parts[1:], strict=False):
+        assert set(part) < set(larger)
+        videos = {video for video, _, _ in part}
+        assert len(videos) == most
+        assert sorted(part) == sorted(pair for pair in whole if pair[0] in videos)
+        assert all(name == LETTERS[video].encode() for video, name, _ in part)
+
+
 def test_random_is_one_pair_a_video_and_epoch():
     assert len(TrainingPairs(DATASET, "train", "random")) == 11
     drawn = [set() for _ in COUNTS]

@@ -113,6 +113,7 @@ def test_the_first_process_waits_for_the_last_and_sigterm_ends_each():
     assert [process.wait(60) for process in started] == [75, 75]
 
 
+@pytest.mark.slow
 def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole):
     """Each goes on where the one before was told to stop."""
     config, workdir = folder / "config.py", folder / "moving"

@@ -16,8 +16,11 @@ from xclip_jax import evaluate, sharding, train
 from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.errors import InputError
 from xclip_jax.experiment import set_up
+from xclip_jax.metrics import summarize
 from xclip_jax.model_directory import load_model
 from xclip_jax.writer import read_metrics
+
+WAYS = ("text_to_video", "video_to_text")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,36 @@ def test_it_learns_and_the_report_says_so(data, tmp_path):
     losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
     assert len(losses) == 120
     assert losses[-1] < losses[0] / 4
+
+
+def test_without_epochs_the_weights_it_starts_from_are_evaluated(finished, data, tmp_path):
+    config, whole = finished
+    config = config.copy_and_resolve_references()
+    config.init.clip = str(whole)
+    config.train.epochs = 0
+    train.run(config, tmp_path)
+    assert_same(params_of(tmp_path)["clip"], params_of(whole)["clip"])
+    results = evaluate.run(config, tmp_path)
+    assert results["step"] == 0
+    before = (tmp_path / "model" / "model.json").read_text()
+    train.run(config, tmp_path)  # again: nothing to do
+    assert (tmp_path / "model" / "model.json").read_text() == before
+
+
+def test_ranks_of_single_queries_make_the_metrics(finished):
+    config, workdir = finished
+    config = config.copy_and_resolve_references()
+    config.eval.update(dual_softmax=True, qb_norm=5)
+    results = evaluate.run(config, workdir)
+    with np.load(workdir / evaluate.RANKS) as ranks:
+        assert set(ranks) == {
+            *(f"{option}{way}" for option in ("", "dual softmax/") for way in WAYS),
+            "QB-Norm (5 captions)/text_to_video",
+        }
+        for way in WAYS:
+            assert summarize(*ranks[way]) == results[way]
+            normalized = results["normalized"]["dual softmax"][way]
+            assert summarize(*ranks[f"dual softmax/{way}"]) == normalized
 
 
 def test_without_a_test_split_it_says_that_it_evaluates_on_training_clips(finished, capsys):

@@ -19,10 +19,12 @@ from xclip_jax.errors import InputError
 from xclip_jax.evaluate import RANKS
 from xclip_jax.models import resolve
 from xclip_jax.progress import progress
+from xclip_jax.report.table import DIRECTIONS
 from xclip_jax.workdir import check_same_run, is_below
 from xclip_jax.workers import start_module
 from xclip_jax.writer import read_metrics
 
+RESULTS = "results.json"
 FAILED = "failed.txt"  # in a work directory: why its last try failed
 LOG = "log.txt"  # and what it printed
 POLL_SECONDS = 1
@@ -58,7 +60,7 @@ class Run:
         Raises:
             InputError: the directory holds a run of another config.
         """
-        if not (self.workdir / "results.json").is_file():
+        if not all((self.workdir / name).is_file() for name in (RESULTS, RANKS)):
             return None
         config = self.config
         check_same_run(self.workdir, config, _dataset(config.data.path))
@@ -190,7 +192,7 @@ def _try(run, start, bar):
             reason = _execute(run, bar)
             if reason:
                 failed.write_text(reason)
-                bar.write(f"failed: {_name(run)}: {reason}")
+            bar.write(f"{_name(run)}: " + (f"failed: {reason}" if reason else _recalls(run)))
         return True
     return False
 
@@ -210,8 +212,8 @@ def _execute(run, bar):
         if process.exitcode is None:  # this process is told to end: the run saves and goes on later
             process.terminate()
             process.join()
-    if process.exitcode == 0 and run.results() is not None:
-        return None
+    if process.exitcode == 0:
+        return None if run.results() is not None else f"its results lack {', '.join(run.options)}"
     return _reason(process.exitcode, log.read_bytes()[printed_before:].decode(errors="replace"))
 
 
@@ -223,6 +225,12 @@ def _reason(status, printed):
         return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
     return (errors or lines or [f"exit status {status}"])[-1].removeprefix("error: ")
+
+
+def _recalls(run):
+    results = json.loads((run.workdir / RESULTS).read_text())
+    numbers = " / ".join(f"{results[way]['R@1']:.1f}" for way, _ in DIRECTIONS)
+    return f"R@1 {numbers}"
 
 
 def _name(run):

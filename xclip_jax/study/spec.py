@@ -71,7 +71,10 @@ def load_studies(patterns, config):
                 f"--study={path}: no such file; those that come along: configs/studies/*.py"
             )
         for file in found:
-            studies[Path(file).stem] = _load(file, config, arguments)
+            name = Path(file).stem
+            if name in studies:
+                raise InputError(f"--study: two files are named {name}")
+            studies[name] = _load(file, config, arguments)
     return studies
 
 

@@ -5,7 +5,7 @@ import json
 
 from xclip_jax.paper import backbone
 from xclip_jax.report.table import DIRECTIONS
-from xclip_jax.study.runs import find_option
+from xclip_jax.study.runs import RESULTS, find_option
 from xclip_jax.study.statistics import METRICS, Difference, Stat, compare, describe, values_of
 
 
@@ -104,7 +104,7 @@ def _facts(runs, config):
     """A sentence on data and seeds; one of the data only where a run is finished."""
     for run in runs:
         if run.results() is not None:
-            results = json.loads((run.workdir / "results.json").read_text())
+            results = json.loads((run.workdir / RESULTS).read_text())
             texts, videos = f"{results['num_texts']:,}", f"{results['num_videos']:,}"
             return f"{config.name}, {results['split']} split, {texts} texts, {videos} videos"
     return config.name
