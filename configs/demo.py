@@ -5,8 +5,13 @@
 Needs nothing: renders 4,280 clips of moving shapes to data/demo, trains a small X-CLIP from random
 weights and evaluates it on 220 clips whose combinations of objects and motions it has never seen.
 
-Variant: --config=configs/demo.py:study, a narrower image tower and three epochs, for studies, which
-take many runs (docs/studies.md).
+Variants, for studies (docs/studies.md), with a narrower image tower:
+
+    python -m xclip_jax.main --config=configs/demo.py:clip
+    python -m xclip_jax.study --study=configs/studies/table8.py --config=configs/demo.py:study
+
+clip: what CLIP is to the paper, encoders trained for the cosine of a sentence and the mean frame.
+study: starts from them and takes two epochs, the weights of the last step.
 """
 
 from xclip_jax import config
@@ -14,9 +19,9 @@ from xclip_jax.errors import InputError
 
 
 def get_config(variant=""):
-    """Small towers, small frames, one learning rate. variant: "" or "study"."""
-    if variant not in ("", "study"):
-        raise InputError(f"--config=configs/demo.py:{variant}: after the colon, only study")
+    """Small towers, small frames, one learning rate. variant: "", "clip" or "study"."""
+    if variant not in ("", "clip", "study"):
+        raise InputError(f"--config=configs/demo.py:{variant}: after the colon, clip or study")
     c = config.get_config()
     c.name = "demo"
     c.data.path = "data/demo"
@@ -33,9 +38,15 @@ def get_config(variant=""):
     c.train.update(batch_size=64, epochs=12)
     c.loss.same_video = "ignore"
     c.optimizer.update(lr=1.5e-3, encoder_lr=1.5e-3, weight_decay=0.1)
-    if variant == "study":
-        c.name = "demo_study"
+    if variant:
+        c.name = f"demo_{variant}"
         model.vision.update(width=64, heads=2)
-        c.train.update(epochs=3, select="last", eval_every=1_000_000)
+        c.train.update(select="last", eval_every=1_000_000)
+    if variant == "clip":
+        model.head = "mean_pooling"
+        c.train.epochs = 6
+    if variant == "study":
+        c.init.clip = "runs/demo_clip"
+        c.train.epochs = 2
         c.report.attention_pairs = 0
     return c

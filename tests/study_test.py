@@ -79,7 +79,8 @@ def test_no_switch_is_dead(base, studies):
     for name, study in studies.items():
         planned = plan({name: study}, "c.py", base, {}, 1, Path("out"))
         for (_, variant), (run,) in planned.items():
-            fields = {f: v for f, v in run.overrides.items() if f != "seed"}
+            own = study.variants[variant].overrides
+            fields = {field: value for field, value in own.items() if field in run.overrides}
             for field, value in fields.items():
                 if field.startswith("eval."):
                     assert study.variants[variant].option  # tried by study_run_test.py
@@ -138,6 +139,21 @@ def test_words_after_the_colon_reach_the_study(base):
     assert list(study.variants) == ["1", "3"]
     with pytest.raises(InputError, match=r"table8.*positional argument"):
         load_studies([f"{ROOT}/configs/studies/table8.py:1,3"], base)
+
+
+def test_the_example_in_the_docs_is_a_study_of_about_15_lines(base, tmp_path):
+    text = (ROOT / "docs" / "studies.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(example.splitlines()) <= 18
+    (tmp_path / "width.py").write_text(example)
+    found = load_studies([str(tmp_path / "width.py")], base)
+    planned = plan(found, "c.py", base, {}, 1, Path("out"))
+    assert [runs[0].config.model.embed_dim for runs in planned.values()] == [8, 16, 32]
+
+
+def test_the_docs_list_every_study(studies):
+    text = (ROOT / "docs" / "studies.md").read_text()
+    assert {name for name in studies if f"| `{name}` |" in text} == set(studies)
 
 
 # Plan

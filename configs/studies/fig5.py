@@ -3,7 +3,7 @@
     python -m xclip_jax.study --study=configs/studies/fig5.py --config=configs/msrvtt.py
     python -m xclip_jax.study --study=configs/studies/fig5.py:1000,3000,5000,7000 --config=...
 
-Without numbers: an eighth, a quarter, a half of the training videos; all of them are always added.
+Without numbers: a sixteenth and a quarter of the training videos; all of them are always added.
 Every run takes as many steps as the one on all videos, so that fewer videos are not also less
 training.
 """
@@ -26,7 +26,7 @@ def get_study(config, sizes=""):
     dataset = Dataset(config.data.path)
     everything = len(dataset.captions_per_clip[config.data.train_split])
     numbers = [int(size) for size in sizes.split(",") if size]
-    numbers = numbers or [everything // share for share in (8, 4, 2)]
+    numbers = numbers or [everything // share for share in (16, 4)]
     variants = {}
     for series, granularities in SERIES.items():
         for number in (*numbers, everything):

@@ -8,7 +8,7 @@ from xclip_jax.study.formats import grid, headings, legend, problems
 
 _STYLE = """
 main td { font-size: .9rem; background: none; font-weight: 400 }
-main td b { font-weight: 700 } main .table { max-width: none }
+th[colspan] { text-align: center } main td b { font-weight: 700 } main .table { max-width: none }
 main th, main td { padding: .4rem .6rem } th.label { text-align: left }
 figure img { min-width: 0; max-width: 46rem }
 .failed { color: var(--bad); text-align: left }
