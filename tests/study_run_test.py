@@ -26,8 +26,8 @@ def get_study(config):
         variants={
             "hot": Variant({"model.tau": 0.1}),
             "too long": Variant({"model.max_frames": 9}),
-            "dual softmax": Variant({"eval.dual_softmax": True}, option="dual softmax"),
-            "QB-Norm": Variant({"eval.qb_norm": 5}, option="QB-Norm"),
+            "dual softmax": Variant({"eval.dual_softmax": True}),
+            "QB-Norm": Variant({"eval.qb_norm": 5}),
             "plain": Variant(),
         },
     )

@@ -16,7 +16,8 @@ from xclip_jax.config import validate
 from xclip_jax.errors import InputError
 from xclip_jax.experiment import set_up
 from xclip_jax.study import Study, Variant, chart, formats, page
-from xclip_jax.study.runs import plan, slug, work_off
+from xclip_jax.study.plan import Run, plan, slug
+from xclip_jax.study.runs import work_off
 from xclip_jax.study.spec import load_studies
 from xclip_jax.study.statistics import compare, describe, values_of
 from xclip_jax.study.table import Row, Table, as_json, from_json
@@ -105,20 +106,50 @@ def test_a_field_that_nothing_reads_is_found_dead(base):
     ("text", "said"),
     [
         ("x = 1", "get_study"),
-        ("def get_study(config): return 3", "must return a Study"),
+        ("def get_study(config): return 3", "must return a Study with a dict of variants"),
         ("def get_study(config): return config.nothing", "nothing"),
         ("import nothing_there", "nothing_there"),
         ("def get_study(", "SyntaxError"),
         (
             "from xclip_jax.study import *\n"
             "def get_study(c): return Study('t', ('a', 'b'), {'v': Variant()})",
-            "'v' does not fill",
+            "do not fill the columns",
         ),
         (
             "from xclip_jax.study import *\n"
             "def get_study(c): return Study('t', ('a',), {'v': Variant()}, 'w')",
             "reference = 'w'",
         ),
+        (
+            "from xclip_jax.study import *\n"
+            "def get_study(c): return Study('t', ('a',), {'v': {'model.tau': 0.1}})",
+            "variant 'v': must be a text and a Variant",
+        ),
+        (
+            "from xclip_jax.study import *\n"
+            "def get_study(c): return Study('t', ('a',), {4: Variant()})",
+            "variant 4: must be a text",
+        ),
+        (
+            "from xclip_jax.study import *\n"
+            "def get_study(c): return Study('t', 'a', {'v': Variant()})",
+            "columns = 'a': must be a tuple",
+        ),
+        (
+            "from xclip_jax.study import *\n"
+            "def get_study(c):\n"
+            "  v = Variant(cells=('one', 'many'))\n"
+            "  return Study('t', ('a', 'b'), {'v': v}, lines=True)",
+            "the second must be a number",
+        ),
+        (
+            "from xclip_jax.study import *\n"
+            "def get_study(c):\n"
+            "  v = Variant({'eval.dual_softmax': True, 'eval.qb_norm': 5})\n"
+            "  return Study('t', ('a',), {'v': v})",
+            "one test-time option at most",
+        ),
+        ("def get_study(config):\n  return 1 / 0", "line 2: ZeroDivisionError"),
     ],
 )
 def test_a_bad_study_file_is_named_with_the_reason(tmp_path, base, text, said):
@@ -186,16 +217,52 @@ def test_variants_that_train_the_same_share_their_runs(base):
 
 
 def test_test_time_options_are_asked_of_the_shared_run(base):
-    study = Study(
-        "Options",
-        ("",),
-        {"x": Variant({"eval.dual_softmax": True}, option="dual softmax"), "plain": Variant()},
-    )
+    options = Variant({"eval.dual_softmax": True}), Variant({"eval.qb_norm": 5}), Variant()
+    study = Study("Options", ("",), dict(zip("dqp", options, strict=True)))
     planned = plan({"s": study}, "c.py", base, {}, 1, Path("o"))
-    (one,), (other,) = planned.values()
-    assert one is other
-    assert one.options == {"dual softmax"}
-    assert "--config.eval.dual_softmax=True" in one.arguments
+    assert len({id(run) for (run,) in planned.values()}) == 1
+    (run,) = planned["s", "p"]
+    assert run.evaluation == {"dual_softmax": True, "qb_norm": 5}
+    assert {"--config.eval.dual_softmax=True", "--config.eval.qb_norm=5"} < set(run.arguments)
+    assert [option.option for option in options] == ["dual softmax", "QB-Norm", ""]
+    other = Study("Others", ("",), {"q": Variant({"eval.qb_norm": 9})})
+    with pytest.raises(InputError, match=r"eval.qb_norm = 9, but 5 in another"):
+        plan({"s": study, "t": other}, "c.py", base, {}, 1, Path("o"))
+
+
+def test_results_count_only_with_the_options_that_are_wanted_and_undamaged(base, tmp_path):
+    run = Run("", "c.py", tmp_path, base, {})
+    assert run.results() is None
+    (tmp_path / "results.json").write_text('{"eval": {"qb_norm": 5}}')
+    np.savez(tmp_path / "ranks.npz", text_to_video=np.zeros((2, 3)))
+    assert list(run.results()) == ["text_to_video"]
+    assert list(dataclasses.replace(run, evaluation={"qb_norm": 5}).results()) == ["text_to_video"]
+    assert dataclasses.replace(run, evaluation={"qb_norm": 9}).results() is None
+    whole = (tmp_path / "ranks.npz").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "ranks.npz").write_bytes(damaged)
+        assert run.results() is None
+    (tmp_path / "ranks.npz").write_bytes(whole)
+    for damaged in ("", '{"eval": {"qb', "[]", "{}"):
+        (tmp_path / "results.json").write_text(damaged)
+        assert run.results() is None
+
+
+def test_a_variant_that_is_not_valid_keeps_its_run_which_will_say_why(base):
+    study = make_study(head={"model.head": "nonsense"}, tau={"model.tau": -1.0}, plain={})
+    planned = plan({"s": study}, "c.py", base, {}, 1, Path("o"))
+    assert [str(run.workdir.parent.name) for (run,) in planned.values()] == [
+        *("model.head=nonsense", "model.tau=-1.0", "base")
+    ]
+
+
+def test_fields_that_leave_training_alone_still_have_runs_of_their_own(base):
+    """Another data set is another training, and the memory of one variant is not another's."""
+    study = make_study(data={"data.path": "x"}, micro={"train.micro_batch": 4}, plain={})
+    planned = plan({"s": study}, "c.py", base, {}, 1, Path("o"))
+    runs = [run for (run,) in planned.values()]
+    assert len({run.workdir for run in runs}) == 3
+    assert runs[2].arguments[2:] == ["--config.seed=0"]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +271,8 @@ def test_test_time_options_are_asked_of_the_shared_run(base):
         ({"model.nothing": 1}, "model.nothing"),
         ({"nothing.tau": 1}, "nothing.tau"),
         ({"model.tau": "cold"}, "Could not override"),
+        ({"model": {"tau": 0.1}}, "a group of fields: write model.NAME"),
+        ({"seed": 5}, "seeds are set by --seeds"),
     ],
 )
 def test_a_variant_with_an_unknown_field_or_type_is_refused_by_name(base, overrides, said):
@@ -212,14 +281,15 @@ def test_a_variant_with_an_unknown_field_or_type_is_refused_by_name(base, overri
     assert said in str(caught.value)
 
 
-def test_a_folder_is_named_by_what_changes_training():
+def test_a_folder_is_named_by_its_overrides_and_no_two_alike():
     assert slug({}) == "base"
-    assert slug({"eval.qb_norm": 9, "train.micro_batch": 4}) == "base"
     assert slug({"model.tau": 0.1, "data.max_videos": 3}) == "data.max_videos=3,model.tau=0.1"
     assert slug({"model.granularities": ("frame_word", "video_word")}) == (
         "model.granularities=frame_word+video_word"
     )
-    assert "/" not in slug({"init.clip": "../models/clip"})
+    names = [slug({"init.clip": path}) for path in ("m/a", "m_a", "m a", "x" * 300, "x" * 301)]
+    assert len(set(names)) == 5
+    assert all(re.fullmatch(r"[\w.+=,~-]{1,200}", name) for name in names)
 
 
 # Numbers
@@ -244,6 +314,26 @@ def test_a_description_has_mean_spread_over_seeds_and_interval_over_queries():
     assert describe(hits_SxQ[:1]).std is None
     certain = describe(np.full((2, 9), 100.0))
     assert (certain.low, certain.high) == (100, 100)
+
+
+def test_captions_of_a_video_count_as_one_draw():
+    """Hits vary by video: intervals are as wide as that makes them."""
+    rng = np.random.default_rng(3)
+    video_Q = np.repeat(np.arange(300), 10)
+    covered = 0
+    for _ in range(60):
+        chance_V = rng.beta(1, 1, 300)
+        missed_Q = (rng.random(3000) > chance_V[video_Q]).astype(int)
+        counts = np.stack([missed_Q, 0 * missed_Q])[None]
+        values_SxV = values_of(counts, "R@1", video_Q)
+        assert values_SxV.mean() == pytest.approx(100 * (1 - missed_Q.mean()))
+        stat = describe(values_SxV)
+        covered += stat.low <= 50 <= stat.high
+    assert covered >= 53  # of 60; were the captions independent, 44 would be expected
+    uneven = values_of([[[0, 3, 0], [0, 0, 0]]], "R@1", np.array([0, 0, 1]))
+    assert uneven.mean() == pytest.approx(200 / 3)
+    alone = values_of(counts, "R@1", np.arange(3000))
+    np.testing.assert_allclose(alone, values_of(counts, "R@1"))
 
 
 def test_a_difference_with_one_seed_is_the_paired_t_interval():
@@ -297,35 +387,50 @@ def table():
     return Table("Table 9: τ", ("method",), rows, "best", False, "A note.", "demo, test split")
 
 
+def cells_of(lines):
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
 def test_markdown_has_a_row_each_the_best_in_bold_and_what_failed(table):
     text = formats.markdown(table)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines if "broken" not in line}) == 1  # aligned
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert len({len(line) for line in cells}) == 1
-    assert cells[2][:3] == ["low", "31.0 ± 0.0 [31.0, 31.0]", "31.0 ± 0.0"]
+    first, second = lines[:6], lines[6:]
+    for part in (first, second):
+        assert len({len(line) for line in part if "broken" not in line}) == 1  # aligned
+        assert len({len(row) for row in cells_of(part)}) == 1
+    cells, intervals = cells_of(first), cells_of(second)
+    assert cells[2][:3] == ["low", "31.0 ± 0.0", "31.0 ± 0.0"]
     assert cells[3][:3] == ["broken", r"failed: out of memory \| now", ""]
-    assert cells[5][1] == "**61.0** ± 0.0 [61.0, 61.0]"
+    assert cells[5][1] == "**61.0** ± 0.0"
     assert cells[2][4] == "**31.0** ± 0.0"  # of mean ranks the lowest
-    assert cells[2][5] == "−1.0 [−1.0, −1.0]"
-    assert cells[5][5] == "–"
-    assert [line[-1] for line in cells] == ["paper", "-" * 5, "43.9", "", "", "46.1"]
-    assert r"50% of a\|b_c" in text
-    assert "- 50% of a|b_c & <i>τ</i>: seed 1 failed: NaN" in text
+    assert [row[-1] for row in cells] == ["paper", "-" * 5, "43.9", "", "", "46.1"]
+    assert intervals[2][:3] == ["low", "31.0 to 31.0", "−1.0 (−1.0 to −1.0)"]
+    assert intervals[3][1:] == ["", "", "", ""]
+    assert intervals[5][2] == ""
+    assert r"50% of a\|b\_c & \<i\>τ\</i\>" in text
+    assert r"b\_c & \<i\>τ\</i\>: seed 1 failed: NaN" in text
     assert "A note." in text
-    assert "“best”" in text
+    assert "minus “best”" in text
     assert "not ours" in text
+    assert "over 2 seeds" in text
+
+
+def test_the_legend_counts_the_seeds_that_are_finished(table):
+    one = dataclasses.replace(table.rows[0], seeds={0: None, 1: "not run yet"})
+    assert "one seed" in formats.legend(dataclasses.replace(table, rows=[one]))
 
 
 def test_latex_escapes_and_has_as_many_cells_in_every_row(table):
-    text = formats.latex(table)
+    text = formats.latex(table, "table9")
     assert r"50\% of a|b\_c \& $<$i$>$$\tau$$<$/i$>$" in text
     assert r"\textbf{61.0} $\pm$ 0.0" in text
-    assert r"\multicolumn{11}{l}{failed: out of memory | now}" in text
-    body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:]
-    assert [len(re.split(r"(?<!\\)&", line)) for line in body] == [12, 2, 12, 12]
+    assert r"\multicolumn{9}{l}{failed: out of memory | now}" in text
+    assert r"\label{tab:table9}" in text
+    parts = [part[: part.index(r"\bottomrule")] for part in text.split(r"\midrule")[1:]]
+    counts = [[len(re.split(r"(?<!\\)&", r)) for r in part.splitlines()[1:]] for part in parts]
+    assert counts == [[10, 2, 10, 10], [5, 5, 5, 5]]
     assert text.count("{") == text.count("}")
-    assert text.isascii() or set(re.findall(r"[^\x00-\x7f]", text)) <= {"“", "”"}
+    assert set(re.findall(r"[^\x00-\x7f]", text)) <= {"“", "”"}
 
 
 def test_csv_has_every_number_unrounded(table):

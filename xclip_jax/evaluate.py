@@ -150,6 +150,7 @@ def run(config, workdir):
         "selected_on": architecture.get("selected_on"),
         **_summarized(counts),
         "normalized": {option: _summarized(both) for option, both in normalized.items()},
+        "eval": json.loads(config.eval.to_json()),
         "paper": (
             paper_results(dataset.name, dataset.variant, model.vision) if split == "test" else {}
         ),
@@ -169,7 +170,7 @@ def run(config, workdir):
         return results
     clips = dataset.clips(split)
     index = _write_report(config, workdir, found, results, clips, tokenizer, model, params)
-    _write_ranks(workdir / RANKS, {"": counts, **normalized})
+    _write_ranks(workdir / RANKS, {"": counts, **normalized}, found.text_video)
     partial = workdir / "results.json.part"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(partial, workdir / "results.json")
@@ -185,11 +186,11 @@ def _summarized(counts):
     return {way: summarize(*both) for way, both in counts.items()}
 
 
-def _write_ranks(path, counts):
+def _write_ranks(path, counts, text_video):
     """ranks.npz: 2 x Q integers at "DIRECTION" and "OPTION/DIRECTION", see `rank_counts`.
 
     By them intervals can be had: how many gallery items are better than each query's right one, and
-    how many others are equal to it.
+    how many others are equal to it. T integers at "text_video": each text's video.
     """
     partial = path.with_name(f"{path.stem}.part.npz")
     flat = {
@@ -197,7 +198,11 @@ def _write_ranks(path, counts):
         for option, d in counts.items()
         for way, both in d.items()
     }
-    np.savez(partial, **{name: np.stack(both) for name, both in flat.items()})
+    np.savez(
+        partial,
+        text_video=text_video,
+        **{name: np.stack(both) for name, both in flat.items()},
+    )
     os.replace(partial, path)
 
 

@@ -11,16 +11,20 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config, sizes=""):
-    """`sizes`: pairs a batch, with commas between them; the towers see the smallest at once."""
+    """`sizes`: pairs a batch, with commas between them.
+
+    The towers see the config's micro-batch at once, or the smallest of the sizes.
+    """
     own = config.train.batch_size
     numbers = [int(size) for size in sizes.split(",") if size] or [own // 4, own // 2, own, 2 * own]
+    at_once = config.train.micro_batch or min(numbers)
     return Study(
         title="Batch size, with gradient caching",
         columns=("pairs a batch",),
         variants={
-            f"{size}": Variant({"train.batch_size": size, "train.micro_batch": min(numbers)})
+            f"{size}": Variant({"train.batch_size": size, "train.micro_batch": at_once})
             for size in numbers
         },
         reference=f"{own}" if own in numbers else "",
-        note=f"The towers see {min(numbers)} pairs at once; all runs see the same number of pairs.",
+        note=f"The towers see {at_once} pairs at once; all runs see the same number of pairs.",
     )

@@ -15,8 +15,8 @@ def get_study(config):
         title="Test-time normalisation",
         columns=("similarities",),
         variants={
-            "dual softmax": Variant({"eval.dual_softmax": True}, option="dual softmax"),
-            "QB-Norm": Variant({"eval.qb_norm": 1000}, option="QB-Norm"),
+            "dual softmax": Variant({"eval.dual_softmax": True}),
+            "QB-Norm": Variant({"eval.qb_norm": 1000}),
             "plain": Variant(),
         },
     )

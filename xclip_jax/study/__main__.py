@@ -7,7 +7,8 @@
 Each variant and seed is a run of xclip_jax.main in OUTPUT/runs/; the same command again goes on
 with what is not finished and tries again what failed. The tables, as Markdown, LaTeX and CSV, and
 the charts are in OUTPUT/report/, index.html shows them all. The same command started twice, each on
-a device of its own, shares the runs out; --print_commands lists them for a cluster's job array.
+a device of its own, shares the runs out; --print_commands lists them for a cluster's job array,
+--report_only makes the report of what it has done.
 How to write a study: docs/studies.md.
 """
 
@@ -27,8 +28,9 @@ from xclip_jax.command_line import parse_flags
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
 from xclip_jax.errors import InputError, one_line_errors, run_command
+from xclip_jax.study.plan import plan
 from xclip_jax.study.report import write_study
-from xclip_jax.study.runs import plan, work_off
+from xclip_jax.study.runs import work_off
 from xclip_jax.study.spec import load_studies
 
 _STUDY = flags.DEFINE_multi_string(
@@ -45,6 +47,7 @@ _OUTPUT = flags.DEFINE_string(
 _PRINT = flags.DEFINE_bool(
     "print_commands", False, "Print the command of each run that is not finished, and run none."
 )
+_REPORT = flags.DEFINE_bool("report_only", False, "Make the report of what is there; run none.")
 
 
 def main(argv):
@@ -66,10 +69,12 @@ def main(argv):
         given = config_flags.get_override_values(file)
         path = config_flags.get_config_filename(file)
         planned = plan(studies, path, base, given, _SEEDS.value, output)
+        for run in {id(run): run for runs in planned.values() for run in runs}.values():
+            run.check()
         chosen = _chosen(studies, planned)
         if _PRINT.value:
             _print_commands(chosen)
-        elif not _work_off(studies, planned, chosen, output):
+        elif not _work_off(studies, planned, [] if _REPORT.value else chosen, output):
             sys.exit(1)
 
 

@@ -1,5 +1,7 @@
 """A study as a picture: R@1 both ways with intervals; told apart without colour."""
 
+from textwrap import shorten
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,10 +53,10 @@ def _draw_bars(table, path):
     for place, row in enumerate(table.rows):
         if not row.stats:
             axes.text(0.5, place, row.problem[:60], va="center", color=MUTED, style="italic")
-    axes.set_yticks(places, [row.name for row in table.rows])
+    axes.set_yticks(places, [shorten(row.name, 40) for row in table.rows])
     axes.invert_yaxis()
     axes.set_xlabel("R@1, %")
-    axes.set_xlim(0, None)
+    axes.set_xlim(0, None if any(row.stats for row in table.rows) else 100)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     _finish(figure, [axes], table, path)
 
@@ -103,8 +105,7 @@ def _finish(figure, panels, table, path):
         axes.tick_params(colors=INK, length=0)
     figure.suptitle(table.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False,
-        handlelength=3,
-    )  # fmt: skip
+    if handles:
+        below = {"loc": "outside lower center", "ncols": len(labels)}
+        figure.legend(handles, labels, **below, frameon=False, handlelength=3)
     figure.savefig(path, dpi=DOTS_PER_INCH, format="png")

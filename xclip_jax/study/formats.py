@@ -11,65 +11,54 @@ from xclip_jax.study.table import best
 _SHORT = {"text_to_video": "t→v", "video_to_text": "v→t"}
 
 
-def grid(table, bold, escape=str):
-    """The rows as lists of texts: labels, both directions' metrics and difference, the paper's.
-
-    Args:
-        bold: makes a number bold: the best of its column.
-        escape: applied to all other text.
-
-    Yields:
-        (labels, cells), or (labels, None) for a row without a result.
-    """
-    records, paper = best(table), any(row.paper is not None for row in table.rows)
-    for row in table.rows:
-        labels = [escape(label) for label in row.labels]
-        if not row.stats:
-            yield labels, None
-            continue
-        cells = []
-        for way, _ in DIRECTIONS:
-            for metric in METRICS:
-                stat = row.stats.get(way, {}).get(metric)
-                is_best = stat and round(stat.mean, 1) == records[way, metric]
-                cells.append(escape(_number(stat, metric)) if stat else "")
-                if is_best:
-                    cells[-1] = re.sub(r"^[\d.]+", lambda mean: bold(mean[0]), cells[-1])
-            cells.append(escape(_signed(row.differences.get(way))))
-        yield labels, cells + ([f"{row.paper:.1f}" if row.paper else ""] if paper else [])
+def metric_cells(table, row, bold):
+    """A row of the paper's layout: both directions' metrics, the paper's R@1 where there is one."""
+    records, cells = best(table), []
+    for way, _ in DIRECTIONS:
+        for metric in METRICS:
+            stat = row.stats.get(way, {}).get(metric)
+            mean = f"{stat.mean:.1f}" if stat else ""
+            is_best = stat and round(stat.mean, 1) == records[way, metric]
+            spread = f" ± {stat.std:.1f}" if stat and stat.std is not None else ""
+            cells.append((bold(mean) if is_best else mean) + spread)
+    paper = [f"{row.paper:.1f}" if row.paper else ""] if _has_paper(table) else []
+    return cells + paper
 
 
-def _number(stat, metric):
-    spread = "" if stat.std is None else f" ± {stat.std:.1f}"
-    interval = f" [{stat.low:.1f}, {stat.high:.1f}]" if metric == "R@1" else ""
-    return f"{stat.mean:.1f}{spread}{interval}"
+def interval_cells(row):
+    """A row of the second table: R@1's interval and the distance from the reference, both ways."""
+    cells = []
+    for way, _ in DIRECTIONS:
+        stat, d = row.stats.get(way, {}).get("R@1"), row.differences.get(way)
+        cells.append(f"{stat.low:.1f} to {stat.high:.1f}" if stat else "")
+        cells.append(
+            f"{d.mean:+.1f} ({d.low:+.1f} to {d.high:+.1f})".replace("-", "−") if d else ""
+        )
+    return cells
 
 
-def _signed(difference):
-    if difference is None:
-        return "–"
-    d = difference
-    return f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]".replace("-", "−")
+def _has_paper(table):
+    return any(row.paper is not None for row in table.rows)
 
 
 def headings(table):
-    """(labels' headings, those of each direction, that of the paper or nothing)."""
-    paper = ["paper"] if any(row.paper is not None for row in table.rows) else []
-    return list(table.columns), [*METRICS, "Δ R@1"], paper
+    """Headings: of the labels, of a direction in the first table, in the second, of the paper."""
+    second = ["R@1, 95 %", f"minus “{table.reference}”, 95 %"]
+    return list(table.columns), list(METRICS), second, ["paper"] if _has_paper(table) else []
 
 
 def legend(table):
     """What the numbers mean: a few sentences."""
-    seeds = max(len(row.seeds) for row in table.rows)
-    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    over = "queries and seeds" if seeds > 1 else "queries alone"
+    seeds = max(len(row.seeds) - len(row.missing) for row in table.rows)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    over = "test videos and seeds" if seeds > 1 else "test videos alone"
     text = (
-        f"{table.facts}; {spread}. R@K in percent, MnR: mean rank. In brackets: 95 % interval, of "
-        f"R@1 by resampling queries; of Δ, the distance from “{table.reference}”, over {over}. "
-        "Bold: the best mean."
+        f"{table.facts}; {spread}; R@K in percent, MnR the mean rank, the best mean in bold. "
+        "Intervals: of R@1 by resampling the test videos with their queries, of differences over "
+        f"{over}."
     )
     paper = " paper: R@1 text to video that X-CLIP reports for MSR-VTT, not ours."
-    return text + (paper if headings(table)[2] else "") + (f" {table.note}" if table.note else "")
+    return text + (paper if _has_paper(table) else "") + (f" {table.note}" if table.note else "")
 
 
 def problems(table):
@@ -78,24 +67,40 @@ def problems(table):
 
 
 def markdown(table):
-    """A heading, the table with its columns aligned, the legend, what is missing."""
+    """A heading, both tables with their columns aligned, the legend, what is missing."""
+    labels, metrics, second, paper = headings(table)
+    names = [[_escape(label) for label in row.labels] for row in table.rows]
+    first, other = [], []
+    for row, name in zip(table.rows, names, strict=True):
+        cells = metric_cells(table, row, "**{}**".format) if row.stats else [_escape(row.problem)]
+        first.append(name + cells)
+        other.append(name + interval_cells(row))
 
-    def escape(text):
-        return text.replace("|", "\\|").replace("\n", " ")
+    def both_ways(head):
+        return [f"{_SHORT[way]} {name}" for way, _ in DIRECTIONS for name in head]
 
-    labels, metrics, paper = headings(table)
-    short = [f"{_SHORT[way]} {metric}" for way, _ in DIRECTIONS for metric in metrics]
-    head = [*labels, *short, *paper]
-    found = list(grid(table, "**{}**".format, escape))
-    filled = [head, *(names + (cells or [""] * len(short + paper)) for names, cells in found)]
-    widths = [max(len(line[k]) for line in filled) for k in range(len(head))]
-    for line, row, (_, cells) in zip(filled[1:], table.rows, found, strict=True):
-        line[len(labels)] = escape(row.problem) if cells is None else line[len(labels)]
-    lines = [head, ["-" * width for width in widths], *filled[1:]]
-    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    missing = [f"- {problem}" for problem in problems(table)]
-    parts = [f"### {table.title}", "\n".join(rows), legend(table), "\n".join(missing)]
+    missing = "\n".join(f"- {_escape(problem)}" for problem in problems(table))
+    parts = [
+        f"### {table.title}",
+        _aligned([*labels, *both_ways(metrics), *paper], first),
+        _aligned([*labels, *both_ways(second)], other),
+        legend(table),
+        missing,
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escape(text):
+    return re.sub(r"([\\`*_<>|])", r"\\\1", text.replace("\n", " "))
+
+
+def _aligned(head, rows):
+    """A Markdown table; the reason in a row that is short may be wider than its column."""
+    whole = [head, *(row for row in rows if len(row) == len(head))]
+    rows = [row + [""] * (len(head) - len(row)) for row in rows]
+    widths = [max(len(row[k]) for row in whole) for k in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 _LATEX = {
@@ -111,29 +116,60 @@ def escape_latex(text):
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def latex(table):
-    """A table environment for the packages booktabs and amssymb, its legend as the caption."""
-    labels, metrics, paper = headings(table)
-    width, first = len(metrics), len(labels) + 1
-    spans = [f"\\multicolumn{{{width}}}{{c}}{{{name}}}" for _, name in DIRECTIONS]
+def latex(table, name):
+    """Both tables for the packages booktabs and amssymb; the legend is the first one's caption.
+
+    `name`: of the study, for its labels tab:NAME and tab:NAME-intervals.
+    """
+    labels, metrics, second, paper = headings(table)
+    bold = "\\textbf{{{}}}".format
+    first, other = [], []
+    for row in table.rows:
+        texts = [escape_latex(label) for label in row.labels]
+        span = (
+            f"\\multicolumn{{{2 * len(metrics) + len(paper)}}}{{l}}{{{escape_latex(row.problem)}}}"
+        )
+        cells = [escape_numbers(cell) for cell in metric_cells(table, row, bold)]
+        first.append(texts + (cells if row.stats else [span]))
+        other.append(texts + [escape_latex(cell) for cell in interval_cells(row)])
+    title = escape_latex(table.title)
+    return "\n".join(
+        [
+            "% \\usepackage{booktabs,amssymb}",
+            *_environment(
+                labels, metrics, paper, first, name, f"{title}. {escape_latex(legend(table))}"
+            ),
+            *_environment(labels, second, [], other, f"{name}-intervals", f"{title}: intervals."),
+            "",
+        ]
+    )
+
+
+def _environment(labels, columns, paper, rows, name, caption):
+    width, first = len(columns), len(labels) + 1
+    spans = [f"\\multicolumn{{{width}}}{{c}}{{{way}}}" for _, way in DIRECTIONS]
     rules = [f"\\cmidrule(lr){{{a}-{a + width - 1}}}" for a in (first, first + width)]
-    lines = [
-        "% \\usepackage{booktabs,amssymb}",
+    head = [escape_latex(text) for text in (*labels, *columns, *columns, *paper)]
+    return [
         "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{escape_latex(table.title)}. {escape_latex(legend(table))}}}",
+        "\\centering\\small\\setlength{\\tabcolsep}{4pt}",
+        f"\\caption{{{caption}}}\\label{{tab:{name}}}",
         f"\\begin{{tabular}}{{{'l' * len(labels)}{'r' * (2 * width + len(paper))}}}",
         "\\toprule",
         " & ".join([*[""] * len(labels), *spans, *[""] * len(paper)]) + " \\\\",
         " ".join(rules),
-        " & ".join(map(escape_latex, [*labels, *metrics, *metrics, *paper])) + " \\\\",
+        " & ".join(head) + " \\\\",
         "\\midrule",
+        *(" & ".join(row) + " \\\\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
     ]
-    bold = "\\textbf{{{}}}".format
-    for row, (names, cells) in zip(table.rows, grid(table, bold, escape_latex), strict=True):
-        span = f"\\multicolumn{{{2 * width + len(paper)}}}{{l}}{{{escape_latex(row.problem)}}}"
-        lines.append(" & ".join(names + ([span] if cells is None else cells)) + " \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+def escape_numbers(cell):
+    """A cell that may hold LaTeX's own bold."""
+    return cell.replace("±", "$\\pm$")
 
 
 def comma_separated(table):

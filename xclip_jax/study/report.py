@@ -1,5 +1,6 @@
 """The report of studies: a table in four formats and a chart each, one page over all."""
 
+import contextlib
 import os
 
 from xclip_jax.study import chart, formats, page
@@ -16,14 +17,16 @@ def write_study(directory, name, study, runs):
     directory.mkdir(parents=True, exist_ok=True)
     table = make_table(study, runs)
     _replace(directory / f"{name}.md", formats.markdown(table))
-    _replace(directory / f"{name}.tex", formats.latex(table))
+    _replace(directory / f"{name}.tex", formats.latex(table, name))
     _replace(directory / f"{name}.csv", formats.comma_separated(table))
     picture = directory / f"{name}.png.{os.getpid()}.part"
     chart.draw(table, picture)
     os.replace(picture, directory / f"{name}.png")
     _replace(directory / f"{name}.json", as_json(table))
-    found = sorted(directory.glob("*.json"))
-    tables = {path.stem: from_json(path.read_text(encoding="utf-8")) for path in found}
+    tables = {}
+    for path in sorted(directory.glob("*.json")):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # not a study's
+            tables[path.stem] = from_json(path.read_text(encoding="utf-8"))
     _replace(directory / "index.html", page.page(tables))
 
 

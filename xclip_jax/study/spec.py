@@ -2,10 +2,14 @@
 
 import dataclasses
 import glob
+import re
 import runpy
+import traceback
 from pathlib import Path
 
 from xclip_jax.errors import InputError
+
+OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,17 +17,21 @@ class Variant:
     """A row of a table.
 
     Attributes:
-        overrides: {"model.tau": 0.1}, fields of the config that it changes.
+        overrides: {"model.tau": 0.1}, fields of the config that it changes. With a test-time
+            option, eval.dual_softmax or eval.qb_norm, the row has the metrics with it.
         paper: {"ViT-B/32": 46.1}, the paper's R@1 text to video on MSR-VTT's 1k-A, by backbone.
-        option: what is read of the results: "" the plain metrics, or a test-time option whose name
-            starts so ("dual softmax", "QB-Norm"; its eval.* fields must be in `overrides`).
         cells: what stands in the row's columns; its name alone if empty.
     """
 
     overrides: dict = dataclasses.field(default_factory=dict)
     paper: dict = dataclasses.field(default_factory=dict)
-    option: str = ""
     cells: tuple[str, ...] = ()
+
+    @property
+    def option(self):
+        """What the name of its test-time option begins with, in the results; "": it has none."""
+        chosen = [name for field, name in OPTIONS.items() if self.overrides.get(field)]
+        return chosen[0] if chosen else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +64,14 @@ def load_studies(patterns, config):
     """{name of the file: Study} of paths or patterns such as configs/studies/table*.py.
 
     Args:
-        patterns: comma-free paths; words after a colon go to get_study: fig5.py:500,1000.
+        patterns: paths; words after a colon go to get_study: fig5.py:500,1000. Of a file that is
+            given twice, the last counts.
         config: the config that the variants change, for get_study to look at.
 
     Raises:
         InputError: no such file, or one that is not a study.
     """
-    studies = {}
+    files = {}
     for pattern in patterns:
         path, _, arguments = pattern.partition(":")
         found = sorted(glob.glob(path))
@@ -70,29 +79,63 @@ def load_studies(patterns, config):
             raise InputError(
                 f"--study={path}: no such file; those that come along: configs/studies/*.py"
             )
-        for file in found:
-            name = Path(file).stem
-            if name in studies:
-                raise InputError(f"--study: two files are named {name}")
-            studies[name] = _load(file, config, arguments)
-    return studies
+        files |= {str(Path(file).resolve()): (file, arguments) for file in found}
+    names = [Path(file).stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--study: two files are named {name}.py")
+    return {name: _load(*given, config) for name, given in zip(names, files.values(), strict=True)}
 
 
-def _load(file, config, arguments):
+def _load(file, arguments, config):
     try:
         get_study = runpy.run_path(file)["get_study"]
         study = get_study(config, *([arguments] if arguments else []))
     except InputError:
         raise
     except Exception as error:  # the file is the user's: anything can be wrong in it
-        reason = str(error) if str(error) else type(error).__name__
-        raise InputError(f"--study={file}: {type(error).__name__}: {reason}") from None
-    if not isinstance(study, Study) or not study.variants:
-        raise InputError(f"--study={file}: get_study must return a Study with variants")
-    reference = study.reference or list(study.variants)[-1]
-    if reference not in study.variants:
-        raise InputError(f"--study={file}: reference = {reference!r} is none of its variants")
-    for name in study.variants:
-        if len(study.cells(name)) != len(study.columns):
-            raise InputError(f"--study={file}: variant {name!r} does not fill {study.columns}")
-    return dataclasses.replace(study, reference=reference)
+        lines = [
+            at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == file
+        ]
+        line = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"--study={file}{line}: {type(error).__name__}: {error}") from None
+    problem = _problem(study)
+    if problem:
+        raise InputError(f"--study={file}: {problem}")
+    return dataclasses.replace(study, reference=study.reference or list(study.variants)[-1])
+
+
+def _problem(study):
+    """What is wrong with what get_study returned; None if nothing is."""
+    if not isinstance(study, Study) or not isinstance(study.variants, dict) or not study.variants:
+        return "get_study must return a Study with a dict of variants"
+    if not _are_texts(study.columns):
+        return f"columns = {study.columns!r}: must be a tuple of texts"
+    if study.reference and study.reference not in study.variants:
+        return f"reference = {study.reference!r} is none of its variants"
+    if study.lines and len(study.columns) != 2:
+        return "lines=True needs two columns: the series, and a number"
+    for name, variant in study.variants.items():
+        problem = _variant_problem(study, name, variant)
+        if problem:
+            return f"variant {name!r}: {problem}"
+    return None
+
+
+def _variant_problem(study, name, variant):
+    if not isinstance(name, str) or not isinstance(variant, Variant):
+        return "must be a text and a Variant({field: value})"
+    if not (isinstance(variant.overrides, dict) and isinstance(variant.paper, dict)):
+        return "overrides and paper must be dicts"
+    if sum(bool(variant.overrides.get(field)) for field in OPTIONS) > 1:
+        return f"must have one test-time option at most, of {', '.join(OPTIONS)}"
+    cells = study.cells(name)
+    if not _are_texts(cells) or len(cells) != len(study.columns):
+        return f"cells = {cells!r} do not fill the columns {study.columns!r}"
+    if study.lines and not re.fullmatch(r"[0-9.]+", cells[1]):
+        return f"cells = {cells!r}: the second must be a number, for the lines"
+    return None
+
+
+def _are_texts(values):
+    return isinstance(values, tuple) and all(isinstance(value, str) for value in values)

@@ -5,8 +5,8 @@ import json
 
 from xclip_jax.paper import backbone
 from xclip_jax.report.table import DIRECTIONS
-from xclip_jax.study.runs import RESULTS, find_option
-from xclip_jax.study.statistics import METRICS, Difference, Stat, compare, describe, values_of
+from xclip_jax.study.plan import RESULTS
+from xclip_jax.study.statistics import METRICS, WAYS, Difference, Stat, compare, describe, values_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,14 @@ class Row:
     paper: float | None
 
     @property
+    def missing(self):
+        """{seed: why there is no result}."""
+        return {seed: reason for seed, reason in self.seeds.items() if reason}
+
+    @property
     def problem(self):
         """Why seeds are missing; "" if none is."""
-        missing = {seed: reason for seed, reason in self.seeds.items() if reason}
+        missing = self.missing
         if len(set(missing.values())) == 1 and len(missing) == len(self.seeds):
             return next(iter(missing.values()))
         return "; ".join(f"seed {seed} {reason}" for seed, reason in missing.items())
@@ -57,41 +62,50 @@ def make_table(study, runs):
     Args:
         runs: {variant: [Run of each seed]}.
     """
-    found = {name: _finished(study.variants[name], of_seeds) for name, of_seeds in runs.items()}
+    found = {name: _finished(study.variants[name].option, r) for name, r in runs.items()}
     rows = [_row(study, name, runs[name], found) for name in study.variants]
     one = next(iter(runs.values()))[0]
     facts = _facts([run for of_seeds in runs.values() for run in of_seeds], one.config)
     return Table(study.title, study.columns, rows, study.reference, study.lines, study.note, facts)
 
 
-def _finished(variant, runs):
-    """{seed: {direction: 2 x Q}} of the runs that are finished."""
+def _finished(option, runs):
+    """{seed: {direction: (2 x Q, video of each query or None)}} of the runs that are finished."""
     results = {run.config.seed: run.results() for run in runs}
-    return {seed: find_option(ranks, variant.option) for seed, ranks in results.items() if ranks}
+    return {seed: _of_option(ranks, option) for seed, ranks in results.items() if ranks}
+
+
+def _of_option(ranks, option):
+    found = {}
+    for name, counts in ranks.items():
+        prefix, _, way = name.rpartition("/")
+        if way in WAYS and (prefix.startswith(option) if option else not prefix):
+            found[way] = counts, ranks["text_video"] if way == "text_to_video" else None
+    return found
+
+
+def _values(results, seeds, way, metric):
+    counts, videos = zip(*(results[seed][way] for seed in seeds), strict=True)
+    return values_of(counts, metric, videos[0])
 
 
 def _row(study, name, runs, found):
-    counts, reference = found[name], found[study.reference]
-    ways = [way for way, _ in DIRECTIONS if all(way in both for both in counts.values())]
-
-    def values(results, seeds, way, metric):
-        return values_of([results[seed][way] for seed in seeds], metric)
-
+    own, reference = found[name], found[study.reference]
+    ways = [way for way in WAYS if own and all(way in both for both in own.values())]
     stats = {
-        way: {metric: describe(values(counts, counts, way, metric)) for metric in METRICS}
+        way: {metric: describe(_values(own, own, way, metric)) for metric in METRICS}
         for way in ways
-        if counts
     }
-    common = [seed for seed in counts if seed in reference and name != study.reference]
+    common = [seed for seed in own if seed in reference and name != study.reference]
     differences = {
-        way: compare(values(counts, common, way, "R@1"), values(reference, common, way, "R@1"))
+        way: compare(_values(own, common, way, "R@1"), _values(reference, common, way, "R@1"))
         for way in ways
-        if common
+        if common and all(way in reference[seed] for seed in common)
     }
     config = runs[0].config
     of_paper = (config.data.dataset, config.data.variant) == ("msrvtt", "9k")
     paper = study.variants[name].paper.get(backbone(config.model.vision)) if of_paper else None
-    seeds = {run.config.seed: None if run.config.seed in counts else _why_not(run) for run in runs}
+    seeds = {run.config.seed: None if run.config.seed in own else _why_not(run) for run in runs}
     return Row(name, study.cells(name), stats, differences, seeds, paper)
 
 
