@@ -407,8 +407,8 @@ def test_markdown_has_a_row_each_the_best_in_bold_and_what_failed(table):
     assert intervals[2][:3] == ["low", "31.0 to 31.0", "−1.0 (−1.0 to −1.0)"]
     assert intervals[3][1:] == ["", "", "", ""]
     assert intervals[5][2] == ""
-    assert r"50% of a\|b\_c & \<i\>τ\</i\>" in text
-    assert r"b\_c & \<i\>τ\</i\>: seed 1 failed: NaN" in text
+    assert r"50% of a\|b_c & \<i\>τ\</i\>" in text
+    assert r"b_c & \<i\>τ\</i\>: seed 1 failed: NaN" in text
     assert "A note." in text
     assert "minus “best”" in text
     assert "not ours" in text

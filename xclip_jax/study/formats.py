@@ -91,7 +91,7 @@ def markdown(table):
 
 
 def _escape(text):
-    return re.sub(r"([\\`*_<>|])", r"\\\1", text.replace("\n", " "))
+    return re.sub(r"([\\`*<>|])", r"\\\1", text.replace("\n", " "))
 
 
 def _aligned(head, rows):
