@@ -1,9 +1,11 @@
 """Progress bars: live on a terminal, a line now and then in a log file."""
 
 import sys
+import threading
 
 from tqdm import tqdm
 
+tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaks
 _silent = False
 
 
