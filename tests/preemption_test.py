@@ -42,6 +42,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow  # tests/study_run_test.py stops and kills a run, too
 def test_one_process_killed_at_any_moment(folder):
     def start(name):
         return kills.Run(folder / "config.py", folder / name)

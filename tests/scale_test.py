@@ -27,6 +27,7 @@ CASES = [
     for fsdp in (1, 2)
 ]
 HALF = [CASES[i] for i in (0, 3, 5, 6)]  # each switch off twice, and on twice
+TWO = [CASES[0], CASES[7]]  # all off, all on
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,12 @@ def single(data):
 
 @pytest.mark.parametrize(
     ("devices", "processes", "cases"),
-    [(8, 1, CASES), (1, 2, HALF), pytest.param(1, 2, CASES, marks=pytest.mark.slow)],
+    [
+        (8, 1, HALF),
+        (1, 2, TWO),
+        pytest.param(8, 1, CASES, marks=pytest.mark.slow),
+        pytest.param(1, 2, CASES, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_losses(data, single, devices, processes, cases):
     """On so many devices of so many processes."""

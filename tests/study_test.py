@@ -81,7 +81,8 @@ def test_no_switch_is_dead(base, studies):
         planned = plan({name: study}, "c.py", base, {}, 1, Path("out"))
         for (_, variant), (run,) in planned.items():
             own = study.variants[variant].overrides
-            fields = {field: value for field, value in own.items() if field in run.overrides}
+            kept = {*run.fields, *(f"eval.{name}" for name in run.evaluation)}
+            fields = {field: value for field, value in own.items() if field in kept}
             for field, value in fields.items():
                 if field.startswith("eval."):
                     assert study.variants[variant].option  # tried by study_run_test.py

@@ -84,7 +84,9 @@ def test_ranks_of_single_queries_make_the_metrics(finished):
         assert set(ranks) == {
             *(f"{option}{way}" for option in ("", "dual softmax/") for way in WAYS),
             "QB-Norm (5 captions)/text_to_video",
+            "text_video",
         }
+        assert ranks["text_video"].tolist() == [video for video in range(12) for _ in range(2)]
         for way in WAYS:
             assert summarize(*ranks[way]) == results[way]
             normalized = results["normalized"]["dual softmax"][way]

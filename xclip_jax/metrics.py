@@ -83,10 +83,8 @@ def retrieval_metrics(sim_TxV, text_video_T):
 
 def retrieval_counts(sim_TxV, text_video_T):
     """What `retrieval_metrics` sums up: {direction: (better_Q, equal_Q)}, see `rank_counts`."""
-    return {
-        "text_to_video": rank_counts(sim_TxV, text_video_T),
-        "video_to_text": video_to_text_counts(sim_TxV, text_video_T),
-    }
+    video_to_text = video_to_text_counts(sim_TxV, text_video_T)  # refuses a video without caption
+    return {"text_to_video": rank_counts(sim_TxV, text_video_T), "video_to_text": video_to_text}
 
 
 def video_to_text_counts(sim_TxV, text_video_T):
