@@ -54,7 +54,7 @@ def _draw_bars(table, path):
         if not row.stats:
             axes.text(0.5, place, row.problem[:60], va="center", color=MUTED, style="italic")
     axes.set_yticks(places, [shorten(row.name, 40) for row in table.rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(table.rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("R@1, %")
     axes.set_xlim(0, None if any(row.stats for row in table.rows) else 100)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
