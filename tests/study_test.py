@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from xclip_jax.study.plan import Run, plan, slug
 from xclip_jax.study.runs import work_off
 from xclip_jax.study.spec import load_studies
 from xclip_jax.study.statistics import compare, describe, values_of
-from xclip_jax.study.table import Row, Table, as_json, from_json
+from xclip_jax.study.table import Row, Table, as_json, from_json, make_table
 
 ROOT = Path(__file__).parents[1]
 STUDIES = str(ROOT / "configs" / "studies" / "*.py")
@@ -247,6 +248,21 @@ def test_results_count_only_with_the_options_that_are_wanted_and_undamaged(base,
     for damaged in ("", '{"eval": {"qb', "[]", "{}"):
         (tmp_path / "results.json").write_text(damaged)
         assert run.results() is None
+
+
+def test_the_table_says_what_the_results_are_noted_for(base, tmp_path):
+    study = dataclasses.replace(make_study(plain={}), reference="plain")
+    ((run,),) = plan({"s": study}, "c.py", base, {}, 1, tmp_path).values()
+    assert make_table(study, {"plain": [run]}).facts == base.name
+    run.workdir.mkdir(parents=True)
+    results = {"eval": {}, "split": "train", "num_texts": 24, "num_videos": 12}
+    ranks = {way: np.zeros((2, size), int) for way, size in zip(WAYS, (24, 12), strict=True)}
+    np.savez(run.workdir / "ranks.npz", text_video=np.repeat(np.arange(12), 2), **ranks)
+    for note, told in (({}, False), ({"note": "the clips it was trained on"}, True)):
+        (run.workdir / "results.json").write_text(json.dumps(results | note))
+        facts = make_table(study, {"plain": [run]}).facts
+        expected = f"{base.name}, train split, 24 texts, 12 videos"
+        assert facts == expected + (" (the clips it was trained on)" if told else "")
 
 
 def test_a_variant_that_is_not_valid_keeps_its_run_which_will_say_why(base):

@@ -115,12 +115,14 @@ def _why_not(run):
 
 
 def _facts(runs, config):
-    """A sentence on data and seeds; one of the data only where a run is finished."""
+    """What the numbers are of, with the note of the results, such as of an evaluation on training
+    clips; the config's name alone where no run is finished."""
     for run in runs:
         if run.results() is not None:
             results = json.loads((run.workdir / RESULTS).read_text())
             texts, videos = f"{results['num_texts']:,}", f"{results['num_videos']:,}"
-            return f"{config.name}, {results['split']} split, {texts} texts, {videos} videos"
+            note = f" ({results['note']})" if "note" in results else ""
+            return f"{config.name}, {results['split']} split, {texts} texts, {videos} videos{note}"
     return config.name
 
 
