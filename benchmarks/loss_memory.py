@@ -22,10 +22,9 @@ import results
 
 from xclip_jax import compile_only, sharding
 from xclip_jax.config import get_config
-from xclip_jax.contrast import Contrast
-from xclip_jax.experiment import configured_optimizer
+from xclip_jax.loss import Contrast
 from xclip_jax.models import build_model, resolve
-from xclip_jax.train import compile_step, state_shapes
+from xclip_jax.train import compile_step, configured_optimizer, state_shapes
 
 DEVICES = 8
 DENSE = 1 << 62  # cells a block: all of them

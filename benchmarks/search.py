@@ -31,11 +31,11 @@ import pyarrow as pa
 import results
 import search_vectors
 
+from xclip_jax.checkpoint import init_params
+from xclip_jax.cli import progress
 from xclip_jax.config import get_config
 from xclip_jax.inference import encode_texts, encode_videos, on_local_devices
-from xclip_jax.model_directory import init_params
 from xclip_jax.models import build_model, resolve
-from xclip_jax.progress import progress
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
 from xclip_jax.search.index import SEGMENT_SECONDS, Index

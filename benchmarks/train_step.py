@@ -25,11 +25,9 @@ import numpy as np
 import results
 
 from xclip_jax import sharding
-from xclip_jax.benchmark_config import BACKBONES
-from xclip_jax.config import get_config
-from xclip_jax.experiment import check_batch_sizes, configured_optimizer
+from xclip_jax.config import BACKBONES, get_config
 from xclip_jax.models import build_model, resolve
-from xclip_jax.train import compile_step, init_state
+from xclip_jax.train import check_batch_sizes, compile_step, configured_optimizer, init_state
 
 TURN, STEPS = 2, 1000  # timed steps of a turn; steps of the schedule
 

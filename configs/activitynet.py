@@ -23,7 +23,7 @@ The paper's numbers (not ours), R@1 / R@5 / MnR:
     ViT-B/16    text to video 46.2 / 75.5 / 6.8    video to text 46.4 / 75.9 / 6.4
 """
 
-from xclip_jax.benchmark_config import benchmark
+from xclip_jax.config import benchmark
 
 
 def get_config(arguments=""):

@@ -15,7 +15,7 @@ study: starts from them and takes two epochs, the weights of the last step.
 """
 
 from xclip_jax import config
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 
 def get_config(variant=""):

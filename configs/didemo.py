@@ -22,7 +22,7 @@ The paper's numbers (not ours), R@1 / R@5 / MnR:
     ViT-B/16    text to video 47.8 / 79.3 / 12.6    video to text 47.8 / 76.8 / 10.5
 """
 
-from xclip_jax.benchmark_config import benchmark
+from xclip_jax.config import benchmark
 
 
 def get_config(arguments=""):

@@ -22,7 +22,7 @@ The paper's numbers (not ours), R@1 / R@5 / MnR:
     ViT-B/16    text to video 26.1 / 48.4 / 46.7    video to text 26.9 / 46.2 / 41.9
 """
 
-from xclip_jax.benchmark_config import benchmark
+from xclip_jax.config import benchmark
 
 
 def get_config(arguments=""):

@@ -23,7 +23,7 @@ The paper's numbers (not ours), R@1 / R@5 / MnR:
     ViT-B/16    text to video 49.3 / 75.8 / 12.2    video to text 48.9 / 76.8 / 8.1
 """
 
-from xclip_jax.benchmark_config import benchmark
+from xclip_jax.config import benchmark
 
 
 def get_config(arguments=""):

@@ -22,7 +22,7 @@ The paper's numbers (not ours), R@1 / R@5 / MnR:
     ViT-B/16    text to video 50.4 / 80.6 / 8.4    video to text 66.8 / 90.4 / 4.2
 """
 
-from xclip_jax.benchmark_config import benchmark
+from xclip_jax.config import benchmark
 
 
 def get_config(arguments=""):

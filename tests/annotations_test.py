@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import standins
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets import DATASETS
 from xclip_jax.data.datasets.listing import (
     BLANK,
@@ -20,7 +21,6 @@ from xclip_jax.data.datasets.listing import (
     Clip,
     Listing,
 )
-from xclip_jax.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annotations"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="no released annotation files at hand")

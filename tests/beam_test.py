@@ -6,9 +6,9 @@ import pytest
 import standins
 
 from xclip_jax import prepare
+from xclip_jax.cli import InputError
 from xclip_jax.data import builder
 from xclip_jax.data.beam import beam_pipeline
-from xclip_jax.errors import InputError
 
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed: see .ci/beam")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from xclip_jax.cli import InputError
 from xclip_jax.config import validate
 from xclip_jax.data.datasets import DATASETS
-from xclip_jax.errors import InputError
 from xclip_jax.paper import paper_results
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

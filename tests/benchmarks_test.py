@@ -8,7 +8,7 @@ import pytest
 import standins
 from absl import flags
 
-from xclip_jax import command_line, main, prepare
+from xclip_jax import cli, main, prepare
 from xclip_jax.data.builder import Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def run_main(monkeypatch, config, workdir, fields):
     flags.FLAGS.unparse_flags()
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, name)
-    command_line.parse_flags(argv)
+    cli.parse_flags(argv)
     main.main([])
     return json.loads((workdir / "results.json").read_text())
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.builder import SHARD_BYTES, Dataset, Pending, dataset_folder, write_dataset
-from xclip_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = {"train": [["a dog", "ein größer 犬 \x00"], ["b"], ["c", "d", "e"]], "test": [["f"]]}

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from xclip_jax import compile_only
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 
 def test_memory_work_and_communication(capsys):

@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import xclip_jax.config
+from xclip_jax.cli import InputError
 from xclip_jax.config import FREE_FIELDS, field_value, get_config, validate
-from xclip_jax.errors import InputError
 
 PACKAGE = Path(xclip_jax.config.__file__).parent
 

@@ -10,8 +10,7 @@ import pytest
 import tiny
 
 from xclip_jax import sharding
-from xclip_jax.contrast import Contrast
-from xclip_jax.losses import contrastive_loss
+from xclip_jax.loss import Contrast, contrastive_loss
 from xclip_jax.models import build_model, resolve
 
 B, W, F = 12, 5, 3

@@ -15,14 +15,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import xclip_jax
+from xclip_jax.checkpoint import init_params
+from xclip_jax.cli import InputError
 from xclip_jax.convert import __main__ as command
 from xclip_jax.convert import huggingface, importing, mapping
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert
 from xclip_jax.convert.torch_archive import read_archive, write_archive
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.errors import InputError
-from xclip_jax.model_directory import init_params
 from xclip_jax.models import HEADS, build_model
 
 ROOT = Path(__file__).resolve().parents[1]

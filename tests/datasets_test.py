@@ -5,10 +5,10 @@ import re
 
 import pytest
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets.captions import read as read_captions
 from xclip_jax.data.datasets.listing import Clip
 from xclip_jax.data.datasets.locate import Videos
-from xclip_jax.errors import InputError
 
 
 def read(tmp_path, name, content):

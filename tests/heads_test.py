@@ -10,9 +10,9 @@ import optax
 import pytest
 import tiny
 
-from xclip_jax import losses
 from xclip_jax.config import get_config
 from xclip_jax.inference import similarity_in_blocks
+from xclip_jax.loss import contrastive_loss
 from xclip_jax.models import HEADS, build_model, resolve
 from xclip_jax.similarity import Competition, TextFeatures, VideoFeatures, granular_similarity
 
@@ -228,7 +228,7 @@ def test_every_head_learns_four_pairs(options):
     def step(params, state):
         def loss_fn(params):
             sim_TxV = tiny.apply(model, params, ids, words, frames, mask)
-            return losses.contrastive_loss(sim_TxV)
+            return contrastive_loss(sim_TxV)
 
         loss, gradients = jax.value_and_grad(loss_fn)(params)
         updates, state = optimizer.update(gradients, state)

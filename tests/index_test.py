@@ -17,8 +17,8 @@ import tiny
 from PIL import Image
 
 import xclip_jax
+from xclip_jax.cli import InputError
 from xclip_jax.data.video import read_frames, still
-from xclip_jax.errors import InputError
 from xclip_jax.search import Index, indexing, store
 from xclip_jax.search.store import Store
 

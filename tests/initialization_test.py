@@ -10,14 +10,14 @@ import tiny
 
 import xclip_jax
 from xclip_jax import train
+from xclip_jax.cli import InputError
 from xclip_jax.convert.importing import convert
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.errors import InputError
-from xclip_jax.experiment import resolve_architecture
 from xclip_jax.initialization import interpolate_positions, start_from_clip
 from xclip_jax.models import build_model
+from xclip_jax.train import resolve_architecture
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def weights(workdir):
     """The selected weights of a finished run, as a list of arrays."""
     import jax
 
-    from xclip_jax.model_directory import load_model
+    from xclip_jax.checkpoint import load_model
 
     return [np.asarray(x) for x in jax.tree.leaves(load_model(Path(workdir) / "model")[2])]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xclip_jax.losses import contrastive_loss
+from xclip_jax.loss import contrastive_loss
 
 VIDEOS = np.array([7, 3, 7, 5, 3, 7])  # of six pairs: one video three times, one twice
 

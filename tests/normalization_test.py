@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xclip_jax.normalization import dual_softmax, qb_norm
+from xclip_jax.metrics import dual_softmax, qb_norm
 
 
 def test_dual_softmax_by_hand():

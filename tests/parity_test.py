@@ -14,9 +14,10 @@ import pytest
 import tiny
 
 import xclip_jax
-from xclip_jax import losses, train
+from xclip_jax import train
 from xclip_jax.convert import mapping
 from xclip_jax.convert.importing import convert
+from xclip_jax.loss import contrastive_loss
 from xclip_jax.models import build_model
 from xclip_jax.optimizer import make_optimizer
 
@@ -105,7 +106,7 @@ def encode_frames(model, frames, mask_VxF):
 
 def loss_of(config, sim_TxV):
     scale = train.LOSS_SCALES[config["preset"]]
-    return losses.contrastive_loss(jnp.asarray(sim_TxV), scale=scale)
+    return contrastive_loss(jnp.asarray(sim_TxV), scale=scale)
 
 
 def loss_and_gradients(retriever, params, golden):

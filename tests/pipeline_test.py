@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import (
     TrainingPairs,
     choose_frames,
@@ -16,7 +17,6 @@ from xclip_jax.data.pipeline import (
 )
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
-from xclip_jax.errors import InputError
 
 SIDE, MAX_FRAMES = 16, 4
 COUNTS = [1, 3, 2, 5, 1, 4, 2, 3, 1, 3, 2]  # captions of each video: 27 pairs

@@ -90,7 +90,7 @@ def test_two_processes_stopped_in_every_way(folder, whole):
 
 ENDING = """
 import os, signal, sys, time
-from xclip_jax import distributed, errors
+from xclip_jax import cli, distributed
 
 def main():
     distributed.connect(sys.argv[1], 2, int(sys.argv[2]))
@@ -102,7 +102,7 @@ def main():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)
 
-errors.run_command(main)
+cli.run_command(main)
 """
 
 

@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 
 from xclip_jax import prepare, workers
+from xclip_jax.cli import InputError
 from xclip_jax.data import extraction
 from xclip_jax.data.accounting import report_failures
 from xclip_jax.data.builder import Dataset, dataset_folder
 from xclip_jax.data.datasets.listing import Clip, Listing
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.data.video import decode_jpeg
-from xclip_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_EXTRACT = extraction.extract

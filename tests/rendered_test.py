@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
+from xclip_jax.cli import InputError
 from xclip_jax.data import rendered
-from xclip_jax.errors import InputError
 
 COUNTS = {"train": 4000, "val": 60, "test": 220}
 

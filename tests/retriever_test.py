@@ -7,9 +7,9 @@ import tiny
 
 import xclip_jax
 from xclip_jax import inference
+from xclip_jax.checkpoint import load_model, save_model
+from xclip_jax.cli import InputError
 from xclip_jax.data.video import read_frames
-from xclip_jax.errors import InputError
-from xclip_jax.model_directory import load_model, save_model
 
 
 @pytest.fixture(scope="module")

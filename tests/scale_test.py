@@ -82,7 +82,7 @@ import functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 import contrast_test
-from xclip_jax.contrast import Contrast
+from xclip_jax.loss import Contrast
 contrast_test.B = 16
 model, params = contrast_test.make()
 batch = contrast_test.make_batch()

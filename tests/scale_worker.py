@@ -12,14 +12,15 @@ import sys
 import jax
 import tiny
 
-from xclip_jax import distributed, experiment, sharding, train
+from xclip_jax import distributed, sharding, train
+from xclip_jax.train import set_up
 
 
 def losses(request, fields):
     """The losses of the first steps, as train.run makes them."""
     config = tiny.make_config(request["data"], epochs=100)
     config.update_from_flattened_dict(fields)
-    setup = experiment.set_up(config)
+    setup = set_up(config)
     model, mesh = setup.model, setup.mesh
     state = train.init_state(model, setup.architecture, setup.optimizer, config.seed, mesh)
     step = train.compile_step(model, setup.optimizer, config, mesh, state)

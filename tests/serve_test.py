@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 from xclip_jax.search import serve
 from xclip_jax.search.results import Answer, Attention, Hit
 

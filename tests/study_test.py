@@ -13,15 +13,15 @@ import scipy.stats
 from tiny import make_config, make_dataset
 
 from xclip_jax import train
+from xclip_jax.cli import InputError
 from xclip_jax.config import validate
-from xclip_jax.errors import InputError
-from xclip_jax.experiment import set_up
 from xclip_jax.study import Study, Variant, chart, formats, page
 from xclip_jax.study.plan import Run, plan, slug
 from xclip_jax.study.runs import work_off
 from xclip_jax.study.spec import load_studies
 from xclip_jax.study.statistics import compare, describe, values_of
 from xclip_jax.study.table import Row, Table, as_json, from_json, make_table
+from xclip_jax.train import set_up
 
 ROOT = Path(__file__).parents[1]
 STUDIES = str(ROOT / "configs" / "studies" / "*.py")

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from xclip_jax.cli import InputError
 from xclip_jax.data import text as text_module
 from xclip_jax.data.text import END, START, clean, learn_tokenizer, load_tokenizer
-from xclip_jax.errors import InputError
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "shared" / "clip_bpe"
 CORPUS = [

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 
 from xclip_jax import config
+from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.data import rendered
 from xclip_jax.data.builder import Pending, write_dataset
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
-from xclip_jax.experiment import resolve_architecture
-from xclip_jax.model_directory import init_params, save_model
 from xclip_jax.models import build_model
+from xclip_jax.train import resolve_architecture
 
 SIDE = 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (90,) * 3}

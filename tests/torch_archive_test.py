@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xclip_jax.cli import InputError
 from xclip_jax.convert import torch_archive
 from xclip_jax.convert.torch_archive import DTYPES, Archive, read_archive, write_archive
-from xclip_jax.errors import InputError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 FILES = sorted(path for path in GOLDENS.glob("*") if path.suffix in (".bin", ".pt"))

@@ -13,12 +13,11 @@ from jax.sharding import PartitionSpec
 
 import xclip_jax
 from xclip_jax import evaluate, sharding, train
-from xclip_jax.checkpoint import Checkpoints
-from xclip_jax.errors import InputError
-from xclip_jax.experiment import set_up
+from xclip_jax.checkpoint import Checkpoints, load_model
+from xclip_jax.cli import InputError
 from xclip_jax.metrics import summarize
-from xclip_jax.model_directory import load_model
-from xclip_jax.writer import read_metrics
+from xclip_jax.monitor import read_metrics
+from xclip_jax.train import set_up
 
 WAYS = ("text_to_video", "video_to_text")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from xclip_jax.losses import contrastive_loss
+from xclip_jax.loss import contrastive_loss
 from xclip_jax.models.clip import TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 from xclip_jax.similarity import GRANULARITIES, TextFeatures, VideoFeatures

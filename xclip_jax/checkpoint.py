@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,9 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+from safetensors.numpy import save_file
 
+from xclip_jax.cli import InputError
+from xclip_jax.config import FREE_FIELDS
+from xclip_jax.data.text import load_tokenizer
 from xclip_jax.distributed import is_first, share, wait_for_all
-from xclip_jax.errors import InputError
+from xclip_jax.models import build_model
 
 # Checkpoints between evaluations have no score; Orbax would warn of each.
 logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in str(record.msg))
@@ -176,3 +181,173 @@ def _score(metrics):
 
 
 _UNSCORED = {"keep_checkpoints_without_metrics": False}
+
+
+UNREAD_FILE = "unread.safetensors"
+
+
+def model_folder(directory):
+    """The model directory at `directory`, which may be a work directory (then: its `model`)."""
+    directory = Path(directory)
+    if not (directory / "model.json").is_file() and (directory / "model").is_dir():
+        return directory / "model"
+    return directory
+
+
+def partial_folder(directory):
+    """A new folder beside `directory`, to be filled and then renamed to it.
+
+    It has its own unmistakable name; what a killed run of the same name left is removed.
+    """
+    partial = Path(directory).with_name(f".{Path(directory).name}.xclip_jax-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def save_model(directory, architecture, params, tokenizer=None, unread=None):
+    """Writes a model directory whole or not at all, in place of an older one.
+
+    Args:
+        architecture: plain dict, see xclip_jax.models.build_model.
+        params: the parameters' pytree.
+        tokenizer: a Tokenizer, or None.
+        unread: official name -> array, kept for the way back to PyTorch.
+    """
+    directory = Path(directory).absolute()
+    if not is_first():
+        return
+    partial = partial_folder(directory)
+    (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(partial / "tokenizer")
+    if unread:
+        save_file(unread, partial / UNREAD_FILE)
+    with own_checkpointer() as checkpointer:
+        checkpointer.save(partial / "params", jax.tree.map(np.asarray, params))
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+def load_model(directory):
+    """Reads a model directory.
+
+    Returns:
+        (architecture, model, params, tokenizer): params on the default device; tokenizer None if
+        the directory holds none.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    directory = Path(directory).absolute()
+    try:
+        architecture = json.loads((directory / "model.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"no model in {directory}: looked for model.json") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{directory / 'model.json'}: not valid JSON: {error}") from None
+    try:
+        model = build_model(architecture)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory / 'model.json'} does not describe a model: {error}") from None
+    try:
+        with own_checkpointer() as checkpointer:
+            # Told to be NumPy, so that they load whatever devices they were saved from.
+            shapes = jax.eval_shape(lambda: init_params(model, architecture, 0))
+            like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes)
+            params = checkpointer.restore(directory / "params", like)
+    except Exception as error:  # Orbax has no one type for a damaged checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{directory / 'params'} cannot be read: {reason}") from None
+    _check_shapes(directory, params, shapes)
+    params = jax.device_put(params)
+    folder = directory / "tokenizer"
+    tokenizer = load_tokenizer(folder, model.max_words) if folder.is_dir() else None
+    return architecture, model, params, tokenizer
+
+
+def _check_shapes(directory, params, expected):
+    """Orbax hands back an array of another shape than asked for without a word."""
+    for (path, found), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected), strict=True
+    ):
+        if found.shape != wanted.shape:
+            name = "/".join(entry.key for entry in path)
+            raise InputError(
+                f"{directory / 'params'} do not fit model.json: {name} has shape {found.shape}, "
+                f"must be {wanted.shape}"
+            )
+
+
+def init_params(model, architecture, seed):
+    """Fresh parameters."""
+    side = architecture["vision"]["image_size"]
+    words, frames = (1, model.max_words), (1, model.max_frames)
+    return model.init(
+        jax.random.key(seed),
+        np.zeros(words, np.int32),
+        np.ones(words, bool),
+        np.zeros((*frames, side, side, 3), np.uint8),
+        np.ones(frames, bool),
+    )["params"]
+
+
+def claim_workdir(workdir, config, dataset):
+    """Makes the work directory and its config.json, or checks that it belongs to this run.
+
+    Raises:
+        InputError: it cannot be written, or was made with a config or data that change the course
+            of training; the fields are named.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if is_first() and not path.exists():
+            partial = path.with_suffix(".part")
+            described = flatten(json.loads(config.to_json())) | fixed_fields(config, dataset)
+            partial.write_text(json.dumps(described, indent=1) + "\n")
+            os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"work directory {workdir} cannot be written: {error}") from None
+    wait_for_all("config.json")
+    check_same_run(workdir, config, dataset)
+
+
+def fixed_fields(config, dataset):
+    """{dotted field: value} of all that changes the course of training, the data's content too."""
+    flat = flatten(json.loads(config.to_json()))
+    fixed = {k: v for k, v in flat.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
+    return fixed | {"data.fingerprint": dataset.fingerprint}
+
+
+def check_same_run(workdir, config, dataset):
+    """Raises InputError if a work directory's config.json is damaged or of another run."""
+    path, fixed = workdir / "config.json", fixed_fields(config, dataset)
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}; choose another --workdir") from None
+    changed = [k for k in fixed if k not in before or before[k] != fixed[k]]
+    if changed:
+        named = ", ".join(f"{k} = {before.get(k)!r} then, {fixed[k]!r} now" for k in changed)
+        raise InputError(
+            f"{workdir} was made by a run with another config: {named}; "
+            "go on with the same config or choose another --workdir"
+        )
+
+
+def flatten(tree, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def is_below(field, parent):
+    """Whether a dotted field is `parent` or lies below it."""
+    return field == parent or field.startswith(parent + ".")

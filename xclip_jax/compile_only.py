@@ -20,10 +20,9 @@ import numpy as np
 from jax.experimental import topologies
 
 from xclip_jax import sharding
-from xclip_jax.errors import InputError
-from xclip_jax.experiment import check_batch_sizes, configured_optimizer
+from xclip_jax.cli import InputError
 from xclip_jax.models import build_model, resolve
-from xclip_jax.train import compile_step, state_shapes
+from xclip_jax.train import check_batch_sizes, compile_step, configured_optimizer, state_shapes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 CLIP_VOCABULARY = 49408

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xclip_jax.errors import InputError
-from xclip_jax.progress import silence
+from xclip_jax.cli import InputError, silence
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL): saved, and the same command goes on
 JOIN_SECONDS = 300  # after which those that wait for a missing process end

@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from xclip_jax.checkpoint import load_model
+from xclip_jax.cli import InputError, progress
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
 from xclip_jax.distributed import is_first, share
-from xclip_jax.errors import InputError
 from xclip_jax.inference import (
     apply,
     block_plan,
@@ -24,19 +25,18 @@ from xclip_jax.inference import (
     similarity_in_blocks,
 )
 from xclip_jax.metrics import (
+    dual_softmax,
+    qb_norm,
     rank_counts,
     retrieval_counts,
     retrieval_metrics,
     summarize,
     video_to_text_counts,
 )
-from xclip_jax.model_directory import load_model
-from xclip_jax.normalization import dual_softmax, qb_norm
+from xclip_jax.monitor import read_metrics
 from xclip_jax.paper import paper_results
-from xclip_jax.progress import progress
 from xclip_jax.report import Attention, format_table, write_report
 from xclip_jax.similarity import TextFeatures, VideoFeatures
-from xclip_jax.writer import read_metrics
 
 RANKS = "ranks.npz"
 

@@ -7,8 +7,8 @@ from the first blocks of CLIP's text tower, its positions from the text position
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.errors import InputError
-from xclip_jax.model_directory import load_model, model_folder
+from xclip_jax.checkpoint import load_model, model_folder
+from xclip_jax.cli import InputError
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _FILES = {  # patch size -> OpenAI's weights of width 768

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from xclip_jax import compile_only, evaluate, prepare, train
-from xclip_jax.command_line import parse_flags
+from xclip_jax.cli import InputError, one_line_errors, parse_flags, run_command
 from xclip_jax.config import validate
 from xclip_jax.distributed import (
     connect,
@@ -28,7 +28,6 @@ from xclip_jax.distributed import (
     stop_when_preempted,
     wait_for_all,
 )
-from xclip_jax.errors import InputError, one_line_errors, run_command
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; single fields by --config.a.b=value.", lock_config=True

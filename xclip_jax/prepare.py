@@ -22,6 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from xclip_jax.cli import InputError, one_line_errors, run_command
 from xclip_jax.data import rendered
 from xclip_jax.data.accounting import report_failures, report_findings
 from xclip_jax.data.beam import beam_pipeline, extract_all_on_beam
@@ -31,7 +32,6 @@ from xclip_jax.data.datasets.listing import SPLITS
 from xclip_jax.data.datasets.locate import Videos
 from xclip_jax.data.extraction import extract_all, make_job, record
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.errors import InputError, one_line_errors, run_command
 
 
 def prepare(

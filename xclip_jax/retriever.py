@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xclip_jax.checkpoint import load_model, model_folder
+from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import VideoError, preprocess, read_frames
-from xclip_jax.errors import InputError
 from xclip_jax.inference import collect, encode_texts, encode_videos, similarity_in_blocks
-from xclip_jax.model_directory import load_model, model_folder
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 _BATCH = 32  # videos whose frames are held in memory at once

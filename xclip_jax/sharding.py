@@ -9,7 +9,7 @@ import math
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 AXES = ("data", "fsdp")  # batches are split over both
 SPLIT_SIZE = 1 << 16  # numbers; smaller arrays are whole on every device

@@ -8,8 +8,8 @@ Every run takes about as many steps as the one on all videos (in whole epochs), 
 are not also less training.
 """
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset
-from xclip_jax.errors import InputError
 from xclip_jax.similarity import GRANULARITIES
 from xclip_jax.study import Study, Variant
 

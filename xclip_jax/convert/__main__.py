@@ -13,9 +13,9 @@ checkpoints, and the official X-CLIP and CLIP4Clip pytorch_model.bin.N. Needs no
 import argparse
 from pathlib import Path
 
+from xclip_jax.cli import InputError, one_line_errors, run_command
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert
-from xclip_jax.errors import InputError, one_line_errors, run_command
 
 
 def _parser():

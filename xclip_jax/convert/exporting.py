@@ -5,10 +5,10 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
+from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
 from xclip_jax.convert.huggingface import clip_config, from_official
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
-from xclip_jax.model_directory import UNREAD_FILE, load_model, model_folder, partial_folder
 
 
 def export(directory, output):

@@ -6,12 +6,12 @@ import re
 
 import jax
 
+from xclip_jax.checkpoint import init_params, save_model
+from xclip_jax.cli import InputError
 from xclip_jax.config import get_config
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, to_params
 from xclip_jax.convert.sources import read_source
 from xclip_jax.data.text import load_tokenizer
-from xclip_jax.errors import InputError
-from xclip_jax.model_directory import init_params, save_model
 from xclip_jax.models import build_model, resolve
 
 _MATRICES = {

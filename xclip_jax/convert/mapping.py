@@ -9,7 +9,7 @@ import re
 import jax
 import numpy as np
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 BLOCKS = {
     "clip/visual/encoder/blocks": "clip.visual.transformer.resblocks",

@@ -10,9 +10,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from xclip_jax.cli import InputError
 from xclip_jax.convert import huggingface
 from xclip_jax.convert.torch_archive import read_archive
-from xclip_jax.errors import InputError
 
 HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *(
     "tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json",

@@ -18,7 +18,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 DTYPES = {
     "torch.HalfStorage": np.dtype(np.float16),

@@ -4,8 +4,8 @@ import collections
 import dataclasses
 import json
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets.listing import Finding
-from xclip_jax.errors import InputError
 
 
 def report_findings(output, title, listing, paths, files):

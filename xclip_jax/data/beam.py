@@ -3,8 +3,8 @@
 import dataclasses
 import json
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.extraction import Outcome, extract
-from xclip_jax.errors import InputError
 
 
 def beam_pipeline(runner, options):

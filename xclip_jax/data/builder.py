@@ -22,8 +22,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.proto import tf_example_pb2
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets import DATASETS
-from xclip_jax.errors import InputError
 
 NAME, VERSION = "xclip_clips", "1.1.0"
 SHARD_BYTES = 64 << 20

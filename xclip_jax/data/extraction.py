@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xclip_jax.cli import progress
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
-from xclip_jax.progress import progress
 from xclip_jax.workers import run_jobs
 
 CRASHED = "the decoder crashed on this file"

@@ -7,8 +7,8 @@ resumed by building the pipeline at step n: nothing of the iterator needs saving
 import grain
 import numpy as np
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.video import decode_jpeg
-from xclip_jax.errors import InputError
 
 
 def choose_frames(num_frames, max_frames):

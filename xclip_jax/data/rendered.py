@@ -22,8 +22,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from xclip_jax.errors import InputError
-from xclip_jax.progress import progress
+from xclip_jax.cli import InputError, progress
 from xclip_jax.workers import worker_pool
 
 SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader samples

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 HUB_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json")
 START, END = "<|startoftext|>", "<|endoftext|>"

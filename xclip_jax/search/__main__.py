@@ -9,7 +9,7 @@ How it works, and how large it can be: docs/search.md.
 
 import argparse
 
-from xclip_jax.errors import InputError, one_line_errors, run_command
+from xclip_jax.cli import InputError, one_line_errors, run_command
 from xclip_jax.search import commands
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS
 

@@ -11,8 +11,7 @@ import time
 import webbrowser
 from pathlib import Path
 
-from xclip_jax.errors import InputError
-from xclip_jax.progress import progress
+from xclip_jax.cli import InputError, progress
 from xclip_jax.search import recall as measured
 from xclip_jax.search.export import write
 from xclip_jax.search.index import Index

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 
 def write(index, path, bar):

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
+from xclip_jax.checkpoint import model_folder
+from xclip_jax.cli import InputError
 from xclip_jax.data.video import VIDEO_SUFFIXES
-from xclip_jax.errors import InputError
 from xclip_jax.evaluate import words_of
 from xclip_jax.inference import apply, on_local_devices
-from xclip_jax.model_directory import model_folder
 from xclip_jax.retriever import load
 from xclip_jax.search.funnel import Funnel, Stopwatch, example_funnel, example_text
 from xclip_jax.search.indexing import add_files, below

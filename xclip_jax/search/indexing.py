@@ -13,11 +13,10 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
+from xclip_jax.cli import InputError, progress
 from xclip_jax.data.datasets.locate import Videos
 from xclip_jax.data.extraction import CRASHED
-from xclip_jax.errors import InputError
 from xclip_jax.inference import encode_videos
-from xclip_jax.progress import progress
 from xclip_jax.search.segments import Job, Reading, check_shots, frames_of, read_segments
 from xclip_jax.workers import run_jobs
 

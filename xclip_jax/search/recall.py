@@ -6,8 +6,7 @@ import time
 
 import numpy as np
 
-from xclip_jax.errors import InputError
-from xclip_jax.progress import progress
+from xclip_jax.cli import InputError, progress
 
 _WHO = (
     "a man", "a woman", "two men", "a young girl", "a boy", "a group of people", "a dog", "a cat",

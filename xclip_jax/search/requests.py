@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 DEFAULT_HITS, MOST_HITS = 12, 100
 MOST_ASKED = 2**20  # bytes of a query's JSON

@@ -9,9 +9,9 @@ from pathlib import Path
 import av
 import numpy as np
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import VideoError, VideoReader
-from xclip_jax.errors import InputError
 
 THUMBNAIL = 320  # pixels of its longer side
 SHORTEST_SHOT = 2  # frames; a shorter one stays with the one before

@@ -30,8 +30,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from xclip_jax.cli import InputError
 from xclip_jax.data import video
-from xclip_jax.errors import InputError
 from xclip_jax.search.requests import (
     asked_json,
     chunks_of,

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xclip_jax.errors import InputError
-from xclip_jax.model_directory import partial_folder
+from xclip_jax.checkpoint import partial_folder
+from xclip_jax.cli import InputError
 from xclip_jax.similarity import VideoFeatures
 
 FORMAT = 1  # raise it when older indexes can no longer be read

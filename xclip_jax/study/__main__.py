@@ -24,10 +24,9 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from xclip_jax import prepare
-from xclip_jax.command_line import parse_flags
+from xclip_jax.cli import InputError, one_line_errors, parse_flags, run_command
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
-from xclip_jax.errors import InputError, one_line_errors, run_command
 from xclip_jax.study.plan import plan
 from xclip_jax.study.report import write_study
 from xclip_jax.study.runs import work_off

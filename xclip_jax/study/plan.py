@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from xclip_jax.checkpoint import check_same_run, is_below
+from xclip_jax.cli import InputError
 from xclip_jax.config import field_value, validate
 from xclip_jax.data.builder import Dataset
-from xclip_jax.errors import InputError
 from xclip_jax.evaluate import RANKS
 from xclip_jax.models import resolve
-from xclip_jax.workdir import check_same_run, is_below
 
 RESULTS = "results.json"
 FAILED = "failed.txt"  # in a work directory: why its last try failed

@@ -9,11 +9,11 @@ import time
 
 from filelock import FileLock, Timeout
 
-from xclip_jax.progress import progress
+from xclip_jax.cli import progress
+from xclip_jax.monitor import read_metrics
 from xclip_jax.report.table import DIRECTIONS
 from xclip_jax.study.plan import FAILED, RESULTS
 from xclip_jax.workers import start_module
-from xclip_jax.writer import read_metrics
 
 LOG = "log.txt"  # in a work directory: what its runs printed
 POLL_SECONDS = 1

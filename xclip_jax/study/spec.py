@@ -7,7 +7,7 @@ import runpy
 import traceback
 from pathlib import Path
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
 

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from pathlib import Path
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets.files import parse_json
 from xclip_jax.data.datasets.listing import SPLITS, Clip, Listing, tidy
-from xclip_jax.errors import InputError
 
 VARIANTS = ()
 DOWNLOAD = "see docs/data.md for the formats"

@@ -7,7 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
-from xclip_jax.errors import InputError
+from xclip_jax.cli import InputError
 
 
 class Folder:

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.video import VIDEO_SUFFIXES
-from xclip_jax.errors import InputError
 
 
 class Videos:

@@ -1,8 +1,8 @@
 """LSMDC 2016 (Rohrbach et al., IJCV 2017): clips from films, one sentence each; access is gated."""
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets.files import Folder
 from xclip_jax.data.datasets.listing import Listing
-from xclip_jax.errors import InputError
 
 VARIANTS = ()
 DOWNLOAD = (

@@ -2,9 +2,9 @@
 
 import collections
 
+from xclip_jax.cli import InputError
 from xclip_jax.data.datasets.files import Folder, fields
 from xclip_jax.data.datasets.listing import UNLISTED, Listing
-from xclip_jax.errors import InputError
 
 VARIANTS = ("9k", "7k", "full")
 DOWNLOAD = (
