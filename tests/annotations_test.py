@@ -10,10 +10,9 @@ import pytest
 import standins
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.datasets import DATASETS
-from xclip_jax.data.datasets.listing import (
+from xclip_jax.data.annotations import (
     BLANK,
-    LOST,
+    NO_CAPTIONS,
     REPEATED,
     SEGMENT,
     TWO_SPLITS,
@@ -21,6 +20,7 @@ from xclip_jax.data.datasets.listing import (
     Clip,
     Listing,
 )
+from xclip_jax.data.benchmarks import DATASETS, LSMDC_FILES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annotations"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="no released annotation files at hand")
@@ -85,7 +85,7 @@ def test_real_msrvtt_sentences(tmp_path):
     listing = DATASETS["msrvtt"].read(folder_of(tmp_path, "MSRVTT", **lists, **italian), "full")
     assert len(listing.clips) == 70
     assert sum(captions_by_split(listing).values()) == 1400
-    assert len(findings(listing, LOST)) == 2  # of its 72 videos two have no sentence
+    assert len(findings(listing, NO_CAPTIONS)) == 2  # of its 72 videos two have no sentence
 
 
 @real
@@ -110,9 +110,7 @@ def test_real_msvd(tmp_path, source):
 @real
 def test_real_lsmdc(tmp_path):
     rows = (SHARED / "LSMDC" / "SYNTHETIC_same_shape.csv").read_text().splitlines(keepends=True)
-    for name, part in zip(
-        DATASETS["lsmdc"].FILES.values(), (rows[:8], rows[8:12], rows[12:]), strict=True
-    ):
+    for name, part in zip(LSMDC_FILES.values(), (rows[:8], rows[8:12], rows[12:]), strict=True):
         (tmp_path / name).write_text("".join(part))
     listing = DATASETS["lsmdc"].read(tmp_path)
     assert captions_by_split(listing) == {"train": 8, "val": 4, "test": 6}
@@ -130,7 +128,7 @@ def test_real_didemo(tmp_path):
     (folder / "train_data.json").write_text("[]")  # cannot be had
     listing = DATASETS["didemo"].read(folder)
     assert listing.counts() == {"val": 1065, "test": 1004}
-    assert len(findings(listing, LOST)) == 8392
+    assert len(findings(listing, NO_CAPTIONS)) == 8392
     assert not findings(listing, UNLISTED)
     texts = {clip.video.rpartition(".")[0]: clip.captions for clip in listing.clips}
     sentences = 0
@@ -169,11 +167,11 @@ def test_standins_are_read_as_released(annotations, name):
     assert (
         odd
         == {
-            "msrvtt": {LOST: 1},
+            "msrvtt": {NO_CAPTIONS: 1},
             "msvd": {},
             "lsmdc": {REPEATED: 1},
             "didemo": {},
-            "activitynet": {LOST: 2, UNLISTED: 2, SEGMENT: 4},
+            "activitynet": {NO_CAPTIONS: 2, UNLISTED: 2, SEGMENT: 4},
         }[name]
     )
 
@@ -203,7 +201,7 @@ def test_what_listings_note():
     ]
     assert [(f.what, f.id) for f in listing.findings] == [
         *((REPEATED, "a"), (BLANK, "b"), (TWO_SPLITS, "b"), (TWO_SPLITS, "b"), (BLANK, "c")),
-        *((BLANK, "d"), (REPEATED, "d"), (LOST, "c")),
+        *((BLANK, "d"), (REPEATED, "d"), (NO_CAPTIONS, "c")),
     ]
 
 
@@ -246,7 +244,7 @@ def test_captions_of_nothing_and_ids_without_captions(annotations, tmp_path):
     captions["unknown_0_1"] = [["a", "dog"]]
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(captions))
     listing = DATASETS["msvd"].read(tmp_path)
-    assert findings(listing, LOST) == ["never_captioned_1_2"]
+    assert findings(listing, NO_CAPTIONS) == ["never_captioned_1_2"]
     assert findings(listing, UNLISTED) == ["unknown_0_1"]
 
 
@@ -273,7 +271,7 @@ def test_a_hostile_pickle_runs_nothing(annotations, tmp_path, protocol):
         b"\x80\x02cbuiltins\neval\nX\x08\x00\x00\x00open('x')\x85R.",
     ):
         (tmp_path / "raw-captions.pkl").write_bytes(payload)
-        with pytest.raises(InputError, match=r"raw-captions\.pkl: (asks for|not a whole pickle)"):
+        with pytest.raises(InputError, match=r"raw-captions\.pkl: (refers to|not a complete)"):
             DATASETS["msvd"].read(tmp_path)
     assert not proof.exists()
 
@@ -283,7 +281,7 @@ def test_a_pickle_of_something_else(annotations, tmp_path, content):
     for path in (annotations / "msvd" / "annotations").glob("*.txt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "raw-captions.pkl").write_bytes(content)
-    with pytest.raises(InputError, match=r"raw-captions\.pkl: (not a whole pickle|must be dict)"):
+    with pytest.raises(InputError, match=r"raw-captions\.pkl: (not a complete|must be dict)"):
         DATASETS["msvd"].read(tmp_path)
 
 
@@ -303,7 +301,7 @@ def test_a_file_of_another_benchmark(annotations, tmp_path, name, file, other, o
     if (name, file) == (other, other_file):
         DATASETS[name].read(tmp_path)
         return
-    with pytest.raises(InputError, match=r"another file\?$") as error:
+    with pytest.raises(InputError, match=r"wrong file\?$") as error:
         DATASETS[name].read(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / file}")
 
@@ -317,26 +315,31 @@ def copy(standin, folder):
     ("name", "file", "content", "message"),
     [
         ("msrvtt", "MSRVTT_train.9k.csv", "a\nb\n", "line 2: has no video_id"),
-        ("msrvtt", "MSRVTT_train.9k.csv", "", "holds no rows below a header with video_id"),
+        ("msrvtt", "MSRVTT_train.9k.csv", "", "no rows below a header with video_id"),
         ("msrvtt", "MSRVTT_JSFUSION_test.csv", "video_id\nvideo1\n", "has no video_id or sentence"),
-        ("msrvtt", "MSRVTT_data.json", '{"videos": []}', "has no 'sentences': another file?"),
+        ("msrvtt", "MSRVTT_data.json", '{"videos": []}', "has no 'sentences': wrong file?"),
         ("msrvtt", "MSRVTT_data.json", '{"videos": [1], "sentences": []}', "video 1: must be dict"),
         ("msvd", "val_list.txt", "a caption\n", "line 1: must be one id, not 'a caption'"),
         ("msvd", "val_list.txt", '["v_1"]', "line 1: must be one id"),
-        ("lsmdc", "LSMDC16_annos_val.csv", "a,b,c\n", "line 1: must have 6 fields with tabs"),
+        (
+            "lsmdc",
+            "LSMDC16_annos_val.csv",
+            "a,b,c\n",
+            "line 1: must have 6 fields separated by tabs",
+        ),
         ("lsmdc", "LSMDC16_annos_val.csv", b"\xff\n", "not UTF-8 text"),
         ("didemo", "val_data.json", '[{"video": "a.mp4"}]', "item 1: has no 'description'"),
         ("activitynet", "val_ids.json", "[1]", "must be str, is int"),
         ("activitynet", "train.json", '{"v": {"duration": true}}', "'duration': must be int"),
         ("activitynet", "train.json", "[" * 100_000, "nested too deeply"),
-        ("activitynet", "train.json", f"[{'9' * 5000}]", "not valid JSON: Exceeds the limit"),
-        ("activitynet", "train.json", '{"v": 1, "v": 2}', "'v' is there twice in one object"),
+        ("activitynet", "train.json", f"[{'9' * 5000}]", "invalid JSON: Exceeds the limit"),
+        ("activitynet", "train.json", '{"v": 1, "v": 2}', "key 'v' occurs 2 times in one object"),
         ("msrvtt", "MSRVTT_train.9k.csv", "video_id\na,b\n", "line 2: more values than columns"),
         (
             "msrvtt",
             "MSRVTT_JSFUSION_test.csv",
             "video_id,sentence\nvideo1,a man, walking\n",
-            "line 2: more values than columns; quote a text with commas",
+            "line 2: more values than columns; quote text with commas",
         ),
     ],
 )
@@ -356,7 +359,7 @@ def test_a_cut_file(annotations, tmp_path, name, file):
     copy(annotations / name, tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r", line \d+: not valid JSON: "):
+    with pytest.raises(InputError, match=r", line \d+: invalid JSON: "):
         DATASETS[name].read(tmp_path)
 
 
@@ -365,7 +368,7 @@ def test_a_wrong_path_says_what_is_wanted_and_from_where(annotations, tmp_path, 
     module = DATASETS[name]
     (tmp_path / "file").touch()
     for path, what in (
-        (tmp_path / "x", "is no folder"),
+        (tmp_path / "x", "is not a folder"),
         (tmp_path / "file", "is a file"),
         (tmp_path, "has no "),
         (annotations / ("msvd" if name != "msvd" else "lsmdc") / "annotations", "has no "),
@@ -374,5 +377,5 @@ def test_a_wrong_path_says_what_is_wanted_and_from_where(annotations, tmp_path, 
             module.read(path)
         message = str(error.value)
         assert message.startswith(f"{path} {what}")
-        assert module.DOWNLOAD in message
+        assert module.download in message
         assert "\n" not in message

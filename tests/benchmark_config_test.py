@@ -8,7 +8,7 @@ import pytest
 
 from xclip_jax.cli import InputError
 from xclip_jax.config import validate
-from xclip_jax.data.datasets import DATASETS
+from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.paper import paper_results
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -24,7 +24,7 @@ def load(name):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_combination_is_valid(name):
-    variants = DATASETS[name].VARIANTS
+    variants = DATASETS[name].variants
     paths = set()
     for words in itertools.product(
         ("", "vit_b32", "vit_b16"), ("", "paper", "official"), ("", *variants)
@@ -77,7 +77,7 @@ def test_wrong_arguments(arguments):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_docstring_has_the_paper_s_numbers(name):
     """The two places that hold them agree."""
-    variant = (*DATASETS[name].VARIANTS, "")[0]
+    variant = (*DATASETS[name].variants, "")[0]
     for patch_size, backbone in ((32, "ViT-B/32"), (16, "ViT-B/16")):
         vision = load(name).get_config(f"vit_b{patch_size}").model.vision
         ((row, metrics),) = paper_results(name, variant, vision).items()

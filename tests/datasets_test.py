@@ -6,9 +6,9 @@ import re
 import pytest
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.datasets.captions import read as read_captions
-from xclip_jax.data.datasets.listing import Clip
-from xclip_jax.data.datasets.locate import Videos
+from xclip_jax.data.annotations import Clip
+from xclip_jax.data.captions import read_captions
+from xclip_jax.data.locate import VideoFolder
 
 
 def read(tmp_path, name, content):
@@ -87,25 +87,33 @@ def item(**fields):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "", ": holds no captions"),
-        ("a.csv", "video,caption\n", ": holds no captions"),
-        ("a.csv", "\n\n", ": holds no captions"),
-        ("a.csv", "video,text\na,b\n", ", line 1: field 'text': unknown; known are video, cap"),
+        ("a.csv", "", ": contains no captions"),
+        ("a.csv", "video,caption\n", ": contains no captions"),
+        ("a.csv", "\n\n", ": contains no captions"),
+        (
+            "a.csv",
+            "video,text\na,b\n",
+            ", line 1: field 'text': unknown; must be one of vid",
+        ),
         ("a.csv", "caption,split\nb,train\n", ", line 2: field 'video': missing"),
         ("a.csv", "video,split\na,train\n", ", line 2: field 'caption': missing"),
         ("a.csv", "video;caption\na;b\n", ", line 1: field 'video;caption': unknown"),
-        ("a.csv", "video,caption,caption\na,b,c\n", ", line 1: field 'caption' is there 2 times"),
+        ("a.csv", "video,caption,caption\na,b,c\n", ", line 1: field 'caption' occurs 2 times"),
         (
             "a.csv",
             "video,caption\na,b\na\n",
-            ", line 3: needs one value for each of the fields vid",
+            ", line 3: 1 values for the 2 fields video,caption",
         ),
-        ("a.csv", "video,caption\na,b\nc,d, e\n", ", line 3: needs one value for each of the fie"),
-        ("a.csv", 'video,caption\na,b\nc,"d" e\n', ", line 3: not valid CSV: "),
-        ("a.csv", 'video,caption\na,b\nc,"d\n', ", line 3: not valid CSV: unexpected end of data"),
-        ("a.csv", 'video,caption\nc,"d\n' + "a,b\n" * 9, ", line 2: not valid CSV: unexpected en"),
+        (
+            "a.csv",
+            "video,caption\na,b\nc,d, e\n",
+            ", line 3: 3 values for the 2 fields video,caption",
+        ),
+        ("a.csv", 'video,caption\na,b\nc,"d" e\n', ", line 3: invalid CSV: "),
+        ("a.csv", 'video,caption\na,b\nc,"d\n', ", line 3: invalid CSV: unexpected end of data"),
+        ("a.csv", 'video,caption\nc,"d\n' + "a,b\n" * 9, ", line 2: invalid CSV: unexpected en"),
         ("a.csv", "\nvideo,caption\n\n\na,b\n\n,c\n", ", line 7: field 'video': missing"),
-        ("a.csv", "video,caption\na,\n", ", line 2: field 'caption': holds an empty sentence"),
+        ("a.csv", "video,caption\na,\n", ", line 2: field 'caption': contains an empty sentence"),
         ("a.csv", "video,caption\na,b\n ,c\n", ", line 3: field 'video': missing"),
         ("a.csv", "video,caption,captions\na,b,c\n", ", line 2: field 'captions': there is a 'cap"),
         ("a.csv", "video,caption,start\na,b,soon\n", ", line 2: field 'start': 'soon' is not a nu"),
@@ -114,18 +122,26 @@ def item(**fields):
         ("a.csv", "video,caption\na,b\nb,é\n".encode("cp1252"), ", line 3: not UTF-8 text"),
         ("a.jsonl", b"\n\n\xe9", ", line 3: not UTF-8 text"),
         ("a.json", b"[\n\xff]", ", line 2: not UTF-8 text"),
-        ("a.json", "", ", line 1: not valid JSON: Expecting value"),
-        ("a.json", "[]", ": holds no captions"),
-        ("a.json", '[\n{"video": "a",\n}]', ", line 3: not valid JSON: "),
+        ("a.json", "", ", line 1: invalid JSON: Expecting value"),
+        ("a.json", "[]", ": contains no captions"),
+        ("a.json", '[\n{"video": "a",\n}]', ", line 3: invalid JSON: "),
         ("a.json", '{"video": "a", "caption": "b"}', ": must be a list of objects"),
         ("a.json", '["a"]', ", item 1: must be an object"),
-        ("a.jsonl", "", ": holds no captions"),
-        ("a.jsonl", '{"video": "a", "caption": "b"}\n{"video"\n', ", line 2: not valid JSON: Ex"),
+        ("a.jsonl", "", ": contains no captions"),
+        ("a.jsonl", '{"video": "a", "caption": "b"}\n{"video"\n', ", line 2: invalid JSON: Ex"),
         ("a.jsonl", "\n[]\n", ", line 2: must be an object"),
-        ("a.json", item(ends=1), ", item 2: field 'ends': unknown; known are video, caption, cap"),
+        (
+            "a.json",
+            item(ends=1),
+            ", item 2: field 'ends': unknown; must be one of vid",
+        ),
         ("a.json", item(video=1), ", item 2: field 'video': missing or not a file name"),
-        ("a.json", item(caption=" \n"), ", item 2: field 'caption': holds an empty sentence"),
-        ("a.json", item(caption="half \ud83d"), ", item 2: field 'caption': holds an empty senten"),
+        ("a.json", item(caption=" \n"), ", item 2: field 'caption': contains an empty sentence"),
+        (
+            "a.json",
+            item(caption="half \ud83d"),
+            ", item 2: field 'caption': contains an empty senten",
+        ),
         ("a.json", item(caption=None), ", item 2: field 'caption': missing or not a sentence"),
         ("a.json", item(captions=["x"]), ", item 2: field 'captions': there is a 'caption' as we"),
         ("a.json", item(start="x"), ", item 2: field 'start': 'x' is not a number of seconds"),
@@ -137,13 +153,25 @@ def item(**fields):
         ("a.json", item(end="inf"), ", item 2: field 'end': 'inf' is not a number of seconds"),
         ("a.json", item(start=2, end=2), ", item 2: field 'end': 2 s is not after the start at 2"),
         ("a.json", item(end=0), ", item 2: field 'end': 0 s is not after the start at 0 s"),
-        ("a.json", item(split="dev"), ", item 2: field 'split': 'dev' is none of train, val, te"),
-        ("a.json", item(split=["val"]), ", item 2: field 'split': ['val'] is none of train, val"),
+        (
+            "a.json",
+            item(split="dev"),
+            ", item 2: field 'split': 'dev' must be one of train",
+        ),
+        (
+            "a.json",
+            item(split=["val"]),
+            ", item 2: field 'split': ['val'] must be one of train",
+        ),
         ("a.json", item(split="test"), ", item 2: field 'split': a is in test and train"),
         ("a.json", '[{"video": "a", "captions": []}]', ", item 1: field 'captions': missing or n"),
-        ("a.json", '[{"video": "a", "captions": ["b", 1]}]', ", item 1: field 'captions': holds"),
-        ("a.tsv", "video\tcaption\n", ": captions come as .json, .jsonl, .csv"),
-        ("a", "", ": captions come as .json, .jsonl, .csv"),
+        (
+            "a.json",
+            '[{"video": "a", "captions": ["b", 1]}]',
+            ", item 1: field 'captions': contains",
+        ),
+        ("a.tsv", "video\tcaption\n", ": captions must be a .json, .jsonl, .csv file"),
+        ("a", "", ": captions must be a .json, .jsonl, .csv file"),
     ],
 )
 def test_mistakes(tmp_path, name, content, message):
@@ -200,7 +228,7 @@ def folder(tmp_path):
     ],
 )
 def test_locate(folder, video, file):
-    assert Videos(folder).locate(video, is_path=True) == (file and folder / file)
+    assert VideoFolder(folder).locate(video, is_path=True) == (file and folder / file)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +237,7 @@ def test_locate(folder, video, file):
 )
 def test_ambiguous_names_are_errors_that_name_the_files(folder, video, files):
     with pytest.raises(InputError) as error:
-        Videos(folder).locate(video, is_path=True)
+        VideoFolder(folder).locate(video, is_path=True)
     named = " and ".join(str(folder / file) for file in files)
     assert str(error.value) == f"video {video!r} is ambiguous: {named}"
 
@@ -218,7 +246,7 @@ def test_a_whole_path_wins_over_a_name_that_looks_like_it(tmp_path):
     for name in ("x/a.mp4", "x/a.mp4.webm", "a.mp4.mkv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = Videos(tmp_path)
+    found = VideoFolder(tmp_path)
     assert found.locate("x/a.mp4", is_path=True) == tmp_path / "x/a.mp4"
     with pytest.raises(InputError, match="ambiguous"):
         found.locate(
@@ -228,12 +256,12 @@ def test_a_whole_path_wins_over_a_name_that_looks_like_it(tmp_path):
 
 def test_no_folder_or_no_video(tmp_path):
     with pytest.raises(InputError, match=f"^no such folder of videos: {tmp_path / 'x'}$"):
-        Videos(tmp_path / "x")
+        VideoFolder(tmp_path / "x")
     (tmp_path / "a.txt").touch()
     with pytest.raises(InputError, match=f"^no video files in {tmp_path}$"):
-        Videos(tmp_path)
+        VideoFolder(tmp_path)
     with pytest.raises(InputError, match=r"^no such folder of videos: .*txt$"):
-        Videos(tmp_path / "a.txt")
+        VideoFolder(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +285,7 @@ def test_benchmark_ids_are_found_whatever_the_extension(tmp_path, file, video, b
     (tmp_path / below).mkdir(exist_ok=True)
     for name in (file, "other.mp4", "0001_Film_00.01.03.250-00.01.06.avi"):
         (tmp_path / f"{below}{name}").touch()
-    assert Videos(tmp_path).locate(video) == tmp_path / f"{below}{file}"
+    assert VideoFolder(tmp_path).locate(video) == tmp_path / f"{below}{file}"
 
 
 def test_two_files_for_one_id_are_named(tmp_path):
@@ -267,14 +295,14 @@ def test_two_files_for_one_id_are_named(tmp_path):
     with pytest.raises(
         InputError, match=r"'12_ab\.' is ambiguous: .*a/12_ab.mp4 and .*b/12_ab.mov"
     ):
-        Videos(tmp_path).locate("12_ab.")
+        VideoFolder(tmp_path).locate("12_ab.")
 
 
 def test_files_of_one_id_are_an_error_wherever_they_lie(tmp_path):
     (tmp_path / "below").mkdir()
     for name in ("a.mp4", "below/a.mp4", "b.mp4", "b.mp4.mp4", "c.mov", "c.mp4", "d.null"):
         (tmp_path / name).touch()
-    videos = Videos(tmp_path)
+    videos = VideoFolder(tmp_path)
     for video in ("a.mp4", "a", "b.mp4", "b", "c.mov", "c.mp4", "c."):
         with pytest.raises(InputError, match="is ambiguous"):
             videos.locate(video)
@@ -289,4 +317,4 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "films").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "film" / "loop").symlink_to(tmp_path / "videos")
-    assert Videos(tmp_path / "videos").locate("a") == tmp_path / "videos/films/film/a.mp4"
+    assert VideoFolder(tmp_path / "videos").locate("a") == tmp_path / "videos/films/film/a.mp4"

@@ -23,9 +23,8 @@ import pytest
 from xclip_jax import prepare, workers
 from xclip_jax.cli import InputError
 from xclip_jax.data import extraction
-from xclip_jax.data.accounting import report_failures
+from xclip_jax.data.annotations import Clip, Listing
 from xclip_jax.data.builder import Dataset, dataset_folder
-from xclip_jax.data.datasets.listing import Clip, Listing
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.data.video import decode_jpeg
 
@@ -310,7 +309,7 @@ def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
     assert reasons[0].startswith("far fewer frames than the header says (")
     assert reasons[1] == "empty file (0 bytes)"
     assert reasons[2].startswith("cannot be opened: Invalid data")
-    assert reasons[3] == "no video file answers to '10'"
+    assert reasons[3] == "no video file found for '10'"
     kept = records(output)
     assert [record[0] for record in kept] == list("01234567")
     assert [levels(record[2]) for record in kept[:7]] == [[20 + 20 * n] for n in range(7)]
@@ -338,7 +337,7 @@ def test_max_failures(broken, in_threads, bound, enough):
 def report(tmp_path, failed, bound):
     listing = Listing(clips=[Clip(str(number), ("x",)) for number in range(100)])
     outcomes = [extraction.Outcome("bad")] * failed + [extraction.Outcome()] * (100 - failed)
-    report_failures(tmp_path, listing, outcomes, bound)
+    extraction.report_failures(tmp_path, listing, outcomes, bound)
 
 
 def test_max_failures_is_the_share_that_is_allowed(tmp_path):
@@ -353,8 +352,8 @@ def test_a_small_split_must_not_go_lost(tmp_path):
     listing = Listing(clips=[Clip(str(n), ("x",), split) for n, split in enumerate(splits)])
     outcomes = [extraction.Outcome()] * 95 + [extraction.Outcome("bad")] * 5
     with pytest.raises(InputError, match=r"^5 of 5 test clips failed, more than --max_failures"):
-        report_failures(tmp_path, listing, outcomes, 0.05)
-    report_failures(tmp_path, listing, outcomes, 1)
+        extraction.report_failures(tmp_path, listing, outcomes, 0.05)
+    extraction.report_failures(tmp_path, listing, outcomes, 1)
 
 
 def test_other_videos_are_refused_once_it_is_prepared(videos, tmp_path, in_threads):
@@ -385,7 +384,7 @@ def test_what_was_broken_can_be_mended(broken, in_threads, monkeypatch):
     monkeypatch.setattr(
         extraction,
         "read_frames",
-        lambda path, *more: read.append(path.name) or read_frames(path, *more),
+        lambda path, *a, **k: read.append(path.name) or read_frames(path, *a, **k),
     )
     make_video(folder / "8.mkv", level=180, seconds=1)
     (folder / "9.mkv").unlink()
@@ -497,14 +496,17 @@ def test_bad_input_is_one_line(videos, tmp_path, capsys):
     cases = [
         ({"--videos": tmp_path / "x"}, f"no such folder of videos: {tmp_path / 'x'}"),
         ({"--videos": tmp_path / "file"}, f"no such folder of videos: {tmp_path / 'file'}"),
-        ({"--annotations": tmp_path / "empty.csv"}, f"{tmp_path / 'empty.csv'}: holds no captions"),
+        (
+            {"--annotations": tmp_path / "empty.csv"},
+            f"{tmp_path / 'empty.csv'}: contains no captions",
+        ),
         (
             {"--annotations": tmp_path / "x.csv"},
             f"[Errno 2] No such file or directory: '{tmp_path / 'x.csv'}'",
         ),
         (
             {"--annotations": tmp_path},
-            f"{tmp_path} is a folder; --annotations wants the captions file itself",
+            f"{tmp_path} is a folder; --annotations must be the captions file itself",
         ),
         ({"--annotations": None}, "--annotations is required with --dataset=captions"),
         ({"--videos": None}, "--videos is required with --dataset=captions"),

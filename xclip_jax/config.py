@@ -11,7 +11,7 @@ import math
 from ml_collections import ConfigDict
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.datasets import DATASETS
+from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.models import HEADS, PRESETS, resolve
 from xclip_jax.models.clip import ACTIVATIONS, REMAT
 from xclip_jax.models.temporal import TEMPORAL_ENCODERS
@@ -159,7 +159,7 @@ def validate(c):
     _one_of(c, "model.temporal.type", TEMPORAL_ENCODERS)
     _one_of(c, "data.captions", ("all", "random"))
     _one_of(c, "data.dataset", ("", *DATASETS))
-    _one_of(c, "data.variant", ("", *(DATASETS[c.data.dataset].VARIANTS if c.data.dataset else ())))
+    _one_of(c, "data.variant", ("", *(DATASETS[c.data.dataset].variants if c.data.dataset else ())))
     _one_of(c, "train.select", ("val", "last", "test"))
     _one_of(c, "loss.same_video", ("negative", "ignore"))
     _one_of(c, "optimizer.name", OPTIMIZERS)
@@ -314,7 +314,7 @@ def benchmark(dataset, arguments, paper, official, official_b16, max_words=32, m
     Raises:
         InputError: an unknown word, or two of a kind.
     """
-    kinds = tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].VARIANTS
+    kinds = tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].variants
     backbone, preset, variant = chosen = _choose(arguments, kinds)
     unusual = [
         word for word, kind in zip(chosen, kinds, strict=True) if word not in ("", *kind[:1])

@@ -24,13 +24,19 @@ from filelock import FileLock
 
 from xclip_jax.cli import InputError, one_line_errors, run_command
 from xclip_jax.data import rendered
-from xclip_jax.data.accounting import report_failures, report_findings
-from xclip_jax.data.beam import beam_pipeline, extract_all_on_beam
+from xclip_jax.data.annotations import SPLITS
+from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.data.builder import Pending, dataset_folder, write_dataset
-from xclip_jax.data.datasets import DATASETS
-from xclip_jax.data.datasets.listing import SPLITS
-from xclip_jax.data.datasets.locate import Videos
-from xclip_jax.data.extraction import extract_all, make_job, record
+from xclip_jax.data.extraction import (
+    beam_pipeline,
+    extract_all,
+    extract_all_on_beam,
+    make_job,
+    make_record,
+    report_failures,
+    report_findings,
+)
+from xclip_jax.data.locate import VideoFolder
 from xclip_jax.data.text import learn_tokenizer
 
 
@@ -63,9 +69,9 @@ def prepare(
     """
     output = Path(output)
     variant, listing = _read_annotations(dataset, variant, Path(annotations))
-    clips, found = listing.clips, Videos(videos)
+    clips, found = listing.clips, VideoFolder(videos)
     if not clips:
-        raise InputError(f"{annotations}: no id there has captions; {DATASETS[dataset].DOWNLOAD}")
+        raise InputError(f"{annotations}: no id there has captions; {DATASETS[dataset].download}")
     paths = [found.locate(clip.video, is_path=dataset == "captions") for clip in clips]
     _check_names(clips, paths)
     request = {
@@ -84,7 +90,7 @@ def prepare(
     work.mkdir(parents=True, exist_ok=True)
     (work / "request.json").write_text(json.dumps(request, indent=1))
     (work / "request.json").replace(output / "request.json")  # whole or not at all
-    report_findings(output, f"{dataset} {variant}".strip(), listing, paths, found.files)
+    report_findings(output, f"{dataset} {variant}".strip(), listing, paths=paths, files=found.files)
     jobs = [_job(work, *pair, image_size, max_seconds) for pair in zip(clips, paths, strict=True)]
     outcomes = extract_all_on_beam(jobs, work, beam) if beam else extract_all(jobs)
     report_failures(output, listing, outcomes, max_failures)
@@ -144,7 +150,7 @@ def _check_names(clips, paths):
 
 def _read_annotations(dataset, variant, annotations):
     """(variant, Listing) of a data set's annotations."""
-    variants = DATASETS[dataset].VARIANTS
+    variants = DATASETS[dataset].variants
     if variant and variant not in variants:
         allowed = f"one of {', '.join(variants)}" if variants else "left out: it has no variants"
         raise InputError(f"--split={variant}: with --dataset={dataset} it must be {allowed}")
@@ -159,7 +165,7 @@ def _job(work, clip, path, image_size, max_seconds):
     if max_seconds is not None:
         latest = (clip.start or 0) + max_seconds
         end = latest if end is None else min(end, latest)
-    return make_job(work, clip.video, path, image_size, clip.start, end)
+    return make_job(clip.video, path, image_size=image_size, folder=work, start=clip.start, end=end)
 
 
 def _write(output, read, listing, request, beam):
@@ -168,7 +174,7 @@ def _write(output, read, listing, request, beam):
     for split in SPLITS:
         for clip, job, outcome in read:
             if clip.split == split:
-                make = functools.partial(record, clip.id, clip.captions, job.cache)
+                make = functools.partial(make_record, clip.id, clip.captions, job.cache)
                 digest = repr((clip.id, clip.captions, outcome.digest))
                 this = Pending(make, len(clip.captions), digest, outcome.size)
                 pending.setdefault(split, []).append(this)
@@ -204,7 +210,7 @@ def _parser():
         help="captions: a .json, .jsonl or .csv file; a benchmark: the folder of its files",
     )
     add("--output", required=True, type=Path, help="folder to write the data set to")
-    variants = (f"{name}: {', '.join(d.VARIANTS)}" for name, d in DATASETS.items() if d.VARIANTS)
+    variants = (f"{name}: {', '.join(d.variants)}" for name, d in DATASETS.items() if d.variants)
     add("--split", default="", help=f"which split ({'; '.join(variants)}; default: the first)")
     add("--image_size", type=int, default=224, help="side of the frames in pixels (default 224)")
     add(

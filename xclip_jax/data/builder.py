@@ -23,7 +23,7 @@ from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.proto import tf_example_pb2
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.datasets import DATASETS
+from xclip_jax.data.benchmarks import DATASETS
 
 NAME, VERSION = "xclip_clips", "1.1.0"
 SHARD_BYTES = 64 << 20
@@ -242,4 +242,4 @@ def _how_to_prepare(path, name, variant):
         return f"make one with python -m xclip_jax.prepare --output={path}, see its --help"
     command = f"python -m xclip_jax.prepare --dataset={name} --videos=... --annotations=..."
     split = f" --split={variant}" if variant else ""
-    return f"{DATASETS[name].DOWNLOAD}; then {command}{split} --output={path} (docs/data.md)"
+    return f"{DATASETS[name].download}; then {command}{split} --output={path} (docs/data.md)"

@@ -14,8 +14,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from xclip_jax.cli import InputError, progress
-from xclip_jax.data.datasets.locate import Videos
 from xclip_jax.data.extraction import CRASHED
+from xclip_jax.data.locate import VideoFolder
 from xclip_jax.inference import encode_videos
 from xclip_jax.search.segments import Job, Reading, check_shots, frames_of, read_segments
 from xclip_jax.workers import run_jobs
@@ -87,7 +87,7 @@ def find_videos(videos, may_be_none=False):
     for video in videos:
         if os.path.isdir(video):
             with contextlib.suppress(InputError):  # an empty one beside others is no mistake
-                found.update(os.path.abspath(path) for path in Videos(video).files)
+                found.update(os.path.abspath(path) for path in VideoFolder(video).files)
         elif os.path.isfile(video):
             found.add(os.path.abspath(video))
         elif not may_be_none:

@@ -1,31 +1,34 @@
-"""Which video file an annotation means, whatever its extension and sub-folder."""
+"""Lookup of the video file that an annotation refers to, independent of suffix and sub-folder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.video import VIDEO_SUFFIXES
 
 
-class Videos:
+class VideoFolder:
     """The files below a folder, by the names an annotation may use; links are followed.
 
-    A video file answers to its path below the folder and to its name, each also without its suffix,
-    and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with another
-    suffix answers to its whole name or path alone.
+    A video file is found by its path below the folder and by its name, each also without its
+    suffix and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with
+    another suffix is found by its full name or path only.
 
     Attributes:
         files: paths of the video files, sorted.
 
     Raises:
-        InputError: the folder is missing or holds no video.
+        InputError: the folder does not exist or contains no video.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike) -> None:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"no such folder of videos: {folder}")
-        self.files, self._by_path, self._by_name = [], {}, {}
+        self.files: list[Path] = []
+        self._by_path: dict[str, Path] = {}
+        self._by_name: dict[str, list[Path]] = {}
         for path in sorted(_walk(folder)):
             below = path.relative_to(folder)
             stems = _stems(path.name)
@@ -38,15 +41,15 @@ class Videos:
         if not self.files:
             raise InputError(f"no video files in {folder}")
 
-    def locate(self, video, is_path=False):
-        """The one file that an annotation means; None if there is none.
+    def locate(self, video: str, *, is_path: bool = False) -> Path | None:
+        """Returns the file that an annotation refers to, or None.
 
         Args:
-            video: an id, whose suffix, if it is a video's, may be another on disk.
-            is_path: whether it may be a path below the folder, which then means that file alone.
+            video: an id; the suffix of a video may be another on disk.
+            is_path: True if `video` may be a path below the folder, which then is that file alone.
 
         Raises:
-            InputError: several files answer to the name; the message names them.
+            InputError: several files match; the message names them.
         """
         if is_path and video in self._by_path:
             return self._by_path[video]
@@ -59,27 +62,27 @@ class Videos:
         return paths[0] if paths else None
 
 
-def _walk(folder):
-    """All files below a folder; each folder once, though links may lead to it again."""
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields all files below a folder; each folder once, even if links form a cycle."""
     seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(here)
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        yield from (path for path in (Path(here, name) for name in files) if path.is_file())
+        yield from (path for path in (Path(parent, name) for name in files) if path.is_file())
 
 
-def _stems(name):
-    """The name without its suffix, and without further ones of videos."""
+def _stems(name: str) -> list[str]:
+    """Returns the name without its suffix, and without further suffixes of videos."""
     stems = []
     while name := _without_suffix(name):
         stems.append(name)
     return stems
 
 
-def _without_suffix(name):
-    """The name without a video's suffix, or the bare dot of some DiDeMo ids; else ""."""
+def _without_suffix(name: str) -> str:
+    """Returns the name without a video's suffix or a final dot (in DiDeMo's ids); "" if none."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and (not suffix or f".{suffix.lower()}" in VIDEO_SUFFIXES) else ""
