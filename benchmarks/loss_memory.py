@@ -70,10 +70,10 @@ def step_row(pairs, micro_batch):
     config, architecture, model = default_model()
     config.train.update(batch_size=pairs, micro_batch=micro_batch)
     mesh = sharding.make_mesh(1)
-    _, optimizer = configured_optimizer(config.optimizer, compile_only.STEPS)
+    _, optimizer = configured_optimizer(config.optimizer, compile_only.SCHEDULE_STEPS)
     state = state_shapes(model, architecture, optimizer, mesh)
     step = compile_step(model, optimizer, config, mesh, state)
-    compiled = step.lower(state, compile_only._batch(config, mesh)).compile()
+    compiled = step.lower(state, compile_only.batch_shapes(config, mesh)).compile()
     way = f"micro-batch {micro_batch}" if micro_batch else "plain"
     return _row("step", way, pairs, 1, compiled)
 

@@ -13,10 +13,10 @@ def test_memory_work_and_communication(capsys):
     config = tiny.make_config("no data is read")
     config.train.batch_size = 64
     config.mesh.data = 1
-    alone = compile_only.run(config)
+    alone = compile_only.compile_only(config)
     assert alone["collectives in the program"] == "none"
     config.mesh.data = -1
-    both = compile_only.run(config)
+    both = compile_only.compile_only(config)
     assert "all-reduce" in both["collectives in the program"]
     assert "all-gather" in both["collectives in the program"]
     flops = "matrix products, FLOP a step"
@@ -30,9 +30,9 @@ def test_memory_work_and_communication(capsys):
 def test_micro_batches_take_less_memory():
     config = tiny.make_config("")
     config.train.batch_size = 512
-    plain = compile_only.run(config)["temporary memory, a device"]
+    plain = compile_only.compile_only(config)["temporary memory, a device"]
     config.train.micro_batch = 64
-    assert gib(compile_only.run(config)["temporary memory, a device"]) < 0.9 * gib(plain)
+    assert gib(compile_only.compile_only(config)["temporary memory, a device"]) < 0.9 * gib(plain)
 
 
 def gib(text):
@@ -59,5 +59,5 @@ def test_matrix_products_are_counted_in_every_layer():
 def test_no_such_topology():
     config = tiny.make_config("")
     with pytest.raises(InputError, match=r"^--topology=v99:2x2: .*libtpu") as error:
-        compile_only.run(config, "v99:2x2")
+        compile_only.compile_only(config, "v99:2x2")
     assert "\n" not in str(error.value)

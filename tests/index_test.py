@@ -154,12 +154,12 @@ def test_a_long_sentence_is_cut_and_says_so(index):
 def test_nothing_is_compiled_between_queries(index):
     index.query("a dog")
     index.similar(index.segment(index.query("a dog")[0].id).path)
-    before = xclip_jax.inference.apply._cache_size()
+    before = xclip_jax.inference.apply_model._cache_size()
     for k in (1, 3, 10, 200):
         index.query("a red cat and a dog", k=k)
         index.query("cat", k=k, path="clip1")
         index.like(index.query("a dog")[0].id, k=k - 1 or 1)
-    assert xclip_jax.inference.apply._cache_size() == before
+    assert xclip_jax.inference.apply_model._cache_size() == before
 
 
 def test_an_example_is_compared_as_a_sentence_is(index, videos, model, tmp_path):

@@ -55,12 +55,12 @@ def features(direct):
 @pytest.fixture
 def compilations():
     """Counts compilations since the test began, or since it was last asked."""
-    apply = inference.apply
-    seen = apply._cache_size()
+    unwatched = inference.apply_model
+    seen = unwatched._cache_size()
 
     def count():
         nonlocal seen
-        before, seen = seen, apply._cache_size()
+        before, seen = seen, unwatched._cache_size()
         return seen - before
 
     return count
@@ -87,14 +87,14 @@ def test_batches_equal_one_batch(params, features, batch_size):
 @pytest.fixture
 def sizes(monkeypatch):
     """The shapes of the masks handed to the device, as they are handed over."""
-    seen, apply = [], inference.apply
+    seen, unwatched = [], inference.apply_model
 
     def watched(params, *inputs, **options):
         masks = [x for x in jax.tree.leaves(inputs) if x.dtype == bool]
         seen.append(tuple(len(mask) for mask in masks))
-        return apply(params, *inputs, **options)
+        return unwatched(params, *inputs, **options)
 
-    monkeypatch.setattr(inference, "apply", watched)
+    monkeypatch.setattr(inference, "apply_model", watched)
     return seen
 
 

@@ -124,7 +124,7 @@ def test_a_run_starts_from_clip_and_resumes(clip, tmp_path, capsys):
     config.optimizer.name = "bert_adam"
     config.optimizer.freeze_layers = 0
     config.train.update(epochs=1, checkpoint_every=2)
-    train.run(config, tmp_path / "run")
+    train.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "temporal_encoder" in printed
     assert "the first 2 blocks of CLIP's text tower" in printed
@@ -133,7 +133,7 @@ def test_a_run_starts_from_clip_and_resumes(clip, tmp_path, capsys):
     frozen, trained = "token_embedding.weight", "visual.proj"
     np.testing.assert_array_equal(found[f"clip.{frozen}"], start_tensors[frozen])
     assert np.abs(found[f"clip.{trained}"] - start_tensors[trained]).max() > 0
-    train.run(config, tmp_path / "run")
+    train.train(config, tmp_path / "run")
     assert "of CLIP's text tower" not in capsys.readouterr().out
 
 
@@ -144,4 +144,4 @@ def test_clip_without_a_tokenizer_is_refused(clip, tmp_path):
     with pytest.raises(
         InputError, match=r"no model with a tokenizer there, looked for .*; fetch .*--vocab"
     ):
-        train.run(config, tmp_path / "run")
+        train.train(config, tmp_path / "run")

@@ -94,10 +94,10 @@ from xclip_jax import cli, distributed
 
 def main():
     distributed.connect(sys.argv[1], 2, int(sys.argv[2]))
-    distributed.share("both are here")
+    distributed.gather_objects("both are here")
     if sys.argv[2] == "1":
         time.sleep(4)
-    distributed.leave()
+    distributed.shutdown()
     distributed.stop_when_preempted()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)

@@ -70,10 +70,10 @@ def test_any_batch_size_gives_the_same_and_compiles_little(retriever):
     np.testing.assert_allclose(
         whole.video[:36], np.concatenate([part.video for part in parts]), atol=1e-5
     )
-    before = inference.apply._cache_size()
+    before = inference.apply_model._cache_size()
     for count in (33, 34, 35, 36):
         retriever.encode_video(videos[:count])
-    assert inference.apply._cache_size() <= before + 2
+    assert inference.apply_model._cache_size() <= before + 2
 
 
 def test_search_ranks_by_similarity(retriever, clip):

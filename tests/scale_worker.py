@@ -17,7 +17,7 @@ from xclip_jax.train import set_up
 
 
 def losses(request, fields):
-    """The losses of the first steps, as train.run makes them."""
+    """The losses of the first steps, as train.train makes them."""
     config = tiny.make_config(request["data"], epochs=100)
     config.update_from_flattened_dict(fields)
     setup = set_up(config)

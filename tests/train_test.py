@@ -40,7 +40,7 @@ def finished(data, tmp_path_factory):
     """An uninterrupted run: (config, work directory)."""
     workdir = tmp_path_factory.mktemp("finished")
     config = tiny.make_config(data, epochs=4, checkpoint_every=2)
-    train.run(config, workdir)
+    train.train(config, workdir)
     return config, workdir
 
 
@@ -48,8 +48,8 @@ def test_it_learns_and_the_report_says_so(data, tmp_path):
     config = tiny.make_config(data, epochs=40, eval_every=40)
     config.data.test_split = "val"
     config.loss.same_video = "ignore"
-    train.run(config, tmp_path)
-    results = evaluate.run(config, tmp_path)
+    train.train(config, tmp_path)
+    results = evaluate.evaluate(config, tmp_path)
     assert results["text_to_video"]["R@1"] == 100
     assert results["video_to_text"]["R@1"] == 100
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -65,12 +65,12 @@ def test_without_epochs_the_weights_it_starts_from_are_evaluated(finished, data,
     config = config.copy_and_resolve_references()
     config.init.clip = str(whole)
     config.train.epochs = 0
-    train.run(config, tmp_path)
+    train.train(config, tmp_path)
     assert_same(params_of(tmp_path)["clip"], params_of(whole)["clip"])
-    results = evaluate.run(config, tmp_path)
+    results = evaluate.evaluate(config, tmp_path)
     assert results["step"] == 0
     before = (tmp_path / "model" / "model.json").read_text()
-    train.run(config, tmp_path)  # again: nothing to do
+    train.train(config, tmp_path)  # again: nothing to do
     assert (tmp_path / "model" / "model.json").read_text() == before
 
 
@@ -78,8 +78,8 @@ def test_ranks_of_single_queries_make_the_metrics(finished):
     config, workdir = finished
     config = config.copy_and_resolve_references()
     config.eval.update(dual_softmax=True, qb_norm=5)
-    results = evaluate.run(config, workdir)
-    with np.load(workdir / evaluate.RANKS) as ranks:
+    results = evaluate.evaluate(config, workdir)
+    with np.load(workdir / evaluate.RANKS_FILE) as ranks:
         assert set(ranks) == {
             *(f"{option}{way}" for option in ("", "dual softmax/") for way in WAYS),
             "QB-Norm (5 captions)/text_to_video",
@@ -93,7 +93,7 @@ def test_ranks_of_single_queries_make_the_metrics(finished):
 
 
 def test_without_a_test_split_it_says_that_it_evaluates_on_training_clips(finished, capsys):
-    results = evaluate.run(*finished)
+    results = evaluate.evaluate(*finished)
     assert results["split"] == "train"
     assert "trained on" in results["note"]
     assert "trained on" in capsys.readouterr().out
@@ -115,8 +115,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(train.Monitor, "step", killing)
         with pytest.raises(Killed):
-            train.run(config, tmp_path)
-    train.run(config, tmp_path)
+            train.train(config, tmp_path)
+    train.train(config, tmp_path)
     assert_same(params_of(whole), params_of(tmp_path))
     steps = [line["step"] for line in read_metrics(tmp_path) if "train/loss" in line]
     assert steps == list(range(1, 13))  # nothing missing, nothing twice
@@ -127,7 +127,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     shutil.rmtree(tmp_path / "checkpoints" / str(steps[-1]) / "state" / "d")
-    train.run(config, tmp_path)
+    train.train(config, tmp_path)
     assert f"checkpoint {steps[-1]} is damaged" in caplog.text
     assert_same(params_of(whole), params_of(tmp_path))
 
@@ -140,11 +140,11 @@ def test_checkpoints_of_another_model_are_refused_and_kept(finished, tmp_path):
     other = config.copy_and_resolve_references()
     other.model.temporal.type = "none"
     with pytest.raises(InputError, match=r"no checkpoint in .* can be restored; .* another model"):
-        train.run(other, tmp_path)
+        train.train(other, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == steps
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json is damaged: "):
-        train.run(config, tmp_path)
+        train.train(config, tmp_path)
 
 
 def cut(path):
@@ -211,7 +211,7 @@ def test_a_work_directory_of_another_config_is_refused_by_field(finished, field,
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({field: value})
     with pytest.raises(InputError, match=rf"{re.escape(field)} = .* then, {value!r} now"):
-        train.run(changed, workdir)
+        train.train(changed, workdir)
 
 
 def test_fields_that_do_not_change_training_may_differ(finished, tmp_path):
@@ -222,7 +222,7 @@ def test_fields_that_do_not_change_training_may_differ(finished, tmp_path):
     changed.eval.batch_size = 4
     changed.data.path = str(tmp_path / "moved")
     shutil.copytree(config.data.path, changed.data.path)
-    train.run(changed, tmp_path)
+    train.train(changed, tmp_path)
     assert_same(params_of(whole), params_of(tmp_path))
 
 
@@ -231,14 +231,14 @@ def test_other_data_under_the_same_config_is_refused(finished, tmp_path):
     changed = config.copy_and_resolve_references()
     changed.data.path = str(tiny.make_dataset(tmp_path / "other", num_frames=4))
     with pytest.raises(InputError, match=r"data\.fingerprint"):
-        train.run(changed, whole)
+        train.train(changed, whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
     config = tiny.make_config(data, checkpoint_every=1)
     config.optimizer.update(lr=1e30, encoder_lr=1e30, warmup=0.5)  # the first update has rate 0
     with pytest.raises(InputError, match=r"at step \d; .* Try, .* smaller config\.optimizer\.lr"):
-        train.run(config, tmp_path)
+        train.train(config, tmp_path)
     kept = [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert kept
     assert not (tmp_path / "model").exists()
@@ -280,17 +280,17 @@ def test_a_run_goes_on_over_other_devices_and_micro_batches(data, tmp_path, monk
     monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
     config = tiny.make_config(data, epochs=2)
     config.optimizer.update(lr=1e-4, encoder_lr=1e-4)
-    train.run(config, tmp_path / "whole")
+    train.train(config, tmp_path / "whole")
     monkeypatch.setattr(train.Preemption, "reached", lambda self, step: step == 2)
     with pytest.raises(SystemExit) as stopped:
-        train.run(config, tmp_path / "moved")
+        train.train(config, tmp_path / "moved")
     assert stopped.value.code == 75
     monkeypatch.undo()
     monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({"mesh.fsdp": 2, "train.micro_batch": 4})
     other.loss.block_cells = 8 * 4 * 8
-    train.run(other, tmp_path / "moved")
+    train.train(other, tmp_path / "moved")
     whole, moved = (xclip_jax.load(tmp_path / name).params for name in ("whole", "moved"))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole, moved)
     steps = [line["step"] for line in read_metrics(tmp_path / "moved") if "train/loss" in line]
@@ -300,5 +300,5 @@ def test_a_run_goes_on_over_other_devices_and_micro_batches(data, tmp_path, monk
 def test_a_profile_of_some_steps(data, tmp_path):
     config = tiny.make_config(data, epochs=1)
     config.log.update(profile_from=2, profile_to=3)
-    train.run(config, tmp_path)
+    train.train(config, tmp_path)
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))

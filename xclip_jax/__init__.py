@@ -15,7 +15,7 @@ _WHERE = {
     "load_tokenizer": "data.text",
     "TextFeatures": "similarity",
     "VideoFeatures": "similarity",
-    "InputError": "errors",
+    "InputError": "cli",
 }
 __all__ = ["InputError", "Retriever", "TextFeatures", "VideoFeatures", "load", "load_tokenizer"]
 

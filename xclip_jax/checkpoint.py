@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from xclip_jax.cli import InputError
 from xclip_jax.config import FREE_FIELDS
 from xclip_jax.data.text import load_tokenizer
-from xclip_jax.distributed import is_first, share, wait_for_all
+from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
 from xclip_jax.models import build_model
 
 # Checkpoints between evaluations have no score; Orbax would warn of each.
@@ -95,7 +95,7 @@ class Checkpoints:
         restoring, the others would wait for it.
         """
         reason = None
-        if is_first():
+        if is_first_process():
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
             try:
                 folder = self._manager.directory / str(step) / "state"
@@ -107,7 +107,7 @@ class Checkpoints:
                     reason = "it holds NaN or infinite numbers"
             except Exception as error:  # Orbax has no one type for a damaged checkpoint
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return share(reason)[0]
+        return gather_objects(reason)[0]
 
     def restore(self, step, like):
         """The state saved at `step`."""
@@ -145,7 +145,7 @@ class Checkpoints:
 
 def _delete_unreadable(directory):
     """Deletes steps whose metrics cannot be read, unless all are such: Orbax would open none."""
-    if is_first():
+    if is_first_process():
         steps = [path for path in directory.glob("*") if path.name.isdigit()]
         broken = [path for path in steps if not _is_readable(path / "metrics" / "metrics")]
         for path in broken if len(broken) < len(steps) else []:
@@ -215,7 +215,7 @@ def save_model(directory, architecture, params, tokenizer=None, unread=None):
         unread: official name -> array, kept for the way back to PyTorch.
     """
     directory = Path(directory).absolute()
-    if not is_first():
+    if not is_first_process():
         return
     partial = partial_folder(directory)
     (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
@@ -303,7 +303,7 @@ def claim_workdir(workdir, config, dataset):
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if is_first() and not path.exists():
+        if is_first_process() and not path.exists():
             partial = path.with_suffix(".part")
             described = flatten(json.loads(config.to_json())) | fixed_fields(config, dataset)
             partial.write_text(json.dumps(described, indent=1) + "\n")

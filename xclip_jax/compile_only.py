@@ -26,10 +26,10 @@ from xclip_jax.train import check_batch_sizes, compile_step, configured_optimize
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 CLIP_VOCABULARY = 49408
-STEPS = 1000  # of the schedule: it does not change the program's size
+SCHEDULE_STEPS = 1000  # of the schedule: it does not change the program's size
 
 
-def run(config, topology=""):
+def compile_only(config, topology=""):
     """Compiles the step of a config and prints what the compiler says of it.
 
     Args:
@@ -46,12 +46,12 @@ def run(config, topology=""):
     assumed = not architecture["text"]["vocab_size"]
     architecture["text"]["vocab_size"] = architecture["text"]["vocab_size"] or CLIP_VOCABULARY
     model = build_model(architecture)
-    _, optimizer = configured_optimizer(config.optimizer, STEPS)
+    _, optimizer = configured_optimizer(config.optimizer, SCHEDULE_STEPS)
     state = state_shapes(model, architecture, optimizer, mesh)
     step = compile_step(model, optimizer, config, mesh, state)
-    traced = step.trace(state, _batch(config, mesh))
+    traced = step.trace(state, batch_shapes(config, mesh))
     compiled = traced.lower().compile()
-    report = describe(compiled, matrix_flops(traced.jaxpr.jaxpr))
+    report = summarize_program(compiled, matrix_flops(traced.jaxpr.jaxpr))
     if assumed:
         report["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's: the tokenizer of the data decides"
     print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {config.train.batch_size}")
@@ -60,7 +60,7 @@ def run(config, topology=""):
     return report
 
 
-def describe(compiled, flops):
+def summarize_program(compiled, flops):
     """What the compiler says of a program, {what: text}; `flops`: of all devices."""
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -124,7 +124,7 @@ def _devices(topology):
         raise InputError(f"--topology={topology}: {reason} ({hint})") from None
 
 
-def _batch(config, mesh):
+def batch_shapes(config, mesh):
     """Shapes of a batch, see data/pipeline.py."""
     size, model = config.train.batch_size, config.model
     side = model.vision.image_size

@@ -57,18 +57,18 @@ def connect(coordinator, num_processes, process_id):
         # On a cluster that JAX cannot make sense of, each process would train alone.
         if "coordinator_address should be defined" not in str(error):
             raise InputError(f"cannot join the other processes: {error}") from None
-    if not is_first():
+    if not is_first_process():
         silence()
 
 
-def is_first():
+def is_first_process():
     """Whether this process speaks and writes for all."""
     return jax.process_index() == 0
 
 
-def say(text):
+def print_once(text):
     """Prints, once for all processes."""
-    if is_first():
+    if is_first_process():
         print(text, flush=True)
 
 
@@ -78,7 +78,7 @@ def wait_for_all(name):
         multihost_utils.sync_global_devices(name)
 
 
-def share(value):
+def gather_objects(value):
     """A list of every process's `value`, in their order; anything that can be pickled."""
     if jax.process_count() == 1:
         return [value]
@@ -91,7 +91,7 @@ def share(value):
 
 
 @contextlib.contextmanager
-def named_if_it_fails():
+def report_failed_process():
     """Of several processes, says which one failed, and that all can be started again."""
     try:
         yield
@@ -132,7 +132,7 @@ def stop_when_preempted():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
 
 
-def leave():
+def shutdown():
     """Ends together with the others: they fail if the first process goes before them."""
     if jax.process_count() > 1:
         wait_for_all("the end")

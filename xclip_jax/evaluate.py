@@ -13,16 +13,16 @@ from xclip_jax.checkpoint import load_model
 from xclip_jax.cli import InputError, progress
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
-from xclip_jax.distributed import is_first, share
+from xclip_jax.distributed import gather_objects, is_first_process
 from xclip_jax.inference import (
-    apply,
+    apply_model,
     block_plan,
-    collect,
+    concatenate_features,
     encode_texts,
     encode_videos,
     on_local_devices,
-    rows,
     similarity_in_blocks,
+    slice_rows,
 )
 from xclip_jax.metrics import (
     dual_softmax,
@@ -38,7 +38,7 @@ from xclip_jax.paper import paper_results
 from xclip_jax.report import Attention, format_table, write_report
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
-RANKS = "ranks.npz"
+RANKS_FILE = "ranks.npz"
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def evaluate_split(config, model, params, dataset, split, tokenizer):
             bar.update(len(frames))
 
     with progress(end - first, f"encoding {split} videos", "video") as bar:
-        video = collect(encoded(bar), end - first)
+        video = concatenate_features(encoded(bar), end - first)
     text = encode_texts(model, params, *tokenizer(captions), size)
     video, text, captions, counts, names = _joined(video, text, captions, counts, names)
     sim_TxV = _compare(config, model, params, text, video)
@@ -95,7 +95,7 @@ def evaluate_split(config, model, params, dataset, split, tokenizer):
 def _compare(config, model, params, text, video):
     """T x V logits; each process compares some of the texts."""
     first, end = _share_of(len(text.mask))
-    texts = rows(text, first, end - first)
+    texts = slice_rows(text, first, end - first)
     block = "{} x {}".format(*block_plan(model, texts, video, config.eval.block_cells))
     with progress((end - first) * len(video.mask), f"comparing, {block} at a time", "pair") as bar:
         part = similarity_in_blocks(model, params, texts, video, config.eval.block_cells, bar)
@@ -120,10 +120,10 @@ def _joined(*parts):
             return [item for items in shares for item in items]
         return jax.tree.map(lambda *x: np.concatenate(x), *shares)
 
-    return tuple(join(*shares) for shares in zip(*share(parts), strict=True))
+    return tuple(join(*shares) for shares in zip(*gather_objects(parts), strict=True))
 
 
-def run(config, workdir):
+def evaluate(config, workdir):
     """Evaluates the model of a work directory; writes and prints results.json and the report.
 
     Raises:
@@ -166,11 +166,11 @@ def run(config, workdir):
             f"the weights are those with the best results on the {split} split itself: "
             "these numbers are higher than on videos never used"
         )
-    if not is_first():
+    if not is_first_process():
         return results
     clips = dataset.clips(split)
     index = _write_report(config, workdir, found, results, clips, tokenizer, model, params)
-    _write_ranks(workdir / RANKS, {"": counts, **normalized}, found.text_video)
+    _write_ranks(workdir / RANKS_FILE, {"": counts, **normalized}, found.text_video)
     partial = workdir / "results.json.part"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(partial, workdir / "results.json")
@@ -294,8 +294,10 @@ def _write_report(config, workdir, found, results, clips, tokenizer, model, para
 def _attention(found, text, record, tokenizer, model, params, frames_of):
     """What AOSM looks at in one caption and its video."""
     video = found.text_video[text]
-    one_text, one_video = rows(found.text, text, 1), rows(found.video, video, 1)
-    weights_WxF = apply(params, one_text, one_video, model=model, method="word_frame_attention")[0]
+    one_text, one_video = slice_rows(found.text, text, 1), slice_rows(found.video, video, 1)
+    weights_WxF = apply_model(
+        params, one_text, one_video, model=model, method="word_frame_attention"
+    )[0]
     words, words_W = words_of(model, tokenizer, found.captions[text], one_text.mask[0])
     times = np.asarray(record["times"])
     return Attention(

@@ -40,7 +40,7 @@ def _spread(tree, params):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
-def apply(params, *args, model, method):
+def apply_model(params, *args, model, method):
     """`method` of the model with these parameters, compiled once for each shape."""
     return model.apply({"params": params}, *args, method=method)
 
@@ -69,10 +69,10 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
     height, columns = block_plan(model, text, video, block_cells)
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
     for j in range(0, num_videos, columns):
-        block_video = _spread(_pad(rows(video, j, columns), columns), params)
+        block_video = _spread(_pad(slice_rows(video, j, columns), columns), params)
         for i in range(0, num_texts, height):
-            block_text = _pad(rows(text, i, height), height)
-            block = apply(params, block_text, block_video, model=model, method="similarity")
+            block_text = _pad(slice_rows(text, i, height), height)
+            block = apply_model(params, block_text, block_video, model=model, method="similarity")
             part = sim_TxV[i : i + height, j : j + columns]
             part[:] = np.asarray(block)[: part.shape[0], : part.shape[1]]
             if bar is not None:
@@ -99,7 +99,7 @@ def block_shape(cells_a_pair, block_cells):
     return max(1, pairs // videos), videos
 
 
-def collect(parts, total):
+def concatenate_features(parts, total):
     """Joins features along the leading axis, whose length is `total`.
 
     `parts` is an iterator: no more than one of them is in memory besides the whole.
@@ -124,13 +124,13 @@ def _in_batches(model, params, method, batch_size, *arrays):
 
     def encoded():
         for start in range(0, total, batch_size):
-            chunk = rows(arrays, start, batch_size)
+            chunk = slice_rows(arrays, start, batch_size)
             size = len(chunk[0])
             padded = _spread(_pad(chunk, min(batch_size, _round_up(size))), params)
-            features = apply(params, *padded, model=model, method=method)
-            yield rows(jax.tree.map(np.asarray, features), 0, size)
+            features = apply_model(params, *padded, model=model, method=method)
+            yield slice_rows(jax.tree.map(np.asarray, features), 0, size)
 
-    return collect(encoded(), total)
+    return concatenate_features(encoded(), total)
 
 
 def _round_up(size):
@@ -138,7 +138,7 @@ def _round_up(size):
     return 1 << (size - 1).bit_length()
 
 
-def rows(tree, start, count):
+def slice_rows(tree, start, count):
     """`count` rows of every array of the tree, from row `start` on."""
     return jax.tree.map(lambda array: array[start : start + count], tree)
 

@@ -22,9 +22,9 @@ from xclip_jax.cli import InputError, one_line_errors, parse_flags, run_command
 from xclip_jax.config import validate
 from xclip_jax.distributed import (
     connect,
-    is_first,
-    leave,
-    named_if_it_fails,
+    is_first_process,
+    report_failed_process,
+    shutdown,
     stop_when_preempted,
     wait_for_all,
 )
@@ -59,7 +59,7 @@ def main(argv):
         config = _CONFIG.value
         validate(config)
         if _COMPILE_ONLY.value:
-            compile_only.run(config, _TOPOLOGY.value)
+            compile_only.compile_only(config, _TOPOLOGY.value)
             return
         if _TOPOLOGY.value:
             raise InputError("--topology: only with --compile_only")
@@ -67,15 +67,15 @@ def main(argv):
         if jax.process_count() == 1 or config.mode == "eval":
             stop_when_preempted()
         workdir = _WORKDIR.value or f"runs/{config.name}"
-        if is_first():
+        if is_first_process():
             prepare.render_if_missing(config)
         wait_for_all("the demo's data")
-        with named_if_it_fails():
+        with report_failed_process():
             if config.mode == "train":
-                train.run(config, workdir)
+                train.train(config, workdir)
                 stop_when_preempted()
-            evaluate.run(config, workdir)
-            leave()
+            evaluate.evaluate(config, workdir)
+            shutdown()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from xclip_jax.cli import InputError, progress
-from xclip_jax.distributed import is_first
+from xclip_jax.distributed import is_first_process
 
 
 class Monitor:
@@ -21,7 +21,9 @@ class Monitor:
 
     def __init__(self, config, workdir, schedule, total_steps, start_step):
         self._config, self._schedule, self._workdir = config, schedule, workdir
-        self._writer = Writer(workdir, config.log.tensorboard, start_step) if is_first() else None
+        self._writer = (
+            Writer(workdir, config.log.tensorboard, start_step) if is_first_process() else None
+        )
         self._profiling = False
         self._bar = progress(total_steps, "training", "step", initial=start_step)
         self._pending, self._truncated, self._clock = None, 0, (start_step, time.perf_counter())
@@ -39,7 +41,7 @@ class Monitor:
     def profile(self, step):
         """Starts or ends the profile that config.log asks for, before this step."""
         log = self._config.log
-        if step == log.profile_from and is_first():
+        if step == log.profile_from and is_first_process():
             jax.profiler.start_trace(str(self._workdir))
             self._profiling = True
         if self._profiling and step > log.profile_to:
@@ -92,7 +94,7 @@ class Monitor:
         flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
         self._write(step, flat)
         recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]
-        if is_first():
+        if is_first_process():
             self._bar.write(
                 f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
                 f"{recalls[1]:.1f} video to text"

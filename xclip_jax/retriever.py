@@ -9,7 +9,12 @@ from xclip_jax.checkpoint import load_model, model_folder
 from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import VideoError, preprocess, read_frames
-from xclip_jax.inference import collect, encode_texts, encode_videos, similarity_in_blocks
+from xclip_jax.inference import (
+    concatenate_features,
+    encode_texts,
+    encode_videos,
+    similarity_in_blocks,
+)
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 _BATCH = 32  # videos whose frames are held in memory at once
@@ -77,7 +82,7 @@ class Retriever:
                     raise InputError("frame arrays of one call must be all uint8 or all float")
                 yield encode_videos(self.model, self.params, np.stack(frames), np.stack(masks))
 
-        return collect(encoded(), len(videos))
+        return concatenate_features(encoded(), len(videos))
 
     def similarity(self, text, video):
         """T x V logits, NumPy float32: rows texts, columns videos (Eq. 14, scaled).

@@ -22,7 +22,7 @@ from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
 from xclip_jax.data.text import Tokenizer, load_tokenizer
-from xclip_jax.distributed import PREEMPTED, Preemption, leave, say, wait_for_all
+from xclip_jax.distributed import PREEMPTED, Preemption, print_once, shutdown, wait_for_all
 from xclip_jax.evaluate import check_image_size, evaluate_split
 from xclip_jax.inference import on_local_devices
 from xclip_jax.initialization import how_to_convert, start_from_clip
@@ -69,7 +69,7 @@ def clamp_logit_scale(params):
     return {**params, "clip": {**params["clip"], "logit_scale": scale}}
 
 
-def run(config, workdir):
+def train(config, workdir):
     """Trains, or goes on training, and leaves the selected weights in `workdir`/model.
 
     Raises:
@@ -81,18 +81,18 @@ def run(config, workdir):
     claim_workdir(workdir, config, setup.dataset)
     model, mesh, total_steps = setup.model, setup.mesh, setup.total_steps
     state = init_state(model, setup.architecture, setup.optimizer, config.seed, mesh)
-    say(
+    print_once(
         f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, "
         f"{len(setup.pairs)} pairs, {total_steps} steps of {config.train.batch_size} pairs "
         f"on {mesh.size} x {jax.devices()[0].device_kind}"
     )
     if mesh.size > 1:
-        say("\n".join(sharding.describe(state.params, mesh)))
+        print_once("\n".join(sharding.describe(state.params, mesh)))
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_newest(state)
     if restored:
         state = restored[1]
-        say(f"resuming from step {restored[0]} of {total_steps}")
+        print_once(f"resuming from step {restored[0]} of {total_steps}")
     elif config.init.clip:
         state = _start_from_clip(state, setup.architecture, config.init.clip)
     if not total_steps and not restored:
@@ -115,7 +115,7 @@ def _start_from_clip(state, architecture, directory):
     """The state with CLIP's weights in it; prints a table of what came from where."""
     params, rows = start_from_clip(state.params, architecture, directory)
     for name, number, origin in rows:
-        say(f"  {name:22}{number / 1e6:9.2f} M  {origin}")
+        print_once(f"  {name:22}{number / 1e6:9.2f} M  {origin}")
     return state.replace(params=jax.tree.map(_like, params, state.params))
 
 
@@ -143,7 +143,7 @@ def _fit(config, setup, state, step_fn, checkpoints, monitor):
     """Runs the steps that are left; evaluates and saves where the config says so."""
     eval_every = config.train.eval_every or setup.epoch_steps
     first, preemption = int(state.step) + 1, Preemption()
-    batches = ahead(setup.batches(first - 1), setup.mesh, setup.total_steps - first + 1)
+    batches = prefetch(setup.batches(first - 1), setup.mesh, setup.total_steps - first + 1)
     for step, (batch, truncated) in enumerate(batches, first):
         monitor.profile(step)
         state, metrics = step_fn(state, batch)
@@ -159,12 +159,12 @@ def _fit(config, setup, state, step_fn, checkpoints, monitor):
         if stop and not last:
             checkpoints.wait()
             total = setup.total_steps
-            say(f"preempted: saved after step {step} of {total}; the same command goes on")
-            leave()
+            print_once(f"preempted: saved after step {step} of {total}; the same command goes on")
+            shutdown()
             sys.exit(PREEMPTED)
 
 
-def ahead(batches, mesh, count, depth=2):
+def prefetch(batches, mesh, count, depth=2):
     """`count` batches on the devices, `depth` of them before they are asked for.
 
     Yields:

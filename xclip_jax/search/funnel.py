@@ -17,7 +17,7 @@ import faiss
 import jax
 import numpy as np
 
-from xclip_jax.inference import apply, similarity_in_blocks
+from xclip_jax.inference import apply_model, similarity_in_blocks
 from xclip_jax.search.store import unit_vectors
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
@@ -128,7 +128,7 @@ class Funnel:
 
     def _nearest(self, snapshot, text, width, allowed):
         """The rows with the largest sentence-video similarity, best first."""
-        vector = apply(self.params, text, model=self.model, method="search_vector")
+        vector = apply_model(self.params, text, model=self.model, method="search_vector")
         options = {}
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
@@ -139,14 +139,14 @@ class Funnel:
     def _by_words(self, word_model, snapshot, text, rows, width):
         vectors, shape = _padded(snapshot.halves[rows], width), (width, word_model.max_frames)
         video = VideoFeatures(vectors, np.zeros((*shape, 0), np.float32), np.ones(shape, bool))
-        scores = apply(self.params, text, video, model=word_model, method="similarity")
+        scores = apply_model(self.params, text, video, model=word_model, method="similarity")
         return np.asarray(scores)[0, : len(rows)]
 
     def _by_all(self, text, video, width):
         """Scores of one sentence with at most `width` videos."""
         count, video = len(video.mask), _unit(video) if self.unit else video
         video = jax.tree.map(lambda x: _padded(x, width), video)
-        scores = apply(self.params, text, video, model=self.model, method="similarity")
+        scores = apply_model(self.params, text, video, model=self.model, method="similarity")
         return np.asarray(scores)[0, :count]
 
     def _best_frames(self, text, video):
@@ -154,7 +154,7 @@ class Funnel:
         count = len(video.mask)
         width = max(FEW, 1 << (count - 1).bit_length())
         video = jax.tree.map(lambda x: _padded(x, width), video)
-        weights = apply(self.params, text, video, model=self.model, method="frame_attention")
+        weights = apply_model(self.params, text, video, model=self.model, method="frame_attention")
         return np.asarray(weights)[:count].argmax(1)
 
     def _moments_of(self, text, index, snapshot, rows):

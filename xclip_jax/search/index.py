@@ -17,7 +17,7 @@ from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError
 from xclip_jax.data.video import VIDEO_SUFFIXES
 from xclip_jax.evaluate import words_of
-from xclip_jax.inference import apply, on_local_devices
+from xclip_jax.inference import apply_model, on_local_devices
 from xclip_jax.retriever import load
 from xclip_jax.search.funnel import Funnel, Stopwatch, example_funnel, example_text
 from xclip_jax.search.indexing import add_files, below
@@ -269,7 +269,7 @@ class Index:
         snapshot = self._snapshot
         row = [snapshot.row(segment_id)]
         one, video = self.retriever.encode_text([text]), snapshot.features(row)
-        weights = apply(self.retriever.params, one, video, model=model, method=_ATTENTION)[0]
+        weights = apply_model(self.retriever.params, one, video, model=model, method=_ATTENTION)[0]
         words, words_W = words_of(model, self.retriever.tokenizer, text, one.mask[0])
         shown_F = video.mask[0]
         weights_WxF = np.asarray(weights)[words_W][:, shown_F]

@@ -15,7 +15,7 @@ from xclip_jax.checkpoint import check_same_run, is_below
 from xclip_jax.cli import InputError
 from xclip_jax.config import field_value, validate
 from xclip_jax.data.builder import Dataset
-from xclip_jax.evaluate import RANKS
+from xclip_jax.evaluate import RANKS_FILE
 from xclip_jax.models import resolve
 
 RESULTS = "results.json"
@@ -65,7 +65,7 @@ class Run:
         """What ranks.npz holds; None where the run is not finished, or its files are damaged."""
         try:
             told = json.loads((self.workdir / RESULTS).read_text())["eval"]
-            with np.load(self.workdir / RANKS) as file:
+            with np.load(self.workdir / RANKS_FILE) as file:
                 ranks = dict(file)
         except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
             return None
