@@ -1,13 +1,15 @@
-"""The wheel holds every file of the package and its console script runs outside the clone."""
+"""The wheel is complete and runs outside the clone, and project files state the same versions."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,3 +43,22 @@ def test_console_script_runs_outside_the_clone(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("train", "prepare", "convert", "search", "study"):
         assert name in done.stdout
+
+
+def test_workflow_tests_the_python_versions_of_the_metadata():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    minor_versions = [name.split(" :: ")[-1] for name in classifiers if " :: 3." in name]
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == minor_versions
+
+
+def test_hooks_run_the_ruff_of_the_constraints():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (version,) = [hook["rev"] for hook in hooks if "ruff" in hook["repo"]]
+    assert f"ruff=={version[1:]}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_citation_names_the_version_of_the_metadata():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["title"], citation["version"]) == (project["name"], project["version"])
