@@ -1,12 +1,14 @@
-"""Memory of prepare and of the input pipeline at 1,000 and at 10,000 clips: it should not grow.
+"""Measures the memory of prepare and of the input pipeline at 1,000 and 10,000 clips.
 
-    python benchmarks/data_memory.py [FOLDER]
+    python benchmarks/data_memory.py [FOLDER] [--sizes=1000,10000]
 
-Renders the clips to FOLDER (kept; default: a temporary folder), prepares them with the command and
-reads 300 batches. Prints the largest memory of prepare's process, of its workers together, and of
-a process that reads batches.
+Memory should not grow with the number of clips. The clips are rendered to FOLDER, which is kept
+(default: a temporary folder), prepared with the command, and 300 batches are read. Prints the peak
+memory of the prepare process, the sum over its workers, and the peak of a process that reads
+batches.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -14,57 +16,62 @@ import time
 from pathlib import Path
 
 import psutil
+import results
 
 from xclip_jax.data import rendered
-
-SIZES = (1_000, 10_000)
-READER = """
-import re, sys
-from pathlib import Path
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
 from xclip_jax.data.text import load_tokenizer
-dataset = Dataset(sys.argv[1])
-tokenizer = load_tokenizer(dataset.path / "tokenizer", 24)
-batches = training_batches(TrainingPairs(dataset, "train", "all"), tokenizer, 16, 6, 224, seed=0)
-for _ in range(300):
-    next(batches)
-status = Path("/proc/self/status").read_text()  # getrusage counts the parent's memory too
-print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
-"""
 
 
-def peaks(command):
-    """Largest memory in MiB (of the process, of its children together) while a command runs."""
+def peak_memory(command: list[str]) -> tuple[float, float]:
+    """Runs a command and returns the peak MiB of its process and of its children together."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    own = children = 0
+    parent = children = 0
     while process.poll() is None:
         try:
-            own = max(own, process.memory_info().rss)
+            parent = max(parent, process.memory_info().rss)
             workers = (child.memory_info().rss for child in process.children(recursive=True))
             children = max(children, sum(workers))
-        except psutil.Error:  # one has just ended
+        except psutil.Error:  # a process ended in between
             pass
         time.sleep(0.05)
     if process.returncode:
-        raise SystemExit(f"failed: {' '.join(map(str, command))}")
-    return own / 2**20, children / 2**20
+        raise SystemExit(f"exit status {process.returncode}: {' '.join(command)}")
+    return parent / 2**20, children / 2**20
 
 
-def main():
-    """Prints a line a size."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+def read_batches(folder: str) -> None:
+    """Reads 300 batches and prints the peak memory of this process, in MiB."""
+    dataset = Dataset(folder)
+    tokenizer = load_tokenizer(dataset.path / "tokenizer", 24)
+    pairs = TrainingPairs(dataset, "train", "all")
+    batches = training_batches(pairs, tokenizer, 16, 6, 224, seed=0)
+    for _ in range(300):
+        next(batches)
+    print(results.peak_mib())
+
+
+def main() -> None:
+    """Prints one line per number of clips."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="for the clips (default: temporary)")
+    parser.add_argument("--sizes", default="1000,10000", help="numbers of clips")
+    parser.add_argument("--read", metavar="DATA", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read:
+        return read_batches(args.read)
+    folder = args.folder or Path(tempfile.mkdtemp())
     print(f"{'clips':>8}{'prepare':>10}{'workers':>10}{'batches':>10}   peak memory, MiB")
-    for size in SIZES:
+    for size in map(int, args.sizes.split(",")):
         scenes, data = folder / f"scenes{size}", folder / f"data{size}"
         rendered.make(scenes, num_train=size, num_val=0, num_test=0)
         command = [sys.executable, "-m", "xclip_jax.prepare", "--dataset=captions"]
         command += [f"--videos={scenes}/videos", f"--annotations={scenes}/captions.jsonl"]
-        own, workers = peaks([*command, f"--output={data}", "--image_size=224"])
-        reading = subprocess.run(
-            [sys.executable, "-c", READER, data], check=True, capture_output=True, text=True
-        )
-        print(f"{size:8,}{own:10.0f}{workers:10.0f}{float(reading.stdout):10.0f}", flush=True)
+        parent, workers = peak_memory([*command, f"--output={data}", "--image_size=224"])
+        reader = [sys.executable, __file__, f"--read={data}"]
+        done = subprocess.run(reader, check=True, capture_output=True, text=True)
+        print(f"{size:8,}{parent:10.0f}{workers:10.0f}{float(done.stdout):10.0f}", flush=True)
 
 
 if __name__ == "__main__":

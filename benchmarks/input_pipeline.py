@@ -1,10 +1,10 @@
-"""Clips a second out of the input pipeline, against bare JPEG decoding of the same bytes.
+"""Measures the input pipeline in clips per second against bare JPEG decoding of the same bytes.
 
     python benchmarks/input_pipeline.py
 
-Makes a data set of 224-pixel frames in a temporary folder; both sides use the same four threads and
-are timed in turn. Target: at least 0.8 of bare decoding. With --torch also a plain DataLoader of
-PyTorch on the same clips: Pillow, a worker process a core.
+Writes a data set of 224-pixel frames to a temporary folder. Both sides use four threads and are
+timed alternately. Target: at least 0.8 of the rate of bare decoding. With --torch also a plain
+PyTorch DataLoader on the same clips, with Pillow and one worker process per core.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import io
 import os
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,110 +21,104 @@ import results
 
 from xclip_jax.data.builder import Dataset, Pending, write_dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
-from xclip_jax.data.text import learn_tokenizer
+from xclip_jax.data.text import Tokenizer, learn_tokenizer
 from xclip_jax.data.video import decode_jpeg, encode_jpeg
 
-CLIPS, FRAMES, BATCH, BATCHES, THREADS, SIDE = 200, 12, 20, 150, 4, 224
+CLIPS, FRAMES, BATCH, THREADS, SIDE = 200, 12, 20, 4, 224
 
 
-def make(folder):
+def make_dataset(folder: str) -> Dataset:
+    """Writes clips of random coloured blocks, returns the data set."""
     rng = np.random.default_rng(0)
 
-    def record(number):
-        small = rng.integers(0, 256, (FRAMES, 28, 28, 3), np.uint8)
-        frames = small.repeat(8, 1).repeat(8, 2)
+    def make_record(number: int) -> dict:
+        blocks = rng.integers(0, 256, (FRAMES, 28, 28, 3), np.uint8)
+        frames = blocks.repeat(8, 1).repeat(8, 2)
         jpegs = [encode_jpeg(np.ascontiguousarray(frame)) for frame in frames]
         captions = [f"clip number {number}"]
         return {"id": str(number), "captions": captions, "frames": jpegs, "times": [*range(FRAMES)]}
 
-    clips = [Pending(functools.partial(record, n), 1, str(n)) for n in range(CLIPS)]
+    clips = [Pending(functools.partial(make_record, n), 1, str(n)) for n in range(CLIPS)]
     write_dataset(folder, {"train": clips}, SIDE)
     return Dataset(folder)
 
 
-class Bare:
-    """Decodes the JPEGs and nothing else."""
+def decode_only(jpegs: list[list[bytes]], batches: int) -> Callable[[], None]:
+    """Returns a function that decodes the JPEGs of `batches` batches."""
+    pool = ThreadPoolExecutor(THREADS)
 
-    def __init__(self, jpegs):
-        self._jpegs, self._pool = jpegs, ThreadPoolExecutor(THREADS)
+    def decode(number: int) -> list[np.ndarray]:
+        return list(map(decode_jpeg, jpegs[number % CLIPS]))
 
-    def run(self):
-        def decode(i):
-            return list(map(decode_jpeg, self._jpegs[i % CLIPS]))
-
-        list(self._pool.map(decode, range(BATCH * BATCHES)))
+    return lambda: list(pool.map(decode, range(BATCH * batches)))
 
 
-class Ours:
-    """The batches of training."""
+def read_pipeline(dataset: Dataset, tokenizer: Tokenizer, batches: int) -> Callable[[], None]:
+    """Returns a function that reads `batches` training batches."""
+    pairs = TrainingPairs(dataset, "train", "all")
 
-    def __init__(self, dataset, tokenizer):
-        pairs = TrainingPairs(dataset, "train", "all")
-        self._start = functools.partial(
-            training_batches, pairs, tokenizer, BATCH, FRAMES, SIDE, seed=0
-        )
+    def read() -> None:
+        iterator = training_batches(pairs, tokenizer, BATCH, FRAMES, SIDE, seed=0)
+        for _ in range(batches):
+            next(iterator)
 
-    def run(self):
-        batches = self._start()
-        for _ in range(BATCHES):
-            next(batches)
+    return read
 
 
-class Torch:
-    """A plain map-style Dataset in a DataLoader."""
+def read_torch(jpegs: list[list[bytes]], tokenizer: Tokenizer, batches: int) -> Callable[[], None]:
+    """Returns a function that reads `batches` batches from a DataLoader on a map-style Dataset."""
+    import torch
+    from PIL import Image
 
-    def __init__(self, jpegs, tokenizer):
-        import torch
-        from PIL import Image
+    class Clips(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return BATCH * batches
 
-        class Clips(torch.utils.data.Dataset):
-            def __len__(self):
-                return BATCH * BATCHES
+        def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            ids_1xW, mask_1xW = tokenizer([f"clip number {i % CLIPS}"])
+            images = [Image.open(io.BytesIO(jpeg)) for jpeg in jpegs[i % CLIPS]]
+            return ids_1xW[0], mask_1xW[0], np.stack([np.asarray(image) for image in images])
 
-            def __getitem__(self, i):
-                ids_1xW, mask_1xW = tokenizer([f"clip number {i % CLIPS}"])
-                images = [Image.open(io.BytesIO(jpeg)) for jpeg in jpegs[i % CLIPS]]
-                return ids_1xW[0], mask_1xW[0], np.stack([np.asarray(image) for image in images])
-
-        workers = os.cpu_count()
-        self._loader = torch.utils.data.DataLoader(
-            Clips(), BATCH, shuffle=True, num_workers=workers
-        )
-
-    def run(self):
-        for _ in self._loader:
-            pass
+    workers = os.cpu_count() or 1
+    loader = torch.utils.data.DataLoader(Clips(), BATCH, shuffle=True, num_workers=workers)
+    return lambda: [None for _ in loader]
 
 
-def measure(sides, repeats=5):
-    """Clips a second of each side, a row a round; the medians last."""
-    rows = []
-    for _ in range(repeats):
-        row = {}
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side.run()
-            row[f"{name}_clips_s"] = BATCH * BATCHES / (time.perf_counter() - start)
-        rows.append(row)
+def measure(
+    sides: dict[str, Callable[[], None]], *, batches: int, repeats: int
+) -> list[results.Row]:
+    """Returns the clips per second of each side, one row per repeat, the medians last."""
+    rows = [
+        {
+            f"{name}_clips_s": BATCH * batches / results.measure_seconds(run)[0]
+            for name, run in sides.items()
+        }
+        for _ in range(repeats)
+    ]
     rows.append({name: statistics.median(row[name] for row in rows) for name in rows[0]})
     return [row | {"ratio": row["ours_clips_s"] / row["bare_clips_s"]} for row in rows]
 
 
-def main():
+def main() -> None:
     """Prints the rates and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch", action="store_true", help="time PyTorch's DataLoader too")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch", action="store_true", help="also time PyTorch's DataLoader")
+    parser.add_argument("--batches", type=int, default=150, help="batches per timing")
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        dataset = make(folder)
+        dataset = make_dataset(folder)
         jpegs = [record["frames"] for record in dataset.clips("train")]
         tokenizer = learn_tokenizer(["clip number 1"], max_words=32)
-        sides = {"bare": Bare(jpegs), "ours": Ours(dataset, tokenizer)}
+        sides = {
+            "bare": decode_only(jpegs, args.batches),
+            "ours": read_pipeline(dataset, tokenizer, args.batches),
+        }
         if args.torch:
-            sides["torch"] = Torch(jpegs, tokenizer)
-        rows = measure(sides)
-    print(results.table(rows))
-    print("the medians last; ours / bare decoding should be at least 0.8")
+            sides["torch"] = read_torch(jpegs, tokenizer, args.batches)
+        rows = measure(sides, batches=args.batches, repeats=args.repeats)
+    print(results.format_table(rows))
+    print("the medians are last; ours / bare should be at least 0.8")
     print(results.write("input_pipeline", {"clips": CLIPS, "frames": FRAMES, "batch": BATCH}, rows))
 
 

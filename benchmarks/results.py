@@ -1,4 +1,4 @@
-"""What the benchmarks share: a table on the screen, and a JSON file that says where it was made."""
+"""Helpers of the benchmarks: timing, peak memory, a table, and a JSON file with the environment."""
 
 import datetime
 import importlib.metadata
@@ -6,28 +6,32 @@ import json
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 FOLDER = Path(__file__).parent / "results"
+Row = dict[str, Any]
 
 
-def write(name, arguments, rows):
+def write(name: str, arguments: dict, rows: list[Row]) -> Path:
     """Writes results/NAME_DEVICE.json and returns its path.
 
     Args:
         name: of the benchmark.
-        arguments: dict of what it was called with.
-        rows: list of dicts, what it measured.
+        arguments: its command-line arguments.
+        rows: its measurements.
     """
     kind = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
     path = FOLDER / f"{name}_{kind}.json"
     content = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
+        "hardware": describe_hardware(),
+        "versions": list_versions(),
         "arguments": arguments,
         "rows": rows,
     }
@@ -36,8 +40,8 @@ def write(name, arguments, rows):
     return path
 
 
-def hardware():
-    """The devices of this process and the processor it runs on."""
+def describe_hardware() -> dict[str, Any]:
+    """Returns the kind and number of devices, the processor and its number of cores."""
     return {
         "device_kind": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
@@ -46,15 +50,15 @@ def hardware():
     }
 
 
-def versions():
-    """Of what the time depends on; None: not installed."""
-    found = {name: _version(name) for name in ("jax", "jaxlib", "torch")}
-    return {**found, "python": platform.python_version()}
+def list_versions() -> dict[str, str | None]:
+    """Returns the versions that affect timings, None for packages that are not installed."""
+    versions = {name: _version(name) for name in ("jax", "jaxlib", "torch")}
+    return {**versions, "python": platform.python_version()}
 
 
-def table(rows):
-    """The rows, dicts with the same keys, as aligned lines."""
-    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+def format_table(rows: list[Row]) -> str:
+    """Returns rows with equal keys as right-aligned columns."""
+    lines = [list(rows[0]), *([_format(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
@@ -62,24 +66,34 @@ def table(rows):
     )
 
 
-def peak_mib():
-    """Peak memory of this process alone (Linux); getrusage's ru_maxrss includes the parent's."""
+def measure_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the wall time of a call and its result, as soon as its arrays are computed."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return time.perf_counter() - start, result
+
+
+def peak_mib() -> float:
+    """Returns the peak memory of this process on Linux, in MiB.
+
+    The ru_maxrss of getrusage is not used because it includes the parent's peak after a fork.
+    """
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
-def _text(value):
+def _format(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _cpu_model():
+def _cpu_model() -> str:
     try:
-        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
+        return re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[0]
+    except (OSError, IndexError):
         return platform.processor() or platform.machine()
 
 
-def _version(name):
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

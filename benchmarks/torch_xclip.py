@@ -1,17 +1,18 @@
-"""X-CLIP and its training step written plainly in PyTorch: what train_step.py is held against.
+"""X-CLIP and its training step in plain PyTorch, the reference of train_step.py.
 
 CLIP's towers, the temporal Transformer of three layers, the four granularities with masked AOSM,
-the symmetric InfoNCE loss, AdamW. Layers, sizes and masks are those of xclip_jax's `paper` preset;
-`load` copies its weights, after which both give the same loss.
+the symmetric InfoNCE loss, AdamW. Layers, sizes and masks are those of the `paper` preset of
+xclip_jax. `copy_params` copies its weights, after which both compute the same loss.
 """
 
 import contextlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -21,14 +22,14 @@ TAU = 0.01
 class Block(nn.Module):
     """Pre-norm Transformer block, N x L x E."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x, mask=None, causal=False):
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         number, length, width = x.shape
         qkv = self.qkv(self.ln_1(x)).view(number, length, 3, self.heads, -1)
         y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), mask, is_causal=causal)
@@ -40,20 +41,20 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks."""
 
-    def __init__(self, layers, width, heads):
+    def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
-    def forward(self, x, mask=None, causal=False):
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         for block in self.blocks:
             x = block(x, mask, causal)
         return x
 
 
 class VisionTower(nn.Module):
-    """N x 3 x S x S normalised images -> N x D."""
+    """Image tower: N x 3 x S x S normalized images to N x D."""
 
-    def __init__(self, config, dim):
+    def __init__(self, config: dict, dim: int) -> None:
         super().__init__()
         width, size = config["width"], config["patch_size"]
         tokens = (config["image_size"] // size) ** 2 + 1
@@ -64,16 +65,16 @@ class VisionTower(nn.Module):
         self.encoder = Transformer(config["layers"], width, config["heads"])
         self.projection = nn.Linear(width, dim, bias=False)
 
-    def forward(self, images_Nx3xSxS):
+    def forward(self, images_Nx3xSxS: Tensor) -> Tensor:
         x = self.patch(images_Nx3xSxS).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.positions
         return self.projection(self.ln_post(self.encoder(self.ln_pre(x))[:, 0]))
 
 
 class TextTower(nn.Module):
-    """T x W ids -> T x W x D, causal."""
+    """Causal text tower: T x W ids to T x W x D."""
 
-    def __init__(self, config, dim):
+    def __init__(self, config: dict, dim: int) -> None:
         super().__init__()
         width = config["width"]
         self.tokens = nn.Embedding(config["vocab_size"], width)
@@ -82,15 +83,15 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.projection = nn.Linear(width, dim, bias=False)
 
-    def forward(self, ids_TxW):
+    def forward(self, ids_TxW: Tensor) -> Tensor:
         x = self.tokens(ids_TxW) + self.positions[: ids_TxW.shape[1]]
         return self.projection(self.ln_final(self.encoder(x, causal=True)))
 
 
-class Clip(nn.Module):
+class CLIP(nn.Module):
     """Both towers and the logit scale."""
 
-    def __init__(self, architecture):
+    def __init__(self, architecture: dict) -> None:
         super().__init__()
         self.visual = VisionTower(architecture["vision"], architecture["embed_dim"])
         self.textual = TextTower(architecture["text"], architecture["embed_dim"])
@@ -98,37 +99,37 @@ class Clip(nn.Module):
 
 
 class Temporal(nn.Module):
-    """Transformer over V x F x D frames with learned positions."""
+    """Transformer over V x F x D frames with learned positions (Eq. 1)."""
 
-    def __init__(self, layers, heads, positions, dim):
+    def __init__(self, layers: int, heads: int, positions: int, dim: int) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(positions, dim))
         self.encoder = Transformer(layers, dim, heads)
 
-    def forward(self, frames_VxFxD, mask_VxF):
+    def forward(self, frames_VxFxD: Tensor, mask_VxF: Tensor) -> Tensor:
         x = frames_VxFxD + self.positions[: frames_VxFxD.shape[1]]
         return self.encoder(x, mask_VxF[:, None, None])
 
 
 class XClip(nn.Module):
-    """The loss of a batch."""
+    """X-CLIP, called with a batch to compute its loss."""
 
-    def __init__(self, architecture):
+    def __init__(self, architecture: dict) -> None:
         super().__init__()
         a = architecture
         sizes = a["temporal"]["layers"], a["temporal"]["heads"], a["text"]["context_length"]
-        self.clip = Clip(a)
+        self.clip = CLIP(a)
         self.temporal_encoder = Temporal(*sizes, a["embed_dim"])
         self.register_buffer("mean", torch.tensor(MEAN))
         self.register_buffer("std", torch.tensor(STD))
 
-    def encode_text(self, ids_TxW, mask_TxW):
-        """(sentence_TxD, words_TxWxD)."""
+    def encode_text(self, ids_TxW: Tensor, mask_TxW: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (sentence_TxD, words_TxWxD)."""
         words_TxWxD = F.normalize(self.clip.textual(ids_TxW).float(), dim=-1)
         return words_TxWxD[torch.arange(len(ids_TxW)), mask_TxW.sum(1) - 1], words_TxWxD
 
-    def encode_video(self, frames_VxFxSxSx3, mask_VxF):
-        """(video_VxD, frames_VxFxD)."""
+    def encode_video(self, frames_VxFxSxSx3: Tensor, mask_VxF: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (video_VxD, frames_VxFxD)."""
         images = (frames_VxFxSxSx3.float() / 255 - self.mean) / self.std
         images = images.masked_fill(~mask_VxF[..., None, None, None], 0)
         clip_VFxD = self.clip.visual(images.flatten(0, 1).permute(0, 3, 1, 2))
@@ -137,8 +138,8 @@ class XClip(nn.Module):
         sum_VxD = frames_VxFxD.masked_fill(~mask_VxF[..., None], 0).sum(1)
         return F.normalize(sum_VxD, dim=-1), frames_VxFxD
 
-    def forward(self, batch):
-        """The scalar loss: InfoNCE in both directions, added."""
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the sum of the InfoNCE losses in both directions."""
         text = self.encode_text(batch["ids"], batch["text_mask"])
         video = self.encode_video(batch["frames"], batch["frame_mask"])
         with torch.autocast(batch["frames"].device.type, enabled=False):
@@ -148,14 +149,21 @@ class XClip(nn.Module):
             return F.cross_entropy(sim_TxV, targets) + F.cross_entropy(sim_TxV.T, targets)
 
 
-def attend(scores, mask, axis):
-    """Attention over similarities: sum of softmax(scores / tau) x scores."""
+def attend(scores: Tensor, mask: Tensor, axis: int) -> Tensor:
+    """Returns the sum of softmax(scores / tau) x scores along an axis (Eq. 7, 8)."""
     weights = torch.softmax((scores / TAU).masked_fill(~mask, -torch.inf), axis)
     return (weights * scores).sum(axis)
 
 
-def similarity(sentence_TxD, words_TxWxD, video_VxD, frames_VxFxD, text_mask_TxW, frame_mask_VxF):
-    """T x V mean of the four granularities; start and end tokens are no words."""
+def similarity(
+    sentence_TxD: Tensor,
+    words_TxWxD: Tensor,
+    video_VxD: Tensor,
+    frames_VxFxD: Tensor,
+    text_mask_TxW: Tensor,
+    frame_mask_VxF: Tensor,
+) -> Tensor:
+    """Returns the T x V mean of the four granularities. Start and end tokens are not words."""
     inner_TxW = text_mask_TxW & text_mask_TxW.roll(-1, 1)
     inner_TxW[:, 0] = inner_TxW[:, -1] = False
     w, f = inner_TxW[:, None, :], frame_mask_VxF[None]
@@ -169,18 +177,30 @@ def similarity(sentence_TxD, words_TxWxD, video_VxD, frames_VxFxD, text_mask_TxW
 
 
 class Trainer:
-    """The model, its optimizer and a batch, on the best device there is.
+    """The model, its optimizer and a batch on a GPU or, without one, on the CPU."""
 
-    Attributes:
-        step: () -> None, one update; returns when the device is done.
-    """
+    def __init__(
+        self,
+        architecture: dict,
+        params: dict,
+        optimizer: Any,
+        *,
+        batch: dict[str, np.ndarray],
+        dtype: str,
+    ) -> None:
+        """Copies weights and batch to the device.
 
-    def __init__(self, architecture, params, optimizer, batch, dtype):
-        """params: xclip_jax's, as NumPy; optimizer: config.optimizer; batch: dict of NumPy."""
+        Args:
+            architecture: the model config as a dict.
+            params: parameters of xclip_jax as NumPy arrays.
+            optimizer: config.optimizer.
+            batch: NumPy arrays, see xclip_jax/data/pipeline.py.
+            dtype: "bfloat16" for autocast on a GPU, or "float32".
+        """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA has it
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as in XLA
         self.model = XClip(architecture).to(self.device)
-        load(self.model, params)
+        copy_params(self.model, params)
         tensors = {name: torch.from_numpy(np.array(x)).to(self.device) for name, x in batch.items()}
         self.batch = {**tensors, "ids": tensors["ids"].long()}
         groups = [
@@ -194,13 +214,14 @@ class Trainer:
         )
         self.half = dtype == "bfloat16" and self.device.type == "cuda"
 
-    def loss(self):
-        """The loss of the batch, a tensor."""
+    def loss(self) -> Tensor:
+        """Returns the loss of the batch."""
         half = torch.autocast("cuda", torch.bfloat16) if self.half else contextlib.nullcontext()
         with half:
             return self.model(self.batch)
 
-    def step(self):
+    def step(self) -> None:
+        """Updates the parameters once and waits for the device."""
         self.optimizer.zero_grad()
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -210,13 +231,13 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak_bytes(self):
-        """Most memory held on the GPU; None on CPU."""
+    def peak_bytes(self) -> int | None:
+        """Returns the peak memory of the GPU, None on the CPU."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
-def load(model, params):
-    """Copies xclip_jax's parameters, NumPy, into an XClip."""
+def copy_params(model: XClip, params: dict) -> None:
+    """Copies parameters of xclip_jax, as NumPy arrays, into the model."""
     visual, textual = params["clip"]["visual"], params["clip"]["textual"]
     temporal = params["temporal_encoder"]
     kernel = visual["patch"]["kernel"].transpose(3, 2, 0, 1)
@@ -237,19 +258,18 @@ def load(model, params):
         **_blocks("clip.textual.encoder", textual["encoder"]["blocks"]),
         **_blocks("temporal_encoder.encoder", temporal["encoder"]["blocks"]),
     }
-    own = {"mean": model.mean, "std": model.std}
     copies = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    model.load_state_dict({**own, **copies})
+    model.load_state_dict({"mean": model.mean, "std": model.std, **copies})
 
 
-def _norm(prefix, norm):
+def _norm(prefix: str, norm: dict) -> dict[str, np.ndarray]:
     return {f"{prefix}.weight": norm["scale"], f"{prefix}.bias": norm["bias"]}
 
 
-def _blocks(prefix, blocks):
-    """Stacked layers, one by one."""
+def _blocks(prefix: str, blocks: dict) -> dict[str, np.ndarray]:
+    """Returns the weights of stacked layers by their PyTorch names."""
     width, attention = blocks["ln_1"]["norm"]["scale"].shape[1], blocks["attention"]
-    named = {}
+    weights = {}
     for i in range(len(blocks["ln_1"]["norm"]["scale"])):
         at = f"{prefix}.blocks.{i}"
         layers = {
@@ -259,8 +279,9 @@ def _blocks(prefix, blocks):
             "proj": (blocks["proj"]["kernel"][i], blocks["proj"]["bias"][i]),
         }
         for name, (kernel, bias) in layers.items():
-            named[f"{at}.{name}.weight"], named[f"{at}.{name}.bias"] = kernel.T, bias.reshape(-1)
+            weights[f"{at}.{name}.weight"] = kernel.T
+            weights[f"{at}.{name}.bias"] = bias.reshape(-1)
         for name in ("ln_1", "ln_2"):
             norm = {key: x[i] for key, x in blocks[name]["norm"].items()}
-            named |= _norm(f"{at}.{name}", norm)
-    return named
+            weights |= _norm(f"{at}.{name}", norm)
+    return weights

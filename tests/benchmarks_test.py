@@ -160,12 +160,12 @@ def test_search_is_measured(tmp_path, monkeypatch):
     import search
 
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    monkeypatch.setattr(search, "text_tower", lambda: 0.0)
+    monkeypatch.setattr(search, "text_tower_milliseconds", lambda: 0.0)
     arguments = ["--segments=300", "--queries=3", f"--folder={tmp_path / 'index'}"]
     search.main(arguments)
     (written,) = tmp_path.glob("search_300_*.json")
-    whole, *funnels = json.loads(written.read_text())["rows"]
-    assert whole["segments"] == 300
+    summary, *funnels = json.loads(written.read_text())["rows"]
+    assert summary["segments"] == 300
     assert [row["compiled"] for row in funnels] == [0, 0, 0]
     assert funnels[-1]["top_10"] == 1  # it scores all 300
     with pytest.raises(SystemExit, match="holds another index"):
