@@ -1,14 +1,12 @@
 """The five benchmarks on stand-ins, end to end: prepare -> train -> evaluate -> results.json."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import standins
-from absl import flags
 
-from xclip_jax import cli, main, prepare
+from xclip_jax import main, prepare
 from xclip_jax.data.builder import Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,14 +48,9 @@ def prepared(tmp_path_factory):
 def run_main(monkeypatch, config, workdir, fields):
     """Runs the command in this process."""
     overrides = (f"--config.{field}={value}" for field, value in fields.items())
-    argv = ["main", f"--config={ROOT / 'configs'}/{config}", f"--workdir={workdir}", *overrides]
-    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is at work here already
-    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.a.b
-    flags.FLAGS.unparse_flags()
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)
-    cli.parse_flags(argv)
-    main.main([])
+    argv = [f"--config={ROOT / 'configs'}/{config}", f"--workdir={workdir}", *overrides]
+    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is already initialised
+    main.main(argv)
     return json.loads((workdir / "results.json").read_text())
 
 

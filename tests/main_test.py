@@ -1,5 +1,6 @@
-"""The command as a user meets it: the whole path, mistakes answered in one line, kills survived."""
+"""Command lines end to end: training, evaluation, errors in one line, dispatch of commands."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 import kills
 import pytest
 import tiny
-from absl import flags
 
 import xclip_jax
-from xclip_jax import main
+from xclip_jax import cli, main
+from xclip_jax.__main__ import COMMANDS
+from xclip_jax.__main__ import main as dispatch
 from xclip_jax.data import rendered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,19 +27,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run_main(data, tmp_path, monkeypatch):
-    """Runs the command in this process; returns what it exits with, None if it succeeds."""
+    """Returns a function that runs the command in this process and returns its exit status."""
     config = kills.write_config(tmp_path, data, epochs=1)
-    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is at work here already
+    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is already initialised
 
     def run(*arguments):
-        argv = ["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.a.b
-        flags.FLAGS.unparse_flags()
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)  # ml_collections defines a flag for each override
-        flags.FLAGS(argv)
+        argv = [f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments]
         try:
-            main.main([])
+            main.main(argv)
         except SystemExit as stop:
             return stop.code
         return None
@@ -62,7 +59,7 @@ def run_main(data, tmp_path, monkeypatch):
         ("--workdir=/dev/null/run", r"work directory /dev/null/run cannot be written"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(run_main, argument, message):
+def test_input_errors_are_one_line(run_main, argument, message):
     code = run_main(argument)
     assert isinstance(code, str)  # sys.exit(str): printed to stderr, exit status 1
     assert code.startswith("error: ")
@@ -70,7 +67,7 @@ def test_a_mistake_is_answered_in_one_line(run_main, argument, message):
     assert re.search(message, code), code
 
 
-def test_a_model_that_does_not_fit_its_description_is_refused(run_main, tmp_path):
+def test_parameters_that_do_not_fit_model_json_are_refused(run_main, tmp_path):
     assert run_main() is None
     described = json.loads((tmp_path / "run/model/model.json").read_text())
     described["embed_dim"] = 64
@@ -78,7 +75,7 @@ def test_a_model_that_does_not_fit_its_description_is_refused(run_main, tmp_path
     assert "do not fit model.json" in run_main("--config.mode=eval")
 
 
-def test_a_second_run_changes_nothing_and_eval_gives_the_same_numbers(run_main, tmp_path):
+def test_repeated_run_and_eval_give_the_same_results(run_main, tmp_path):
     assert run_main() is None
     results = (tmp_path / "run/results.json").read_text()
     assert run_main() is None
@@ -86,42 +83,103 @@ def test_a_second_run_changes_nothing_and_eval_gives_the_same_numbers(run_main, 
     assert (tmp_path / "run/results.json").read_text() == results
 
 
-def command(config, workdir, *arguments):
-    return [
-        *(sys.executable, "-m", "xclip_jax.main"),
-        *(f"--config={config}", f"--workdir={workdir}", *arguments),
+def run_module(module, *arguments):
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.widht=3"], "no field model.widht"),
+        (["--config.model.widht.x=3"], "no field model.widht.x"),
+        (["--config.model=3"], "a group of fields"),
+        (["--config.train.batch_size=many"], "batch_size=many: must be of type int"),
+        (["--config.eval.dual_softmax=maybe"], "dual_softmax=maybe: must be of type bool"),
+        (["config.mode=eval"], "every option starts with --"),
+        (["--config.mode"], "no =VALUE"),
+        (["--nonsense"], "--nonsense: unknown option"),
+        (["--config=configs/nothing.py"], "configs/nothing.py: no such file"),
+        (["--seeds=two"], "--seeds: invalid int value"),
+    ],
+)
+def test_command_line_errors_are_one_line(arguments, message, capsys):
+    parser = cli.CommandParser()
+    parser.add_argument("--seeds", type=int)
+    with pytest.raises(SystemExit) as stop, cli.one_line_errors():
+        cli.parse_with_config(parser, ["--config=configs/demo.py", *arguments])
+    error = capsys.readouterr().err.strip() or stop.value.code
+    assert message in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert stop.value.code not in (None, 0)
+
+
+def test_an_exception_in_a_config_file_is_reported_with_its_line(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("def get_config():\n    return 1 / 0\n")
+    done = run_module("xclip_jax.main", f"--config={config}")
+    assert done.returncode == 1
+    assert done.stderr == f"error: --config={config}, line 2: ZeroDivisionError: division by zero\n"
+
+
+def test_config_fields_are_converted_to_their_types():
+    fields = {
+        "seed": ("3", 3),
+        "name": ("a=b c", "a=b c"),
+        "model.tau": ("1", 1.0),
+        "eval.dual_softmax": ("true", True),
+        "model.granularities": ("('video_word', 'frame_word')", ("video_word", "frame_word")),
+    }
+    argv = [
+        "--config=configs/demo.py",
+        *(f"--config.{k}={text}" for k, (text, _) in fields.items()),
     ]
+    _, config, overrides = cli.parse_with_config(cli.CommandParser(), argv)
+    assert overrides == {field: value for field, (_, value) in fields.items()}
+    assert [type(value) for value in overrides.values()] == [int, str, float, bool, tuple]
+    assert config.model.granularities == ("video_word", "frame_word")
 
 
-def test_an_unknown_field_and_a_missing_config_are_refused_without_a_traceback(data, tmp_path):
-    config = kills.write_config(tmp_path, data, epochs=1)
-    for arguments, message in (
-        ([f"--config={config}", "--config.model.widht=3"], "widht"),
-        ([], "config"),
-        (["--config=configs/nothing.py"], "configs/nothing.py"),
-        ([f"--config={config}", "config.mode=eval"], "every option starts with --"),
-        ([f"--config={config}", "--config.train.batch_size=many"], "batch_size"),
-        ([f"--config={config}", "--nonsense"], "nonsense"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "xclip_jax.main", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-
-
-def test_help():
-    done = subprocess.run(command("x", "y", "--help"), capture_output=True, text=True, cwd=ROOT)
+def test_help_names_the_config_fields():
+    done = run_module("xclip_jax", "train", "--help")
     assert done.returncode == 0
     assert "--config.a.b=value" in done.stdout
 
 
-def test_the_demo_path_from_rendering_to_the_report(run_main, tmp_path, monkeypatch):
+def test_command_without_config_is_an_error():
+    done = run_module("xclip_jax.main")
+    assert done.returncode == 2
+    assert done.stderr == "error: the following arguments are required: --config\n"
+
+
+def test_xclip_jax_lists_its_commands():
+    done = run_module("xclip_jax", "--help")
+    assert done.returncode == 0
+    listed = re.findall(r"^  (\w+) +\w.*$", done.stdout, re.MULTILINE)
+    assert listed == ["train", "prepare", "convert", "search", "study"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["retrain"]])
+def test_xclip_jax_refuses_unknown_commands(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        dispatch(arguments)
+    assert stop.value.code == 2
+    name = arguments[0] if arguments else "no command"
+    expected = f"error: {name}: must be one of train, prepare, convert, search, study\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_xclip_jax_calls_the_command_with_the_other_arguments(name, monkeypatch):
+    received = []
+    module = importlib.import_module(COMMANDS[name][0])
+    monkeypatch.setattr(module, "main", received.extend)
+    dispatch([name, "--help", "x"])
+    assert received == ["--help", "x"]
+
+
+def test_demo_config_renders_trains_and_reports(run_main, tmp_path, monkeypatch):
     make = rendered.make
     monkeypatch.setattr(
         rendered, "make", lambda *a, **k: make(*a, **{**k, "num_val": 6, "num_test": 12})

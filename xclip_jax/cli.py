@@ -1,22 +1,30 @@
-"""What a command says when its input is at fault: one clear line, a non-zero exit, no traceback."""
+"""Command lines: arguments, config files, one-line errors and progress bars."""
 
+import argparse
+import ast
 import contextlib
+import logging
 import os
+import re
+import runpy
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from absl import flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """The user's input is at fault; the message names what, where and what is allowed."""
+    """An error in the user's input: the message names it, its value and what is allowed."""
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Turns an InputError, or an OSError such as a missing folder, into one line and exit 1."""
+def one_line_errors() -> Iterator[None]:
+    """Turns an InputError or OSError into one line on stderr and exit status 1."""
     try:
         yield
     except (InputError, OSError) as error:
@@ -25,11 +33,13 @@ def one_line_errors():
         sys.exit("interrupted")
 
 
-def run_command(command):
-    """Runs a command line; one that fails ends at once, without the interpreter's teardown.
+def run_command(command: Callable[[], object]) -> None:
+    """Runs a command line and, if it fails, ends the process without interpreter shutdown.
 
-    There the threads of XLA and Orbax, cut short, would crash or print tracebacks of their own.
+    During shutdown, interrupted threads of XLA and Orbax would crash or print tracebacks.
     """
+    logging.captureWarnings(True)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         command()
     except SystemExit as stop:
@@ -37,56 +47,140 @@ def run_command(command):
             raise
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
-        _end(stop.code if isinstance(stop.code, int) else 1)
-    except Exception:  # a defect; other processes of the program must not wait for this one
+        _exit(stop.code if isinstance(stop.code, int) else 1)
+    except Exception:  # a bug; other processes of the program must not wait for this one
         traceback.print_exc()
-        _end(1)
+        _exit(1)
 
 
-def _end(status):
+def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def parse_flags(argv):
-    """absl's parsing, with one line for a mistake, and success for a call for help."""
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that keeps the layout of docstrings and reports errors in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"formatter_class": formatter, "allow_abbrev": False} | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2 and one line on stderr."""
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_with_config(
+    parser: CommandParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, ConfigDict, dict[str, Any]]:
+    """Parses a command line with --config=FILE and any number of --config.FIELD=VALUE.
+
+    Returns:
+        (arguments, config with the fields set, {field: value} of the fields set).
+
+    Raises:
+        InputError: the config file fails, or an argument or a field is unknown or malformed.
+    """
+    text = "a file of configs/, with its argument after a colon; --config.a.b=value sets a field"
+    parser.add_argument("--config", required=True, metavar="FILE", help=text)
+    arguments, others = parser.parse_known_args(argv)
+    config = call_user_file("--config", arguments.config, "get_config")
+    config.lock()
+    fields = {}
+    for argument in others:
+        if not argument.startswith("--"):
+            raise InputError(f"{argument}: every option starts with --, see --help")
+        if not (override := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)):
+            raise InputError(f"{argument}: unknown option or no =VALUE, see --help")
+        fields[override[1]] = _set_field(config, *override.groups())
+    return arguments, config, fields
+
+
+def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
+    """Returns what a function in a user's Python file returns.
+
+    Args:
+        option: the command-line option that names the file.
+        file: path; text after a colon is appended to the inputs.
+        function: name of the function.
+        *inputs: its positional arguments.
+
+    Raises:
+        InputError: the file is missing or raises an exception; the message names the line.
+    """
+    path, _, argument = file.partition(":")
+    if not Path(path).is_file():
+        raise InputError(f"{option}={path}: no such file")
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        lines = str(error).strip().splitlines()
-        if "Traceback (most recent call last):" in lines:  # of a config file that raised
-            lines = [lines[0].split("Error whilst")[0], lines[-1].split("InputError: ")[-1]]
-        sys.exit("error: " + " ".join(" ".join(lines).split()))
-    except (AttributeError, KeyError, TypeError) as error:
-        field = " ".join(str(error.args[0] if error.args else error).split()).strip("\"'")
-        field = field.partition(" Other fields present:")[0]
-        sys.exit(f"error: --config has no field {field}: see xclip_jax/config.py for all of them")
-    except SystemExit:
-        sys.exit(0 if any(arg.lstrip("-").startswith("help") for arg in argv[1:]) else 1)
+        return runpy.run_path(path)[function](*inputs, *([argument] if argument else []))
+    except InputError:
+        raise
+    except Exception as error:  # users may write anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"{option}={path}{where}: {type(error).__name__}: {error}") from None
 
 
-tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaks
-_silent = False
+def _set_field(config: ConfigDict, field: str, text: str) -> Any:
+    """Sets a dotted field to a text converted to the field's type, and returns the value."""
+    *groups, name = field.split(".")
+    group: Any = config
+    for key in groups:
+        group = group.get(key) if isinstance(group, ConfigDict) else None
+    if not isinstance(group, ConfigDict) or name not in group:
+        raise InputError(f"--config has no field {field}: see xclip_jax/config.py for all fields")
+    kind = group.get_type(name)
+    if kind not in _CONVERTERS:
+        raise InputError(f"--config.{field} is a group of fields: write --config.{field}.NAME")
+    try:
+        group[name] = None if text == "None" and group[name] is None else _CONVERTERS[kind](text)
+    except ValueError:
+        raise InputError(f"--config.{field}={text}: must be of type {kind.__name__}") from None
+    return group[name]
 
 
-def silence():
-    """No more bars in this process: another one speaks for all."""
-    global _silent
-    _silent = True
+def _to_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
 
 
-def progress(total, desc, unit, initial=0):
-    """A tqdm bar with rate and time left over `total` things; bytes ("B") as kB, MB, ..."""
-    every = 0.2 if sys.stderr.isatty() else 30
+def _to_tuple(text: str) -> tuple[Any, ...]:
+    """Converts "('a', 'b')" and "a,b" alike."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(text.strip("()").split(","))
+    return value if isinstance(value, tuple) else (value,)
+
+
+_CONVERTERS = {bool: _to_bool, int: int, float: float, str: str, tuple: _to_tuple}
+
+_progress_lock = threading.RLock()  # tqdm's default is a semaphore, leaked if a process is killed
+_progress_disabled = False
+
+
+def disable_progress() -> None:
+    """Disables the progress bars of this process."""
+    global _progress_disabled
+    _progress_disabled = True
+
+
+def progress(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
+    """Returns a tqdm bar with rate and remaining time; the unit "B" is scaled to kB, MB, ..."""
+    tqdm.set_lock(_progress_lock)
+    interval = 0.2 if sys.stderr.isatty() else 30
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
         unit_scale=unit == "B",
-        disable=_silent,
+        disable=_progress_disabled,
         initial=initial,
-        mininterval=every,
-        maxinterval=2 * every,
+        mininterval=interval,
+        maxinterval=2 * interval,
         dynamic_ncols=True,
     )

@@ -1,89 +1,96 @@
-"""Several processes as one program: how they meet, who speaks, what they tell each other.
+"""Several processes as one program: connection, synchronisation, preemption.
 
-Every process runs the same code on its own devices and its own share of the data; the first one
+Every process runs the same code on its own devices and its own part of the data. The first process
 writes logs, reports and model directories.
 """
 
 import contextlib
+import os
 import pickle
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xclip_jax.cli import InputError, silence
+from xclip_jax.cli import InputError, disable_progress
 
-PREEMPTED = 75  # exit status (EX_TEMPFAIL): saved, and the same command goes on
-JOIN_SECONDS = 300  # after which those that wait for a missing process end
-LOST_SECONDS = 60  # after which a process that is gone ends the others
+PREEMPTED = 75  # exit status (EX_TEMPFAIL): a checkpoint is saved, the same command resumes
+JOIN_SECONDS = 300  # limit for all processes to connect
+LOST_SECONDS = 60  # limit for noticing that a process has died
+# Variables that SLURM, Open MPI and GKE set in every process of a job.
+CLUSTER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 
 
-def connect(coordinator, num_processes, process_id):
-    """Joins the other processes, if there are any; before anything else of JAX.
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects to the other processes, if any; must precede every other use of JAX.
 
     Args:
-        coordinator: HOST:PORT of the first process, the same for all; None: as the cluster says
-            (Cloud TPU, GKE, SLURM, MPI), or alone where there is none.
-        num_processes, process_id: needed with a coordinator.
+        coordinator: HOST:PORT of the first process, the same for all processes. None: detected on
+            a cluster (Cloud TPU, GKE, SLURM, MPI), else a single process.
+        num_processes: number of processes; required with a coordinator.
+        process_id: index of this process, from 0; required with a coordinator.
 
     Raises:
-        InputError: only a part of the three is given, or they do not fit.
+        InputError: only some of the three are set, or one is out of range.
     """
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if any(given) and not all(given):
-        raise InputError("--coordinator, --num_processes and --process_id go together")
-    if all(given) and not re.fullmatch(r".+:\d+", coordinator):
-        raise InputError(f"--coordinator={coordinator}: must be HOST:PORT")
-    if all(given) and num_processes < 1:
-        raise InputError(f"--num_processes={num_processes}: must be at least 1")
-    if all(given) and not 0 <= process_id < num_processes:
-        raise InputError(f"--process_id={process_id}: must be from 0 to {num_processes - 1}")
-    if process_id == 0 and num_processes > 1:
-        print(
-            f"waiting for {num_processes} processes at {coordinator}, at most {JOIN_SECONDS} s",
-            flush=True,
-        )
-    options = {
-        "initialization_timeout": JOIN_SECONDS,
-        "heartbeat_timeout_seconds": LOST_SECONDS,
-        "shutdown_timeout_seconds": LOST_SECONDS,
-    }
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise InputError(f"--coordinator={coordinator}: must be HOST:PORT")
+        if num_processes < 1:
+            raise InputError(f"--num_processes={num_processes}: must be at least 1")
+        if not 0 <= process_id < num_processes:
+            raise InputError(f"--process_id={process_id}: must be from 0 to {num_processes - 1}")
+        if process_id == 0 and num_processes > 1:
+            text = f"waiting at most {JOIN_SECONDS} s for {num_processes} processes"
+            print(f"{text} at {coordinator}", flush=True)
+    elif any(value is not None for value in (coordinator, num_processes, process_id)):
+        raise InputError("--coordinator, --num_processes and --process_id must be set together")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
-    except ValueError as error:
-        # On a cluster that JAX cannot make sense of, each process would train alone.
-        if "coordinator_address should be defined" not in str(error):
-            raise InputError(f"cannot join the other processes: {error}") from None
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=LOST_SECONDS,
+            shutdown_timeout_seconds=LOST_SECONDS,
+        )
+    except ValueError as error:  # JAX recognises no cluster, or cannot read the variables of one
+        variables = [name for name in CLUSTER_VARIABLES if name in os.environ]
+        if coordinator or variables:
+            found = f" ({', '.join(variables)} is set)" if variables else ""
+            raise InputError(f"cannot connect to the other processes{found}: {error}") from None
     if not is_first_process():
-        silence()
+        disable_progress()
 
 
-def is_first_process():
-    """Whether this process speaks and writes for all."""
+def is_first_process() -> bool:
+    """Returns True in the process that prints and writes for all."""
     return jax.process_index() == 0
 
 
-def print_once(text):
-    """Prints, once for all processes."""
+def print_once(text: str) -> None:
+    """Prints in the first process only."""
     if is_first_process():
         print(text, flush=True)
 
 
-def wait_for_all(name):
-    """Returns when every process has come here."""
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def gather_objects(value):
-    """A list of every process's `value`, in their order; anything that can be pickled."""
+def gather_objects(value: Any) -> list[Any]:
+    """Returns the `value` of every process, in process order; values must be picklable."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int64(len(data)))
+    sizes = np.asarray(multihost_utils.process_allgather(np.int64(len(data))))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
@@ -91,49 +98,49 @@ def gather_objects(value):
 
 
 @contextlib.contextmanager
-def report_failed_process():
-    """Of several processes, says which one failed, and that all can be started again."""
+def report_failed_process() -> Iterator[None]:
+    """Prints which of several processes failed and how to resume, then re-raises the error."""
     try:
         yield
     except jax.errors.JaxRuntimeError:
         if jax.process_count() > 1:
             print(
-                f"process {jax.process_index()} of {jax.process_count()} failed or lost another: "
-                "start all again, the run goes on from its last checkpoint",
+                f"process {jax.process_index()} of {jax.process_count()} failed or lost a peer: "
+                "restart all processes; training resumes from the last checkpoint",
                 file=sys.stderr,
             )
         raise
 
 
 class Preemption:
-    """Notices SIGTERM, by which clusters announce that a machine is about to be taken away.
+    """The notice (SIGTERM) by which clusters announce that a machine is about to be reclaimed.
 
-    With several processes JAX passes the notice on, so that all stop after the same step.
+    With several processes JAX distributes the notice, so that all stop after the same step.
     """
 
-    def __init__(self):
-        self._noticed = False
+    def __init__(self) -> None:
+        self._received = False
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._notice)
+            signal.signal(signal.SIGTERM, self._receive)
 
-    def _notice(self, *_):
-        self._noticed = True
+    def _receive(self, *_: object) -> None:
+        self._received = True
 
-    def reached(self, step):
-        """Whether to save and stop after this step; to be asked after every step."""
-        return self._noticed or multihost_utils.reached_preemption_sync_point(step)
+    def reached(self, step: int) -> bool:
+        """Returns True if the run must save and stop after this step; call it after each step."""
+        return self._received or multihost_utils.reached_preemption_sync_point(step)
 
 
-def stop_when_preempted():
-    """SIGTERM just ends the program: to be called where there is nothing to save.
+def stop_when_preempted() -> None:
+    """Makes SIGTERM end the program at once, for phases with nothing to save.
 
-    With several processes not before training, which needs the handler that JAX has set.
+    With several processes, call it only after training, which needs JAX's handler.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
 
 
-def shutdown():
-    """Ends together with the others: they fail if the first process goes before them."""
+def shutdown() -> None:
+    """Ends all processes together, because the others fail if the first one exits early."""
     if jax.process_count() > 1:
-        wait_for_all("the end")
+        wait_for_all("shutdown")
         jax.distributed.shutdown()

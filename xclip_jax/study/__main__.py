@@ -12,19 +12,22 @@ a device of its own, shares the runs out; --print_commands lists them for a clus
 How to write a study: docs/studies.md.
 """
 
-import logging
+import argparse
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import config_flags
-
 from xclip_jax import prepare
-from xclip_jax.cli import InputError, one_line_errors, parse_flags, run_command
+from xclip_jax.cli import (
+    CommandParser,
+    InputError,
+    one_line_errors,
+    parse_with_config,
+    run_command,
+)
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
 from xclip_jax.study.plan import plan
@@ -32,59 +35,51 @@ from xclip_jax.study.report import write_study
 from xclip_jax.study.runs import work_off
 from xclip_jax.study.spec import load_studies
 
-_STUDY = flags.DEFINE_multi_string(
-    "study", None, "A file of configs/studies/, or a pattern in quotes; may be repeated."
-)
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What the variants change: a file of configs/, and --config.a.b=value."
-)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each variant, with seeds from config.seed on.")
-_ONLY = flags.DEFINE_multi_string("only", [], "Run this variant alone; may be repeated.")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Where runs and report go; default runs/studies/NAME_OF_CONFIG."
-)
-_PRINT = flags.DEFINE_bool(
-    "print_commands", False, "Print the command of each run that is not finished, and run none."
-)
-_REPORT = flags.DEFINE_bool("report_only", False, "Make the report of what is there; run none.")
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m xclip_jax.study", description=__doc__)
+    add = parser.add_argument
+    text = "a file of configs/studies/, or a pattern in quotes; may be repeated"
+    add("--study", action="append", required=True, help=text)
+    text = "number of runs of each variant, with seeds from config.seed on (default 1)"
+    add("--seeds", type=int, default=1, help=text)
+    add("--only", action="append", default=[], help="run only this variant; may be repeated")
+    add("--output", help="folder of runs and report (default runs/studies/CONFIG_NAME)")
+    text = "print the commands of the unfinished runs instead of running them"
+    add("--print_commands", action="store_true", help=text)
+    add("--report_only", action="store_true", help="write the report of finished runs; run none")
+    return parser
 
 
-def main(argv):
-    """Plans, runs and reports."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.captureWarnings(True)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     with one_line_errors():
-        if argv[1:]:
-            raise InputError(f"{' '.join(argv[1:])}: every option starts with --, see --help")
-        if _SEEDS.value < 1:
-            raise InputError(f"--seeds={_SEEDS.value}: must be at least 1")
-        base = _CONFIG.value
+        arguments, base, overrides = parse_with_config(_parser(), argv)
+        if arguments.seeds < 1:
+            raise InputError(f"--seeds={arguments.seeds}: must be at least 1")
         validate(base)
         prepare.render_if_missing(base)
-        studies = load_studies(_STUDY.value, base)
-        output = Path(_OUTPUT.value or f"runs/studies/{base.name}")
-        file = flags.FLAGS["config"]
-        given = config_flags.get_override_values(file)
-        path = config_flags.get_config_filename(file)
-        planned = plan(studies, path, base, given, _SEEDS.value, output)
+        studies = load_studies(arguments.study, base)
+        output = Path(arguments.output or f"runs/studies/{base.name}")
+        planned = plan(studies, arguments.config, base, overrides, arguments.seeds, output)
         for run in {id(run): run for runs in planned.values() for run in runs}.values():
             run.check()
-        chosen = _chosen(studies, planned)
-        if _PRINT.value:
+        chosen = _chosen(studies, planned, arguments)
+        if arguments.print_commands:
             _print_commands(chosen)
-        elif not _work_off(studies, planned, [] if _REPORT.value else chosen, output):
+        elif not _work_off(studies, planned, [] if arguments.report_only else chosen, output):
             sys.exit(1)
 
 
-def _chosen(studies, planned):
+def _chosen(studies, planned, arguments: argparse.Namespace):
     """The runs of --only's variants, first seeds first, each once."""
     names = list(dict.fromkeys(name for study in studies.values() for name in study.variants))
-    unknown = [name for name in _ONLY.value if name not in names]
+    unknown = [name for name in arguments.only if name not in names]
     if unknown:
         raise InputError(f"--only={unknown[0]}: no such variant, there are {', '.join(names)}")
-    wanted = [runs for (_, name), runs in planned.items() if name in (_ONLY.value or names)]
-    ordered = (runs[k] for k in range(_SEEDS.value) for runs in wanted)
+    wanted = [runs for (_, name), runs in planned.items() if name in (arguments.only or names)]
+    ordered = (runs[k] for k in range(arguments.seeds) for runs in wanted)
     return list({run.workdir: run for run in ordered}.values())
 
 
@@ -114,5 +109,4 @@ def _work_off(studies, planned, chosen, output):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["study", "config"])
-    run_command(lambda: app.run(main, flags_parser=parse_flags))
+    run_command(main)
