@@ -1,4 +1,4 @@
-"""The report: right rankings, right numbers, untrusted captions, degenerate sizes."""
+"""Tests of the report: rankings, numbers, untrusted captions, extreme sizes."""
 
 import html.parser
 import warnings
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from xclip_jax import report
-from xclip_jax.report import canvas, figures, queries, strips
+from xclip_jax.report import canvas, figures, queries
 
 NASTY = [
     "<script>alert('x')</script> & \"quotes\"",
@@ -36,7 +36,7 @@ def results_of(texts, videos, **extra):
 
 def attention_of(caption, words=4, frames=3):
     weights_WxF = np.random.default_rng(0).dirichlet(np.ones(words * frames))
-    return report.Attention(
+    return report.WordFrameAttention(
         words=(caption.split() + ["$x$"] * words)[:words],
         weights_WxF=weights_WxF.reshape(words, frames),
         times=[float(k) for k in range(frames)],
@@ -46,22 +46,22 @@ def attention_of(caption, words=4, frames=3):
     )
 
 
-def write(directory, captions, text_video, videos, frames=3, names=None, **options):
+def make_report(directory, captions, text_video, videos, frames=3, names=None, **options):
     sim_TxV = np.random.default_rng(1).normal(size=(len(captions), videos)).astype(np.float32)
     return report.write_report(
         directory,
         options.pop("results", results_of(len(captions), videos)),
         sim_TxV,
-        captions,
-        np.asarray(text_video),
-        names or [f"clip{v}.mp4" for v in range(videos)],
-        lambda video: frames_of(video, frames),
+        captions=captions,
+        text_video_T=np.asarray(text_video),
+        clip_names=names or [f"clip{v}.mp4" for v in range(videos)],
+        load_frames=lambda video: frames_of(video, frames),
         **options,
     )
 
 
 class Page(html.parser.HTMLParser):
-    """The text, the tags and the local files that a page asks for."""
+    """The text, the tags and the linked files of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -82,50 +82,50 @@ def test_text_queries_rank_videos_and_mark_the_right_one():
         [[1, 9, 5, 7], [8, 2, 3, 4], [6, 5, 4, 3], [1, 2, 3, 4]],
         np.float32,
     )
-    found = {q.item: q for q in queries.text_queries(sim_TxV, np.array([3, 1, 0, 2]))}
-    assert [(hit.item, hit.score, hit.right) for hit in found[0].hits] == [
-        (1, 9, False), (3, 7, True), (2, 5, False),
+    shown = {q.item: q for q in queries.text_queries(sim_TxV, np.array([3, 1, 0, 2]))}
+    assert [(hit.item, hit.score, hit.kind) for hit in shown[0].hits] == [
+        (1, 9, "wrong"), (3, 7, "right"), (2, 5, "wrong"),
     ]  # fmt: skip
-    assert [hit.right for hit in found[1].hits] == [False, False, False]
-    assert {item: query.rank for item, query in found.items()} == {0: 2, 1: 4, 2: 1, 3: 2}
-    assert (found[1].answers, found[1].score, found[1].candidates) == ([1], 2, 4)
+    assert [hit.kind for hit in shown[1].hits] == ["wrong"] * 3
+    assert {item: query.rank for item, query in shown.items()} == {0: 2, 1: 4, 2: 1, 3: 2}
+    assert (shown[1].answers, shown[1].truth.score, shown[1].candidates) == ([1], 2, 4)
 
 
 def test_video_queries_rank_one_caption_per_video():
     # Texts 0 and 1 describe video 2, text 2 video 0, text 3 video 1.
     text_video = np.array([2, 2, 0, 1])
     sim_TxV = np.array([[5, 1, 8], [6, 1, 9], [4, 1, 1], [7, 1, 2]], np.float32)
-    found = {q.item: q for q in queries.video_queries(sim_TxV, text_video)}
-    assert set(found) == {0, 1, 2}
-    assert [(h.item, h.score, h.right) for h in found[0].hits] == [
-        (3, 7, False), (1, 6, False), (2, 4, True),
+    shown = {q.item: q for q in queries.video_queries(sim_TxV, text_video)}
+    assert set(shown) == {0, 1, 2}
+    assert [(h.item, h.score, h.kind) for h in shown[0].hits] == [
+        (3, 7, "wrong"), (1, 6, "wrong"), (2, 4, "right"),
     ]  # fmt: skip
-    assert found[2].answers == [1, 0]  # best first
-    assert (found[2].hits[0].item, found[2].hits[0].right, found[2].rank) == (1, True, 1)
-    assert {video: query.rank for video, query in found.items()} == {0: 3, 1: 2, 2: 1}
-    assert found[0].candidates == 3
+    assert shown[2].answers == [1, 0]  # best first
+    assert (shown[2].hits[0].item, shown[2].hits[0].kind, shown[2].rank) == (1, "right", 1)
+    assert {video: query.rank for video, query in shown.items()} == {0: 3, 1: 2, 2: 1}
+    assert shown[0].candidates == 3
 
 
-def test_pick_draws_blindly_and_adds_the_worst_misses():
+def test_sample_ignores_ranks_and_worst_misses_are_added():
     rank_Q = np.ones(100)
-    blind = [q for q, _ in queries.pick(rank_Q, np.arange(100))]
-    assert len(set(blind)) == 6
-    bad, worst, worse = [q for q in range(100) if q not in blind][:3]
+    sample = [q for q, _ in queries.choose_queries(rank_Q, np.arange(100))]
+    assert len(set(sample)) == 6
+    bad, worst, worse = [q for q in range(100) if q not in sample][:3]
     rank_Q[[bad, worst, worse]] = [5, 90, 40]
-    picked = queries.pick(rank_Q, np.arange(100))
-    assert [q for q, _ in picked[:4]] == blind[:4]
+    picked = queries.choose_queries(rank_Q, np.arange(100))
+    assert [q for q, _ in picked[:4]] == sample[:4]
     assert picked[4:] == [(worst, "one of the worst misses"), (worse, "one of the worst misses")]
-    assert queries.pick(rank_Q, np.arange(100)) == picked
+    assert queries.choose_queries(rank_Q, np.arange(100)) == picked
 
 
 @pytest.mark.parametrize("missed", [0, 1, 2, 3])
-def test_pick_shows_all_of_a_few_and_no_video_twice(missed):
-    rank_Q = np.where(np.arange(8) < missed, 2, 1)
-    picked = [q for q, _ in queries.pick(rank_Q, np.arange(8) // 2)]
+def test_no_video_is_shown_twice_and_a_few_are_all_shown(missed):
+    rank_Q = np.where(np.arange(8) < missed, 2.0, 1.0)
+    picked = [q for q, _ in queries.choose_queries(rank_Q, np.arange(8) // 2)]
     assert sorted(q // 2 for q in picked) == [0, 1, 2, 3]
 
 
-def test_table_is_aligned_and_has_the_numbers():
+def test_table_is_aligned_with_rounded_numbers():
     table = report.format_table(results_of(1000, 250, note="on the training clips"))
     assert table.splitlines() == [
         "test split, step 1200 (the last), many captions, 1,000 texts, 250 videos, 3 missing",
@@ -136,7 +136,7 @@ def test_table_is_aligned_and_has_the_numbers():
     ]
 
 
-def test_table_with_options_and_the_paper():
+def test_table_has_rows_for_options_and_the_paper():
     recalls = {"R@1": 50.0, "R@5": 60.0, "R@10": 70.0, "MdR": 1.0, "MnR": 9.0}
     paper = {"R@1": 46.1, "R@5": 73.0, "R@10": None, "MnR": 13.2}
     results = results_of(9, 9, dataset="msrvtt 9k", selected_on="test") | {
@@ -144,7 +144,7 @@ def test_table_with_options_and_the_paper():
         "paper": {"ViT-B/32": {"text_to_video": paper, "video_to_text": paper}},
     }
     assert report.format_table(results).splitlines() == [
-        "msrvtt 9k, test split, step 1200 (chosen on test), many captions, 9 texts, 9 videos, "
+        "msrvtt 9k, test split, step 1200 (selected on test), many captions, 9 texts, 9 videos, "
         "3 missing",
         "                        R@1     R@5    R@10     MdR     MnR",
         "text to video          45.2    71.0   100.0     2.0    14.8",
@@ -155,12 +155,12 @@ def test_table_with_options_and_the_paper():
     ]
 
 
-def test_files_are_there_and_old_ones_go(tmp_path):
+def test_report_replaces_an_older_one_and_no_other_files(tmp_path):
     (tmp_path / "attention_7.png").write_text("old")
     (tmp_path / "mine.txt").write_text("kept")
     curves = [{"step": k, "train/loss": 3 / (k + 1), "val/text_to_video/R@1": k} for k in range(9)]
     curves += [{"step": 9}, {"step": 10, "train/loss": float("nan")}, {"step": 11, "x": "text"}]
-    index = write(
+    index = make_report(
         tmp_path, ["a red ball"] * 8, range(8), 8, curves=curves, attentions=[attention_of("ball")]
     )
     page = Page(index)
@@ -170,7 +170,7 @@ def test_files_are_there_and_old_ones_go(tmp_path):
             image.load()
             low, high = zip(*image.convert("RGB").getextrema(), strict=True)
         assert image.width > 200
-        assert max(high) - min(low) > 100  # something is drawn
+        assert max(high) - min(low) > 100  # not blank
     assert {"../results.json", "../metrics.jsonl", *pictures[:2]} == set(page.links)
     assert set(pictures[2:]) < set(page.sources)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
@@ -182,17 +182,25 @@ def test_frames_are_visible_in_the_figure(tmp_path):
     red = np.zeros((1, 32, 32, 3), np.uint8)
     red[..., 0] = 255
     results = results_of(1, 1)
-    report.write_report(tmp_path, results, np.ones((1, 1)), ["x"], [0], ["clip"], lambda _: red)
+    report.write_report(
+        tmp_path,
+        results,
+        np.ones((1, 1)),
+        captions=["x"],
+        text_video_T=np.zeros(1, int),
+        clip_names=["clip"],
+        load_frames=lambda _: red,
+    )
     for name in ("text_to_video.png", "video_to_text.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert ((pixels == (255, 0, 0)).all(-1)).mean() > 0.01, name
 
 
-def test_captions_are_text_and_nothing_else(tmp_path):
+def test_captions_and_names_cannot_inject_html(tmp_path):
     count = len(NASTY)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a missing glyph is no reason to warn
-        index = write(
+        warnings.simplefilter("error")  # missing glyphs must not warn
+        index = make_report(
             tmp_path,
             NASTY,
             range(count),
@@ -205,8 +213,6 @@ def test_captions_are_text_and_nothing_else(tmp_path):
     assert "script" not in page.tags
     assert "<script" not in index.read_text(encoding="utf-8")
     assert "on the <script> training clips" in page.text
-    shown = {q.item for q in queries.text_queries(np.zeros((count, count)), np.arange(count))}
-    assert len(shown) == 6
     assert NASTY[0] in page.text
     assert NASTY[1] in page.text
     assert "\x00" not in page.text
@@ -215,14 +221,14 @@ def test_captions_are_text_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("text_video", "videos", "frames"), [([0], 1, 1), ([0, 0, 1], 2, 2), ([1, 1, 0], 2, 64)]
 )
-def test_degenerate_sizes(tmp_path, text_video, videos, frames):
+def test_report_of_one_video_or_of_many_frames(tmp_path, text_video, videos, frames):
     captions = [f"caption {k}" for k in range(len(text_video))]
-    index = write(tmp_path, captions, text_video, videos, frames, curves=[{"step": 1}])
+    index = make_report(tmp_path, captions, text_video, videos, frames, curves=[{"step": 1}])
     assert not (tmp_path / "curves.png").exists()
     assert "Training" not in Page(index).text
 
 
-def test_attention_of_many_words_and_frames(tmp_path):
+def test_attention_map_size_is_bounded(tmp_path):
     figures.draw_attention(tmp_path / "many.png", attention_of("a b c", words=70, frames=40))
     figures.draw_attention(tmp_path / "one.png", attention_of("a", words=1, frames=1))
     sizes = [Image.open(tmp_path / name).size for name in ("many.png", "one.png")]
@@ -232,23 +238,23 @@ def test_attention_of_many_words_and_frames(tmp_path):
 
 def test_long_captions_are_wrapped_and_cut():
     sheet = canvas.Canvas(400, 100)
-    with canvas.boxes_for_missing_glyphs():
+    with canvas.ignore_missing_glyphs():
         for caption in NASTY:
             lines = sheet.wrap(caption, 200, 2)
             assert 1 <= len(lines) <= 2
-            assert all(sheet.width(line, 13) <= 200 for line in lines)
+            assert all(sheet.measure_width(line, 13) <= 200 for line in lines)
         assert sheet.wrap(NASTY[5], 200, 2)[-1].endswith("…")
         assert sheet.wrap("short one", 200, 2) == ["short one"]
 
 
 def test_strip_shows_six_evenly_spaced_frames():
     frames = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    strip = strips.make_strip(frames)
-    centres = strips.FRAME_SIDE // 2 + np.arange(6) * (strips.FRAME_SIDE + strips.FRAME_GAP)
+    strip = figures.make_strip(frames)
+    centres = figures.FRAME_SIDE // 2 + np.arange(6) * (figures.FRAME_SIDE + figures.FRAME_GAP)
     assert strip[50, centres, 0].tolist() == [0, 13, 25, 38, 50, 63]
-    assert strips.make_strip(frames[:2]).shape[1] == strips.strip_width(2)
+    assert figures.make_strip(frames[:2]).shape[1] == figures.strip_width(2)
 
 
 def test_smoothing_keeps_a_constant_and_does_not_lag():
-    np.testing.assert_allclose(figures.smooth([2.0] * 50, 5), 2)
-    np.testing.assert_allclose(figures.smooth(list(range(50)), 5)[2:-2], np.arange(2, 48))
+    np.testing.assert_allclose(figures.smooth(np.full(50, 2.0), 5), 2)
+    np.testing.assert_allclose(figures.smooth(np.arange(50), 5)[2:-2], np.arange(2, 48))

@@ -1,4 +1,4 @@
-"""Studies run by their command: killed, failing, shared out, printed."""
+"""Tests of the study command: failures, kills and resumption, printed commands."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ import kills
 import pytest
 import tiny
 
-from xclip_jax.study.runs import _reason
+from xclip_jax.study.runs import failure_reason
 
 STUDY = """
 from xclip_jax.study import Study, Variant
@@ -21,7 +21,7 @@ from xclip_jax.study import Study, Variant
 
 def get_study(config):
     return Study(
-        title="A study of one's own",
+        title="Width and options",
         columns=("what",),
         variants={
             "hot": Variant({"model.tau": 0.1}),
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 def start(folder, output, *options):
-    """The command, started; what it prints is in OUTPUT.log."""
+    """Starts the command, with its output in OUTPUT.log."""
     environment = os.environ | {
         "PYTHONPATH": str(kills.TESTS.parent),
         "JAX_NUM_CPU_DEVICES": "1",
@@ -60,14 +60,14 @@ def start(folder, output, *options):
 
 
 def start_and_wait(folder, output, lines):
-    """The command, started, when its runs have logged so many lines."""
-    process, end = start(folder, output), time.time() + 150
+    """Starts the command and returns when its runs have logged so many lines."""
+    process, end = start(folder, output), time.time() + 600
     while steps(folder / output) < lines and process.poll() is None and time.time() < end:
         time.sleep(0.005)
     return process
 
 
-def finish(process, seconds=200):
+def finish(process, seconds=600):
     try:
         return process.wait(seconds)
     finally:
@@ -75,42 +75,42 @@ def finish(process, seconds=200):
 
 
 def steps(folder):
-    """Lines that all runs together have logged."""
+    """Returns the number of lines that all runs together have logged."""
     return sum(len(p.read_text().splitlines()) for p in folder.glob("runs/*/*/metrics.jsonl"))
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
-    """The output of a study that nobody stopped; one of its variants cannot work."""
-    process = start(folder, "whole")
+def complete(folder):
+    """Returns the output of an uninterrupted study, one variant of which fails."""
+    process = start(folder, "complete")
     assert finish(process) == 1  # for the variant that failed
-    return folder / "whole"
+    return folder / "complete"
 
 
 def table(output):
     return (output / "report" / "own.md").read_text()
 
 
-def test_one_variant_fails_with_its_reason_and_the_others_go_on(whole):
-    with open(whole / "report" / "own.csv") as file:
+def test_failed_variant_shows_its_reason_and_the_others_run(complete):
+    with open(complete / "report" / "own.csv") as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
     assert "config.model.max_frames = 9: must be at most" in rows["too long"]["problem"]
     assert not rows["too long"]["text_to_video R@1 mean"]
     others = [row for name, row in rows.items() if name != "too long"]
     assert all(row["text_to_video R@1 mean"] and not row["problem"] for row in others)
-    assert "failed: config.model.max_frames" in table(whole)
-    printed = (whole.parent / "whole.log").read_text()
-    assert table(whole) in printed
+    assert "failed: config.model.max_frames" in table(complete)
+    printed = (complete.parent / "complete.log").read_text()
+    assert table(complete) in printed
     assert "3/3" in printed
-    assert (whole / "report" / "own.png").is_file()
-    assert "must be at most" in (whole / "report" / "index.html").read_text()
+    assert (complete / "report" / "own.png").is_file()
+    assert "must be at most" in (complete / "report" / "index.html").read_text()
 
 
-def test_numbers_are_those_of_the_work_directories(whole):
-    with open(whole / "report" / "own.csv") as file:
+def test_table_has_the_numbers_of_the_work_directories(complete):
+    with open(complete / "report" / "own.csv") as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
-    hot = json.loads((whole / "runs/model.tau=0.1/seed0/results.json").read_text())
-    plain = json.loads((whole / "runs/base/seed0/results.json").read_text())
+    hot = json.loads((complete / "runs/model.tau=0.1/seed0/results.json").read_text())
+    plain = json.loads((complete / "runs/base/seed0/results.json").read_text())
     bank = next(name for name in plain["normalized"] if name.startswith("QB-Norm"))
     for name, results in (
         ("hot", hot),
@@ -120,17 +120,17 @@ def test_numbers_are_those_of_the_work_directories(whole):
     ):
         for way in ("text_to_video", "video_to_text"):
             for metric in ("R@1", "R@5", "R@10", "MnR"):
-                told = rows[name][f"{way} {metric} mean"]
+                mean = rows[name][f"{way} {metric} mean"]
                 if way in results:
-                    assert float(told) == pytest.approx(results[way][metric])
+                    assert float(mean) == pytest.approx(results[way][metric])
                 else:
-                    assert not told
-    # Each option changes what is ranked first for someone.
+                    assert not mean
+    # Each option changes some rank.
     means = [rows[name]["text_to_video MnR mean"] for name in ("plain", "dual softmax", "QB-Norm")]
     assert len(set(means)) == 3
 
 
-def test_stopped_and_killed_and_started_again_it_ends_with_the_same_table(folder, whole):
+def test_study_resumed_after_sigterm_and_sigkill_ends_with_the_same_table(folder, complete):
     stopped = start_and_wait(folder, "killed", 2)
     stopped.terminate()
     assert finish(stopped) == 75
@@ -139,7 +139,7 @@ def test_stopped_and_killed_and_started_again_it_ends_with_the_same_table(folder
     assert not (log.parent / "failed.txt").exists()
 
     killed = start_and_wait(folder, "killed", 18)
-    os.kill(killed.pid, signal.SIGKILL)  # it alone: its run must not go on by itself
+    os.kill(killed.pid, signal.SIGKILL)  # only this process: its run must end with it
     killed.wait()
     time.sleep(1)
     before = steps(folder / "killed")
@@ -148,47 +148,49 @@ def test_stopped_and_killed_and_started_again_it_ends_with_the_same_table(folder
 
     assert finish(start(folder, "killed")) == 1
     for name in ("own.md", "own.csv", "own.tex", "own.json"):
-        one, other = ((folder / output / "report" / name) for output in ("killed", "whole"))
+        one, other = ((folder / output / "report" / name) for output in ("killed", "complete"))
         assert one.read_text() == other.read_text()
 
 
-def test_what_is_finished_is_not_run_again_and_the_rest_is_printed(folder, whole):
-    before = {path: path.stat().st_mtime_ns for path in whole.glob("runs/*/*/results.json")}
-    process = start(folder, "whole", "--print_commands")
-    (folder / "whole.log").write_text("")
+def test_finished_runs_are_skipped_and_unfinished_ones_printed(folder, complete):
+    before = {path: path.stat().st_mtime_ns for path in complete.glob("runs/*/*/results.json")}
+    process = start(folder, "complete", "--print_commands")
+    (folder / "complete.log").write_text("")
     assert finish(process) == 0
-    lines = (folder / "whole.log").read_text().splitlines()
+    lines = (folder / "complete.log").read_text().splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("python ")]
     assert [command[:3] for command in commands] == [["python", "-m", "xclip_jax.main"]]
-    assert f"--workdir={whole}/runs/model.max_frames=9/seed0" in commands[0]
+    assert f"--workdir={complete}/runs/model.max_frames=9/seed0" in commands[0]
     assert "--config.model.max_frames=9" in commands[0]
-    assert finish(start(folder, "whole", "--only=plain")) == 0
-    assert {path: path.stat().st_mtime_ns for path in whole.glob("runs/*/*/results.json")} == before
+    assert finish(start(folder, "complete", "--only=plain")) == 0
+    assert {
+        path: path.stat().st_mtime_ns for path in complete.glob("runs/*/*/results.json")
+    } == before
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        (["--only=nothing"], "--only=nothing: no such variant, there are hot, too long, dual"),
+        (["--only=nothing"], "--only=nothing: no such variant, choose from hot, too long, dual"),
         (["--config.model.tau=0.5", "--only=plain"], "model.tau = 0.01 then, 0.5 now"),
     ],
 )
-def test_a_mistake_is_answered_with_one_line(folder, whole, options, said):
-    log = folder / "whole.log"
+def test_input_errors_are_one_line(folder, complete, options, message):
+    log = folder / "complete.log"
     log.write_text("")
-    assert finish(start(folder, "whole", *options)) == 1
+    assert finish(start(folder, "complete", *options)) == 1
     assert "Traceback" not in log.read_text()
-    assert said in log.read_text().splitlines()[-1]
+    assert message in log.read_text().splitlines()[-1]
 
 
-def test_the_reason_of_a_failure_is_the_last_error_that_was_printed():
+def test_failure_reason_is_the_last_error_in_the_output():
     printed = (
         "training: 1%\rtraining: 2%\nTraceback (most recent call last):\n  File ...\n"
         "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n"
         "--------------------\nFor simplicity, JAX has removed its internal frames.\n"
     )
-    assert "RESOURCE_EXHAUSTED: Out of memory" in _reason(1, printed)
-    assert _reason(1, "error: no such thing\n") == "no such thing"
-    assert _reason(-9, "training: 3%") == "ended by SIGKILL (out of memory?)"
-    assert _reason(-15, "") == "ended by SIGTERM"
-    assert _reason(3, "") == "exit status 3"
+    assert "RESOURCE_EXHAUSTED: Out of memory" in failure_reason(1, printed)
+    assert failure_reason(1, "error: no such thing\n") == "no such thing"
+    assert failure_reason(-9, "training: 3%") == "ended by SIGKILL (out of memory?)"
+    assert failure_reason(-15, "") == "ended by SIGTERM"
+    assert failure_reason(3, "") == "exit status 3"

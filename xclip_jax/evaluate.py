@@ -35,7 +35,7 @@ from xclip_jax.metrics import (
 )
 from xclip_jax.monitor import read_metrics
 from xclip_jax.paper import paper_results
-from xclip_jax.report import Attention, format_table, write_report
+from xclip_jax.report import WordFrameAttention, format_table, write_report
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 RANKS_FILE = "ranks.npz"
@@ -282,12 +282,12 @@ def _write_report(config, workdir, found, results, clips, tokenizer, model, para
         workdir / "report",
         results,
         found.sim_TxV,
-        found.captions,
-        found.text_video,
-        found.clip_names,
-        frames_of,
-        pairs,
-        read_metrics(workdir),
+        captions=found.captions,
+        text_video_T=found.text_video,
+        clip_names=found.clip_names,
+        load_frames=frames_of,
+        attentions=pairs,
+        curves=read_metrics(workdir),
     )
 
 
@@ -300,7 +300,7 @@ def _attention(found, text, record, tokenizer, model, params, frames_of):
     )[0]
     words, words_W = words_of(model, tokenizer, found.captions[text], one_text.mask[0])
     times = np.asarray(record["times"])
-    return Attention(
+    return WordFrameAttention(
         words=words,
         weights_WxF=np.asarray(weights_WxF)[words_W][:, one_video.mask[0]],
         times=times[choose_frames(len(times), model.max_frames)].tolist(),

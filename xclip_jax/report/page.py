@@ -1,173 +1,126 @@
-"""index.html of a report. Captions and clip names are untrusted: everything printed is escaped."""
+"""A report's numbers as plain text, and the templates of all HTML and LaTeX."""
 
+import functools
 import unicodedata
-from html import escape
-from importlib.resources import files
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-from xclip_jax.report.strips import strip_width
-from xclip_jax.report.table import METRICS, cells, count, facts, table_rows
+import jinja2
 
-
-def strip_path(video):
-    """Where a video's strip lies, below the report's folder."""
-    return f"strips/clip_{video:05}.png"
-
-
-def safe(text):
-    """Escaped for HTML, without control characters."""
-    kept = ("" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
-    return escape("".join(kept).strip())
+METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+DIRECTIONS = {"text_to_video": "text to video", "video_to_text": "video to text"}
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"τ": r"$\tau$", "✓": r"$\checkmark$", "±": r"$\pm$", "Δ": r"$\Delta$", "→": r"$\to$"},
+    **{"−": "$-$", "–": "--", "<": "$<$", ">": "$>$"},
+}
+Metrics = Mapping[str, int | float | None]  # {"R@1": percent, ...}; None where it is not reported
 
 
-def caption_html(text, tag="p", kind="caption"):
-    """A caption, escaped, cut to three lines until it is focused."""
-    inner = safe(text) or "<i>(empty caption)</i>"
-    return f'<{tag} class="{kind}" dir="auto" tabindex="0">{inner}</{tag}>'
+class MetricRow(NamedTuple):
+    """A line of the metric table: ours, ours with a test-time option, the paper's, or chance."""
+
+    label: str
+    metrics: Metrics
+    kind: Literal["ours", "option", "paper", "chance"]
+
+    def cells(self) -> list[str]:
+        """Returns the metrics as text, in the order of METRICS, with - for missing ones."""
+        values = map(self.metrics.get, METRICS)
+        return ["-" if value is None else f"{value:.1f}" for value in values]
 
 
-def strip_html(video, name, widths):
-    """A video's strip, as wide as its share of a full one."""
-    share = 100 * widths[video] / strip_width()
-    source, name = strip_path(video), safe(name)
-    return f'<img class="strip" src="{source}" alt="frames of {name}" style="width:{share:.2f}%">'
+def format_table(results: Mapping[str, Any]) -> str:
+    """Returns the metrics of results.json as an aligned plain-text table."""
+    lines = [", ".join(list_facts(results))]
+    if results.get("note"):
+        lines.append(f"note: {results['note']}")
+    rows = metric_rows(results)
+    width = max(len(row.label) for row in rows)
+    lines.append(" " * width + "".join(f"{name:>8}" for name in METRICS))
+    for row in rows:
+        lines.append(f"{row.label:{width}}" + "".join(f"{cell:>8}" for cell in row.cells()))
+    return "\n".join(lines)
 
 
-def row_html(label, content, score, note="", kind=""):
-    """A line of a card: its label, what was found, the score and a note under it."""
-    return (
-        f'<div class="row {kind}"><b class="label">{label}</b><div class="found">{content}</div>'
-        f'<div class="score"><b>{score:.2f}</b>{note}</div></div>'
+def list_facts(results: Mapping[str, Any]) -> list[str]:
+    """Returns short texts on the data, the protocol and the weights behind the numbers."""
+    texts, videos = results["num_texts"], results["num_videos"]
+    surplus = videos - results["expected_videos"]
+    selected_on = results["selected_on"]
+    selection = {None: "", "last step": " (the last)"}.get(
+        selected_on, f" (selected on {selected_on})"
     )
-
-
-def card_html(query, head, rows):
-    """One query: its rank, its head, and a row for each answer."""
-    kind = "good" if query.rank == 1 else "bad"
-    mark = "✓ " if query.rank == 1 else ""
-    return (
-        f'<article><div class="line"><span class="rank {kind}">{mark}rank {query.rank:g} of '
-        f'{query.candidates:,}</span><span class="why">{query.reason}</span></div>'
-        f"{head}{''.join(rows)}</article>"
-    )
-
-
-def hit_label(position, hit):
-    """(label, CSS class) of the answer at a position, counted from 1."""
-    return (f"{position} ✓", "right") if hit.right else (f"{position}", "wrong")
-
-
-def text_section(queries, captions, clip_names, widths):
-    """The cards of text-to-video queries."""
-
-    def row(label, video, score, kind):
-        name = clip_names[video]
-        note = f'<span class="name" title="{safe(name)}">{safe(name)}</span>'
-        return row_html(label, strip_html(video, name, widths), score, note, kind)
-
-    cards = []
-    for query in queries:
-        rows = [row("true", query.answers[0], query.score, "truth")]
-        for position, hit in enumerate(query.hits, 1):
-            label, kind = hit_label(position, hit)
-            rows.append(row(label, hit.item, hit.score, kind))
-        cards.append(card_html(query, caption_html(captions[query.item], "h3"), rows))
-    return section(
-        "Text to video",
-        "A caption, the clip it describes, and the three clips the model ranks first; "
-        'green is the right one. As one picture: <a href="text_to_video.png">text_to_video.png</a>',
-        f'<div class="cards">{"".join(cards)}</div>',
-    )
-
-
-def video_section(queries, captions, clip_names, widths, several):
-    """The cards of video-to-text queries."""
-    cards = []
-    for query in queries:
-        name = clip_names[query.item]
-        head = strip_html(query.item, name, widths) + f'<p class="name wide">{safe(name)}</p>'
-        more = len(query.answers) - 1
-        note = f'<span class="name">+ {more} more</span>' if more else ""
-        truth = caption_html(captions[query.answers[0]])
-        rows = [row_html("true", truth, query.score, note, "truth")]
-        for position, hit in enumerate(query.hits, 1):
-            label, kind = hit_label(position, hit)
-            rows.append(row_html(label, caption_html(captions[hit.item]), hit.score, "", kind))
-        cards.append(card_html(query, head, rows))
-    return section(
-        "Video to text",
-        "A clip, a caption that describes it, and the three captions the model ranks first"
-        + (" (of every clip, its best-scoring caption)" if several else "")
-        + '. As one picture: <a href="video_to_text.png">video_to_text.png</a>',
-        f'<div class="cards">{"".join(cards)}</div>',
-    )
-
-
-def attention_section(attentions):
-    """The heat maps."""
-    pictures = [
-        f'<figure><div class="scroll"><img src="attention_{k}.png" alt="attention map of '
-        f'{safe(one.caption[:300])}"></div></figure>'
-        for k, one in enumerate(attentions, 1)
+    return [
+        *([results["dataset"]] if results["dataset"] != "captions" else []),
+        f"{results['split']} split",
+        f"step {results['step']}{selection}",
+        results["protocol"],
+        *([f"up to second {results['max_seconds']:g}"] if results["max_seconds"] else []),
+        format_count(texts, "text"),
+        format_count(videos, "video"),
+        f"{-surplus:,} missing" if surplus <= 0 else f"{surplus:,} more than expected",
     ]
-    return section(
-        "What it looks at",
-        "The share of AOSM's attention that each pair of a word and a frame gets, in percent of "
-        "the whole; the bars add up the rows and the columns.",
-        "".join(pictures),
+
+
+def metric_rows(results: Mapping[str, Any]) -> list[MetricRow]:
+    """Returns each direction's rows: ours, with test-time options, and the paper's."""
+    rows = []
+    for key, name in DIRECTIONS.items():
+        rows.append(MetricRow(name, results[key], "ours"))
+        for option, both in results.get("normalized", {}).items():
+            if key in both:
+                rows.append(MetricRow(f"  with {option}", both[key], "option"))
+        for backbone, both in results.get("paper", {}).items():
+            rows.append(MetricRow(f"  paper, {backbone}", both[key], "paper"))
+    return rows
+
+
+def chance_row(num_videos: int) -> MetricRow:
+    """Returns the expected metrics of a random order of so many videos."""
+    middle = (num_videos + 1) / 2
+    recalls = {f"R@{k}": 100 * min(1, k / num_videos) for k in (1, 5, 10)}
+    return MetricRow("chance", {**recalls, "MdR": middle, "MnR": middle}, "chance")
+
+
+def format_count(number: int, noun: str) -> str:
+    """Returns "1 video" or "2,000 videos"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def render(template: str, **values: Any) -> str:
+    """Returns a file of templates/ with values filled in, escaped if it is HTML."""
+    environment = _environment()
+    if template.endswith(".tex"):  # LaTeX is full of braces
+        environment = environment.overlay(
+            autoescape=False,
+            block_start_string="<%",
+            block_end_string="%>",
+            variable_start_string="<<",
+            variable_end_string=">>",
+        )
+    return environment.get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("xclip_jax.report"),
+        autoescape=True,  # captions and file names are untrusted
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"clean": _remove_control_characters, "latex": _escape_latex}
+    return environment
 
 
-def section(title, sentence, content):
-    """A heading, a sentence on what is shown, and the content."""
-    return f"<section><h2>{title}</h2><p class=lead>{sentence}</p>{content}</section>"
+def _remove_control_characters(text: str) -> str:
+    hidden = ("Cc", "Cs")
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in hidden).strip()
 
 
-def metrics_html(results):
-    """The metric table, with what a random order would get among as many videos."""
-    videos = results["num_videos"]
-    middle = (videos + 1) / 2
-    chance = {f"R@{k}": 100 * min(1, k / videos) for k in (1, 5, 10)} | {
-        "MdR": middle,
-        "MnR": middle,
-    }
-    rows = [*table_rows(results), ("chance", chance, "chance")]
-    body = ""
-    for name, metrics, kind in rows:
-        body += f'<tr class="{kind}"><th>{name.strip()}</th>'
-        for metric, cell in zip(METRICS, cells(metrics), strict=True):
-            filled = f"--filled:{metrics.get(metric) or 0:.1f}%"
-            body += f'<td style="{filled}">{cell}</td>' if metric[1] == "@" else f"<td>{cell}</td>"
-        body += "</tr>"
-    head = "".join(f"<th>{metric}</th>" for metric in METRICS)
-    note = " Rows of the paper are what X-CLIP reports, not ours." if results.get("paper") else ""
-    return (
-        f'<div class="scroll table"><table><tr><th></th>{head}</tr>{body}</table></div>'
-        "<p class=lead>R@K: percent of queries whose right answer is among the first K. MdR, MnR: "
-        f"median and mean rank of the right answer, 1 is perfect. Chance: a random order of "
-        f"{count(videos, 'video')}.{note}</p>"
-    )
-
-
-def page(results, sections):
-    """The whole index.html."""
-    note = f'<p class="note">{safe(results["note"])}</p>' if results.get("note") else ""
-    about = " · ".join(map(safe, facts(results)))
-    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><title>Video-text retrieval report</title><style>{style}</style>'
-        f"</head><body><header><h1>Video-text retrieval</h1><p class=facts>{about}</p>{note}"
-        f"</header>{metrics_html(results)}{''.join(sections)}<footer>Numbers: "
-        '<a href="../results.json">results.json</a>, <a href="../metrics.jsonl">metrics.jsonl</a>'
-        "</footer></body></html>\n"
-    )
-
-
-CURVES = section(
-    "Training",
-    "Loss, accuracy and R@1 over the steps; where a line is faint, the strong one is its moving "
-    "average.",
-    '<figure class="curves"><div class="scroll"><img src="curves.png" alt="training curves"></div>'
-    "</figure>",
-)
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

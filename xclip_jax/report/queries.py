@@ -1,85 +1,119 @@
-"""Which queries a report shows, and what was ranked first for them."""
+"""The queries that a report shows, with the items ranked first for each."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from xclip_jax.metrics import best_caption_scores, expected_ranks, rank_counts
 
+SHOWN, WORST, HITS = 6, 2, 3  # queries, of these at most so many of the worst, items of a ranking
 
-@dataclasses.dataclass
-class Hit:
-    """A video (or a text) that a query found."""
 
+@dataclasses.dataclass(frozen=True)
+class RankedItem:
+    """A video (or text) that is the right answer of a query, or is ranked among its first."""
+
+    label: str
     item: int
     score: float
-    right: bool
+    kind: Literal["truth", "right", "wrong"]
 
 
-@dataclasses.dataclass
-class Query:
-    """A text (or a video) and what was ranked first for it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownQuery:
+    """A text (or video) with its right answers and the items ranked first."""
 
     item: int
-    answers: list[int]  # right items, best score first
-    score: float  # of the best right item
+    answers: list[int]  # the right items, best score first
     rank: float  # of the best right item, as the metrics count it
     candidates: int
-    hits: list[Hit]  # the best first
-    reason: str = ""  # why it is shown
+    truth: RankedItem  # the best right item
+    hits: list[RankedItem]  # best first
+    reason: str  # why the query is shown
+
+    @property
+    def rank_label(self) -> str:
+        """The rank as printed: "✓ rank 1 of 1,000"."""
+        return f"{'✓ ' if self.rank == 1 else ''}rank {self.rank:g} of {self.candidates:,}"
 
 
-def pick(rank_Q, video_Q, number=6, misses=2, seed=0):
-    """The queries to show, [(query, reason)]: most drawn at random, then some of the worst misses.
+def choose_queries(
+    rank_Q: Float[np.ndarray, " Q"], video_Q: Int[np.ndarray, " Q"]
+) -> list[tuple[int, str]]:
+    """Returns (query, reason) of a random sample and of the worst misses, no video twice.
 
-    A miss is a right answer not ranked first. `video_Q` is each query's video: none comes twice.
-    The random draw comes first and does not look at the ranks, so it is a fair sample.
+    A miss is a query whose right answer is not ranked first. The sample is drawn before the ranks
+    are looked at, so it is fair.
     """
 
-    def first_of_each(queries, seen):
-        return [q for q in queries if video_Q[q] not in seen and not seen.add(video_Q[q])]
+    def first_of_each_video(queries: Iterable[int], excluded: Iterable[int] = ()) -> list[int]:
+        first = {}
+        for query in queries:
+            first.setdefault(int(video_Q[query]), int(query))
+        return [query for video, query in first.items() if video not in excluded]
 
-    missed = [q for q in np.argsort(-np.asarray(rank_Q), kind="stable") if rank_Q[q] > 1]
-    order = np.random.default_rng(seed).permutation(len(rank_Q))
-    drawn = first_of_each(order, set())[: number - min(misses, len(missed))]
-    worst = first_of_each(missed, {video_Q[q] for q in drawn})[:misses]
-    drawn = first_of_each(order, {video_Q[q] for q in worst})[: number - len(worst)]
-    return [(int(q), "drawn at random") for q in drawn] + [
-        (int(q), "one of the worst misses") for q in worst
-    ]
+    def videos_of(queries: Iterable[int]) -> set[int]:
+        return {int(video_Q[query]) for query in queries}
 
-
-def text_queries(sim_TxV, text_video, top=3, **options):
-    """Texts to show and the `top` videos ranked first for each; `options` as of `pick`."""
-    rank_T = expected_ranks(*rank_counts(sim_TxV, text_video))
-    queries = []
-    for text, reason in pick(rank_T, text_video, **options):
-        best = np.argsort(-sim_TxV[text], kind="stable")[:top]
-        truth = int(text_video[text])
-        hits = [Hit(int(v), float(sim_TxV[text, v]), bool(v == truth)) for v in best]
-        score, rank = float(sim_TxV[text, truth]), float(rank_T[text])
-        queries.append(Query(text, [truth], score, rank, sim_TxV.shape[1], hits, reason))
-    return queries
+    missed = [query for query in np.argsort(-rank_Q, kind="stable") if rank_Q[query] > 1]
+    order = np.random.default_rng(0).permutation(len(rank_Q))
+    drawn = first_of_each_video(order)[: SHOWN - min(WORST, len(missed))]
+    worst = first_of_each_video(missed, videos_of(drawn))[:WORST]
+    drawn = first_of_each_video(order, videos_of(worst))[: SHOWN - len(worst)]
+    return [(q, "drawn at random") for q in drawn] + [(q, "one of the worst misses") for q in worst]
 
 
-def video_queries(sim_TxV, text_video, top=3, **options):
-    """Videos to show and the `top` captions ranked first; `options` as of `pick`.
+def text_queries(
+    sim_TxV: Float[np.ndarray, "T V"], text_video_T: Int[np.ndarray, " T"]
+) -> list[ShownQuery]:
+    """Returns the texts to show, each with the videos ranked first."""
+    return _make_queries(sim_TxV, text_video_T, lambda _, video: [video])
 
-    As in the metric, a video competes with its best-scoring caption only: one caption per video.
+
+def video_queries(
+    sim_TxV: Float[np.ndarray, "T V"], text_video_T: Int[np.ndarray, " T"]
+) -> list[ShownQuery]:
+    """Returns the videos to show, each with the captions ranked first.
+
+    As in the metric, every candidate video competes with its best-scoring caption only.
     """
-    scores_VxV = best_caption_scores(sim_TxV, text_video)  # rows: the video asked for
-    everyone = np.arange(len(scores_VxV))
-    rank_V = expected_ranks(*rank_counts(scores_VxV, everyone))
+
+    def captions_of(query: int, video: int) -> list[int]:
+        texts = np.flatnonzero(text_video_T == video)
+        return texts[np.argsort(-sim_TxV[texts, query], kind="stable")].tolist()
+
+    scores_VxV = best_caption_scores(sim_TxV, text_video_T)
+    return _make_queries(scores_VxV, np.arange(len(scores_VxV)), captions_of)
+
+
+def _make_queries(
+    scores_QxV: Float[np.ndarray, "Q V"],
+    right_Q: Int[np.ndarray, " Q"],
+    items_of: Callable[[int, int], list[int]],
+) -> list[ShownQuery]:
+    """Returns the queries to show, given each video's items for a query, best first."""
+    rank_Q = expected_ranks(*rank_counts(scores_QxV, right_Q))
     queries = []
-    for video, reason in pick(rank_V, everyone, **options):
-
-        def captions_of(candidate, video=video):  # best first
-            texts = np.flatnonzero(text_video == candidate)
-            return texts[np.argsort(-sim_TxV[texts, video], kind="stable")].tolist()
-
-        row = scores_VxV[video]
-        best = np.argsort(-row, kind="stable")[:top]
-        hits = [Hit(captions_of(b)[0], float(row[b]), bool(b == video)) for b in best]
-        score, rank = float(row[video]), float(rank_V[video])
-        queries.append(Query(video, captions_of(video), score, rank, len(row), hits, reason))
+    for query, reason in choose_queries(rank_Q, right_Q):
+        hits = []
+        for k, video in enumerate(np.argsort(-scores_QxV[query], kind="stable")[:HITS], 1):
+            label, kind = (f"{k} ✓", "right") if video == right_Q[query] else (f"{k}", "wrong")
+            score = float(scores_QxV[query, video])
+            hits.append(RankedItem(label, items_of(query, int(video))[0], score, kind))
+        right = int(right_Q[query])
+        answers = items_of(query, right)
+        queries.append(
+            ShownQuery(
+                item=query,
+                answers=answers,
+                rank=float(rank_Q[query]),
+                candidates=scores_QxV.shape[1],
+                truth=RankedItem("true", answers[0], float(scores_QxV[query, right]), "truth"),
+                hits=hits,
+                reason=reason,
+            )
+        )
     return queries

@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.data.video import VideoError, still
-from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, boxes_for_missing_glyphs
+from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, ignore_missing_glyphs
 
 COLUMNS, CARD, TALL, MARGIN = 4, 240, 150, 18  # of the grid; pixels of a picture; space around
 
 
-@boxes_for_missing_glyphs()
+@ignore_missing_glyphs()
 def draw_grid(path, title, hits, thumbnail):
     """Saves the hits as a grid of pictures.
 
@@ -37,12 +37,12 @@ def _draw_hit(canvas, x, y, hit, thumbnail):
     pixels = _pixels(hit, thumbnail)
     scale = min(CARD / pixels.shape[1], TALL / pixels.shape[0])
     wide, tall = pixels.shape[1] * scale, pixels.shape[0] * scale
-    canvas.box(x, y, CARD, TALL, fill="#11151d", edge="#11151d", radius=4)
+    canvas.box(x, y, CARD, TALL, 4, facecolor="#11151d", edgecolor="#11151d")
     left, top = x + (CARD - wide) / 2, y + (TALL - tall) / 2
     canvas.image(pixels, left, top, wide, tall, interpolation="lanczos")
     minutes, seconds = divmod(int(hit.second), 60)
     canvas.text(x, y + TALL + 15, f"{hit.rank}", 13, BLUE, weight="bold")
-    canvas.text(x + CARD, y + TALL + 15, f"{hit.score:.2f}", 13, INK, "right")
+    canvas.text(x + CARD, y + TALL + 15, f"{hit.score:.2f}", 13, INK, ha="right")
     canvas.text(x + 26, y + TALL + 15, f"{minutes}:{seconds:02}", 13, INK, weight="bold")
     name = canvas.wrap(os.path.basename(hit.path), CARD, 1, 11)[0]
     canvas.text(x, y + TALL + 34, name, 11, MUTED)

@@ -1,8 +1,128 @@
 """Studies: variants of a config, trained with several seeds, as one table with intervals.
 
-A study is a file with a function get_study(config) that returns a Study; see configs/studies/.
+A study is a file with a function get_study(config) that returns a Study, see configs/studies/.
 """
 
-from xclip_jax.study.spec import Study, Variant
+import dataclasses
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Study", "Variant"]
+from xclip_jax.cli import InputError, call_user_file
+
+__all__ = ["Study", "Variant", "load_studies"]
+
+OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row of a study's table.
+
+    Attributes:
+        overrides: config fields that the variant changes: {"model.tau": 0.1}. With the test-time
+            option eval.dual_softmax or eval.qb_norm, the row has the metrics with that option.
+        paper: R@1 text to video on MSR-VTT 1k-A in the paper, by backbone: {"ViT-B/32": 46.1}.
+        cells: texts of the row's columns; the variant's name if empty.
+    """
+
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    paper: dict[str, float] = dataclasses.field(default_factory=dict)
+    cells: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a field is not of its type, or there are several options."""
+        if not isinstance(self.overrides, dict) or not isinstance(self.paper, dict):
+            raise ValueError("overrides and paper of a Variant must be dicts")
+        if sum(bool(self.overrides.get(field)) for field in OPTIONS) > 1:
+            raise ValueError(f"a Variant has at most one test-time option of {', '.join(OPTIONS)}")
+
+    @property
+    def option(self) -> str:
+        """First words of the test-time option's name in the results, or "" without one."""
+        names = [name for field, name in OPTIONS.items() if self.overrides.get(field)]
+        return names[0] if names else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A table and its chart.
+
+    Attributes:
+        title: heading.
+        columns: headings of the first columns, which tell the variants apart.
+        variants: the rows by name.
+        reference: name of the variant that the others are compared with; the last if empty.
+        lines: draws a line for each text in the first column over the numbers in the second;
+            otherwise bars.
+        note: a sentence below the table.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    variants: dict[str, Variant]
+    reference: str = ""
+    lines: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a field is not of its type, or they do not fit together."""
+        if not _is_tuple_of_texts(self.columns):
+            raise ValueError(f"columns = {self.columns!r}: must be a tuple of strings")
+        if not isinstance(self.variants, dict) or not self.variants:
+            raise ValueError("variants must be a dict with at least one Variant")
+        if self.reference and self.reference not in self.variants:
+            raise ValueError(f"reference = {self.reference!r}: must be one of the variants")
+        if self.lines and len(self.columns) != 2:
+            raise ValueError("lines=True needs two columns: the series and a number")
+        for name, variant in self.variants.items():
+            if not isinstance(name, str) or not isinstance(variant, Variant):
+                raise ValueError(f"variant {name!r}: must be a string and a Variant")
+            cells = self.labels(name)
+            if not _is_tuple_of_texts(cells) or len(cells) != len(self.columns):
+                raise ValueError(
+                    f"variant {name!r}: cells = {cells!r} do not fill {self.columns!r}"
+                )
+            if self.lines and not re.fullmatch(r"[0-9.]+", cells[1]):
+                raise ValueError(f"variant {name!r}: {cells[1]!r} must be a number for lines=True")
+
+    def labels(self, name: str) -> tuple[str, ...]:
+        """Returns the texts of a variant's first columns."""
+        return self.variants[name].cells or (name,)
+
+
+def load_studies(patterns: Iterable[str], config: Any) -> dict[str, Study]:
+    """Returns the studies of files such as configs/studies/table*.py, by file name.
+
+    Args:
+        patterns: paths or glob patterns. Text after a colon is passed to get_study as a string:
+            fig5.py:500,1000. If a file occurs twice, the last occurrence counts.
+        config: the config that the variants change, passed to get_study.
+
+    Raises:
+        InputError: no such file, or the file does not define a valid study.
+    """
+    files = {}
+    for pattern in patterns:
+        path, colon, argument = pattern.partition(":")
+        matches = sorted(glob.glob(path))
+        if not matches:
+            raise InputError(f"--study={path}: no such file, see configs/studies/*.py")
+        files |= {str(Path(file).resolve()): file + colon + argument for file in matches}
+    studies = {}
+    for path, file in files.items():
+        name = Path(path).stem
+        if name in studies:
+            raise InputError(f"--study: two files are named {name}.py")
+        study = call_user_file("--study", file, "get_study", config)
+        if not isinstance(study, Study):
+            raise InputError(f"--study={file}: get_study must return a Study, not {study!r}")
+        reference = study.reference or list(study.variants)[-1]
+        studies[name] = dataclasses.replace(study, reference=reference)
+    return studies
+
+
+def _is_tuple_of_texts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, str) for value in values)

@@ -1,23 +1,22 @@
-"""Repeats an experiment of the paper, or one of your own, and makes its table and chart.
+"""Trains the variants of a study, or repeats an experiment of the paper, as a table and a chart.
 
     python -m xclip_jax.study --study=configs/studies/table9.py --config=configs/demo.py:study
     python -m xclip_jax.study --study='configs/studies/*.py' --config=configs/msrvtt.py --seeds=3
     python -m xclip_jax.study --study=configs/studies/table6.py --config=... --print_commands
 
-Each variant and seed is a run of xclip_jax.main in OUTPUT/runs/; the same command again goes on
-with what is not finished and tries again what failed. The tables, as Markdown, LaTeX and CSV, and
-the charts are in OUTPUT/report/, index.html shows them all. The same command started twice, each on
-a device of its own, shares the runs out; --print_commands lists them for a cluster's job array,
---report_only makes the report of what it has done.
+Each variant and seed is a run of xclip_jax.main in OUTPUT/runs/. The same command resumes
+unfinished runs and retries failed ones. Tables (Markdown, LaTeX, CSV) and charts are in
+OUTPUT/report/, with all of them in index.html. Started again on another device, the same command
+divides the runs between both. --print_commands lists the runs for a cluster's job array, and
+--report_only writes the report of the finished ones.
 How to write a study: docs/studies.md.
 """
 
-import argparse
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xclip_jax import prepare
@@ -30,10 +29,11 @@ from xclip_jax.cli import (
 )
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
-from xclip_jax.study.plan import plan
+from xclip_jax.study import Study, load_studies
 from xclip_jax.study.report import write_study
-from xclip_jax.study.runs import work_off
-from xclip_jax.study.spec import load_studies
+from xclip_jax.study.runs import Run, execute_runs, plan_runs
+
+PlannedRuns = Mapping[tuple[str, str], Sequence[Run]]  # of (study, variant), one for each seed
 
 
 def _parser() -> CommandParser:
@@ -62,50 +62,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare.render_if_missing(base)
         studies = load_studies(arguments.study, base)
         output = Path(arguments.output or f"runs/studies/{base.name}")
-        planned = plan(studies, arguments.config, base, overrides, arguments.seeds, output)
-        for run in {id(run): run for runs in planned.values() for run in runs}.values():
-            run.check()
-        chosen = _chosen(studies, planned, arguments)
+        planned = plan_runs(
+            studies,
+            base,
+            config_file=arguments.config,
+            overrides=overrides,
+            num_seeds=arguments.seeds,
+            output=output,
+        )
+        every_run = _select_runs(planned, [name for _, name in planned])
+        for run in every_run:
+            run.check_workdir()
+        selected = _select_runs(planned, arguments.only) if arguments.only else every_run
         if arguments.print_commands:
-            _print_commands(chosen)
-        elif not _work_off(studies, planned, [] if arguments.report_only else chosen, output):
-            sys.exit(1)
+            for run in selected:
+                if run.load_ranks() is None:
+                    print(shlex.join(["python", "-m", "xclip_jax.main", *run.arguments]))
+            return
+        _execute_and_report(studies, planned, [] if arguments.report_only else selected, output)
 
 
-def _chosen(studies, planned, arguments: argparse.Namespace):
-    """The runs of --only's variants, first seeds first, each once."""
-    names = list(dict.fromkeys(name for study in studies.values() for name in study.variants))
-    unknown = [name for name in arguments.only if name not in names]
-    if unknown:
-        raise InputError(f"--only={unknown[0]}: no such variant, there are {', '.join(names)}")
-    wanted = [runs for (_, name), runs in planned.items() if name in (arguments.only or names)]
-    ordered = (runs[k] for k in range(arguments.seeds) for runs in wanted)
-    return list({run.workdir: run for run in ordered}.values())
+def _select_runs(planned: PlannedRuns, names: Sequence[str]) -> list[Run]:
+    """Returns the runs of the named variants, each once, in the order of their seeds."""
+    known = list(dict.fromkeys(name for _, name in planned))
+    for name in names:
+        if name not in known:
+            raise InputError(f"--only={name}: no such variant, choose from {', '.join(known)}")
+    selected = [runs for (_, name), runs in planned.items() if name in names]
+    by_seed = [run for runs in zip(*selected, strict=True) for run in runs]
+    return list({run.workdir: run for run in by_seed}.values())
 
 
-def _print_commands(runs):
-    for run in runs:
-        if run.results() is None:
-            print(shlex.join(["python", "-m", "xclip_jax.main", *run.arguments]))
-
-
-def _work_off(studies, planned, chosen, output):
-    """Runs what is left and reports after each run; returns whether all went well."""
-    # The seeds of a variant are one program: it is compiled once.
+def _execute_and_report(
+    studies: Mapping[str, Study], planned: PlannedRuns, selected: Sequence[Run], output: Path
+) -> None:
+    """Executes the unfinished runs, reports after each, and exits with 1 if one failed."""
+    # The seeds of a variant share a program, compiled once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "compiled").absolute()))
 
-    def report(run=None):
+    def report(finished: Run | None = None) -> None:
         for name, study in studies.items():
             runs = {variant: planned[name, variant] for variant in study.variants}
-            if run is None or any(run in of_seeds for of_seeds in runs.values()):
+            if finished is None or any(finished in of_variant for of_variant in runs.values()):
                 write_study(output / "report", name, study, runs)
 
     report()
-    work_off(chosen, report)
+    execute_runs(selected, report)
     for name in studies:
         print(f"\n{(output / 'report' / f'{name}.md').read_text()}")
     print(f"report: {output / 'report' / 'index.html'}")
-    return all(run.results() is not None for run in chosen)
+    if any(run.load_ranks() is None for run in selected):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

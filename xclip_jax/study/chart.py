@@ -1,15 +1,21 @@
-"""A study as a picture: R@1 both ways with intervals; told apart without colour."""
+"""A study's chart: R@1 in both directions with intervals, legible without colour."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from xclip_jax.report.canvas import DOTS_PER_INCH, INK, LINE, MUTED, boxes_for_missing_glyphs
-from xclip_jax.report.table import DIRECTIONS
+from xclip_jax.report.canvas import DOTS_PER_INCH, INK, LINE, MUTED, ignore_missing_glyphs
+from xclip_jax.report.page import DIRECTIONS
+from xclip_jax.study.statistics import Stat
+from xclip_jax.study.table import Table
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -17,8 +23,11 @@ _STYLE = {
     "hatch.linewidth": 0.6,
     "text.parse_math": False,
 }
-_FILLS = ({"facecolor": "#a3adc2"}, {"facecolor": "white", "hatch": "////"})
-# One for each line of a chart: how it is dashed, its mark, its shade.
+_FILLS: tuple[dict[str, Any], ...] = (
+    {"facecolor": "#a3adc2"},
+    {"facecolor": "white", "hatch": "////"},
+)
+# Dashes, marker and shade of each line.
 _LINES = (
     ("-", "o", INK),
     ("--", "s", "#3d4a63"),
@@ -29,31 +38,30 @@ _LINES = (
 )
 
 
-@boxes_for_missing_glyphs()
-def draw(table, path):
-    """Writes the chart of a Table as a PNG."""
+@ignore_missing_glyphs()
+def draw_chart(table: Table, path: Path) -> None:
+    """Writes the chart of a table as a PNG."""
     with matplotlib.rc_context(_STYLE):
         (_draw_lines if table.lines else _draw_bars)(table, path)
 
 
-def _draw_bars(table, path):
-    """A pair of bars a row: filled text to video, hatched video to text; a dot a seed."""
+def _draw_bars(table: Table, path: Path) -> None:
+    """Draws two bars a row, video to text hatched, and a dot for each seed."""
     figure = Figure((6.6, 1.9 + 0.48 * len(table.rows)), facecolor="white", layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(table.rows))
-    for (way, label), shift, fill in zip(DIRECTIONS, (-0.2, 0.2), _FILLS, strict=True):
-        found = [(k, row.stats[way]["R@1"]) for k, row in enumerate(table.rows) if way in row.stats]
-        at = np.array([place for place, _ in found], float) + shift
-        means = [stat.mean for _, stat in found]
-        axes.barh(at, means, 0.36, edgecolor=INK, linewidth=0.8, label=label, **fill)
-        _intervals(axes, at, [stat for _, stat in found], sideways=True)
-        if any(len(stat.seeds) > 1 for _, stat in found):
-            dots = [(one, y) for y, (_, stat) in zip(at, found, strict=True) for one in stat.seeds]
+    for (way, label), shift, fill in zip(DIRECTIONS.items(), (-0.2, 0.2), _FILLS, strict=True):
+        rows = [(k, row.stats[way]["R@1"]) for k, row in enumerate(table.rows) if way in row.stats]
+        y, stats = np.array([k + shift for k, _ in rows]), [stat for _, stat in rows]
+        means = [stat.mean for stat in stats]
+        axes.barh(y, means, 0.36, edgecolor=INK, linewidth=0.8, label=label, **fill)
+        _draw_intervals(axes, y, stats, horizontal=True)
+        if any(len(stat.seeds) > 1 for stat in stats):
+            dots = [(value, k) for k, stat in zip(y, stats, strict=True) for value in stat.seeds]
             axes.plot(*zip(*dots, strict=True), "o", ms=3.2, mfc="white", mec=INK, mew=0.8)
-    for place, row in enumerate(table.rows):
+    for k, row in enumerate(table.rows):
         if not row.stats:
-            axes.text(0.5, place, row.problem[:60], va="center", color=MUTED, style="italic")
-    axes.set_yticks(places, [shorten(row.name, 40) for row in table.rows])
+            axes.text(0.5, k, row.problem[:60], va="center", color=MUTED, style="italic")
+    axes.set_yticks(np.arange(len(table.rows)), [shorten(row.name, 40) for row in table.rows])
     axes.set_ylim(len(table.rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("R@1, %")
     axes.set_xlim(0, None if any(row.stats for row in table.rows) else 100)
@@ -61,22 +69,22 @@ def _draw_bars(table, path):
     _finish(figure, [axes], table, path)
 
 
-def _draw_lines(table, path):
-    """A panel a direction: R@1 over the numbers in the second column, a line for each series."""
+def _draw_lines(table: Table, path: Path) -> None:
+    """Draws R@1 over the second column, a line for each series and a panel for each direction."""
     figure = Figure((8.6, 4.2), facecolor="white", layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, (way, label) in zip(panels, DIRECTIONS, strict=True):
+    for axes, (way, label) in zip(panels, DIRECTIONS.items(), strict=True):
         names = list(dict.fromkeys(row.labels[0] for row in table.rows))
         for name, (dashes, mark, shade) in zip(names, _LINES * len(names), strict=False):
             rows = [row for row in table.rows if row.labels[0] == name and way in row.stats]
-            at = np.array([float(row.labels[1]) for row in rows])
             stats = [row.stats[way]["R@1"] for row in rows]
-            at = at * 1.012 ** (names.index(name) - len(names) / 2)  # intervals side by side
+            shift = 1.012 ** (names.index(name) - len(names) / 2)  # intervals side by side
+            x = shift * np.array([float(row.labels[1]) for row in rows])
             axes.plot(
-                at, [stat.mean for stat in stats], ls=dashes, marker=mark, color=shade, ms=6,
+                x, [stat.mean for stat in stats], ls=dashes, marker=mark, color=shade, ms=6,
                 mfc="white", mew=1.3, label=name,
             )  # fmt: skip
-            _intervals(axes, at, stats, sideways=False, color=shade)
+            _draw_intervals(axes, x, stats, horizontal=False, color=shade)
         axes.set_title(label, fontsize=10, color=MUTED)
         axes.set_xscale("log")
         numbers = sorted({float(row.labels[1]) for row in table.rows})
@@ -86,18 +94,21 @@ def _draw_lines(table, path):
         axes.grid(axis="y", color=LINE, linewidth=0.8)
     panels[0].set_ylabel("R@1, %")
     panels[0].set_ylim(0, None)
-    _finish(figure, panels, table, path)
+    _finish(figure, list(panels), table, path)
 
 
-def _intervals(axes, at, stats, sideways, color=INK):
+def _draw_intervals(
+    axes: Axes, places: np.ndarray, stats: Sequence[Stat], *, horizontal: bool, color: str = INK
+) -> None:
     means = np.array([stat.mean for stat in stats])
     ends = np.array([(stat.low, stat.high) for stat in stats]).reshape(-1, 2).T
-    errors = {"xerr" if sideways else "yerr": abs(ends - means)}
-    x, y = (means, at) if sideways else (at, means)
+    errors: dict[str, Any] = {"xerr" if horizontal else "yerr": abs(ends - means)}
+    x, y = (means, places) if horizontal else (places, means)
     axes.errorbar(x, y, **errors, fmt="none", ecolor=color, elinewidth=1.1, capsize=2.5)
 
 
-def _finish(figure, panels, table, path):
+def _finish(figure: Figure, panels: Sequence[Axes], table: Table, path: Path) -> None:
+    """Adds title and legend, and writes the file."""
     for axes in panels:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)

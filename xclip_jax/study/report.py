@@ -1,37 +1,201 @@
-"""The report of studies: a table in four formats and a chart each, one page over all."""
+"""The report of studies: tables as Markdown, LaTeX, CSV and JSON, charts, and a page."""
 
 import contextlib
+import csv
+import io
 import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from xclip_jax.study import chart, formats, page
-from xclip_jax.study.table import as_json, from_json, make_table
+from markupsafe import Markup
+
+from xclip_jax.report.page import DIRECTIONS, render
+from xclip_jax.study import Study
+from xclip_jax.study.chart import draw_chart
+from xclip_jax.study.runs import Run
+from xclip_jax.study.statistics import STUDY_METRICS, Metric
+from xclip_jax.study.table import Row, Table, make_table, table_from_json, table_to_json
+
+_ARROWS = ("t→v", "v→t")  # of DIRECTIONS
 
 
-def write_study(directory, name, study, runs):
-    """Writes NAME.json, .md, .tex, .csv and .png of a study, and index.html over all there.
+def write_study(
+    directory: Path, name: str, study: Study, runs: Mapping[str, Sequence[Run]]
+) -> None:
+    """Writes NAME.md, .tex, .csv, .png and .json, and an index.html of all studies in the folder.
 
-    Args:
-        directory: the report's folder.
-        runs: {variant: [Run of each seed]}; what is not finished is said to be missing.
+    `runs`: those of each variant, one for each seed. The unfinished ones are listed as missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     table = make_table(study, runs)
-    _replace(directory / f"{name}.md", formats.markdown(table))
-    _replace(directory / f"{name}.tex", formats.latex(table, name))
-    _replace(directory / f"{name}.csv", formats.comma_separated(table))
+    _write_atomically(directory / f"{name}.md", format_markdown(table))
+    _write_atomically(directory / f"{name}.tex", format_latex(table, name))
+    _write_atomically(directory / f"{name}.csv", format_csv(table))
     picture = directory / f"{name}.png.{os.getpid()}.part"
-    chart.draw(table, picture)
+    draw_chart(table, picture)
     os.replace(picture, directory / f"{name}.png")
-    _replace(directory / f"{name}.json", as_json(table))
+    _write_atomically(directory / f"{name}.json", table_to_json(table))
     tables = {}
     for path in sorted(directory.glob("*.json")):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # not a study's
-            tables[path.stem] = from_json(path.read_text(encoding="utf-8"))
-    _replace(directory / "index.html", page.page(tables))
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # another JSON
+            tables[path.stem] = table_from_json(path.read_text(encoding="utf-8"))
+    _write_atomically(directory / "index.html", format_html(tables))
 
 
-def _replace(path, text):
-    """Whole or not at all, also where two processes write."""
+def _write_atomically(path: Path, text: str) -> None:
+    """Writes a file that another process may write at the same time."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+class Grid(NamedTuple):
+    """One of a study's two printed tables.
+
+    Attributes:
+        labels: headings of the first columns.
+        columns: headings below each of the two directions.
+        last: headings after both directions.
+        rows: every row with its cells; no cells in the table of metrics if it has no results.
+    """
+
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    last: tuple[str, ...]
+    rows: list[tuple[Row, list[str]]]
+
+
+def metric_grid(table: Table, bold: Callable[[str], str]) -> Grid:
+    """Returns means ± standard deviations in the paper's layout, with the best means in bold."""
+
+    def format_cell(row: Row, way: str, metric: Metric) -> str:
+        stat = row.stats.get(way, {}).get(metric)
+        if stat is None:
+            return ""
+        mean = f"{stat.mean:.1f}"
+        if round(stat.mean, 1) == table.best_means[way, metric]:
+            mean = bold(mean)
+        return mean if stat.std is None else mean + f" ± {stat.std:.1f}"
+
+    rows = []
+    for row in table.rows:
+        cells = [format_cell(row, way, metric) for way in DIRECTIONS for metric in STUDY_METRICS]
+        paper = [f"{row.paper:.1f}" if row.paper else ""] if table.has_paper else []
+        rows.append((row, cells + paper if row.stats else []))
+    return Grid(table.columns, STUDY_METRICS, ("paper",) if table.has_paper else (), rows)
+
+
+def interval_grid(table: Table) -> Grid:
+    """Returns R@1's intervals and its differences to the reference."""
+    rows = []
+    for row in table.rows:
+        cells = []
+        for way in DIRECTIONS:
+            stat, d = row.stats.get(way, {}).get("R@1"), row.differences.get(way)
+            difference = f"{d.mean:+.1f} ({d.low:+.1f} to {d.high:+.1f})" if d else ""
+            interval = f"{stat.low:.1f} to {stat.high:.1f}" if stat else ""
+            cells += [interval, difference.replace("-", "−")]
+        rows.append((row, cells))
+    return Grid(table.columns, ("R@1, 95 %", f"minus “{table.reference}”, 95 %"), (), rows)
+
+
+def legend(table: Table) -> str:
+    """Returns a few sentences on what the numbers mean."""
+    seeds = max(row.finished for row in table.rows)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    over = "test videos and seeds" if seeds > 1 else "test videos alone"
+    sentences = [
+        f"{table.facts}; {spread}; R@K in percent, MnR the mean rank, the best mean in bold.",
+        "Intervals: of R@1 by resampling the test videos with their queries, of differences over "
+        f"{over}.",
+    ]
+    if table.has_paper:
+        sentences.append("paper: R@1 text to video that X-CLIP reports for MSR-VTT, not ours.")
+    return " ".join([*sentences, *([table.note] if table.note else [])])
+
+
+def list_problems(table: Table) -> list[str]:
+    """Returns a sentence for each row that lacks the results of some seeds."""
+    return [f"{row.name}: {row.problem}" for row in table.rows if row.stats and row.problem]
+
+
+def format_html(tables: Mapping[str, Table]) -> str:
+    """Returns the page of all studies, given by the name of their files beside it."""
+    studies = [
+        {
+            "name": name,
+            "title": table.title,
+            "legend": legend(table),
+            "problems": list_problems(table),
+            "metrics": metric_grid(table, Markup("<b>{}</b>").format),
+            "intervals": interval_grid(table),
+        }
+        for name, table in tables.items()
+    ]
+    return render("studies.html", studies=studies, directions=DIRECTIONS)
+
+
+def format_markdown(table: Table) -> str:
+    """Returns both tables with their columns aligned, the legend, and the missing seeds."""
+    parts = [
+        f"### {table.title}",
+        _markdown_table(metric_grid(table, "**{}**".format)),
+        _markdown_table(interval_grid(table)),
+        legend(table),
+        "\n".join(f"- {_escape_markdown(problem)}" for problem in list_problems(table)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*<>|])", r"\\\1", text.replace("\n", " "))
+
+
+def _markdown_table(grid: Grid) -> str:
+    """Returns aligned columns, which only the reason in a row without cells may exceed."""
+    both = [f"{arrow} {name}" for arrow in _ARROWS for name in grid.columns]
+    lines = [[*grid.labels, *both, *grid.last]]
+    for row, cells in grid.rows:
+        lines.append(
+            [*map(_escape_markdown, row.labels), *(cells or [_escape_markdown(row.problem)])]
+        )
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = (line + [""] * (len(widths) - len(line)) for line in lines)
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in padded)
+
+
+def format_latex(table: Table, name: str) -> str:
+    """Returns both tables, labelled tab:NAME and tab:NAME-intervals, for booktabs and amssymb."""
+    metrics = metric_grid(table, r"\textbf{{{}}}".format)
+    tables = [
+        (metrics, name, f"{table.title}. {legend(table)}"),
+        (interval_grid(table), f"{name}-intervals", f"{table.title}: intervals."),
+    ]
+    return render("tables.tex", tables=tables, directions=DIRECTIONS)
+
+
+def format_csv(table: Table) -> str:
+    """Returns a line for each row with every number unrounded, and those of each seed."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for row in table.rows:
+        numbers: dict[str, Any] = {}
+        for way in DIRECTIONS:
+            for metric in STUDY_METRICS:
+                stat = row.stats.get(way, {}).get(metric)
+                for part in ("mean", "std", "low", "high"):
+                    numbers[f"{way} {metric} {part}"] = getattr(stat, part, None)
+                numbers[f"{way} {metric} seeds"] = " ".join(map(str, stat.seeds)) if stat else None
+        for way in DIRECTIONS:
+            for part in ("mean", "low", "high"):
+                value = getattr(row.differences.get(way), part, None)
+                numbers[f"{way} difference {part}"] = value
+        numbers |= {"paper": row.paper, "problem": row.problem}
+        if row is table.rows[0]:
+            writer.writerow([*table.columns, *numbers])
+        writer.writerow([*row.labels, *numbers.values()])
+    return file.getvalue()

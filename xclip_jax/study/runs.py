@@ -1,98 +1,284 @@
-"""Working off the runs of studies, one at a time in this process, and why one failed."""
+"""The runs of studies, each a work directory of xclip_jax.main: planned, then executed."""
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
 import json
 import re
 import signal
 import sys
 import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from xclip_jax.cli import progress
+from xclip_jax.checkpoint import check_same_run, is_below
+from xclip_jax.cli import InputError, progress
+from xclip_jax.config import field_value, validate
+from xclip_jax.data.builder import Dataset
+from xclip_jax.evaluate import RANKS_FILE
+from xclip_jax.models import resolve
 from xclip_jax.monitor import read_metrics
-from xclip_jax.report.table import DIRECTIONS
-from xclip_jax.study.plan import FAILED, RESULTS
+from xclip_jax.report.page import DIRECTIONS
+from xclip_jax.study import Study
 from xclip_jax.workers import start_module
 
-LOG = "log.txt"  # in a work directory: what its runs printed
+# Files of a work directory.
+RESULTS = "results.json"
+FAILED = "failed.txt"  # why the last attempt failed
+LOG = "log.txt"  # output of all attempts
+MAX_FOLDER_NAME = 150
 POLL_SECONDS = 1
 
+_open_dataset = functools.cache(Dataset)
 
-def work_off(runs, done):
-    """Runs what is not finished, one at a time, and calls `done(run)` after each.
 
-    Several processes may do so side by side: a run that another one has under way is left to it.
-    One that fails leaves its reason in its work directory, and the others go on.
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A training of one variant with one seed.
+
+    Attributes:
+        name: study, variant and seed; of the first study if several share the run.
+        config_file: as on the command line.
+        workdir: its work directory.
+        config: its complete config.
+        fields: config fields on its command line.
+        evaluation: fields of config.eval that its results must have been computed with.
+    """
+
+    name: str
+    config_file: str
+    workdir: Path
+    config: Any  # RunConfig
+    fields: dict[str, Any]
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Arguments of `python -m xclip_jax.main`."""
+        fields = {**self.fields, **{f"eval.{k}": v for k, v in self.evaluation.items()}}
+        options = [f"--config.{field}={value}" for field, value in fields.items()]
+        return [f"--config={self.config_file}", f"--workdir={self.workdir}", *options]
+
+    def check_workdir(self) -> None:
+        """Raises InputError if the work directory belongs to a run with another config."""
+        try:
+            json.loads((self.workdir / "config.json").read_text())
+        except (OSError, ValueError):
+            return  # not started; a corrupted file is reported by the run itself
+        try:
+            check_same_run(self.workdir, self.config, _open_dataset(self.config.data.path))
+        except InputError as error:
+            raise InputError(str(error).replace("--workdir", "--output")) from None
+
+    def load_ranks(self) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of ranks.npz, or None if the run is unfinished or a file corrupted."""
+        try:
+            evaluation = json.loads((self.workdir / RESULTS).read_text())["eval"]
+            with np.load(self.workdir / RANKS_FILE) as file:
+                ranks = dict(file)
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
+            return None
+        is_current = all(evaluation.get(name) == value for name, value in self.evaluation.items())
+        return ranks if is_current else None
+
+    def failure(self) -> str | None:
+        """Returns why the last attempt failed, or None if it did not."""
+        path = self.workdir / FAILED
+        return path.read_text() if path.is_file() else None
+
+
+def plan_runs(
+    studies: Mapping[str, Study],
+    base: Any,
+    *,
+    config_file: str,
+    overrides: Mapping[str, Any],
+    num_seeds: int,
+    output: Path,
+) -> dict[tuple[str, str], list[Run]]:
+    """Returns the runs of every (study, variant), one for each seed.
+
+    Variants with the same training share their runs, within a study and between studies.
+
+    Args:
+        studies: by name.
+        base: the config with `overrides` applied.
+        config_file: on the command line, with the text after its colon.
+        overrides: the fields overridden on the command line, repeated for every run.
+        num_seeds: runs of each variant, with seeds from base.seed on.
+        output: folder of all runs.
+
+    Raises:
+        InputError: a variant changes an unknown field or uses a wrong type, or two variants need
+            different test-time options of the same run.
+    """
+    by_folder, planned = {}, {}
+    for study_name, study in studies.items():
+        for name, variant in study.variants.items():
+            where = f"--study={study_name}, variant {name!r}"
+            effective = _effective_overrides(base, variant.overrides, where)
+            training = {k: v for k, v in effective.items() if not is_below(k, "eval")}
+            evaluation = {k[len("eval.") :]: effective[k] for k in effective.keys() - training}
+            runs = []
+            for seed in range(base.seed, base.seed + num_seeds):
+                fields = {**overrides, **training, "seed": seed}
+                run = Run(
+                    name=f"{study_name}: {name}, seed {seed}",
+                    config_file=config_file,
+                    workdir=output / "runs" / folder_name(training) / f"seed{seed}",
+                    config=_apply_overrides(base, fields, where),
+                    fields=fields,
+                )
+                runs.append(by_folder.setdefault(run.workdir, run))
+                _add_evaluation(runs[-1], evaluation, where)
+            planned[study_name, name] = runs
+    return planned
+
+
+def _add_evaluation(run: Run, evaluation: Mapping[str, Any], where: str) -> None:
+    for name, value in evaluation.items():
+        if run.evaluation.setdefault(name, value) != value:
+            raise InputError(
+                f"{where}: config.eval.{name} = {value!r}, but {run.evaluation[name]!r} in another "
+                "variant with the same training: run one of them with another --output"
+            )
+
+
+def _apply_overrides(config: Any, overrides: Mapping[str, Any], where: str) -> Any:
+    """Returns a copy of a config with some fields changed, checked against their types."""
+    config = ConfigDict(config.to_dict(), convert_dict=True).lock()
+    for field, value in overrides.items():
+        group, _, name = field.rpartition(".")
+        try:
+            parent = field_value(config, group) if group else config
+            if isinstance(parent[name], ConfigDict):
+                raise TypeError(f"a group of fields: write {field}.NAME")
+            setattr(parent, name, value)
+        except (AttributeError, KeyError, TypeError) as error:
+            reason = " ".join(str(error.args[0] if error.args else error).split())
+            raise InputError(f"{where}: config.{field} = {value!r}: {reason}") from None
+    return config
+
+
+def _effective_overrides(base: Any, overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the overrides without those that repeat the meaning of the base config.
+
+    An invalid config keeps all of them, and its run reports the error.
+    """
+    if "seed" in overrides:
+        raise InputError(f"{where}: seeds are set by --seeds and --config.seed")
+    changed = _apply_overrides(base, overrides, where)
+    effective = {field: field_value(changed, field) for field in overrides}
+    try:
+        validate(changed)
+    except InputError:
+        return effective
+    meaning = _resolve_config(changed)
+    for field in overrides:
+        rest = {other: value for other, value in effective.items() if other != field}
+        if _resolve_config(_apply_overrides(base, rest, where)) == meaning:
+            effective = rest
+    return effective
+
+
+def _resolve_config(config: Any) -> dict[str, Any]:
+    """Returns a config as a dict, with the fields filled in that its preset and head decide."""
+    plain = json.loads(config.to_json())
+    return {**plain, "model": resolve(plain["model"])}
+
+
+def folder_name(overrides: Mapping[str, Any]) -> str:
+    """Returns a folder name unique to the overrides: "base", "model.tau=0.1"."""
+    texts = {k: "+".join(v) if isinstance(v, tuple) else str(v) for k, v in overrides.items()}
+    exact = ",".join(f"{field}={texts[field]}" for field in sorted(texts)) or "base"
+    name = re.sub(r"[^\w.+=,-]+", "_", exact)
+    if name == exact and len(name) <= MAX_FOLDER_NAME:
+        return name
+    return f"{name[:MAX_FOLDER_NAME]}~{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+def execute_runs(runs: Sequence[Run], report: Callable[[Run], None]) -> None:
+    """Executes the unfinished runs, one at a time, and calls `report(run)` after each.
+
+    Several processes can do so side by side: a run under way in one is skipped by the others. A run
+    that fails writes the reason to its work directory, and the others continue.
     """
     start = time.time()
-    todo = [run for run in runs if run.results() is None]
-    with progress(len(runs), "runs", "run", initial=len(runs) - len(todo)) as bar:
-        while todo:
-            before = len(todo)
-            for run in list(todo):
-                if _try(run, start, bar):
-                    todo.remove(run)
+    pending = [run for run in runs if run.load_ranks() is None]
+    with progress(len(runs), "runs", "run", initial=len(runs) - len(pending)) as bar:
+        while pending:
+            before = len(pending)
+            for run in list(pending):
+                if _finish_run(run, start, bar):
+                    pending.remove(run)
                     bar.update()
-                    done(run)
-            if len(todo) == before:
-                _show(bar, f"{before} under way in another process")
+                    report(run)
+            if len(pending) == before:
+                _show_status(bar, f"{before} under way in another process")
                 time.sleep(POLL_SECONDS)
 
 
-def _try(run, start, bar):
-    """Whether the run came to an end, here or in another process since `start`."""
+def _finish_run(run: Run, start: float, bar: tqdm) -> bool:
+    """Executes a run that has not ended since `start`, or returns False if another process does."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(Timeout), FileLock(run.workdir / "run.lock", timeout=0):
         failed = run.workdir / FAILED
-        ended = failed.is_file() and failed.stat().st_mtime > start
-        if not ended and run.results() is None:
+        has_failed = failed.is_file() and failed.stat().st_mtime > start
+        if not has_failed and run.load_ranks() is None:
             failed.unlink(missing_ok=True)
-            reason = _execute(run, bar)
+            reason = _execute_run(run, bar)
             if reason:
                 failed.write_text(reason)
-            bar.write(f"{run.name}: " + (f"failed: {reason}" if reason else _recalls(run)))
+            bar.write(f"{run.name}: " + (f"failed: {reason}" if reason else _format_recalls(run)))
         return True
     return False
 
 
-def _execute(run, bar):
-    """Trains and evaluates; returns why it failed, None if it did not."""
+def _execute_run(run: Run, bar: tqdm) -> str | None:
+    """Trains and evaluates, and returns the reason if that fails."""
     log = run.workdir / LOG
     log.touch()
-    printed_before = log.stat().st_size
+    log_start = log.stat().st_size
     process = start_module("xclip_jax.main", run.arguments, log)
     try:
         while process.exitcode is None:
             process.join(POLL_SECONDS)
             lines = read_metrics(run.workdir)
-            _show(bar, f"{run.name}, step {lines[-1]['step'] if lines else 0}")
+            _show_status(bar, f"{run.name}, step {lines[-1]['step'] if lines else 0}")
     finally:
-        if process.exitcode is None:  # this process is told to end: the run saves and goes on later
+        if process.exitcode is None:  # this process is ending: the run saves, to be resumed later
             process.terminate()
             process.join()
-    if process.exitcode == 0 and run.results() is not None:
+    if process.exitcode == 0 and run.load_ranks() is not None:
         return None
-    return _reason(process.exitcode, log.read_bytes()[printed_before:].decode(errors="replace"))
+    output = log.read_bytes()[log_start:].decode(errors="replace")
+    return failure_reason(process.exitcode, output)
 
 
-def _reason(status, printed):
-    """Why a process ended, from its exit status and what it printed."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", printed) if line.strip()]
-    if status < 0:
-        name = signal.Signals(-status).name
+def failure_reason(exit_status: int | None, output: str) -> str:
+    """Returns why a run failed: its signal, its last error line, its last line, or its status."""
+    if exit_status and exit_status < 0:
+        name = signal.Signals(-exit_status).name
         return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
-    return (errors or lines or [f"exit status {status}"])[-1].removeprefix("error: ")
+    return (errors or lines or [f"exit status {exit_status}"])[-1].removeprefix("error: ")
 
 
-def _recalls(run):
+def _format_recalls(run: Run) -> str:
     results = json.loads((run.workdir / RESULTS).read_text())
-    numbers = " / ".join(f"{results[way]['R@1']:.1f}" for way, _ in DIRECTIONS)
-    return f"R@1 {numbers}"
+    return "R@1 " + " / ".join(f"{results[way]['R@1']:.1f}" for way in DIRECTIONS)
 
 
-def _show(bar, text):
+def _show_status(bar: tqdm, text: str) -> None:
     bar.set_postfix_str(text, refresh=False)
-    if sys.stderr.isatty():  # a log file has no use for a line a second
+    if sys.stderr.isatty():  # a log file does not need a line a second
         bar.refresh()

@@ -1,14 +1,16 @@
-"""What a table says of its rows: means, their spread over seeds, intervals, differences."""
+"""Means, spread over seeds, and intervals of metrics and of their differences."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import stats
 
 from xclip_jax.metrics import expected_ranks, recall
 
-WAYS = ("text_to_video", "video_to_text")
-METRICS = ("R@1", "R@5", "R@10", "MnR")
+Metric = Literal["R@1", "R@5", "R@10", "MnR"]
+STUDY_METRICS: tuple[Metric, ...] = get_args(Metric)
 RESAMPLES = 2000
 
 
@@ -18,10 +20,9 @@ class Stat:
 
     Attributes:
         mean: over seeds.
-        std: its standard deviation over seeds (n - 1); None where there is one seed.
+        std: standard deviation over seeds (n - 1); None with one seed.
         low, high: ends of a 95 % interval of the mean by resampling the test videos with their
-            queries: how much another test set of the same kind would change it. Other seeds are
-            not in it.
+            queries. It shows the spread over similar test sets, not over seeds.
         seeds: the metric of each seed.
     """
 
@@ -34,23 +35,29 @@ class Stat:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """By how much a variant's R@1 is above the reference's, with a 95 % interval."""
+    """A variant's R@1 minus the reference's, with a 95 % interval."""
 
     mean: float
     low: float
     high: float
 
 
-def values_of(counts_SxCxQ, metric, video_Q=None):
-    """S x V: a metric of each test video, of `rank_counts` of S seeds; their mean is the metric.
+def metric_values(
+    counts_Sx2xQ: Int[np.ndarray, "S 2 Q"],
+    metric: Metric,
+    video_Q: Int[np.ndarray, " Q"] | None = None,
+) -> Float[np.ndarray, "S V"]:
+    """Returns a metric of every seed and test video, whose mean over videos is the metric.
 
     Args:
-        video_Q: the video of each query; None: each query is of a video of its own. A video with
-            several captions counts as one draw: its captions are not independent of each other.
-            Its value is the mean of all queries plus its share of their deviations (the linearised
-            ratio of sums, Cochran, Sampling Techniques, 1977, Sec. 6).
+        counts_Sx2xQ: `rank_counts` of S seeds.
+        metric: its name.
+        video_Q: video of each query, or None if every query has its own. A video with several
+            captions is one draw, since its captions are not independent. Its value is the mean over
+            all queries plus the video's share of their deviations (the linearised ratio of sums,
+            Cochran, Sampling Techniques, 1977, Sec. 6).
     """
-    better_SxQ, equal_SxQ = np.moveaxis(np.asarray(counts_SxCxQ), 1, 0)
+    better_SxQ, equal_SxQ = np.moveaxis(counts_Sx2xQ, 1, 0)
     if metric == "MnR":
         values_SxQ = expected_ranks(better_SxQ, equal_SxQ)
     else:
@@ -62,32 +69,34 @@ def values_of(counts_SxCxQ, metric, video_Q=None):
     return mean_Sx1 + np.array(deviations) * (video_Q.max() + 1) / len(video_Q)
 
 
-def describe(values_SxV):
-    """The Stat of a metric of each seed and test video."""
-    of_seeds_S, of_videos_V = values_SxV.mean(1), values_SxV.mean(0)
+def estimate_metric(values_SxV: Float[np.ndarray, "S V"]) -> Stat:
+    """Returns the Stat of a metric of every seed and test video."""
+    seeds_S, videos_V = values_SxV.mean(1), values_SxV.mean(0)
     interval = stats.bootstrap(
-        (of_videos_V,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0
+        (videos_V,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0
     ).confidence_interval
-    std = float(of_seeds_S.std(ddof=1)) if len(of_seeds_S) > 1 else None
-    ends = float(interval.low), float(interval.high)
-    return Stat(float(of_seeds_S.mean()), std, *ends, of_seeds_S.tolist())
+    std = float(seeds_S.std(ddof=1)) if len(seeds_S) > 1 else None
+    low, high = float(interval.low), float(interval.high)
+    return Stat(float(seeds_S.mean()), std, low, high, seeds_S.tolist())
 
 
-def compare(values_SxV, reference_SxV):
-    """The Difference of two variants tried with the same seeds and test videos.
+def estimate_difference(
+    values_SxV: Float[np.ndarray, "S V"], reference_SxV: Float[np.ndarray, "S V"]
+) -> Difference:
+    """Returns the Difference of two variants with the same seeds and test videos.
 
-    Its variance is that of the mean over videos plus that of the mean over seeds, its interval
-    Student's, with the degrees of freedom by Satterthwaite (1946), https://doi.org/10.2307/3002019.
-    With one seed the interval knows of videos alone.
+    Its variance is that of the mean over videos plus that of the mean over seeds. The interval is
+    Student's, with the degrees of freedom of Satterthwaite (1946), https://doi.org/10.2307/3002019.
+    With one seed the interval covers the choice of videos alone.
     """
     difference_SxV = values_SxV - reference_SxV
     means = difference_SxV.mean(0), difference_SxV.mean(1)  # of videos, of seeds
-    parts = [x.var(ddof=1) / len(x) if len(x) > 1 else 0.0 for x in means]
-    mean, variance = float(difference_SxV.mean()), sum(parts)
+    variances = [x.var(ddof=1) / len(x) if len(x) > 1 else 0.0 for x in means]
+    mean, variance = float(difference_SxV.mean()), sum(variances)
     if not variance:
         return Difference(mean, mean, mean)
     freedom = variance**2 / sum(
-        v**2 / max(len(x) - 1, 1) for v, x in zip(parts, means, strict=True)
+        v**2 / max(len(x) - 1, 1) for v, x in zip(variances, means, strict=True)
     )
-    half = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
-    return Difference(mean, mean - half, mean + half)
+    half_width = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    return Difference(mean, mean - half_width, mean + half_width)

@@ -1,51 +1,69 @@
-"""A study's results as one table: what each row says, whatever it is written as."""
+"""A study's results as a table, independent of its file format."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from xclip_jax.paper import backbone
-from xclip_jax.report.table import DIRECTIONS
-from xclip_jax.study.plan import RESULTS
-from xclip_jax.study.statistics import METRICS, WAYS, Difference, Stat, compare, describe, values_of
+from xclip_jax.report.page import DIRECTIONS
+from xclip_jax.study import Study
+from xclip_jax.study.runs import RESULTS, Run
+from xclip_jax.study.statistics import (
+    STUDY_METRICS,
+    Difference,
+    Metric,
+    Stat,
+    estimate_difference,
+    estimate_metric,
+    metric_values,
+)
+
+# {seed: {direction: (2 x Q rank counts, video of each query or None)}} of finished runs.
+Counts = dict[int, dict[str, tuple[np.ndarray, np.ndarray | None]]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """A variant's results.
 
     Attributes:
-        name: of the variant.
-        labels: what stands in the table's first columns.
-        stats: {direction: {metric: Stat}} over the seeds that are finished; {} where none is.
-        differences: {direction: Difference} to the reference; {} for itself or where one lacks.
-        seeds: {seed: None, or why there is no result}.
-        paper: the paper's R@1 text to video, where the data are the paper's.
+        name: the variant's name.
+        labels: texts of the table's first columns.
+        stats: {direction: {metric: Stat}} over the finished seeds; {} without any.
+        differences: {direction: Difference} to the reference; {} for the reference itself, or if
+            the two have no finished seed in common.
+        seeds: {seed: None, or why it has no result}.
+        paper: R@1 text to video in the paper, on the paper's data only.
     """
 
     name: str
     labels: tuple[str, ...]
-    stats: dict[str, dict[str, Stat]]
+    stats: dict[str, dict[Metric, Stat]]
     differences: dict[str, Difference]
     seeds: dict[int, str | None]
     paper: float | None
 
     @property
-    def missing(self):
-        """{seed: why there is no result}."""
-        return {seed: reason for seed, reason in self.seeds.items() if reason}
+    def finished(self) -> int:
+        """Number of seeds with results."""
+        return sum(reason is None for reason in self.seeds.values())
 
     @property
-    def problem(self):
-        """Why seeds are missing; "" if none is."""
-        missing = self.missing
+    def problem(self) -> str:
+        """Reasons why seeds have no results, or ""."""
+        missing = {seed: reason for seed, reason in self.seeds.items() if reason}
         if len(set(missing.values())) == 1 and len(missing) == len(self.seeds):
             return next(iter(missing.values()))
         return "; ".join(f"seed {seed} {reason}" for seed, reason in missing.items())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A study with its rows, and what its numbers are of (`facts`, a sentence)."""
+    """A study with its rows and `facts`, a sentence on the test data."""
 
     title: str
     columns: tuple[str, ...]
@@ -55,70 +73,94 @@ class Table:
     note: str
     facts: str
 
+    @property
+    def has_paper(self) -> bool:
+        """True if a row has a number of the paper."""
+        return any(row.paper is not None for row in self.rows)
 
-def make_table(study, runs):
-    """The Table of a study.
-
-    Args:
-        runs: {variant: [Run of each seed]}.
-    """
-    found = {name: _finished(study.variants[name].option, r) for name, r in runs.items()}
-    rows = [_row(study, name, runs[name], found) for name in study.variants]
-    one = next(iter(runs.values()))[0]
-    facts = _facts([run for of_seeds in runs.values() for run in of_seeds], one.config)
-    return Table(study.title, study.columns, rows, study.reference, study.lines, study.note, facts)
-
-
-def _finished(option, runs):
-    """{seed: {direction: (2 x Q, video of each query or None)}} of the runs that are finished."""
-    results = {run.config.seed: run.results() for run in runs}
-    return {seed: _of_option(ranks, option) for seed, ranks in results.items() if ranks}
+    @functools.cached_property
+    def best_means(self) -> dict[tuple[str, Metric], float]:
+        """The best mean over the rows, as printed, by (direction, metric)."""
+        best = {}
+        for way in DIRECTIONS:
+            for metric in STUDY_METRICS:
+                rows = [row.stats[way][metric] for row in self.rows if way in row.stats]
+                means = [round(stat.mean, 1) for stat in rows]
+                if means:
+                    best[way, metric] = min(means) if metric == "MnR" else max(means)
+        return best
 
 
-def _of_option(ranks, option):
-    found = {}
-    for name, counts in ranks.items():
-        prefix, _, way = name.rpartition("/")
-        if way in WAYS and (prefix.startswith(option) if option else not prefix):
-            found[way] = counts, ranks["text_video"] if way == "text_to_video" else None
-    return found
+def make_table(study: Study, runs: Mapping[str, Sequence[Run]]) -> Table:
+    """Returns the Table of a study with the runs of each variant."""
+    counts = {name: _load_counts(study.variants[name].option, runs[name]) for name in runs}
+    every_run = [run for of_variant in runs.values() for run in of_variant]
+    return Table(
+        title=study.title,
+        columns=study.columns,
+        rows=[_make_row(study, name, runs[name], counts) for name in study.variants],
+        reference=study.reference,
+        lines=study.lines,
+        note=study.note,
+        facts=_describe_data(every_run, every_run[0].config),
+    )
 
 
-def _values(results, seeds, way, metric):
-    counts, videos = zip(*(results[seed][way] for seed in seeds), strict=True)
-    return values_of(counts, metric, videos[0])
+def _load_counts(option: str, runs: Sequence[Run]) -> Counts:
+    """Returns the rank counts of the finished runs, with a test-time option or without ("")."""
+    counts = {}
+    for run in runs:
+        ranks = run.load_ranks()
+        if ranks is None:
+            continue
+        counts[run.config.seed] = ways = {}
+        for name, array in ranks.items():
+            prefix, _, way = name.rpartition("/")
+            if way in DIRECTIONS and (prefix.startswith(option) if option else not prefix):
+                ways[way] = array, ranks["text_video"] if way == "text_to_video" else None
+    return counts
 
 
-def _row(study, name, runs, found):
-    own, reference = found[name], found[study.reference]
-    ways = [way for way in WAYS if own and all(way in both for both in own.values())]
-    stats = {
-        way: {metric: describe(_values(own, own, way, metric)) for metric in METRICS}
-        for way in ways
-    }
-    common = [seed for seed in own if seed in reference and name != study.reference]
-    differences = {
-        way: compare(_values(own, common, way, "R@1"), _values(reference, common, way, "R@1"))
-        for way in ways
-        if common and all(way in reference[seed] for seed in common)
-    }
+def _values(counts: Counts, seeds: Sequence[int], way: str, metric: Metric) -> np.ndarray:
+    arrays, videos = zip(*(counts[seed][way] for seed in seeds), strict=True)
+    return metric_values(np.stack(arrays), metric, videos[0])
+
+
+def _make_row(study: Study, name: str, runs: Sequence[Run], counts: Mapping[str, Counts]) -> Row:
+    mine, reference = counts[name], counts[study.reference]
+    ways = [way for way in DIRECTIONS if mine and all(way in both for both in mine.values())]
+    common = [seed for seed in mine if seed in reference and name != study.reference]
     config = runs[0].config
-    of_paper = (config.data.dataset, config.data.variant) == ("msrvtt", "9k")
-    paper = study.variants[name].paper.get(backbone(config.model.vision)) if of_paper else None
-    seeds = {run.config.seed: None if run.config.seed in own else _why_not(run) for run in runs}
-    return Row(name, study.cells(name), stats, differences, seeds, paper)
+    is_paper_data = (config.data.dataset, config.data.variant) == ("msrvtt", "9k")
+    paper = study.variants[name].paper.get(backbone(config.model.vision))
+    return Row(
+        name=name,
+        labels=study.labels(name),
+        stats={
+            way: {m: estimate_metric(_values(mine, list(mine), way, m)) for m in STUDY_METRICS}
+            for way in ways
+        },
+        differences={
+            way: estimate_difference(
+                _values(mine, common, way, "R@1"), _values(reference, common, way, "R@1")
+            )
+            for way in ways
+            if common and all(way in reference[seed] for seed in common)
+        },
+        seeds={r.config.seed: None if r.config.seed in mine else _why_missing(r) for r in runs},
+        paper=paper if is_paper_data else None,
+    )
 
 
-def _why_not(run):
+def _why_missing(run: Run) -> str:
     reason = run.failure()
     return f"failed: {reason}" if reason else "not run yet"
 
 
-def _facts(runs, config):
-    """What the numbers are of, with the note of the results, such as of an evaluation on training
-    clips; the config's name alone where no run is finished."""
+def _describe_data(runs: Sequence[Run], config: Any) -> str:
+    """Returns the config's name, with split, sizes and note of the first finished run."""
     for run in runs:
-        if run.results() is not None:
+        if run.load_ranks() is not None:
             results = json.loads((run.workdir / RESULTS).read_text())
             texts, videos = f"{results['num_texts']:,}", f"{results['num_videos']:,}"
             note = f" ({results['note']})" if "note" in results else ""
@@ -126,35 +168,22 @@ def _facts(runs, config):
     return config.name
 
 
-def best(table):
-    """{(direction, metric): the best mean as it is printed} over the rows."""
-    found = {}
-    for way, _ in DIRECTIONS:
-        for metric in METRICS:
-            means = [
-                round(row.stats[way][metric].mean, 1) for row in table.rows if way in row.stats
-            ]
-            if means:
-                found[way, metric] = min(means) if metric == "MnR" else max(means)
-    return found
-
-
-def as_json(table):
-    """The table as JSON text, for `from_json`."""
+def table_to_json(table: Table) -> str:
+    """Returns a table as JSON, to be read by `table_from_json`."""
     return json.dumps(dataclasses.asdict(table), indent=1, ensure_ascii=False)
 
 
-def from_json(text):
-    """The Table that `as_json` wrote."""
+def table_from_json(text: str) -> Table:
+    """Returns the Table that `table_to_json` wrote."""
     plain = json.loads(text)
     rows = [
         Row(
-            row["name"],
-            tuple(row["labels"]),
-            {w: {m: Stat(**s) for m, s in stats.items()} for w, stats in row["stats"].items()},
-            {way: Difference(**both) for way, both in row["differences"].items()},
-            {int(seed): reason for seed, reason in row["seeds"].items()},
-            row["paper"],
+            name=row["name"],
+            labels=tuple(row["labels"]),
+            stats={w: {m: Stat(**s) for m, s in of.items()} for w, of in row["stats"].items()},
+            differences={w: Difference(**d) for w, d in row["differences"].items()},
+            seeds={int(seed): reason for seed, reason in row["seeds"].items()},
+            paper=row["paper"],
         )
         for row in plain["rows"]
     ]
