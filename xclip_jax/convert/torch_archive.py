@@ -1,8 +1,8 @@
-"""PyTorch checkpoint files without PyTorch: reads them into NumPy, whoever made them; writes them.
+"""Reads and writes PyTorch checkpoint files without PyTorch.
 
-A checkpoint is a pickle next to raw storages, and a pickle is a program. Only the instructions that
-build plain values are run, and nothing that the pickle names is imported: a global stays its name,
-so that there is never anything to call.
+A checkpoint is a pickle beside raw storages, and a pickle is a program. Before it is loaded, each
+of its instructions is checked against a list. Loading then imports nothing: each global name stands
+for a class of this module, an inert value or an error.
 """
 
 import functools
@@ -11,9 +11,12 @@ import itertools
 import math
 import os
 import pickle
+import pickletools
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,26 +36,28 @@ DTYPES = {
     "torch.BoolStorage": np.dtype(np.bool_),
 }
 REBUILD = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")}
-# What torch.save (protocols 2 and 4) and TorchScript write. INST is there to name what it asks for.
-OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
-    BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT
-    LONG_BINPUT MEMOIZE BINPERSID GLOBAL STACK_GLOBAL INST REDUCE NEWOBJ BUILD"""
-# A large model's pickle has less than 1 MiB; each byte can make a hundred bytes of objects.
+# The instructions that torch.save (protocols 2 and 4) and TorchScript write.
+OPCODES = """
+    PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE
+    TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT
+    MEMOIZE BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
+"""
+# A large model's pickle has less than 1 MiB; each byte can make over a hundred bytes of objects.
 MAX_PICKLE = 8 << 20
 MAX_DIRECTORY = 16 << 20  # bytes that list the entries of a zip file
-MAX_VISITS, MAX_NAME = 100_000, 1000  # in the walk through TorchScript modules
+MAX_VISITS, MAX_NAME = 100_000, 1000  # limits on walking through TorchScript modules
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 @dataclass
 class Archive:
-    """What a checkpoint file holds.
+    """The contents of a checkpoint file.
 
     Attributes:
         tensors: {name: array}, read-only, strided and sharing memory as they were saved.
-        torchscript: whether it is a TorchScript archive, such as OpenAI's CLIP.
-        nested: whether the weights lay under the key `state_dict` of a training checkpoint.
+        torchscript: True for a TorchScript archive, such as OpenAI's CLIP.
+        nested: True if the weights were under the key `state_dict` of a training checkpoint.
     """
 
     tensors: dict[str, np.ndarray]
@@ -60,17 +65,148 @@ class Archive:
     nested: bool
 
 
-def read_archive(path):
-    """Reads a file of torch.save, older ones included, or of torch.jit.save into an Archive.
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class _Tensor(NamedTuple):
+    """An unread and unchecked tensor: a checkpoint's optimizer state is never read."""
+
+    storage: _Storage
+    offset: Any
+    size: tuple
+    stride: tuple
+
+
+class _Dict(dict):
+    """A dict or OrderedDict."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:  # dict's own would hash any key
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # Hashing nested tuples can crash the interpreter or never end, and large ints can collide.
+        if type(key) is not str and not (type(key) is int and 0 <= key < 1 << 60):
+            raise InputError("has a pickle with keys that are not strings or small integers")
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignores the state of an OrderedDict, PyTorch's _metadata."""
+
+
+class _Module(_Dict):
+    """A TorchScript module, as its attributes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, _Dict):
+            raise InputError("has a pickle with a malformed object")
+        self.update(state)
+
+
+class _Call:
+    """A function named in a pickle; calling it builds a _Tensor or None."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any) -> _Tensor | None:
+        match self.name, args:
+            case (
+                "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
+                (_Storage() as storage, offset, tuple(size), tuple(stride), *rest),
+            ) if not any(rest[2:]):  # metadata: a conjugate or negative view
+                return _Tensor(storage, offset, size, stride)
+            case "torch._utils._rebuild_parameter", (_Tensor() as tensor, *_):
+                return tensor
+            case str(name), _ if name.startswith("torch.jit._pickle."):
+                return None  # lists of numbers
+        raise InputError("has a pickle with a malformed call")
+
+    def __setstate__(self, state: Any) -> None:
+        raise InputError("has a pickle with a malformed object")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain values, _Dict, _Tensor and _Module from the next pickle of a stream."""
+
+    def __init__(self, stream: io.BytesIO, torchscript: bool = False) -> None:
+        self.torchscript = torchscript
+        self.storages: dict[str, _Storage] = {}
+        super().__init__(io.BytesIO(self._check(stream)), encoding="utf-8")
+
+    def _check(self, stream: io.BytesIO) -> bytes:
+        """Returns the program, with {} as OrderedDict(): the loader hashes any key of a dict."""
+        data, program, allowed = stream.getvalue(), bytearray(), set(OPCODES.split())
+        for code, arg, place in pickletools.genops(stream):
+            if code.name in {"GLOBAL", "INST"}:
+                self.find_class(*str(arg).split(" ", 1))
+            huge = code.name == "LONG_BINPUT" and int(arg or 0) > len(data)  # the memo is an array
+            if code.name not in allowed or huge:
+                raise InputError("has a pickle with instructions that no checkpoint needs")
+            if code.name == "EMPTY_DICT":
+                program += b"ccollections\nOrderedDict\n)R"
+            elif code.name != "FRAME":
+                program += data[place : stream.tell()]
+        return bytes(program)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what stands for a global name: never a function or class from elsewhere."""
+        name = f"{module}.{name}".replace("torch.cuda.", "torch.")
+        if name in DTYPES:
+            return name  # not a dtype, whose state a pickle could set
+        if name == "collections.OrderedDict":
+            return _Dict
+        if name.startswith("__torch__.") and self.torchscript:
+            return _Module
+        if name in REBUILD or (name.startswith("torch.jit._pickle.") and self.torchscript):
+            return _Call(name)
+        raise InputError(f"refused: its pickle asks for {name!r:.99}, must be plain tensors")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case "storage", str(kind), str(key), _, int(numel), *views if not any(views):
+                storage = _Storage(key, DTYPES[kind], numel)
+                if numel >= 0 and self.storages.setdefault(key, storage) == storage:
+                    return storage
+        raise InputError("has a pickle with a malformed storage")
+
+
+class _BoundedFile(io.BufferedReader):
+    """A file that refuses reads longer than `limit`, once it is set."""
+
+    limit: int | None = None
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.limit is None:
+            return super().read(size)
+        wanted = self.limit + 1 if size is None or size < 0 else min(size, self.limit + 1)
+        data = super().read(wanted)
+        if len(data) > self.limit:
+            raise InputError("lists too many entries")
+        return data
+
+
+def read_archive(path: str | os.PathLike) -> Archive:
+    """Reads a file of torch.save, older ones included, or of torch.jit.save.
 
     Raises:
-        InputError: it is none, is damaged or asks for more than tensors; names the file.
+        InputError: it is neither, is corrupted or asks for more than tensors; names the file.
         OSError: it is missing or may not be read.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a file")
-    with path.open("rb") as file:
+    with _BoundedFile(io.FileIO(path)) as file:
         head = file.read(64)
         file.seek(0)
         try:
@@ -78,15 +214,17 @@ def read_archive(path):
                 return _read_zip(file)
             if head.startswith(b"\x80"):  # a pickle
                 return _read_legacy(file)
-            raise InputError(_not_a_checkpoint(head))
+            raise InputError(_describe_other_file(head))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except Exception as error:  # zipfile, pickle and NumPy raise a dozen types on damaged bytes
+        except (
+            Exception
+        ) as error:  # zipfile, pickle and NumPy raise a dozen types on corrupted data
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            raise InputError(f"{path}: is damaged or no PyTorch checkpoint ({reason})") from None
+            raise InputError(f"{path}: is corrupted or no PyTorch checkpoint ({reason})") from None
 
 
-def _not_a_checkpoint(head):
+def _describe_other_file(head: bytes) -> str:
     if not head:
         return "is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -96,11 +234,10 @@ def _not_a_checkpoint(head):
     return "is not a PyTorch checkpoint (a file of torch.save or torch.jit.save)"
 
 
-def _read_zip(file):
-    directory = zipfile._EndRecData(file)  # ZipFile itself makes an object of each entry at once
-    if directory and directory[zipfile._ECD_SIZE] > MAX_DIRECTORY:
-        raise InputError("lists too many entries")
+def _read_zip(file: _BoundedFile) -> Archive:
+    file.limit = MAX_DIRECTORY  # ZipFile reads the whole directory and makes an object per entry
     with zipfile.ZipFile(file) as archive:
+        file.limit = None
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) < len(archive.infolist()):
             raise InputError("has two entries of one name")
@@ -110,7 +247,7 @@ def _read_zip(file):
         if len(roots) != 1:
             raise InputError("is a zip file, but no PyTorch checkpoint: must hold one */data.pkl")
 
-        def read(name):
+        def read(name: str) -> bytes:
             entry = entries.get(f"{roots[0]}/{name}")
             if entry is None:
                 raise InputError(f"lacks the entry {name!r:.99}")
@@ -128,8 +265,8 @@ def _read_zip(file):
         return _archive(root, torchscript, lambda key: read(f"data/{key}"))
 
 
-def _read_legacy(file):
-    """The format before PyTorch 1.6: five pickles, then each storage as its length and bytes."""
+def _read_legacy(file: BinaryIO) -> Archive:
+    """Reads the format before PyTorch 1.6: five pickles, then each storage's length and bytes."""
     stream = io.BytesIO(file.read(MAX_PICKLE))
     if _Unpickler(stream).load() != LEGACY_MAGIC:
         raise InputError("is a pickle, but no PyTorch checkpoint")
@@ -146,9 +283,9 @@ def _read_legacy(file):
         places[key] = place + 8
         place += 8 + storage.nbytes
     if place > os.fstat(file.fileno()).st_size:
-        raise InputError("is cut short")
+        raise InputError("is truncated")
 
-    def read(key):
+    def read(key: str) -> bytes:
         file.seek(places[key] - 8)
         if int.from_bytes(file.read(8), "little") != unpickler.storages[key].numel:
             raise InputError(f"has a storage {key!r:.99} of another size than its tensors'")
@@ -157,124 +294,21 @@ def _read_legacy(file):
     return _archive(root, False, read)
 
 
-@dataclass
-class _Storage:
-    key: str
-    dtype: np.dtype
-    numel: int
-
-    @property
-    def nbytes(self):
-        return self.numel * self.dtype.itemsize
-
-
-@dataclass
-class _Tensor:
-    """Unread and unchecked: the optimizer's state in a training checkpoint stays so."""
-
-    storage: _Storage
-    offset: int
-    size: tuple
-    stride: tuple
-
-
-class _Dict(dict):
-    """A dict or OrderedDict."""
-
-    def __setitem__(self, key, value):
-        # The hash of nested tuples can crash the interpreter or take forever, large ints collide.
-        if type(key) is not str and not (type(key) is int and 0 <= key < 1 << 60):
-            raise InputError("has a pickle with keys that are not strings or small integers")
-        super().__setitem__(key, value)
-
-
-class _Module(_Dict):
-    """A TorchScript module: its attributes."""
-
-
-def _refuse_opcode(unpickler):
-    raise InputError("has a pickle with instructions that no checkpoint needs")
-
-
-class _Unpickler(pickle._Unpickler):
-    """Builds plain values, _Dict, _Tensor and _Module; a global is pushed as its name, a string.
-
-    The base is the one in pure Python: the C one's memo is an array, gigabytes for one huge index.
-    """
-
-    dispatch = dict.fromkeys(range(256), _refuse_opcode)
-    for _code in (getattr(pickle, name)[0] for name in OPCODES.split()):
-        dispatch[_code] = pickle._Unpickler.dispatch[_code]
-
-    def __init__(self, file, torchscript=False):
-        super().__init__(file, encoding="utf-8")
-        self.torchscript = torchscript
-        self.storages = {}
-
-    def find_class(self, module, name):
-        name = f"{module}.{name}".replace("torch.cuda.", "torch.")
-        script = name.startswith(("__torch__.", "torch.jit._pickle."))
-        if name in {"collections.OrderedDict", *DTYPES, *REBUILD} or (script and self.torchscript):
-            return name
-        raise InputError(f"refused: its pickle asks for {name!r:.99}, must be plain tensors")
-
-    def persistent_load(self, pid):
-        match pid:
-            case "storage", str(kind), str(key), _, int(numel), *views if not any(views):
-                storage = _Storage(key, DTYPES[kind], numel)
-                if numel >= 0 and self.storages.setdefault(key, storage) == storage:
-                    return storage
-        raise InputError("has a pickle with a malformed storage")
-
-    def _reduce(self):
-        args, name = self.stack.pop(), self.stack.pop()
-        match name, args:
-            case "collections.OrderedDict", ():
-                self.append(_Dict())
-            case (
-                "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
-                (_Storage() as storage, offset, tuple(size), tuple(stride), *rest),
-            ) if not any(rest[2:]):  # metadata: a conjugate or negative view
-                self.append(_Tensor(storage, offset, size, stride))
-            case "torch._utils._rebuild_parameter", (_Tensor() as tensor, *_):
-                self.append(tensor)
-            case str(), _ if name.startswith("torch.jit._pickle."):
-                self.append(None)  # lists of numbers
-            case _:
-                raise InputError("has a pickle with a malformed call")
-
-    def _newobj(self):
-        _, name = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, str) or not name.startswith("__torch__."):
-            raise InputError("has a pickle with a malformed object")
-        self.append(_Module())
-
-    def _build(self):
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, _Module) and isinstance(state, _Dict):
-            target.update(state)  # an OrderedDict's state, _metadata, is of no use here
-
-    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
-    dispatch[pickle.REDUCE[0]] = _reduce
-    dispatch[pickle.NEWOBJ[0]] = _newobj
-    dispatch[pickle.BUILD[0]] = _build
-
-
-def _archive(root, torchscript, read):
-    """Archive of an unpickled file; read: storage key -> bytes."""
+def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Archive:
+    """Returns the Archive of an unpickled file; `read` takes a storage's key."""
     inner = root.get("state_dict") if isinstance(root, _Dict) else None
     nested = isinstance(inner, _Dict) and not torchscript
-    found = _of_modules(root) if torchscript else _of_dict(inner if nested else root)
-    if not found:
+    unread = _module_tensors(root) if torchscript else _dict_tensors(inner if nested else root)
+    if not unread:
         raise InputError("holds no tensors")
-    prefix = "module." if all(name.startswith("module.") for name in found) else ""
+    prefix = "module." if all(name.startswith("module.") for name in unread) else ""
     read = functools.cache(read)
-    tensors = {name.removeprefix(prefix): _array(tensor, read) for name, tensor in found.items()}
+    tensors = {name.removeprefix(prefix): _array(tensor, read) for name, tensor in unread.items()}
     return Archive(tensors, torchscript, nested)
 
 
-def _of_dict(root):
-    """{name: _Tensor} of a state dict; numbers and such among them are left out."""
+def _dict_tensors(root: Any) -> dict[str, _Tensor]:
+    """Returns the tensors of a state dict, without numbers and other scalars among them."""
     if not isinstance(root, _Dict):
         raise InputError("holds no dict of tensors")
     for name, value in root.items():
@@ -287,16 +321,16 @@ def _of_dict(root):
     return {name: value for name, value in root.items() if isinstance(value, _Tensor)}
 
 
-def _of_modules(root):
-    """{dotted name: _Tensor} of TorchScript modules."""
+def _module_tensors(root: Any) -> dict[str, _Tensor]:
+    """Returns the tensors of a TorchScript module and its submodules, by dotted name."""
     if not isinstance(root, _Module):
         raise InputError("holds no TorchScript module")
     tensors, modules, visits = {}, [("", root)], itertools.count()
-    for prefix, module in modules:  # which grows meanwhile
+    for prefix, module in modules:  # grows during the loop
         for key, value in module.items():
             name = prefix + key
             if len(name) > MAX_NAME or next(visits) > MAX_VISITS:
-                raise InputError("holds modules nested too deep or in a circle")
+                raise InputError("holds modules nested too deep or in a cycle")
             if isinstance(value, _Tensor):
                 tensors[name] = value
             elif isinstance(value, _Module):
@@ -304,9 +338,9 @@ def _of_modules(root):
     return tensors
 
 
-def _array(tensor, read):
-    """Read-only array, a view of the storage's bytes: nothing in it lies outside of them."""
-    storage, offset, size, stride = tensor.storage, tensor.offset, tensor.size, tensor.stride
+def _array(tensor: _Tensor, read: Callable[[str], bytes]) -> np.ndarray:
+    """Returns a read-only view of the storage's bytes, after checking that it lies within them."""
+    storage, offset, size, stride = tensor
     numbers = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
     if not numbers or len(size) != len(stride) or len(size) > 32:
         raise InputError("has a tensor of malformed shape")
@@ -317,13 +351,12 @@ def _array(tensor, read):
     data = read(storage.key)
     if len(data) != storage.nbytes:
         raise InputError(f"has a storage {storage.key!r:.99} of another size than its tensors'")
-    itemsize = storage.dtype.itemsize
-    steps = [step * itemsize for step in stride]
-    return np.ndarray(size, storage.dtype, data, offset * itemsize, steps)
+    width = storage.dtype.itemsize
+    return np.ndarray(size, storage.dtype, data, offset * width, [step * width for step in stride])
 
 
-def write_archive(path, tensors):
-    """Writes {name: array} whole or not at all, for torch.load to read as an OrderedDict.
+def write_archive(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
+    """Writes {name: array} atomically, for torch.load to read as an OrderedDict.
 
     Raises:
         InputError: PyTorch has no tensors of an array's type.
@@ -336,7 +369,8 @@ def write_archive(path, tensors):
     partial = path.with_name(path.name + ".part")
     with zipfile.ZipFile(partial, "w") as archive:
 
-        def write(name, data):  # a ZipInfo has no time of its own: the same tensors, the same bytes
+        def write(name: str, data: bytes | str) -> None:
+            # A ZipInfo has no time of its own: the same tensors give the same bytes.
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
 
         write("data.pkl", _pickle(arrays))
@@ -347,8 +381,8 @@ def write_archive(path, tensors):
     os.replace(partial, path)
 
 
-def _pickle(arrays):
-    """The pickle of an OrderedDict of tensors, each in a storage of its own."""
+def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the pickle of an OrderedDict of tensors, each in its own storage."""
     kinds = {dtype: kind.replace(".", "\n") for kind, dtype in DTYPES.items()}
     parts = [b"\x80\2ccollections\nOrderedDict\n)R("]
     for number, (name, array) in enumerate(arrays.items()):
@@ -361,6 +395,6 @@ def _pickle(arrays):
     return b"".join(parts) + b"u."
 
 
-def _values(*values):
-    """The instructions that push plain values: their pickles without the first and last of them."""
+def _values(*values: Any) -> bytes:
+    """Returns the instructions that push plain values: their pickles without PROTO and STOP."""
     return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)
