@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import kills
 import pytest
 import tiny
 
+from xclip_jax.study.__main__ import main
 from xclip_jax.study.runs import failure_reason
 
 STUDY = """
@@ -42,6 +44,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def arguments(folder, output):
+    files = {"study": folder / "own.py", "config": folder / "config.py", "output": folder / output}
+    return [f"--{name}={path}" for name, path in files.items()]
+
+
 def start(folder, output, *options):
     """Starts the command, with its output in OUTPUT.log."""
     environment = os.environ | {
@@ -51,8 +58,7 @@ def start(folder, output, *options):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "xclip_jax.study", f"--study={folder / 'own.py'}"]
-    command += [f"--config={folder / 'config.py'}", f"--output={folder / output}", *options]
+    command = [sys.executable, "-m", "xclip_jax.study", *arguments(folder, output), *options]
     with open(folder / f"{output}.log", "a") as log:
         return subprocess.Popen(
             command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
@@ -152,35 +158,37 @@ def test_study_resumed_after_sigterm_and_sigkill_ends_with_the_same_table(folder
         assert one.read_text() == other.read_text()
 
 
-def test_finished_runs_are_skipped_and_unfinished_ones_printed(folder, complete):
+@pytest.fixture
+def run_study(folder, complete, monkeypatch):
+    """Returns a function that runs the command again in this process, with further options."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "jax_cache"))
+    return lambda *options: main([*arguments(folder, "complete"), *options])
+
+
+def test_finished_runs_are_skipped_and_unfinished_ones_printed(complete, run_study, capsys):
     before = {path: path.stat().st_mtime_ns for path in complete.glob("runs/*/*/results.json")}
-    process = start(folder, "complete", "--print_commands")
-    (folder / "complete.log").write_text("")
-    assert finish(process) == 0
-    lines = (folder / "complete.log").read_text().splitlines()
-    commands = [shlex.split(line) for line in lines if line.startswith("python ")]
+    run_study("--print_commands")
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [command[:3] for command in commands] == [["python", "-m", "xclip_jax.main"]]
     assert f"--workdir={complete}/runs/model.max_frames=9/seed0" in commands[0]
     assert "--config.model.max_frames=9" in commands[0]
-    assert finish(start(folder, "complete", "--only=plain")) == 0
-    assert {
-        path: path.stat().st_mtime_ns for path in complete.glob("runs/*/*/results.json")
-    } == before
+    run_study("--only=plain")
+    after = {path: path.stat().st_mtime_ns for path in complete.glob("runs/*/*/results.json")}
+    assert after == before
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["--only=nothing"], "--only=nothing: no such variant, choose from hot, too long, dual"),
-        (["--config.model.tau=0.5", "--only=plain"], "model.tau = 0.01 then, 0.5 now"),
+        ("--only=nothing", "--only=nothing: no such variant, choose from hot, too long, dual"),
+        ("--config.model.tau=0.5", "model.tau = 0.01 then, 0.5 now"),
     ],
 )
-def test_input_errors_are_one_line(folder, complete, options, message):
-    log = folder / "complete.log"
-    log.write_text("")
-    assert finish(start(folder, "complete", *options)) == 1
-    assert "Traceback" not in log.read_text()
-    assert message in log.read_text().splitlines()[-1]
+def test_input_errors_are_one_line(run_study, option, message):
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        run_study(option)
+    assert "\n" not in str(error.value)
 
 
 def test_failure_reason_is_the_last_error_in_the_output():

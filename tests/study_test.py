@@ -71,46 +71,55 @@ def test_variants_are_valid_configs_with_distinct_runs_or_options(base, studies)
             validate(run.config)
 
 
-def program(config):
+def trace_program(config):
     """Returns the traced training step of a config, its first batch, its pairs and its length."""
     setup = set_up(config)
     parts = setup.model, setup.architecture, setup.optimizer
     state = train.state_shapes(*parts, setup.mesh)
     batch = next(setup.batches(0))
-    read = [batch["ids"].tobytes(), batch["video"].tobytes()]
+    data = [batch["ids"].tobytes(), batch["video"].tobytes()]
     batch.pop("truncated")
     step = train.compile_step(setup.model, setup.optimizer, config, setup.mesh, state)
     traced = re.sub(r"0x[0-9a-f]+", "", str(step.trace(state, batch).jaxpr))
-    return traced, read, len(setup.pairs), setup.total_steps
+    return traced, data, len(setup.pairs), setup.total_steps
 
 
-def test_no_switch_is_dead(base, studies):
-    """Each field that a study sets changes the program, or is a test-time option with a result."""
-    seen, plain = set(), program(base)
+@pytest.fixture(scope="module")
+def base_program(base):
+    return trace_program(base)
+
+
+def effective_values(base, studies):
+    """Returns {field: values} that studies set and that change the meaning of the config."""
+    values = {}
     for name, study in studies.items():
-        planned = plan({name: study}, base)
-        for (_, variant), (run,) in planned.items():
-            own = study.variants[variant].overrides
-            kept = {*run.fields, *(f"eval.{name}" for name in run.evaluation)}
-            fields = {field: value for field, value in own.items() if field in kept}
-            for field, value in fields.items():
-                if field.startswith("eval."):
-                    assert study.variants[variant].option  # tried by study_run_test.py
-                elif (field, value) not in seen:
-                    seen.add((field, value))
-                    changed = run.config if len(fields) == 1 else with_fields(base, {field: value})
-                    assert program(changed) != plain, f"{name}: {field} = {value}"
-    assert len({field for field, _ in seen}) >= 12
+        for (_, variant), (run,) in plan({name: study}, base).items():
+            fields = {*run.fields, *(f"eval.{name}" for name in run.evaluation)}
+            for field, value in study.variants[variant].overrides.items():
+                if field in fields and value not in values.setdefault(field, []):
+                    values[field].append(value)
+    return values
 
 
-def with_fields(config, fields):
-    study = Study("", ("",), {"x": Variant(fields)}, "x")
+def with_field(config, field, value):
+    study = Study("", ("",), {"x": Variant({field: value})}, "x")
     return plan({"s": study}, config)["s", "x"][0].config
 
 
-def test_a_field_that_nothing_reads_is_found_dead(base):
-    """What `test_no_switch_is_dead` rests on: a change without effect gives the same program."""
-    assert program(with_fields(base, {"report.attention_pairs": 7})) == program(base)
+@pytest.mark.parametrize("count", [1, pytest.param(None, marks=pytest.mark.slow)])
+def test_every_switch_changes_the_program(base, studies, base_program, count):
+    """Checks the first value of each field, all of them if slow. Options: study_run_test.py."""
+    values = effective_values(base, studies)
+    assert len(values) >= 12
+    for field in values:
+        for value in values[field][:count]:
+            if not field.startswith("eval."):
+                changed = trace_program(with_field(base, field, value))
+                assert changed != base_program, f"{field} = {value}"
+
+
+def test_field_without_effect_gives_the_same_program(base, base_program):
+    assert trace_program(with_field(base, "report.attention_pairs", 7)) == base_program
 
 
 @pytest.mark.parametrize(

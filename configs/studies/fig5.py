@@ -1,11 +1,10 @@
-"""Fig. 5: how many training videos each granularity needs.
+"""Fig. 5: number of training videos, for each granularity.
 
     python -m xclip_jax.study --study=configs/studies/fig5.py --config=configs/msrvtt.py
     python -m xclip_jax.study --study=configs/studies/fig5.py:1000,3000,5000,7000 --config=...
 
-Without numbers: a sixteenth and a quarter of the training videos; all of them are always added.
-Every run takes about as many steps as the one on all videos (in whole epochs), so that fewer videos
-are not also less training.
+Default: 1/16 and 1/4 of the training videos. All of them are always added. Every run takes about
+as many steps as the one on all videos (in whole epochs), so fewer videos do not mean less training.
 """
 
 from xclip_jax.cli import InputError
@@ -23,27 +22,27 @@ SERIES = {
 
 
 def get_study(config, sizes=""):
-    """`sizes`: numbers of videos, with commas between them."""
+    """Returns the study of `sizes`, comma-separated numbers of videos."""
     dataset = Dataset(config.data.path)
-    everything = len(dataset.captions_per_clip[config.data.train_split])
-    everything = min(everything, config.data.max_videos or everything)
-    shares = [everything // share for share in (16, 4) if everything >= share]
-    numbers = [int(size) for size in sizes.split(",") if size] or shares
-    if not all(0 < number < everything for number in numbers):
-        raise InputError(f"fig5.py:{sizes}: numbers must be from 1 to {everything - 1}")
+    total = len(dataset.captions_per_clip[config.data.train_split])
+    total = min(total, config.data.max_videos or total)
+    fractions = [total // divisor for divisor in (16, 4) if total >= divisor]
+    numbers = [int(size) for size in sizes.split(",") if size] or fractions
+    if not all(0 < number < total for number in numbers):
+        raise InputError(f"fig5.py:{sizes}: numbers must be from 1 to {total - 1}")
     variants = {}
     for series, granularities in SERIES.items():
-        for number in (*numbers, everything):
+        for number in (*numbers, total):
             overrides = {"model.granularities": granularities}
-            if number < everything:
-                epochs = max(1, round(config.train.epochs * everything / number))
+            if number < total:
+                epochs = max(1, round(config.train.epochs * total / number))
                 overrides |= {"data.max_videos": number, "train.epochs": epochs}
             variants[f"{series}, {number}"] = Variant(overrides, cells=(series, str(number)))
     return Study(
         title="Fig. 5: number of training videos",
         columns=("granularity", "training videos"),
         variants=variants,
-        reference=f"all four, {everything}",
+        reference=f"all four, {total}",
         lines=True,
         note="All runs take about the same number of steps.",
     )

@@ -1,4 +1,4 @@
-"""The release's learned matrices, of which the paper says nothing.
+"""Learned aggregation matrices, which the release has and the paper does not mention.
 
 python -m xclip_jax.study --study=configs/studies/matrices.py --config=configs/msrvtt.py
 """
@@ -7,7 +7,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Eight matrices, identities at the start."""
+    """Returns the study of the eight matrices, initialised to the identity."""
     del config
     return Study(
         title="Learned aggregation matrices",

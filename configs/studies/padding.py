@@ -1,4 +1,4 @@
-"""Whether padding takes part in AOSM: masked (the paper) or not (its release).
+"""Padding in AOSM: masked (the paper) or competing with real words and frames (its release).
 
 python -m xclip_jax.study --study=configs/studies/padding.py --config=configs/msrvtt.py
 """
@@ -7,7 +7,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """The release lets every position of a text and a video compete."""
+    """Returns the study; in the release every position of a text and a video competes."""
     del config
     masked = {"model.padding": "masked", "model.words": "word_tokens"}
     padded = {"model.padding": "competes", "model.words": "word_tokens"}

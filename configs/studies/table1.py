@@ -1,15 +1,15 @@
-"""Table 1, the rows that share CLIP's encoders: what turns their features into a score.
+"""Table 1, the rows with CLIP's encoders: heads that compare their features.
 
     python -m xclip_jax.study --study=configs/studies/table1.py --config=configs/msrvtt.py
 
-CLIP-straight is not trained; without CLIP's weights it is chance.
+CLIP-straight is not trained, so without CLIP's weights it is at chance level.
 """
 
 from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """CLIP4Clip's heads (https://arxiv.org/abs/2104.08860) and X-CLIP."""
+    """Returns the study of CLIP4Clip's heads (https://arxiv.org/abs/2104.08860) and X-CLIP."""
     del config
     zero_shot = {"model.head": "mean_pooling", "train.epochs": 0}
     return Study(

@@ -1,4 +1,4 @@
-"""Table 6: which granularities of contrast are needed, all 15 combinations.
+"""Table 6: granularities of contrast, all 15 combinations.
 
 python -m xclip_jax.study --study=configs/studies/table6.py --config=configs/msrvtt.py
 """
@@ -22,7 +22,7 @@ PAPER = {
 
 
 def get_study(config):
-    """Rows in the paper's order."""
+    """Returns the study with rows in the paper's order."""
     del config
     variants = {}
     for combination, recall in PAPER.items():

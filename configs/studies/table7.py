@@ -1,4 +1,4 @@
-"""Table 7: what makes one score of many, attention (AOSM) or its rivals.
+"""Table 7: aggregation of a similarity matrix by attention (AOSM), maximum or mean.
 
     python -m xclip_jax.study --study=configs/studies/table7.py --config=configs/msrvtt.py
 
@@ -17,7 +17,7 @@ PAPER = {
 
 
 def get_study(config):
-    """Rows in the paper's order."""
+    """Returns the study with rows in the paper's order."""
     del config
     return Study(
         title="Table 7: fusion of the similarity matrix",

@@ -9,7 +9,7 @@ PAPER = {1.0: 43.9, 0.1: 45.2, 0.01: 46.1, 0.001: 45.6}
 
 
 def get_study(config):
-    """Rows in the paper's order."""
+    """Returns the study with rows in the paper's order."""
     del config
     return Study(
         title="Table 9: temperature of AOSM",

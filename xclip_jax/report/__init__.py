@@ -56,29 +56,27 @@ def write_report(
     shown = {query.item for query in by_video}
     shown |= {item.item for query in by_text for item in (query.truth, *query.hits)}
     strips = {video: figures.make_strip(load_frames(video)) for video in sorted(shown)}
-    strip_paths = {video: f"strips/clip_{video:05}.png" for video in strips}
     for video, strip in strips.items():
-        Image.fromarray(strip).save(directory / strip_paths[video], optimize=True)
-    names = {"captions": captions, "clip_names": clip_names}
-    figures.draw_text_to_video(directory / "text_to_video.png", by_text, **names, strips=strips)
-    figures.draw_video_to_text(directory / "video_to_text.png", by_video, **names, strips=strips)
+        Image.fromarray(strip).save(directory / f"strips/clip_{video:05}.png", optimize=True)
+    gallery = figures.Gallery(captions, clip_names, strips)
+    figures.draw_text_to_video(directory / "text_to_video.png", by_text, gallery)
+    figures.draw_video_to_text(directory / "video_to_text.png", by_video, gallery)
     attentions = [one for one in attentions if one.weights_WxF.size]
     for k, attention in enumerate(attentions, 1):
         figures.draw_attention(directory / f"attention_{k}.png", attention)
     has_curves = figures.draw_curves(directory / "curves.png", curves)
     page = render(
         "report.html",
-        **names,
         facts=list_facts(results),
         results=results,
         metrics=METRICS,
         rows=[*metric_rows(results), chance_row(results["num_videos"])],
-        gallery=format_count(results["num_videos"], "video"),
+        num_videos=format_count(results["num_videos"], "video"),
+        gallery=gallery,
+        full_width=figures.strip_width(),
         by_text=by_text,
         by_video=by_video,
         many_captions=len(captions) > len(clip_names),
-        strip_paths=strip_paths,
-        strip_shares={v: strip.shape[1] / figures.strip_width() for v, strip in strips.items()},
         attentions=attentions,
         has_curves=has_curves,
     )

@@ -1,9 +1,9 @@
 """The pictures of a report as PNG: rankings, word-frame attention, training curves."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -37,30 +37,28 @@ CARD, MARGIN = 560, 20  # pixels: width of a query's card, space around the card
 INNER = CARD - 36  # width of a card's content
 MAX_WORDS, MAX_THUMBNAILS = 30, 12  # of a heat map
 LABELS, ROW = 150, 28  # pixels: left column and height of a word in a heat map
-PANELS = (("Loss", "/loss"), ("Accuracy in the batch", "/accuracy"), ("R@1, %", "/R@1"))
-
-Strips = Mapping[int, UInt8[np.ndarray, "S _ 4"]]
+PANELS = {"Loss": "/loss", "Accuracy in the batch": "/accuracy", "R@1, %": "/R@1"}
+Series = dict[str, list[tuple[int, int | float]]]  # {key: [(step, value), ...]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordFrameAttention:
-    """The weights with which AOSM averages a pair's word-frame similarities.
-
-    Attributes:
-        caption: the text.
-        words: its W tokens that count as words.
-        clip: name of the video.
-        times: seconds of its F frames.
-        frames_FxSxSx3: the frames.
-        weights_WxF: share of the attention of each cell; they sum to 1.
-    """
+    """The weights with which AOSM averages the word-frame similarities of one pair."""
 
     caption: str
-    words: list[str]
-    clip: str
-    times: list[float]
+    words: list[str]  # the W tokens that count as words
+    clip: str  # name of the video
+    times: list[float]  # seconds of its F frames
     frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"]
-    weights_WxF: Float[np.ndarray, "W F"]
+    weights_WxF: Float[np.ndarray, "W F"]  # shares of the attention, with sum 1
+
+
+class Gallery(NamedTuple):
+    """The texts and videos that queries refer to by index, with strips of the shown videos."""
+
+    captions: Sequence[str]
+    clip_names: Sequence[str]
+    strips: Mapping[int, UInt8[np.ndarray, "S _ 4"]]
 
 
 def strip_width(frames: int = STRIP_FRAMES) -> int:
@@ -87,45 +85,35 @@ def _resize(frame_SxSx3: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def _draw_cards(count: int, height: Pixels) -> tuple[Canvas, list[tuple[Pixels, Pixels]]]:
-    """Returns a sheet with empty cards in two columns, and each card's inner corner."""
-    columns = min(2, max(1, count))
-    rows = max(1, -(-count // columns))
-    pitch = height + MARGIN
-    canvas = Canvas(columns * (CARD + MARGIN) + MARGIN, rows * pitch + MARGIN)
-    corners = []
-    for k in range(count):
-        x, y = MARGIN + k % columns * (CARD + MARGIN), MARGIN + k // columns * pitch
-        canvas.box(x, y, CARD, height, 10)
-        corners.append((x + 18, y + 14))
-    return canvas, corners
-
-
-def _draw_rank(canvas: Canvas, query: ShownQuery, x: Pixels, y: Pixels) -> None:
-    color = GREEN if query.rank == 1 else AMBER
-    canvas.text(x, y, query.rank_label, 12, color, weight="bold")
-    canvas.text(x + INNER, y, query.reason, 11.5, MUTED, ha="right")
-
-
-def _hit_count(queries: Sequence[ShownQuery]) -> int:
-    return max((len(query.hits) for query in queries), default=0)
-
-
 @ignore_missing_glyphs()
-def draw_text_to_video(
+def _draw_cards(
     path: Path,
     queries: Sequence[ShownQuery],
-    *,
-    captions: Sequence[str],
-    clip_names: Sequence[str],
-    strips: Strips,
+    heights: tuple[Pixels, Pixels],
+    draw_content: Callable[[Canvas, ShownQuery, Pixels, Pixels], None],
 ) -> None:
+    """Draws cards in two columns, `heights` high without hits and for each hit."""
+    columns = min(2, max(1, len(queries)))
+    height = heights[0] + heights[1] * max((len(query.hits) for query in queries), default=0)
+    pitch, rows = height + MARGIN, max(1, -(-len(queries) // columns))
+    canvas = Canvas(columns * (CARD + MARGIN) + MARGIN, rows * pitch + MARGIN)
+    for k, query in enumerate(queries):
+        x, y = MARGIN + k % columns * (CARD + MARGIN), MARGIN + k // columns * pitch
+        canvas.box(x, y, CARD, height, 10)
+        color = GREEN if query.rank == 1 else AMBER
+        canvas.text(x + 18, y + 22, query.rank_label, 12, color, weight="bold")
+        canvas.text(x + 18 + INNER, y + 22, query.reason, 11.5, MUTED, ha="right")
+        draw_content(canvas, query, x + 18, y + 14)
+    canvas.save(path)
+
+
+def draw_text_to_video(path: Path, queries: Sequence[ShownQuery], gallery: Gallery) -> None:
     """Draws each query's caption, the clip it describes, and the clips ranked first."""
     side = 62
     full_width = strip_width() / FRAME_SIDE * side
 
-    def draw_row(answer: RankedItem, x: Pixels, y: Pixels) -> None:
-        strip = strips[answer.item]
+    def draw_row(canvas: Canvas, answer: RankedItem, x: Pixels, y: Pixels) -> None:
+        strip = gallery.strips[answer.item]
         width = strip.shape[1] / strip.shape[0] * side
         color = GREEN if answer.kind == "right" else MUTED
         canvas.text(x + 14, y + side / 2, answer.label, 13, color, ha="center", weight="bold")
@@ -134,58 +122,46 @@ def draw_text_to_video(
         canvas.image(strip, x + 37, y, width, side, interpolation="lanczos")
         beside = x + 37 + full_width + 12
         canvas.text(beside, y + side / 2 - 9, f"{answer.score:.2f}", weight="bold")
-        name = canvas.wrap(clip_names[answer.item], INNER - full_width - 49, 1, 10.5)[0]
+        name = canvas.wrap(gallery.clip_names[answer.item], INNER - full_width - 49, 1, 10.5)[0]
         canvas.text(beside, y + side / 2 + 9, name, 10.5, MUTED)
 
-    height = 14 + 78 + side + 22 + _hit_count(queries) * (side + 14) + 4
-    canvas, corners = _draw_cards(len(queries), height)
-    for query, (x, y) in zip(queries, corners, strict=True):
-        _draw_rank(canvas, query, x, y + 8)
-        canvas.paragraph(x, y + 44, captions[query.item], INNER, 2, size=15, weight="bold")
-        draw_row(query.truth, x, y + 78)
+    def draw_card(canvas: Canvas, query: ShownQuery, x: Pixels, y: Pixels) -> None:
+        caption = gallery.captions[query.item]
+        canvas.paragraph(x, y + 44, caption, INNER, 2, size=15, weight="bold")
+        draw_row(canvas, query.truth, x, y + 78)
         canvas.bar(x, y + 78 + side + 9, INNER, 1, LINE)
         for k, hit in enumerate(query.hits):
-            draw_row(hit, x, y + 78 + side + 22 + k * (side + 14))
-    canvas.save(path)
+            draw_row(canvas, hit, x, y + 78 + side + 22 + k * (side + 14))
+
+    _draw_cards(path, queries, (14 + 78 + side + 22 + 4, side + 14), draw_card)
 
 
-@ignore_missing_glyphs()
-def draw_video_to_text(
-    path: Path,
-    queries: Sequence[ShownQuery],
-    *,
-    captions: Sequence[str],
-    clip_names: Sequence[str],
-    strips: Strips,
-) -> None:
+def draw_video_to_text(path: Path, queries: Sequence[ShownQuery], gallery: Gallery) -> None:
     """Draws each clip's frames, a caption that describes it, and the captions ranked first."""
     side, row = INNER * FRAME_SIDE / strip_width(), 46
 
-    def draw_row(answer: RankedItem, x: Pixels, y: Pixels, note: str = "") -> None:
+    def draw_row(canvas: Canvas, answer: RankedItem, x: Pixels, y: Pixels, note: str = "") -> None:
         color = GREEN if answer.kind == "right" else MUTED
         if answer.kind == "right":
             canvas.box(x, y - 21, INNER, 42, 5, facecolor="#e9f6ee", edgecolor=GREEN)
         canvas.text(x + 19, y, answer.label, 13, color, ha="center", weight="bold")
-        canvas.paragraph(x + 42, y, captions[answer.item], INNER - 112, 2)
+        canvas.paragraph(x + 42, y, gallery.captions[answer.item], INNER - 112, 2)
         right, above = x + INNER - 8, 8 if note else 0
         canvas.text(right, y - above, f"{answer.score:.2f}", ha="right", weight="bold")
         canvas.text(right, y + 9, note, 10.5, MUTED, ha="right")
 
-    height = 14 + side + 72 + 35 + _hit_count(queries) * row + 12
-    canvas, corners = _draw_cards(len(queries), height)
-    for query, (x, y) in zip(queries, corners, strict=True):
-        _draw_rank(canvas, query, x, y + 8)
-        strip = strips[query.item]
+    def draw_card(canvas: Canvas, query: ShownQuery, x: Pixels, y: Pixels) -> None:
+        strip, more = gallery.strips[query.item], len(query.answers) - 1
         canvas.image(strip, x, y + 26, strip.shape[1] / strip.shape[0] * side, side)
-        name = canvas.wrap(clip_names[query.item], INNER, 1, 10.5)[0]
+        name = canvas.wrap(gallery.clip_names[query.item], INNER, 1, 10.5)[0]
         canvas.text(x, y + 26 + side + 12, name, 10.5, MUTED)
         middle = y + 26 + side + 46
-        more = len(query.answers) - 1
-        draw_row(query.truth, x, middle, f"+ {more} more" if more else "")
+        draw_row(canvas, query.truth, x, middle, f"+ {more} more" if more else "")
         canvas.bar(x, middle + 28, INNER, 1, LINE)
         for k, hit in enumerate(query.hits):
-            draw_row(hit, x, middle + 60 + k * row)
-    canvas.save(path)
+            draw_row(canvas, hit, x, middle + 60 + k * row)
+
+    _draw_cards(path, queries, (14 + side + 72 + 35 + 12, row), draw_card)
 
 
 @ignore_missing_glyphs()
@@ -246,8 +222,9 @@ def _draw_word_shares(
     """Draws the words on the left of the heat map and their shares as bars on its right."""
     for k, (word, share) in enumerate(zip(words, share_W, strict=True)):
         middle, length = top + (k + 0.5) * ROW, 70 * share / share_W.max()
-        line = canvas.wrap(word, LABELS - 36, 1, 13.5)[0]
-        canvas.text(LABELS - 10, middle, line, 13.5, ha="right")
+        canvas.text(
+            LABELS - 10, middle, canvas.wrap(word, LABELS - 36, 1, 13.5)[0], 13.5, ha="right"
+        )
         canvas.bar(right + 10, middle - 5, length, 10, BLUE)
         canvas.text(right + 16 + length, middle, f"{share:.0%}", 11, MUTED)
 
@@ -255,32 +232,28 @@ def _draw_word_shares(
 def _draw_frame_shares(canvas: Canvas, share_F: np.ndarray, bottom: Pixels, cell: Pixels) -> None:
     """Draws the frames' shares as bars below the heat map."""
     canvas.text(LABELS - 10, bottom + 24, "all words", 11, MUTED, ha="right")
-    for column, share in enumerate(share_F):
-        x, length = LABELS + (column + 0.1) * cell, 26 * share / share_F.max()
-        canvas.bar(x, bottom + 8, 0.8 * cell, length, BLUE)
+    for k, share in enumerate(share_F):
+        length, middle = 26 * share / share_F.max(), LABELS + (k + 0.5) * cell
+        canvas.bar(middle - 0.4 * cell, bottom + 8, 0.8 * cell, length, BLUE)
         if cell >= 40:
-            middle = LABELS + (column + 0.5) * cell
             canvas.text(middle, bottom + 18 + length, f"{share:.0%}", 11, MUTED, ha="center")
 
 
 def draw_curves(path: Path, lines: Iterable[Mapping[str, Any]]) -> bool:
     """Draws loss, accuracy and R@1 of metrics.jsonl by step, or returns False if it has none."""
     lines = list(lines)
-    panels = [(title, _read_series(lines, ending)) for title, ending in PANELS]
-    panels = [(title, series) for title, series in panels if series]
+    panels = {title: _read_series(lines, ending) for title, ending in PANELS.items()}
+    panels = {title: series for title, series in panels.items() if series}
     if not panels:
         return False
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "text.color": INK, "font.size": 9}):
         layout = ConstrainedLayoutEngine(wspace=0.06, w_pad=0.1, h_pad=0.1)
         figure = Figure((4 * len(panels), 3.1), facecolor=PAPER, layout=layout)
         all_axes = np.ravel(figure.subplots(1, len(panels)))
-        for axes, (title, series) in zip(all_axes, panels, strict=True):
+        for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
             _draw_panel(axes, title, series)
         figure.savefig(path, dpi=DOTS_PER_INCH)
     return True
-
-
-Series = dict[str, tuple[list[int], list[int | float]]]  # {key: (steps, values)}
 
 
 def _read_series(lines: Iterable[Mapping[str, Any]], ending: str) -> Series:
@@ -290,9 +263,7 @@ def _read_series(lines: Iterable[Mapping[str, Any]], ending: str) -> Series:
         for key, value in line.items():
             is_finite = isinstance(value, int | float) and np.isfinite(value)
             if key.endswith(ending) and is_finite and "step" in line:
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(line["step"])
-                values.append(value)
+                series.setdefault(key, []).append((line["step"], value))
     return series
 
 
@@ -306,12 +277,12 @@ def smooth(values_N: np.ndarray, span: int) -> Float[np.ndarray, " N"]:
 def _draw_panel(axes: Axes, title: str, series: Series) -> None:
     """Draws a line for each series, labelled with its last value."""
     colors = [BLUE, ORANGE, GREEN, MUTED, AMBER]
-    highest = max(series, key=lambda key: series[key][1][-1])
-    for k, (key, (steps, values)) in enumerate(series.items()):
-        color = colors[k % len(colors)]
+    highest = max(series, key=lambda key: series[key][-1][1])
+    for k, (key, points) in enumerate(series.items()):
+        (steps, values), color = np.array(points).T, colors[k % len(colors)]
         if len(values) > 60:
             axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
-            values = smooth(np.asarray(values), len(values) // 30 | 1)
+            values = smooth(values, len(values) // 30 | 1)
         label = key.rsplit("/", 1)[0].replace("/", ", ").replace("_", " ")
         marker = "o" if len(values) <= 20 else None
         axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, ms=4, label=label)

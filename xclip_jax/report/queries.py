@@ -52,14 +52,14 @@ def choose_queries(
     def first_of_each_video(queries: Iterable[int], excluded: Iterable[int] = ()) -> list[int]:
         first = {}
         for query in queries:
-            first.setdefault(int(video_Q[query]), int(query))
+            first.setdefault(int(video_Q[query]), query)
         return [query for video, query in first.items() if video not in excluded]
 
     def videos_of(queries: Iterable[int]) -> set[int]:
         return {int(video_Q[query]) for query in queries}
 
-    missed = [query for query in np.argsort(-rank_Q, kind="stable") if rank_Q[query] > 1]
-    order = np.random.default_rng(0).permutation(len(rank_Q))
+    missed = [q for q in np.argsort(-rank_Q, kind="stable").tolist() if rank_Q[q] > 1]
+    order = np.random.default_rng(0).permutation(len(rank_Q)).tolist()
     drawn = first_of_each_video(order)[: SHOWN - min(WORST, len(missed))]
     worst = first_of_each_video(missed, videos_of(drawn))[:WORST]
     drawn = first_of_each_video(order, videos_of(worst))[: SHOWN - len(worst)]

@@ -42,23 +42,14 @@ _open_dataset = functools.cache(Dataset)
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """A training of one variant with one seed.
+    """A training of one variant with one seed."""
 
-    Attributes:
-        name: study, variant and seed; of the first study if several share the run.
-        config_file: as on the command line.
-        workdir: its work directory.
-        config: its complete config.
-        fields: config fields on its command line.
-        evaluation: fields of config.eval that its results must have been computed with.
-    """
-
-    name: str
-    config_file: str
+    name: str  # study, variant and seed, of the first study if several share the run
+    config_file: str  # as on the command line
     workdir: Path
-    config: Any  # RunConfig
-    fields: dict[str, Any]
-    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: Any  # all fields
+    fields: dict[str, Any]  # those on its command line
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of config.eval
 
     @property
     def arguments(self) -> list[str]:
@@ -89,10 +80,10 @@ class Run:
         is_current = all(evaluation.get(name) == value for name, value in self.evaluation.items())
         return ranks if is_current else None
 
-    def failure(self) -> str | None:
-        """Returns why the last attempt failed, or None if it did not."""
+    def why_missing(self) -> str:
+        """Returns why an unfinished run has no results."""
         path = self.workdir / FAILED
-        return path.read_text() if path.is_file() else None
+        return f"failed: {path.read_text()}" if path.is_file() else "not run yet"
 
 
 def plan_runs(
@@ -137,19 +128,17 @@ def plan_runs(
                     config=_apply_overrides(base, fields, where),
                     fields=fields,
                 )
-                runs.append(by_folder.setdefault(run.workdir, run))
-                _add_evaluation(runs[-1], evaluation, where)
+                run = by_folder.setdefault(run.workdir, run)
+                for option, value in evaluation.items():
+                    if run.evaluation.setdefault(option, value) != value:
+                        raise InputError(
+                            f"{where}: config.eval.{option} = {value!r}, but "
+                            f"{run.evaluation[option]!r} in another variant with the same "
+                            "training: run one of them with another --output"
+                        )
+                runs.append(run)
             planned[study_name, name] = runs
     return planned
-
-
-def _add_evaluation(run: Run, evaluation: Mapping[str, Any], where: str) -> None:
-    for name, value in evaluation.items():
-        if run.evaluation.setdefault(name, value) != value:
-            raise InputError(
-                f"{where}: config.eval.{name} = {value!r}, but {run.evaluation[name]!r} in another "
-                "variant with the same training: run one of them with another --output"
-            )
 
 
 def _apply_overrides(config: Any, overrides: Mapping[str, Any], where: str) -> Any:

@@ -28,24 +28,14 @@ Counts = dict[int, dict[str, tuple[np.ndarray, np.ndarray | None]]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A variant's results.
-
-    Attributes:
-        name: the variant's name.
-        labels: texts of the table's first columns.
-        stats: {direction: {metric: Stat}} over the finished seeds; {} without any.
-        differences: {direction: Difference} to the reference; {} for the reference itself, or if
-            the two have no finished seed in common.
-        seeds: {seed: None, or why it has no result}.
-        paper: R@1 text to video in the paper, on the paper's data only.
-    """
+    """A variant's results."""
 
     name: str
-    labels: tuple[str, ...]
-    stats: dict[str, dict[Metric, Stat]]
-    differences: dict[str, Difference]
-    seeds: dict[int, str | None]
-    paper: float | None
+    labels: tuple[str, ...]  # texts of the first columns
+    stats: dict[str, dict[Metric, Stat]]  # by direction, over the finished seeds
+    differences: dict[str, Difference]  # by direction, over the seeds shared with the reference
+    seeds: dict[int, str | None]  # None, or why a seed has no result
+    paper: float | None  # R@1 text to video in the paper, on the paper's data only
 
     @property
     def finished(self) -> int:
@@ -130,7 +120,7 @@ def _make_row(study: Study, name: str, runs: Sequence[Run], counts: Mapping[str,
     mine, reference = counts[name], counts[study.reference]
     ways = [way for way in DIRECTIONS if mine and all(way in both for both in mine.values())]
     common = [seed for seed in mine if seed in reference and name != study.reference]
-    config = runs[0].config
+    config, by_seed = runs[0].config, {run.config.seed: run for run in runs}
     is_paper_data = (config.data.dataset, config.data.variant) == ("msrvtt", "9k")
     paper = study.variants[name].paper.get(backbone(config.model.vision))
     return Row(
@@ -147,14 +137,9 @@ def _make_row(study: Study, name: str, runs: Sequence[Run], counts: Mapping[str,
             for way in ways
             if common and all(way in reference[seed] for seed in common)
         },
-        seeds={r.config.seed: None if r.config.seed in mine else _why_missing(r) for r in runs},
+        seeds={s: None if s in mine else run.why_missing() for s, run in by_seed.items()},
         paper=paper if is_paper_data else None,
     )
-
-
-def _why_missing(run: Run) -> str:
-    reason = run.failure()
-    return f"failed: {reason}" if reason else "not run yet"
 
 
 def _describe_data(runs: Sequence[Run], config: Any) -> str:
