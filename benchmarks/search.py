@@ -40,7 +40,7 @@ from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
 from xclip_jax.search.index import SEGMENT_SECONDS, Index
 from xclip_jax.search.indexing import find_videos
-from xclip_jax.search.segments import Job, frames_of, read_segments
+from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
 from xclip_jax.search.store import Snapshot, Store, exists
 from xclip_jax.similarity import TextFeatures
 from xclip_jax.workers import run_jobs
@@ -113,47 +113,49 @@ def measure(
         funnel = Funnel(model, params, *widths)
         run_queries(funnel, snapshot, text, warm_up)
         compilations.clear()
-        found_rows, milliseconds = run_queries(funnel, snapshot, text, measured)
+        hit_ids, milliseconds = run_queries(funnel, snapshot, text, measured)
         peak_mib = results.peak_mib() - memory_before
         counts = {"compiled": len(compilations), "peak_mib": peak_mib}
         rows.append({"funnel": name, **counts, **milliseconds})
-        answers.append(found_rows)
+        answers.append(hit_ids)
     compared = measured[:COMPARED]
+    target_ids = np.array(snapshot.ids.take(targets[compared]).to_pylist())
     best = score_exhaustively(funnel, snapshot, jax.tree.map(lambda x: x[compared], text))
-    for row, found_rows in zip(rows, answers, strict=True):
-        overlap = [np.isin(b, f) for b, f in zip(best, found_rows, strict=False)]
+    for row, hit_ids in zip(rows, answers, strict=True):
+        overlap = [np.isin(b, f) for b, f in zip(best, hit_ids, strict=False)]
         row["top_1"], row["top_10"] = float(np.mean(overlap, 0)[0]), float(np.mean(overlap))
     summary = {
         "segments": len(snapshot),
         "noise": search_vectors.noise_for(len(snapshot)),
-        "exhaustive_R@1": float(np.mean(best[:, 0] == targets[compared])),
+        "exhaustive_R@1": float(np.mean(best[:, 0] == target_ids)),
         "open_seconds": open_seconds,
     }
     return summary, rows
 
 
 def score_exhaustively(funnel: Funnel, snapshot: Snapshot, text: TextFeatures) -> np.ndarray:
-    """Returns T x K, the rows with the full model's best scores of T queries."""
+    """Returns T x K, the ids of the full model's best scores of T queries."""
     with progress(len(snapshot), "scoring everything", "segments") as bar:
-        return np.stack([hits.rows for hits in funnel.exhaustive(snapshot, text, K, bar=bar)])
+        answers = funnel.search_exhaustively(snapshot, text, K, bar=bar)
+    return np.array([[hit.id for hit in answer] for answer in answers])
 
 
 def run_queries(
     funnel: Funnel, snapshot: Snapshot, text: TextFeatures, numbers: np.ndarray
-) -> tuple[list[np.ndarray], dict[str, float]]:
+) -> tuple[list[list[str]], dict[str, float]]:
     """Runs some of the queries one by one.
 
     Returns:
-        The rows that each query finds, and {stage_quantile: milliseconds}.
+        The ids of the results of each query, and {stage_quantile: milliseconds}.
     """
-    found_rows, times = [], []
+    hit_ids, times = [], []
     for n in numbers:
         query = jax.tree.map(lambda x, n=n: x[n : n + 1], text)
-        seconds, hits = results.measure_seconds(lambda q=query: funnel.search(snapshot, q, K))
-        found_rows.append(hits.rows)
-        times.append({"query": seconds, **hits.seconds})
+        seconds, answer = results.measure_seconds(lambda q=query: funnel.search(snapshot, q, K))
+        hit_ids.append([hit.id for hit in answer])
+        times.append({"query": seconds, **answer.seconds})
     milliseconds = {name: [1000 * row[name] for row in times] for name in times[0]}
-    return found_rows, {
+    return hit_ids, {
         f"{name}_p{quantile}": float(np.percentile(values, quantile))
         for name, values in milliseconds.items()
         for quantile in (50, 95)
@@ -218,13 +220,13 @@ def measure_unavoidable(model: XClip, params: dict, files: list[str]) -> results
     side, max_frames, readings = model.vision.image_size, model.max_frames, []
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
-            Job(file, Path(folder, str(number)), side, max_frames, SEGMENT_SECONDS)
+            SegmentJob(file, Path(folder, str(number)), side, max_frames, SEGMENT_SECONDS)
             for number, file in enumerate(files)
         ]
         decoding, _ = results.measure_seconds(
             lambda: run_jobs(read_segments, jobs, lambda *reading: readings.append(reading))
         )
-        segments = [x for n, reading in readings for x in frames_of(jobs[n], reading.segments)]
+        segments = [x for n, reading in readings for x in load_frames(jobs[n], reading.segments)]
     # The batch size of Index.add.
     batch = (4 if jax.default_backend() == "cpu" else 64) * jax.local_device_count()
     padded = -(-len(segments) // batch) * batch

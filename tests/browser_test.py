@@ -1,6 +1,6 @@
-"""The search page in a real browser: from a sentence to the second of a video, and back.
+"""Tests of the search page in a browser.
 
-With XCLIP_JAX_SCREENSHOTS=FOLDER it leaves pictures of the page there.
+XCLIP_JAX_SCREENSHOTS=FOLDER saves screenshots there.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ NAME = 'bar <img src=x onerror="alert(1)">.webm'  # untrusted, and a playable fi
 
 @contextlib.contextmanager
 def serving(index):
-    """The address of the page over an index, served by a thread."""
+    """Serves the page from a thread and yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(serve.make_app(index), log_level="critical")
         config.timeout_graceful_shutdown = 1
@@ -51,7 +51,7 @@ def serving(index):
 
 
 def write_video(path, codec):
-    """A bar that moves from left to right, once."""
+    """Writes a video of a bar that moves from left to right."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE, options={"g": "20", "b": "300k"})
         stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
@@ -68,7 +68,7 @@ def write_video(path, codec):
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    write_video(folder / NAME, "libvpx")  # any Chromium plays it, also one without H.264
+    write_video(folder / NAME, "libvpx")  # every Chromium plays it, even without H.264
     write_video(folder / "old.avi", "mpeg4")  # no Chromium does
     files = [folder / NAME, folder / "old.avi", folder / "gone.mp4"]
     times = [(8.0, 16.0, 11.5), (0.0, 8.0, 3.0), (0.0, 8.0, 1.0)]
@@ -94,23 +94,23 @@ def chromium():
 
 @pytest.fixture
 def console():
-    """Errors on the console; a test that provokes some takes them out."""
+    """Errors on the console; a test that expects some removes them."""
     return []
 
 
 @pytest.fixture
 def page(chromium, console, address):
-    """An empty window that reaches for nothing but the server, and ends without errors."""
+    """An empty window; fails on requests to other servers and on console errors."""
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(10_000)
-    asked = []
+    urls = []
     page.on("console", lambda message: message.type == "error" and console.append(message.text))
     page.on("pageerror", lambda error: console.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: urls.append(request.url))
     yield page
     page.close()
     assert console == []
-    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    elsewhere = [url for url in urls if not url.startswith((address, "data:", "blob:"))]
     assert elsewhere == []
 
 
@@ -133,7 +133,7 @@ def second_of(page):
 
 
 def wait_until(page, condition):
-    """Polls from here: the page's own policy forbids it to evaluate what playwright would send."""
+    """Polls from here: the page's policy forbids the script that playwright would evaluate."""
     for _ in range(200):
         if condition():
             return
@@ -147,7 +147,7 @@ def wait_until_at(page, second):
 
 
 def click_through(page, address, sentence, name, second):
-    """From the address to the player, which stands at the best second of the expected first hit."""
+    """Opens the page, searches and plays the first result from its best second."""
     page.goto(address)
     expect(page.locator("#facts")).to_contain_text("segments of")
     shoot(page, "search")
@@ -169,7 +169,7 @@ def click_through(page, address, sentence, name, second):
 
 
 def heat(page):
-    """(words, times, strengths W x F) of the heat map on the page."""
+    """Returns (words, times, strengths W x F) of the heat map on the page."""
     table = page.locator("#heat table")
     table.wait_for()
     words = table.locator("tbody th span").all_inner_texts()
@@ -179,7 +179,7 @@ def heat(page):
     return words, times, np.reshape(strengths, (len(words), len(times)))
 
 
-def test_from_a_sentence_to_the_second_and_into_the_heat_map(page, address, index):
+def test_search_plays_the_best_second_and_shows_the_heat_map(page, address, index):
     click_through(page, address, SENTENCE, NAME, 11.5)
     expected = index.attention(f"{1:016x}", SENTENCE)
     words, times, strengths = heat(page)
@@ -199,7 +199,7 @@ def test_from_a_sentence_to_the_second_and_into_the_heat_map(page, address, inde
     shoot(page, "heatmap")
 
 
-def test_names_are_text_and_paths_are_told(page, address, index):
+def test_names_are_shown_as_text_with_their_paths(page, address, index):
     page.goto(address + "#q=dog")
     first = page.locator("#hits a").first
     expect(first).to_have_attribute("title", index.hits[f"{1:016x}"].path)
@@ -210,7 +210,7 @@ def test_names_are_text_and_paths_are_told(page, address, index):
     assert page.locator("img[src=x]").count() == 0
 
 
-def test_escape_back_and_the_address(page, address):
+def test_escape_and_back_follow_the_address(page, address):
     page.goto(address)
     search(page, "first")
     search(page, "second & more")
@@ -229,14 +229,14 @@ def test_escape_back_and_the_address(page, address):
     expect(page.locator("#empty")).to_contain_text("Find the moment")
 
     page.goto("about:blank")
-    page.goto(opened)  # shared with someone
+    page.goto(opened)  # as a shared link
     expect(page.get_by_role("dialog")).to_be_visible()
     page.get_by_role("button", name="Close").click()
     expect(page.get_by_role("dialog")).to_be_hidden()
     expect(page.locator("#hits li")).to_have_count(3)
 
 
-def test_by_keyboard_alone(page, address):
+def test_page_works_by_keyboard(page, address):
     page.goto(address)
     page.keyboard.type("a dog")  # the box has the focus
     page.keyboard.press("Enter")
@@ -250,32 +250,32 @@ def test_by_keyboard_alone(page, address):
     expect(page.get_by_role("searchbox")).to_be_focused()
 
 
-def test_options_and_filters_are_sent_and_kept_in_the_address(page, address, index):
+def test_filters_are_sent_and_stay_in_the_address(page, address, index):
     page.goto(address)
     page.get_by_text("Filters").click()
-    for label, value in (("File like", "*.webm"), ("from second", "2"), ("results", "2")):
+    for label, value in (("File name", "*.webm"), ("From second", "2"), ("Results", "2")):
         page.get_by_label(label).fill(value)
     search(page, "a dog")
-    assert index.asked[-1] == ("a dog", "*.webm", 2.0, None)
+    assert index.queries[-1] == ("a dog", "*.webm", 2.0, None)
     expect(page.locator("#hits li")).to_have_count(2)
     page.reload()
     expect(page.locator("#hits li")).to_have_count(2)
-    expect(page.get_by_label("File like")).to_have_value("*.webm")
+    expect(page.get_by_label("File name")).to_have_value("*.webm")
 
 
-def test_more_like_this(page, address, index):
+def test_search_by_a_result(page, address, index):
     page.goto(address + "#q=dog")
     page.locator("#hits a").nth(1).click()
     page.get_by_role("link", name="More like this").click()
     expect(page.get_by_role("dialog")).to_be_hidden()
-    expect(page.locator("#example")).to_contain_text("Results like old.avi")
-    assert index.asked[-1] == (f"{2:016x}",)
+    expect(page.locator("#example")).to_contain_text("Similar to old.avi")
+    assert index.queries[-1] == (f"{2:016x}",)
     page.locator("#hits a").first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
     expect(page.locator("#attention")).to_be_hidden()  # there is no sentence
 
 
-def test_an_example_chosen_and_one_dropped(page, address, index, tmp_path):
+def test_examples_can_be_chosen_and_dropped(page, address, index, tmp_path):
     picture = tmp_path / "dog & cat.jpg"
     picture.write_bytes(jpeg("blue"))
     page.goto(address)
@@ -283,27 +283,27 @@ def test_an_example_chosen_and_one_dropped(page, address, index, tmp_path):
         page.get_by_role("button", name="Search by example").click()
     chooser.value.set_files(picture)
     expect(page.locator("#hits li")).to_have_count(3)
-    expect(page.locator("#example")).to_contain_text("Results like dog & cat.jpg")
-    assert index.asked[-1][0].endswith(".jpg")
+    expect(page.locator("#example")).to_contain_text("Similar to dog & cat.jpg")
+    assert index.queries[-1][0].endswith(".jpg")
     drop = """bytes => {
       const data = new DataTransfer();
       data.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
       document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
     }"""
     page.evaluate(drop, list(jpeg("red")))
-    expect(page.locator("#example")).to_contain_text("Results like dropped.png")
+    expect(page.locator("#example")).to_contain_text("Similar to dropped.png")
     page.go_back()
-    expect(page.locator("#example")).to_contain_text("Results like dog & cat.jpg")
+    expect(page.locator("#example")).to_contain_text("Similar to dog & cat.jpg")
     page.reload()
     expect(page.get_by_role("alert")).to_contain_text("choose the example again")
 
 
-def test_errors_are_shown_in_place_and_nothing_dies(page, address, console):
+def test_errors_are_shown_and_the_page_still_works(page, address, console):
     page.goto(address)
     search(page, "  ")
-    expect(page.get_by_role("alert")).to_have_text("Type what the video shows, in a few words.")
+    expect(page.get_by_role("alert")).to_have_text("Type a few words that describe the video.")
     search(page, "break")
-    expect(page.get_by_role("alert")).to_contain_text("something went wrong")
+    expect(page.get_by_role("alert")).to_contain_text("internal error")
     shoot(page, "error")
     page.goto(address + "#q=dog&k=500")
     expect(page.get_by_role("alert")).to_contain_text("between 1 and 100")
@@ -317,16 +317,16 @@ def test_errors_are_shown_in_place_and_nothing_dies(page, address, console):
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_model_without_attention(page, address, console):
+def test_model_without_attention_shows_a_note(page, address, console):
     page.goto(address)
     search(page, "no attention")
     page.locator("#hits a").first.click()
-    expect(page.locator("#attention")).to_contain_text("no attention to show")
+    expect(page.locator("#attention")).to_contain_text("no heat map")
     assert len(console) == 1
     console.clear()
 
 
-def test_a_file_the_browser_cannot_play_and_one_that_is_gone(page, address, console):
+def test_unplayable_and_deleted_files_show_a_note(page, address, console):
     page.goto(address)
     search(page, "a dog")
     page.locator("#hits a").nth(1).click()
@@ -344,17 +344,17 @@ def test_a_file_the_browser_cannot_play_and_one_that_is_gone(page, address, cons
     console.clear()
 
 
-def test_a_server_that_is_gone(chromium, index):
+def test_stopped_server_is_an_error(chromium, index):
     page = chromium.new_page()
     with serving(index) as address:
         page.goto(address)
         expect(page.locator("#facts")).to_contain_text("segments")
     search(page, "a dog")
-    expect(page.get_by_role("alert")).to_contain_text("The server does not answer")
+    expect(page.get_by_role("alert")).to_contain_text("The server does not respond")
     page.close()
 
 
-def test_a_slow_answer_does_not_replace_a_later_one(page, address, index, monkeypatch):
+def test_slow_answer_does_not_replace_a_later_one(page, address, index, monkeypatch):
     def query(text, k=10, **_):
         time.sleep(0.5 if text == "slow" else 0)
         return index.answer(1 if text == "slow" else 2, text)
@@ -367,7 +367,7 @@ def test_a_slow_answer_does_not_replace_a_later_one(page, address, index, monkey
     expect(page.locator("#hits li")).to_have_count(2)
 
 
-def test_a_narrow_window(page, address):
+def test_page_fits_a_narrow_window(page, address):
     page.set_viewport_size({"width": 375, "height": 740})
     page.goto(address)
     search(page, SENTENCE)
@@ -383,5 +383,5 @@ def test_a_narrow_window(page, address):
     assert content <= width
     assert width >= 360
     width, content = page.locator("#heat").evaluate(sizes)
-    assert content > width  # it scrolls by itself
+    assert content > width  # it scrolls separately
     shoot(page, "narrow_player")

@@ -1,4 +1,4 @@
-"""Which candidates the funnel lets through, for every kind of head."""
+"""Tests of the funnel for every kind of head."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from xclip_jax.models import build_model, resolve
-from xclip_jax.search.funnel import Funnel, example_funnel, example_text
+from xclip_jax.search.funnel import Funnel, make_example_funnel, make_example_query
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
@@ -38,7 +38,7 @@ def unit(x):
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory):
-    """Segments of topics, frames around their video, in no order."""
+    """Segments of 20 topics; the frames of a segment are near each other."""
     rng = np.random.default_rng(0)
     topics = unit(rng.normal(size=(20, DIM)))
     frames = unit(
@@ -70,35 +70,41 @@ def snapshot(tmp_path_factory):
     return store.snapshot()
 
 
+def rows_of(answer):
+    """Returns the rows of the hits; segments are written in the order of their ids."""
+    return [int(hit.id, 16) for hit in answer]
+
+
 def make_text(seed=0):
     rng = np.random.default_rng(seed)
     words = unit(rng.normal(size=(1, WORDS, DIM)))
     return TextFeatures(words[:, 5], words, np.arange(WORDS)[None] < 6)
 
 
-def every_score(snapshot, model, params, text):
+def score_all(snapshot, model, params, text):
     video = snapshot.features(np.arange(len(snapshot)))
     return np.asarray(tiny.apply(model, params, text, video, method="similarity"))[0]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_wide_enough_it_is_exact(snapshot, head):
+def test_funnel_as_wide_as_the_index_equals_exhaustive_search(snapshot, head):
     model, params = make_model(**HEADS[head])
     for seed in range(3):
         text = make_text(seed)
-        scores = every_score(snapshot, model, params, text)
+        scores = score_all(snapshot, model, params, text)
         expected = np.argsort(-scores, kind="stable")[:10]
         funnel = Funnel(model, params, candidates=COUNT, rerank=COUNT)
-        for found in (
+        for answer in (
             funnel.search(snapshot, text, 10),
-            funnel.exhaustive(snapshot, text, 10)[0],
+            funnel.search_exhaustively(snapshot, text, 10)[0],
         ):
-            np.testing.assert_allclose(found.scores, scores[expected], rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(scores[found.rows], scores[expected], rtol=1e-4, atol=1e-5)
-            assert found.moments.shape == (10,)
+            rows, found_scores = rows_of(answer), [hit.score for hit in answer]
+            np.testing.assert_allclose(found_scores, scores[expected], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(scores[rows], scores[expected], rtol=1e-4, atol=1e-5)
+            assert len(answer) == 10
 
 
-def test_each_stage_keeps_the_best_of_its_own_score(snapshot):
+def test_each_stage_passes_on_its_best_scores(snapshot):
     model, params = make_model()
     text = make_text()
     video = snapshot.features(np.arange(COUNT))
@@ -109,35 +115,36 @@ def test_each_stage_keeps_the_best_of_its_own_score(snapshot):
     second = first[np.argsort(-words[first])][:16]
     total = sum(parts.values()) / 4
     third = second[np.argsort(-total[second])]
-    found = Funnel(model, params, candidates=50, rerank=16).search(snapshot, text, 16)
-    assert found.rows.tolist() == third.tolist()
-    np.testing.assert_allclose(found.scores, total[third], atol=1e-4)
-    assert list(found.seconds) == ["sentence-video", "video-word", "reading", "all"]
+    answer = Funnel(model, params, candidates=50, rerank=16).search(snapshot, text, 16)
+    assert rows_of(answer) == third.tolist()
+    np.testing.assert_allclose([hit.score for hit in answer], total[third], atol=1e-4)
+    assert list(answer.seconds) == ["sentence-video", "video-word", "reading", "all"]
 
 
-def test_a_model_without_words_skips_their_stage(snapshot):
+def test_model_without_word_granularity_skips_the_word_stage(snapshot):
     model, params = make_model(head="mean_pooling")
     text = make_text()
     funnel = Funnel(model, params, candidates=7, rerank=20)
-    scores = every_score(snapshot, model, params, text)
-    assert funnel.search(snapshot, text, 20).rows.tolist() == np.argsort(-scores)[:20].tolist()
+    scores = score_all(snapshot, model, params, text)
+    assert rows_of(funnel.search(snapshot, text, 20)) == np.argsort(-scores)[:20].tolist()
 
 
-def test_only_rows_that_are_allowed(snapshot):
+def test_only_allowed_rows_are_returned(snapshot):
     model, params = make_model()
     text, allowed = make_text(), np.arange(COUNT) % 3 == 1
-    scores = np.where(allowed, every_score(snapshot, model, params, text), -np.inf)
+    scores = np.where(allowed, score_all(snapshot, model, params, text), -np.inf)
     funnel = Funnel(model, params)
     expected = np.argsort(-scores)[:10].tolist()
-    assert funnel.search(snapshot, text, 10, allowed).rows.tolist() == expected
-    assert funnel.exhaustive(snapshot, text, 10, allowed)[0].rows.tolist() == expected
-    assert len(funnel.search(snapshot, text, 10, np.zeros(COUNT, bool)).rows) == 0
+    assert rows_of(funnel.search(snapshot, text, 10, allowed)) == expected
+    (answer,) = funnel.search_exhaustively(snapshot, text, 10, allowed=allowed)
+    assert rows_of(answer) == expected
+    assert funnel.search(snapshot, text, 10, np.zeros(COUNT, bool)).hits == []
     few = np.arange(COUNT) < 3
-    assert sorted(funnel.search(snapshot, text, 10, few).rows) == [0, 1, 2]
+    assert sorted(rows_of(funnel.search(snapshot, text, 10, few))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
-def test_best_frame_is_real_and_the_nearest_where_one_stands_out(snapshot, head):
+def test_best_frame_is_the_most_similar_real_frame(snapshot, head):
     model, params = make_model(**HEADS[head])
     video = snapshot.features(np.array([3]))
     text = make_text()
@@ -163,7 +170,7 @@ def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "tight"])
-def test_an_example_is_compared_with_videos_and_frames(snapshot, head):
+def test_example_is_compared_with_videos_and_frames(snapshot, head):
     model, params = make_model(**HEADS[head])
     every = snapshot.features(np.arange(COUNT))
     vector = every.video[42]
@@ -171,14 +178,14 @@ def test_an_example_is_compared_with_videos_and_frames(snapshot, head):
     weights = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)
     attended = np.sum(weights * (every.frames @ vector), 1) / weights.sum(1)  # Eq. 7, 8
     scores = np.exp(params["clip"]["logit_scale"]) * (every.video @ vector + attended) / 2
-    usual = Funnel(model, params, rerank=COUNT)
-    found = example_funnel(usual).search(snapshot, example_text(5 * vector, WORDS), 10)
+    funnel = make_example_funnel(Funnel(model, params, rerank=COUNT))
+    answer = funnel.search(snapshot, make_example_query(5 * vector, WORDS), 10)
     expected = np.argsort(-scores)[:10]
-    np.testing.assert_allclose(found.scores, scores[expected], rtol=1e-4)
-    np.testing.assert_allclose(scores[found.rows], scores[expected], rtol=1e-4)
+    np.testing.assert_allclose([hit.score for hit in answer], scores[expected], rtol=1e-4)
+    np.testing.assert_allclose(scores[rows_of(answer)], scores[expected], rtol=1e-4)
 
 
-def test_rows_come_in_the_order_asked_for(snapshot):
+def test_rows_are_read_in_the_requested_order(snapshot):
     rows = np.array([250, 3, 101, 299, 0])
     table = snapshot.read(rows, ["id", "start"])
     assert table["start"].to_pylist() == rows.tolist()

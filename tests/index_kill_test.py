@@ -1,25 +1,29 @@
-"""An indexing run that is killed again and again ends with the index of an uninterrupted one."""
+"""Tests of indexing runs that are killed."""
 
+import itertools
 import random
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
 
-from xclip_jax.search import Index
+from xclip_jax.search import Index, indexing
+from xclip_jax.search.store import Store
 
-# Threads for processes, which take seconds to start; a commit after every file.
+# Without processes, which take seconds to start, and with a commit after every file.
 RUN = """
-import concurrent.futures, sys
-from xclip_jax import workers
+import sys
+sys.path.append(sys.argv[4])
+import tiny
 from xclip_jax.search import Index, indexing
 from xclip_jax.search.store import Store, exists
-workers.worker_pool = concurrent.futures.ThreadPoolExecutor
-indexing.COMMIT_SECONDS = indexing.COMMIT_SHARE = 0
-folder, model, videos = sys.argv[1:]
+indexing.run_jobs = tiny.run_jobs_here
+indexing.MIN_COMMIT_SECONDS = indexing.COMMIT_FRACTION = 0
+folder, model, videos = sys.argv[1:4]
 index = Index.open(folder) if exists(folder) else Index.create(folder, model, segment_seconds=2)
 index.retriever
 commit = Store.add
@@ -30,7 +34,7 @@ index.add([videos])
 
 def start(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, *map(str, arguments)],
+        [sys.executable, "-c", RUN, *map(str, arguments), str(Path(__file__).parent)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -43,28 +47,35 @@ def content(folder):
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random(tmp_path, kills):
+def test_killed_runs_end_with_the_index_of_an_uninterrupted_run(tmp_path, monkeypatch, kills):
     model, videos = tiny.make_model(tmp_path / "model"), tmp_path / "videos"
+    num_files = 8 * (1 + kills // 2)
     clips = tiny.make_videos(videos, 8)
-    for number in range(40):
+    for number in range(8, num_files):
         shutil.copy(clips[number % 8], videos / f"copy{number}.mp4")
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    commits = start(whole, model, videos).communicate()[0].count("committed")
-    assert commits > 20
-    rng, kept = random.Random(0), [0]
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    counter, add = itertools.count(), Store.add
+    monkeypatch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
+    monkeypatch.setattr(indexing, "MIN_COMMIT_SECONDS", 0)
+    monkeypatch.setattr(indexing, "COMMIT_FRACTION", 0)
+    monkeypatch.setattr(Store, "add", lambda store, rows: (add(store, rows), next(counter)))
+    Index.create(uninterrupted, model, segment_seconds=2).add([videos])
+    commits = next(counter)
+    assert commits > num_files // 2
+    rng, counts = random.Random(0), [0]
     for _ in range(kills):
-        process = start(stopped, model, videos)
+        process = start(killed, model, videos)
         for _ in range(rng.randint(1, commits // (kills + 1))):
             assert process.stdout.readline() == "committed\n"
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
         assert process.wait() == -9
-        rows = content(stopped)
-        kept.append(len(rows))
+        rows = content(killed)
+        counts.append(len(rows))
         for path in {row["path"] for row in rows}:
             assert sum(row["path"] == path for row in rows) == 3
-    assert kept == sorted(set(kept))  # nothing that was committed is lost
-    assert kept[-1] < 3 * 48
-    assert start(stopped, model, videos).wait() == 0
-    assert content(stopped) == content(whole)
-    assert len(content(whole)) == 3 * 48
+    assert counts == sorted(set(counts))  # every run has added segments, and none were lost
+    assert counts[-1] < 3 * num_files
+    assert start(killed, model, videos).wait() == 0
+    assert content(killed) == content(uninterrupted)
+    assert len(content(killed)) == 3 * num_files

@@ -1,6 +1,5 @@
-"""`python -m xclip_jax.search` as its users type it."""
+"""Tests of `python -m xclip_jax.search`."""
 
-import concurrent.futures
 import json
 import subprocess
 import sys
@@ -11,25 +10,25 @@ import pytest
 import tiny
 from PIL import Image
 
-from xclip_jax.search import Index, commands
+from xclip_jax.search import Index, indexing, output
 from xclip_jax.search.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds `model`, `videos` and an `index` of them."""
+    """Folder with `model`, `videos` and their `index`."""
     folder = tmp_path_factory.mktemp("search")
     tiny.make_model(folder / "model")
     tiny.make_videos(folder / "videos", 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xclip_jax.workers.worker_pool", concurrent.futures.ThreadPoolExecutor)
+        patch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
         main(["index", str(folder / "videos"), "--model", f"{folder}/model", *at(folder)])
     return folder
 
 
 @pytest.fixture(autouse=True)
-def here(folder, monkeypatch):
-    monkeypatch.setattr("xclip_jax.workers.worker_pool", concurrent.futures.ThreadPoolExecutor)
+def work_in_folder(folder, monkeypatch):
+    monkeypatch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
     monkeypatch.chdir(folder)
 
 
@@ -44,8 +43,8 @@ def error_of(capsys, *arguments):
     return str(stop.value.code) + capsys.readouterr().err
 
 
-def test_in_processes_of_its_own(folder, tmp_path):
-    """Worker processes, and nothing on stdout but what was asked for."""
+def test_commands_in_their_own_processes(folder, tmp_path):
+    """With worker processes, and nothing but the result on stdout."""
     command = [sys.executable, "-m", "xclip_jax.search"]
     index = ["--index", str(tmp_path / "index")]
     made = subprocess.run(
@@ -54,15 +53,15 @@ def test_in_processes_of_its_own(folder, tmp_path):
     assert made.returncode == 0, made.stderr
     assert "4 files read" in made.stdout
     assert "4 segments of 4 files" in made.stdout
-    asked = subprocess.run(
+    queried = subprocess.run(
         [*command, "query", "a red dog", "--json", *index], capture_output=True, text=True
     )
-    answer = json.loads(asked.stdout)
+    answer = json.loads(queried.stdout)
     assert answer["searched"] == 4
     assert answer["hits"][0]["path"].startswith(str(folder / "videos"))
 
 
-def test_table_of_results(capsys):
+def test_query_prints_a_table(capsys):
     main(["query", "a red dog", "-k", "3", *at()])
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["rank", "score", "best", "segment", "file"]
@@ -78,24 +77,24 @@ def test_table_of_results(capsys):
     ]
 
 
-def test_exhaustive_and_filters_and_examples(capsys):
+def test_query_options(capsys):
     main(["query", "a red dog", "--exhaustive", "--path=clip1", "--json", *at()])
     answer = json.loads(capsys.readouterr().out)
     assert [hit["path"].endswith("clip1.mp4") for hit in answer["hits"]] == [True]
     main(["query", "--video=videos/clip2.mp4", "--json", "-k1", *at()])
     assert len(json.loads(capsys.readouterr().out)["hits"]) == 1
     main(["query", "a red dog", "--start=100", *at()])
-    assert capsys.readouterr().out.startswith("nothing found")
+    assert capsys.readouterr().out.startswith("no results")
 
 
-def test_captions_of_a_video(folder, capsys):
+def test_captions_are_ranked_for_a_video(folder, capsys):
     (folder / "captions.txt").write_text("a red dog\n\n a blue cat \n")
     main(["query", "--video=videos/clip0.mp4", "--captions=captions.txt", *at()])
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(maxsplit=2)[2] for line in lines[1:]} == {"a red dog", "a blue cat"}
 
 
-def test_picture_of_the_results(tmp_path):
+def test_results_are_saved_as_a_picture(tmp_path):
     picture = tmp_path / "grid.png"
     main(["query", "a red $dog$ \N{DOG FACE}", "--save_grid", str(picture), *at()])
     with Image.open(picture) as image:
@@ -103,16 +102,16 @@ def test_picture_of_the_results(tmp_path):
         assert np.asarray(image.convert("RGB")).std() > 20
 
 
-def test_open_plays_at_the_second(folder, monkeypatch):
+def test_open_starts_the_player_at_the_best_second(folder, monkeypatch):
     played = []
-    monkeypatch.setattr(commands.shutil, "which", lambda name: name == "vlc")
-    monkeypatch.setattr(commands.subprocess, "Popen", played.append)
+    monkeypatch.setattr(output.shutil, "which", lambda name: name == "vlc")
+    monkeypatch.setattr(output.subprocess, "Popen", played.append)
     main(["query", "a red dog", "--open", *at()])
     hit = Index.open("index").query("a red dog")[0]
     assert played == [["vlc", f"--start-time={hit.second}", hit.path]]
 
 
-def test_recall(capsys, folder):
+def test_recall_of_a_wide_funnel_is_complete(capsys, folder):
     main(["recall", "--sample=5", "--json", *at()])
     result = json.loads(capsys.readouterr().out)
     assert (result["top_1"], result["top_10"], result["sentences"]) == (100, 100, 5)
@@ -123,25 +122,22 @@ def test_recall(capsys, folder):
     assert "2 sentences, 4 segments, funnel 5,000 -> 1" in out
 
 
-def test_recall_counts_what_the_funnel_loses(capsys, folder, monkeypatch):
-    found = Index.query_exhaustively
+def test_recall_counts_results_missing_from_the_funnel(capsys, folder, monkeypatch):
+    exhaustive = Index.query_exhaustively
 
-    def other(index, texts, **options):
-        return [answer.hits[1:] + answer.hits[:1] for answer in found(index, texts, **options)]
+    def rotated(index, texts, **options):
+        return [answer.hits[1:] + answer.hits[:1] for answer in exhaustive(index, texts, **options)]
 
-    monkeypatch.setattr(
-        Index,
-        "query",
-        lambda index, text: found(index, [text], k=1)[0],  # one of four found
-    )
-    monkeypatch.setattr(Index, "query_exhaustively", other)  # and another is the best
+    # The funnel returns one of four segments, and another one is ranked first.
+    monkeypatch.setattr(Index, "query", lambda index, text: exhaustive(index, [text], k=1)[0])
+    monkeypatch.setattr(Index, "query_exhaustively", rotated)
     main(["recall", "--sample=5", "--json", *at()])
     result = json.loads(capsys.readouterr().out)
     assert (result["top_1"], result["top_10"]) == (0, 25)
 
 
 @pytest.mark.parametrize("name", ["out.npz", "folder/out.parquet"])
-def test_export(tmp_path, name):
+def test_exported_files_contain_all_segments(tmp_path, name):
     main(["export", "--output", str(tmp_path / name), *at()])
     video = np.concatenate(
         [np.stack(table["video"].to_pylist()) for table in Index.open("index").tables()]
@@ -159,21 +155,24 @@ def test_export(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["query", "", *at()], "the sentence is empty"),
-        (["query", *at()], "query wants one of a sentence, --video and --image"),
-        (["query", "a", "--video=b", *at()], "query wants one of"),
+        (["query", *at()], "query requires exactly one of: a sentence, --video, --image"),
+        (["query", "a", "--video=b", *at()], "query requires exactly one of"),
         (["query", "a", "-k", "0", *at()], "--k=0: must be at least 1"),
         (["query", "a", "--index=nowhere"], "no index in"),
-        (["query", "a", "--captions=c.txt", *at()], "name it with --video"),
+        (["query", "a", "--captions=c.txt", *at()], "--captions requires --video"),
         (["query", "--video=gone.mp4", *at()], "gone.mp4"),
         (["query", "--image=model/model.json", *at()], "model.json"),
         (["query", "--video=videos/clip0.mp4", "--captions=model/params", *at()], "directory"),
-        (["query", "--video=videos/clip0.mp4", "--exhaustive", *at()], "only with a sentence"),
+        (
+            ["query", "--video=videos/clip0.mp4", "--exhaustive", *at()],
+            "--exhaustive requires a sentence",
+        ),
         (["query", "a"], "--index"),
         (["query", "a", "--save_grid=a.xyz", *at()], "must be a .png file"),
-        (["query", "a", "--save_grid=nowhere/a.png", *at()], "in a folder that exists"),
+        (["query", "a", "--save_grid=nowhere/a.png", *at()], "in an existing folder"),
         (["export", "--output=a.csv", *at()], "must end in .parquet or .npz"),
         (["recall", "--sample=99999", *at()], "at most 4000"),
         (["index", "videos", "--index=new"], "--model is required"),
@@ -187,30 +186,30 @@ def test_export(tmp_path, name):
         ([], "COMMAND"),
     ],
 )
-def test_mistakes_are_one_clear_line(capsys, arguments, said):
+def test_invalid_input_is_a_one_line_error(capsys, arguments, expected):
     message = error_of(capsys, *arguments)
-    assert said in message
+    assert expected in message
     assert "Traceback" not in message
 
 
-def test_only_broken_videos(capsys, tmp_path):
+def test_index_of_only_unreadable_videos_is_an_error(capsys, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     message = error_of(
         capsys, "index", str(tmp_path), "--model=model", "--index", str(tmp_path / "index")
     )
-    assert "not one video could be read" in message
+    assert "no video could be read" in message
     assert "unreadable: " in message
 
 
 @pytest.mark.parametrize("command", ["index", "query", "serve", "recall", "export"])
-def test_help(capsys, command):
+def test_each_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     assert "--index" in capsys.readouterr().out
 
 
-def test_times_are_read_off_a_clock():
-    assert [commands.clock(s) for s in (0, 59.9, 61, 3600, 7325.2)] == [
+def test_times_are_printed_as_minutes_and_seconds():
+    assert [output.format_time(s) for s in (0, 59.9, 61, 3600, 7325.2)] == [
         *("0:00", "0:59", "1:01", "1:00:00", "2:02:05"),
     ]

@@ -1,6 +1,6 @@
-"""Search with trained models: the figures of an evaluation, the right second, real clips.
+"""Tests of search with trained models, which take minutes.
 
-Takes minutes: `pytest -m slow tests/search_quality_test.py`.
+pytest -m slow tests/search_quality_test.py
 """
 
 import json
@@ -35,7 +35,7 @@ def run(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """(index of the demo's test clips, its results.json)."""
+    """Returns (index of the demo's test clips, results.json of the demo)."""
     folder = tmp_path_factory.mktemp("demo")
     run(folder, "xclip_jax.main", f"--config={ROOT}/configs/demo.py")
     (folder / "clips").mkdir()
@@ -55,14 +55,14 @@ def number(hit):
     return int(Path(hit.path).stem.removeprefix("test_"))
 
 
-def test_recall_is_that_of_the_evaluation(demo, scenes):
+def test_recall_equals_that_of_the_evaluation(demo, scenes):
     index, results = demo
-    right = [number(index.query(s.captions[0])[0]) == n for n, s in enumerate(scenes)]
+    correct = [number(index.query(s.captions[0])[0]) == n for n, s in enumerate(scenes)]
     assert len(index) == TEST_CLIPS
-    assert 100 * np.mean(right) == pytest.approx(results["text_to_video"]["R@1"], abs=1)
+    assert 100 * np.mean(correct) == pytest.approx(results["text_to_video"]["R@1"], abs=1)
 
 
-def test_exhaustive_ranking_is_that_of_the_similarity(demo, scenes):
+def test_exhaustive_ranking_equals_the_similarity_matrix(demo, scenes):
     index, _ = demo
     captions = [scene.captions[0] for scene in scenes]
     retriever = xclip_jax.load(index.model_name)
@@ -70,11 +70,11 @@ def test_exhaustive_ranking_is_that_of_the_similarity(demo, scenes):
     video = retriever.encode_video(paths)
     sim_TxV = retriever.similarity(retriever.encode_text(captions), video)
     answers = index.query_exhaustively(captions, k=TEST_CLIPS)
-    found_TxV = [[number(hit) for hit in answer] for answer in answers]
-    np.testing.assert_array_equal(found_TxV, np.argsort(-sim_TxV, axis=1, kind="stable"))
+    ranking_TxV = [[number(hit) for hit in answer] for answer in answers]
+    np.testing.assert_array_equal(ranking_TxV, np.argsort(-sim_TxV, axis=1, kind="stable"))
 
 
-def test_best_second_is_in_the_event_asked_for(demo, scenes):
+def test_best_second_is_in_the_described_event(demo, scenes):
     index, _ = demo
     inside = []
     for n, scene in enumerate(scenes):
@@ -88,7 +88,7 @@ def test_best_second_is_in_the_event_asked_for(demo, scenes):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """(index of real clips, their captions), by a small model trained on them."""
+    """Returns (index of real clips, their captions), with a small model trained on them."""
     if not CLIPS.is_dir():
         pytest.skip(f"needs real clips with captions in {CLIPS}")
     folder = tmp_path_factory.mktemp("real")
@@ -108,7 +108,7 @@ def real(tmp_path_factory):
     return Index.open(folder / "index"), json.loads(captions.read_text())
 
 
-def test_each_caption_finds_its_real_clip_first(real):
+def test_each_caption_ranks_its_real_clip_first(real):
     index, clips = real
     for clip in clips:
         for caption in clip["captions"]:
@@ -116,15 +116,15 @@ def test_each_caption_finds_its_real_clip_first(real):
 
 
 def _plays(path, second):
-    """Whether any Chromium plays the file, and there is something left to play."""
+    """Returns True if every Chromium plays the file, and for at least a second more."""
     with av.open(str(path)) as container:
         codec = container.streams.video[0].codec_context
         known = codec.name in ("h264", "vp8") and codec.pix_fmt == "yuv420p"
         return known and second + 1 < container.duration / av.time_base
 
 
-def test_the_page_plays_real_clips_from_the_best_second(real, chromium):
-    """Set XCLIP_JAX_SCREENSHOTS to a folder, and look at the pictures."""
+def test_page_plays_real_clips_from_the_best_second(real, chromium):
+    """XCLIP_JAX_SCREENSHOTS=FOLDER saves screenshots."""
     index, clips = real
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     played = 0

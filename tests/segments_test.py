@@ -1,4 +1,4 @@
-"""How videos are cut, and what of each segment is kept."""
+"""Tests of the cutting of videos into segments."""
 
 import io
 from fractions import Fraction
@@ -10,11 +10,11 @@ from video_test import at_rate, corners, grey, write
 
 from xclip_jax.data import video
 from xclip_jax.search import segments
-from xclip_jax.search.segments import Job, frames_of, read_segments
+from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
 
 
 def read(tmp_path, path, seconds=4, max_frames=100, shots=False):
-    job = Job(str(path), tmp_path / "frames", 32, max_frames, seconds, shots)
+    job = SegmentJob(str(path), tmp_path / "frames", 32, max_frames, seconds, shots)
     return job, read_segments(job)
 
 
@@ -27,40 +27,42 @@ def spans(reading):
     [
         (3, [(0, 3)]),
         (4, [(0, 4)]),
-        (5, [(0, 5)]),  # a rest of less than half joins the one before
+        (5, [(0, 5)]),  # a remainder of less than half is merged
         (6, [(0, 4), (4, 6)]),
         (9, [(0, 4), (4, 9)]),
         (12, [(0, 4), (4, 8), (8, 12)]),
     ],
 )
-def test_segments_of_four_seconds(tmp_path, length, expected):
+def test_segment_lengths(tmp_path, length, expected):
     path = write(tmp_path / "a.mp4", at_rate(2, 2 * length), [grey(0)] * 2 * length)
     _, reading = read(tmp_path, path)
-    for found, wanted in zip(spans(reading), expected, strict=True):
-        assert found == pytest.approx(wanted, abs=0.1)
+    for actual, span in zip(spans(reading), expected, strict=True):
+        assert actual == pytest.approx(span, abs=0.1)
     assert (reading.failure, reading.note) == (None, None)
 
 
-def test_frames_are_those_of_the_reader_and_their_times_where_they_are_shown(tmp_path):
+def test_frames_and_times_equal_those_of_the_video_reader(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(1, 12))
     job, reading = read(tmp_path, path, max_frames=3)
-    whole = video.read_frames(path, 32).frames
-    found = list(frames_of(job, reading.segments))
+    every_second = video.read_frames(path, 32).frames
+    loaded = list(load_frames(job, reading.segments))
     assert [segment.times for segment in reading.segments] == [[0, 1, 3], [4, 5, 7], [8, 9, 11]]
-    for segment, frames in zip(reading.segments, found, strict=True):
-        np.testing.assert_array_equal(frames, [whole[int(second)] for second in segment.times])
+    for segment, frames in zip(reading.segments, loaded, strict=True):
+        np.testing.assert_array_equal(
+            frames, [every_second[int(second)] for second in segment.times]
+        )
 
 
-def test_a_picture_held_over_a_border_is_in_both_segments(tmp_path):
+def test_frame_shown_across_a_boundary_is_in_both_segments(tmp_path):
     path = write(tmp_path / "a.mkv", [0, 1, 2, 6.5, 7, 8])
     job, reading = read(tmp_path, path)
-    second = list(frames_of(job, reading.segments))[1]
+    second = list(load_frames(job, reading.segments))[1]
     assert spans(reading)[1][0] == 4
     assert reading.segments[1].times == [4, 5, 6, 7, 8]
     assert [round((frame.mean() - 20) / 4) for frame in second] == [2, 2, 2, 4, 5]
 
 
-def test_thumbnail_is_the_whole_picture_of_about_the_middle(tmp_path):
+def test_thumbnail_is_an_uncropped_frame_near_the_middle(tmp_path):
     pictures = [corners(360, 640) if second in (4, 8) else grey(0) for second in range(12)]
     pictures = [np.resize(p, (360, 640, 3)) if p.shape[0] != 360 else p for p in pictures]
     path = write(tmp_path / "a.mp4", at_rate(1, 12), pictures)
@@ -71,7 +73,7 @@ def test_thumbnail_is_the_whole_picture_of_about_the_middle(tmp_path):
     assert image[-10, -10].tolist() == pytest.approx([255, 255, 255], abs=12)
 
 
-def test_cut_at_changes_of_shot(tmp_path):
+def test_segments_end_at_shot_changes(tmp_path):
     pytest.importorskip("scenedetect")
     rng = np.random.default_rng(0)
     shots = [rng.integers(0, 255, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(3)]
@@ -85,7 +87,7 @@ def test_cut_at_changes_of_shot(tmp_path):
     assert [round(segment.start) for segment in reading.segments] == [0, 3, 8, 12]
 
 
-def test_a_shot_of_less_than_two_frames_stays_with_the_one_before():
+def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
     class Reader:
         def __iter__(self):
             picture = video.Picture(Image.new("RGB", (8, 8)), 1)
@@ -95,7 +97,7 @@ def test_a_shot_of_less_than_two_frames_stays_with_the_one_before():
     assert cut == [(0.0, 4), (3.5, 4), (7.1, 1)]
 
 
-def test_files_that_cannot_be_read_give_a_reason(tmp_path):
+def test_unreadable_file_has_a_reason(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "garbage.mp4").write_bytes(bytes(range(256)) * 50)
     assert "0 bytes" in read(tmp_path, tmp_path / "empty.mp4")[1].failure
@@ -103,7 +105,7 @@ def test_files_that_cannot_be_read_give_a_reason(tmp_path):
     assert "cannot be opened" in read(tmp_path, tmp_path / "gone.mp4")[1].failure
 
 
-def test_a_file_cut_short_is_noted_and_kept(tmp_path):
+def test_truncated_file_is_used_with_a_note(tmp_path):
     path = write(tmp_path / "a.avi", at_rate(10, 50), time_base=Fraction(1, 10), g="10")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
@@ -113,14 +115,14 @@ def test_a_file_cut_short_is_noted_and_kept(tmp_path):
     assert 2 <= len(reading.segments[0].times) <= 4
 
 
-def test_still_is_the_picture_of_that_second(tmp_path):
+def test_still_is_the_frame_at_that_second(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(5, 45), g="10")
     for second in (0, 1, 4.2, 8.8, 100):
         image = np.asarray(Image.open(io.BytesIO(video.still(path, second))))
         assert round((image.mean() - 20) / 4) == min(round(second * 5), 44)
 
 
-def test_still_of_a_second_beyond_all_clocks(tmp_path):
+def test_still_at_an_impossible_second_is_an_error(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(5, 10))
     with pytest.raises(video.VideoError, match="no picture"):
         video.still(path, 1e300)

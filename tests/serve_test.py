@@ -1,4 +1,4 @@
-"""The search page's server: what it gives, what it refuses, and that nothing else gets out."""
+"""Tests of the search page's server: responses, errors, and access to files of the index only."""
 
 import concurrent.futures
 import io
@@ -17,8 +17,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from xclip_jax.cli import InputError
-from xclip_jax.search import serve
-from xclip_jax.search.results import Answer, Attention, Hit
+from xclip_jax.search import Answer, Attention, Hit, Index, serve
 
 CONTENT = bytes(range(256)) * 40
 SECRET = "a secret of the server"
@@ -30,24 +29,24 @@ def jpeg(color):
     return buffer.getvalue()
 
 
-class FakeIndex:
-    """Segments of given files, all found by every query, in order; the rest of an index's face.
+class FakeIndex(Index):
+    """An index that returns its segments for every query, in order.
 
     Args:
-      segments: (path, start, end, best second) of each.
+        segments: (path, start, end, best second) of each.
     """
 
-    location, model_name, num_files = "videos.index", "tiny", 2
+    location, model_name, num_files, num_segments = "videos.index", "tiny", 2, 0
 
     def __init__(self, segments):
         self.hits = {
             f"{number:016x}": Hit(number, 30.0 - number, f"{number:016x}", str(path), *times)
             for number, (path, *times) in enumerate(segments, 1)
         }
-        self.num_segments, self.refreshed, self.asked = len(segments), threading.Event(), []
+        self.num_segments, self.refreshed, self.queries = len(segments), threading.Event(), []
 
-    def answer(self, k, *asked):
-        self.asked.append(asked)
+    def answer(self, k, *query):
+        self.queries.append(query)
         hits = list(self.hits.values())[:k]
         return Answer(hits, {"encode": 0.012, "search": 0.003}, 12340, "a note")
 
@@ -62,7 +61,7 @@ class FakeIndex:
         try:
             Image.open(file).load()
         except OSError as error:
-            raise InputError(f"{file}: no picture that can be read") from error
+            raise InputError(f"{file}: cannot be read as an image") from error
         return self.answer(k, file, path)
 
     def like(self, segment_id, k=10):
@@ -70,7 +69,7 @@ class FakeIndex:
 
     def attention(self, segment_id, text):
         if text == "no attention":
-            raise InputError("this model has no attention to show")
+            raise InputError("no heat map")
         hit, words = self.hits[segment_id], text.split()
         times = np.linspace(hit.start, hit.end - 0.5, 6).tolist()
         weights_WxF = np.random.default_rng(1).dirichlet(np.full(len(words) * 6, 0.4))
@@ -118,7 +117,7 @@ def error_of(response, status):
     return response.json()["error"]
 
 
-def test_the_page_brings_all_it_needs_and_allows_nothing_else(client):
+def test_page_loads_only_its_own_files(client):
     page = client.get("/")
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
@@ -130,105 +129,105 @@ def test_the_page_brings_all_it_needs_and_allows_nothing_else(client):
     assert page.headers["x-content-type-options"] == "nosniff"
 
 
-def test_facts(client):
+def test_facts_of_the_index(client):
     facts = client.get("/api/index").json()
     assert (facts["segments"], facts["files"], facts["model"]) == (4, 2, "tiny")
 
 
-def test_a_query_with_filters(client, index, tmp_path):
-    asked = {"text": "a dog", "k": "2", "path": "*.mp4", "start": "1.5", "end": 60}
-    answer = client.post("/api/search", json=asked).json()
-    assert index.asked == [("a dog", "*.mp4", 1.5, 60.0)]
+def test_query_with_filters(client, index, tmp_path):
+    fields = {"text": "a dog", "k": "2", "path": "*.mp4", "start": "1.5", "end": 60}
+    answer = client.post("/api/search", json=fields).json()
+    assert index.queries == [("a dog", "*.mp4", 1.5, 60.0)]
     assert (answer["searched"], answer["note"], len(answer["hits"])) == (12340, "a note", 2)
     assert 0 <= answer["seconds"] < 1
     path = str(tmp_path / "dog.mp4")
     times = {"start": 10.0, "end": 20.0, "second": 12.5}
-    found = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4"}
-    assert answer["hits"][0] == found | times
+    hit = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4"}
+    assert answer["hits"][0] == hit | times
 
 
-def test_a_long_query_of_any_characters(client, index):
+def test_long_query_with_any_characters(client, index):
     text = "猫🐕" * 5000
     assert client.post("/api/search", json={"text": text}).status_code == 200
-    assert index.asked[0][0] == text
-    body = b'{"text": "half \\ud83d a character"}'
+    assert index.queries[0][0] == text
+    body = b'{"text": "lone \\ud83d surrogate"}'
     assert client.post("/api/search", content=body).status_code == 200
-    assert index.asked[1][0] == "half ? a character"
+    assert index.queries[1][0] == "lone ? surrogate"
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("fields", "message"),
     [
         ({"text": ""}, "the query is empty"),
         ({}, "the query is empty"),
-        ({"text": 3}, "text is not a text"),
+        ({"text": 3}, "text must be a string"),
         ({"text": "a", "k": 0}, "between 1 and 100"),
         ({"text": "a", "k": 101}, "between 1 and 100"),
         ({"text": "a", "k": "many"}, "between 1 and 100"),
         ({"text": "a", "k": 1e400}, "between 1 and 100"),
-        ({"text": "a", "start": "soon"}, "start is not a number"),
-        ({"text": "a", "end": "inf"}, "end is not a number"),
-        ({"text": "a", "end": [1]}, "end is not a number"),
+        ({"text": "a", "start": "soon"}, "start must be a number"),
+        ({"text": "a", "end": "inf"}, "end must be a number"),
+        ({"text": "a", "end": [1]}, "end must be a number"),
         (["a"], "not a JSON object"),
     ],
 )
-def test_what_is_wrong_with_a_query_is_said(client, asked, message):
-    body = json.dumps(asked)
+def test_invalid_query_is_an_error(client, fields, message):
+    body = json.dumps(fields)
     assert message in error_of(client.post("/api/search", content=body), 400)
 
 
-def test_a_body_that_is_no_json_or_endless(client):
+def test_body_that_is_not_json_or_too_large(client):
     assert "not a JSON" in error_of(client.post("/api/search", content=b"\xff{"), 400)
     assert "not a JSON" in error_of(client.post("/api/search", content=b"[" * 200_000), 400)
     huge = b'{"text": "a", "start": 1' + b"0" * 400 + b"}"
     assert "number of seconds" in error_of(client.post("/api/search", content=huge), 400)
-    endless = iter([b" " * 2**20] * 2)  # no Content-Length: it must be counted
-    assert error_of(client.post("/api/search", content=endless), 413) == "more than 1 MB"
+    unknown_length = iter([b" " * 2**20] * 2)  # no Content-Length
+    assert error_of(client.post("/api/search", content=unknown_length), 413) == "more than 1 MB"
 
 
-def test_an_example_is_searched_by_and_removed(client, index):
+def test_uploaded_example_is_deleted_after_the_search(client, index):
     response = client.post("/api/example?name=../Dog.JPG&k=3&path=*.mp4", content=jpeg("blue"))
     assert len(response.json()["hits"]) == 3
-    ((file, path),) = index.asked
+    ((file, path),) = index.queries
     assert path == "*.mp4"
     assert file.endswith(".jpg")
     assert not os.path.exists(file)
 
 
-def test_an_example_that_is_garbage_or_too_big(client, index, monkeypatch, tmp_path):
+def test_corrupted_or_too_large_example_is_an_error(client, index, monkeypatch, tmp_path):
     monkeypatch.setattr(serve.tempfile, "tempdir", str(tmp_path))
     before = sorted(tmp_path.iterdir())
     message = error_of(client.post("/api/example?name=a.jpg", content=b"garbage"), 400)
-    assert message == "a.jpg: no picture that can be read"
-    monkeypatch.setattr(serve, "MOST_UPLOADED", 2**20)
+    assert message == "a.jpg: cannot be read as an image"
+    monkeypatch.setattr(serve, "MAX_UPLOAD_BYTES", 2**20)
     big = b"x" * (2**20 + 1)
     for body in (big, iter([big[: 2**19], big[2**19 :]])):
         assert error_of(client.post("/api/example", content=body), 413) == "more than 1 MB"
-    assert index.asked == []
+    assert index.queries == []
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_like(client, index):
+def test_search_by_a_segment_of_the_index(client, index):
     answer = client.get(f"/api/like/{segment(2)}?k=1").json()
-    assert index.asked == [(segment(2),)]
+    assert index.queries == [(segment(2),)]
     assert (answer["like"]["name"], len(answer["hits"])) == ("<b>&.webm", 1)
     assert "between 1" in error_of(client.get(f"/api/like/{segment(2)}?k=101"), 400)
 
 
-def test_attention(client):
-    seen = client.post(f"/api/attention/{segment(1)}", json={"text": "a big dog"}).json()
-    assert seen["words"] == ["a", "big", "dog"]
-    assert np.shape(seen["weights"]) == (3, len(seen["times"]))
-    assert np.sum(seen["weights"]) == pytest.approx(1)
+def test_attention_of_a_sentence(client):
+    attention = client.post(f"/api/attention/{segment(1)}", json={"text": "a big dog"}).json()
+    assert attention["words"] == ["a", "big", "dog"]
+    assert np.shape(attention["weights"]) == (3, len(attention["times"]))
+    assert np.sum(attention["weights"]) == pytest.approx(1)
     refused = client.post(f"/api/attention/{segment(1)}", json={"text": "no attention"})
-    assert "no attention to show" in error_of(refused, 400)
+    assert "no heat map" in error_of(refused, 400)
 
 
 def test_stills_fall_back_to_the_thumbnail(client, monkeypatch):
-    asked = []
+    stills = []
 
     def still(path, second, longest):
-        asked.append((os.path.basename(path), second))
+        stills.append((os.path.basename(path), second))
         if second > 15:
             raise serve.video.VideoError("no picture")
         return jpeg("green")
@@ -236,13 +235,13 @@ def test_stills_fall_back_to_the_thumbnail(client, monkeypatch):
     monkeypatch.setattr(serve.video, "still", still)
     pictures = [client.get(f"/still/{segment(1)}?second={second}") for second in (12.5, 16)]
     assert [picture.content for picture in pictures] == [jpeg("green"), jpeg("red")]
-    assert asked == [("dog.mp4", 12.5), ("dog.mp4", 16.0)]
+    assert stills == [("dog.mp4", 12.5), ("dog.mp4", 16.0)]
     assert pictures[0].headers["content-type"] == "image/jpeg"
     assert client.get(f"/thumbnail/{segment(1)}").content == jpeg("red")
-    assert "not a number" in error_of(client.get(f"/still/{segment(1)}?second=nan"), 400)
+    assert "must be a number" in error_of(client.get(f"/still/{segment(1)}?second=nan"), 400)
 
 
-def test_a_file_and_its_ranges(client):
+def test_file_with_byte_ranges(client):
     address = f"/video/{segment(1)}"
     whole = client.get(address)
     assert (whole.status_code, whole.content) == (200, CONTENT)
@@ -257,11 +256,11 @@ def test_a_file_and_its_ranges(client):
     assert client.head(address).headers["content-length"] == str(len(CONTENT))
 
 
-def test_no_file_is_shown_as_a_page_of_this_server(client):
+def test_html_file_is_only_downloaded(client):
     assert client.get(f"/video/{segment(4)}").headers["content-type"] == "application/octet-stream"
 
 
-def test_a_file_that_vanished(client):
+def test_deleted_file_is_an_error_and_its_still_the_thumbnail(client):
     assert error_of(client.get(f"/video/{segment(3)}"), 404) == "gone.mp4 is no longer on disk"
     assert client.get(f"/still/{segment(3)}?second=1").content == jpeg("red")
 
@@ -275,7 +274,7 @@ def test_a_file_that_vanished(client):
         *("/etc/passwd", "%2fetc%2fpasswd", f"{segment(1)}/../secret.txt", f"{segment(1)}/x", ""),
     ],
 )
-def test_only_ids_of_the_index_open_anything(client, kind, name):
+def test_only_ids_of_the_index_give_access_to_files(client, kind, name):
     response = client.get(f"/{kind}/{name}")
     error_of(response, 404)
     assert SECRET not in response.text
@@ -285,16 +284,16 @@ def test_only_ids_of_the_index_open_anything(client, kind, name):
 @pytest.mark.parametrize(
     "path", ["/page/", "/page", "/serve.py", "/../serve.py", "/..%2fserve.py", "//etc/passwd"]
 )
-def test_no_other_file_of_the_program_is_served(client, path):
+def test_source_files_are_not_served(client, path):
     error_of(client.get(path), 404)
 
 
-def test_only_the_right_methods(client):
+def test_other_http_methods_are_errors(client):
     error_of(client.get("/api/search"), 405)
     error_of(client.post(f"/video/{segment(1)}"), 405)
 
 
-def test_a_defect_is_logged_and_not_told(client, caplog):
+def test_internal_error_is_logged_but_not_disclosed(client, caplog):
     response = client.post("/api/search", json={"text": "break"})
     message = error_of(response, 500)
     assert "terminal of the server" in message
@@ -312,21 +311,21 @@ def test_a_defect_is_logged_and_not_told(client, caplog):
         *(("evil.example", 400), ("localhost.evil.example:7870", 400), ("10.0.0.1", 400)),
     ],
 )
-def test_only_this_machines_names_reach_a_local_server(index, host, status):
+def test_local_server_accepts_only_local_host_names(index, host, status):
     with browser(index, host) as client:
         assert client.get("/api/index").status_code == status
 
 
-def test_fifty_requests_at_once(client, index):
-    most, now, lock = [], set(), threading.Lock()
+def test_parallel_requests_run_two_queries_at_a_time(client, index):
+    counts, running, lock = [], set(), threading.Lock()
 
     def slow(text, *_, **__):
         with lock:
-            now.add(text)
-            most.append(len(now))
+            running.add(text)
+            counts.append(len(running))
         time.sleep(0.01)
         with lock:
-            now.discard(text)
+            running.discard(text)
         return index.answer(1, text)
 
     index.query = slow
@@ -337,11 +336,11 @@ def test_fifty_requests_at_once(client, index):
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         statuses = list(pool.map(ask, range(50)))
     assert statuses == [200] * 50
-    assert max(most) == 2  # the processor is not fought for
+    assert max(counts) == 2
 
 
-def test_the_index_is_refreshed_and_a_failure_of_that_ends_nothing(index, monkeypatch, caplog):
-    monkeypatch.setattr(serve, "REFRESH_EVERY", 0.01)
+def test_index_is_refreshed_also_after_a_failure(index, monkeypatch, caplog):
+    monkeypatch.setattr(serve, "REFRESH_SECONDS", 0.01)
     calls = []
 
     def refresh():
@@ -357,7 +356,7 @@ def test_the_index_is_refreshed_and_a_failure_of_that_ends_nothing(index, monkey
     assert "halfway" in caplog.text
 
 
-def test_a_port_in_use_is_said_in_one_line(index):
+def test_port_in_use_is_a_one_line_error(index):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"^cannot listen on 127.0.0.1, port {port}: [^\n]+$"):
@@ -365,7 +364,7 @@ def test_a_port_in_use_is_said_in_one_line(index):
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_a_port_that_does_not_exist(index, port):
+def test_invalid_port_is_an_error(index, port):
     with pytest.raises(InputError, match="cannot listen"):
         serve.serve(index, "127.0.0.1", port)
 
@@ -377,7 +376,7 @@ serve(FakeIndex([({path!r}, 0, 1, 0)]), port=0)
 """
 
 
-def test_it_says_where_it_is_and_ctrl_c_ends_it_quietly(tmp_path):
+def test_server_prints_its_address_and_ends_on_ctrl_c(tmp_path):
     (tmp_path / "long.mp4").write_bytes(b"0" * 50_000_000)
     program = SERVER.format(path=str(tmp_path / "long.mp4"))
     here = os.path.dirname(__file__)
@@ -390,7 +389,7 @@ def test_it_says_where_it_is_and_ctrl_c_ends_it_quietly(tmp_path):
         with socket.create_connection(("127.0.0.1", port), 10) as watching:
             watching.sendall(f"GET /video/{1:016x} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert watching.recv(100).startswith(b"HTTP/1.1 200")
-            process.send_signal(signal.SIGINT)  # while someone watches, and reads no further
-            rest, _ = process.communicate(timeout=20)
+            process.send_signal(signal.SIGINT)  # while a client reads no further
+            rest, _ = process.communicate(timeout=60)
     assert first == "videos.index: 1 segments of 2 files\n"
     assert (process.returncode, rest) == (0, "")

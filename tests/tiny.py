@@ -80,6 +80,12 @@ def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
     return path
 
 
+def run_jobs_here(function, jobs, done):
+    """Stands in for xclip_jax.workers.run_jobs without processes, which take seconds to start."""
+    for index, job in enumerate(jobs):
+        done(index, function(job))
+
+
 def make_videos(folder, count=6):
     """Video files of six seconds, `clip0.mp4` and so on."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Search over one's own videos: index a folder, type a sentence, get the second."""
+"""Search in a video collection: index a folder, type a sentence, get the matching second."""
 
+from xclip_jax.search.funnel import Answer, Attention, Hit
 from xclip_jax.search.index import Index
-from xclip_jax.search.indexing import Added
-from xclip_jax.search.results import Answer, Attention, Hit
+from xclip_jax.search.indexing import IndexingSummary
 
-__all__ = ["Added", "Answer", "Attention", "Hit", "Index"]
+__all__ = ["Answer", "Attention", "Hit", "Index", "IndexingSummary"]

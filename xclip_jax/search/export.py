@@ -1,29 +1,29 @@
-"""Embeddings of an index as a file for other programs."""
+"""Export of the embeddings of an index for other programs."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, progress
+from xclip_jax.search.index import Index
 
 
-def write(index, path, bar):
-    """Writes a row a segment: id, path, size, mtime, start, end, count, times, video, frames.
+def export_segments(index: Index, path: str | os.PathLike) -> None:
+    """Writes a .parquet or .npz file with one row per segment.
 
-    `video` is D numbers, `frames` F x D, of which the first `count` frames are real, at `times`.
-    A .parquet file is written block by block; an .npz file (arrays N, N x D, N x F x D) is made in
-    memory.
-
-    Args:
-        index: an Index.
-        path: ends in .parquet or .npz.
-        bar: progress bar, moved on by the segments done.
+    Columns: id, path, size (bytes), mtime (ns), start, end (seconds), count, times (F seconds),
+    video (D) and frames (F x D numbers, in the .npz an N x F x D array); only the first `count`
+    times and frames are real. Parquet is written in blocks, an .npz is assembled in memory.
 
     Raises:
-        InputError: another ending, or nothing to write.
+        InputError: another suffix, or the index is empty.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".npz"):
@@ -32,34 +32,36 @@ def write(index, path, bar):
         raise InputError(f"{index.location} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
-    write_file = _write_parquet if path.suffix == ".parquet" else _write_npz
-    write_file(index.tables(), partial, bar)
+    write = _write_parquet if path.suffix == ".parquet" else _write_npz
+    with progress(len(index), "writing", "segment") as bar:
+        write(index.tables(), partial, bar)
     os.replace(partial, path)
 
 
-def _write_parquet(tables, path, bar):
-    writer = None
-    for table in tables:
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-        bar.update(len(table))
-    writer.close()
+def _write_parquet(tables: Iterator[pa.Table], path: Path, bar: tqdm) -> None:
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
+            bar.update(len(table))
 
 
-def _write_npz(tables, path, bar):
-    parts = []
+def _write_npz(tables: Iterator[pa.Table], path: Path, bar: tqdm) -> None:
+    blocks = []
     for table in tables:
-        parts.append(table)
+        blocks.append(table)
         bar.update(len(table))
-    table = pa.concat_tables(parts).combine_chunks()
-    arrays = {name: _array(table[name].combine_chunks()) for name in table.column_names}
+    table = pa.concat_tables(blocks).combine_chunks()
+    arrays: dict[str, Any] = {
+        name: _to_array(table[name].combine_chunks()) for name in table.column_names
+    }
     dim = arrays["video"].shape[1]
     arrays["frames"] = arrays["frames"].reshape(len(table), -1, dim)
     with path.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def _array(column):
+def _to_array(column: pa.Array) -> np.ndarray:
     if pa.types.is_fixed_size_list(column.type):
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
     if pa.types.is_string(column.type):

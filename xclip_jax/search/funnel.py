@@ -1,206 +1,302 @@
-"""From a query to the best segments: granularity by granularity, ever fewer candidates.
+"""Search by a funnel: each stage scores fewer segments with more granularities.
 
-1. sentence-video (Eq. 3) with every segment: one inner product each, float16 vectors in memory;
-2. + video-word (Eq. 4, 8) with the best `candidates`: needs no frames;
-3. the whole model (Eq. 14) with the best `rerank`: their frames are read from disk.
+1. sentence-video (Eq. 3) of every segment: one inner product each, float16 vectors in memory;
+2. + video-word (Eq. 4, 8) of the best `candidates`, which needs no frames;
+3. the full model (Eq. 14) on the best `rerank`, whose frames are read from disk.
 
-A model without a granularity leaves its stage out. Every stage has a fixed shape: nothing is
-compiled between queries.
+The stages of granularities that a model does not have are skipped. Every stage has a fixed shape,
+so nothing is compiled between queries.
 """
 
 import dataclasses
 import functools
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import faiss
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
 
 from xclip_jax.inference import apply_model, similarity_in_blocks
-from xclip_jax.search.store import unit_vectors
+from xclip_jax.models.xclip import XClip
+from xclip_jax.search.store import Snapshot, unit_vectors
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
-FEW = 16  # hits whose best frames are looked for at once, if no more are asked for
 STAGES = ("sentence-video", "video-word", "reading", "all")
+MIN_ATTENTION_BATCH = 16  # segments whose best frames are computed in one call, padded
+RowMask = Bool[np.ndarray, " N"]
+Rows = Int[np.ndarray, " n"]
+Scores = Float[np.ndarray, " n"]
 
 
-class Found(NamedTuple):
-    """The n best rows of a snapshot, best first.
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A segment in the results of a search.
 
     Attributes:
-        rows: n ints. scores: n logits.
-        moments: of each row the time of the frame that AOSM weighs most, in seconds.
-        seconds: what each stage took, by its name in STAGES.
+        rank: position in the results, from 1.
+        score: the model's logit; for examples see `Index.similar`.
+        id: the segment's id, 16 hexadecimal digits.
+        path: its video file.
+        start, end: of the segment, seconds after the file's first frame.
+        second: time of the frame that AOSM weights most for the query, on the same clock.
     """
 
-    rows: np.ndarray
-    scores: np.ndarray
-    moments: np.ndarray
-    seconds: dict
+    rank: int
+    score: float
+    id: str
+    path: str
+    start: float
+    end: float
+    second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Results of a search, which iterate and index like a list of Hit.
+
+    Attributes:
+        hits: at most k, best first.
+        seconds: time of each stage, by its name.
+        searched: number of segments that passed the filters.
+        note: a remark for the user, such as that the sentence was truncated, or None.
+    """
+
+    hits: list[Hit]
+    seconds: dict[str, float]
+    searched: int
+    note: str | None = None
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __getitem__(self, index: int) -> Hit:
+        return self.hits[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """AOSM's attention over the W words of a sentence and the F frames of a segment.
+
+    Attributes:
+        words: W tokens.
+        times: F seconds after the file's first frame.
+        weights_WxF: weights, summing to 1.
+    """
+
+    words: list[str]
+    times: list[float]
+    weights_WxF: Float[np.ndarray, "W F"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Funnel:
-    """How queries are answered.
+    """A model and the widths of the stages.
 
     Attributes:
-        model: linen module. params: its parameters.
-        candidates: segments that sentence-video hands on to video-word.
-        rerank: segments that are scored by the whole model.
-        unit: whether videos and frames are L2-normalised first, where the head takes raw ones.
+        model: the linen module.
+        params: its parameters.
+        candidates: number of segments that sentence-video passes on to video-word.
+        rerank: number of segments scored by the full model.
+        normalize: True to L2-normalise video and frame vectors first, for heads with raw ones.
     """
 
-    model: object
-    params: object
+    model: XClip
+    params: Any
     candidates: int = 5000
     rerank: int = 200
-    unit: bool = False
+    normalize: bool = False
 
     @functools.cached_property
-    def word_model(self):
-        """The model with the granularities that need no frames; None: it has no video-word."""
+    def word_model(self) -> XClip | None:
+        """The model with only the granularities that need no frames, or None without video-word."""
         if self.model.fusion != "mean" or "video_word" not in self.model.granularities:
             return None
         names = ("video_sentence", "video_word")
-        kept = tuple(name for name in names if name in self.model.granularities)
-        return self.model.clone(granularities=kept)
+        granularities = tuple(name for name in names if name in self.model.granularities)
+        return self.model.clone(granularities=granularities)
 
-    def search(self, snapshot, text, k, allowed=None):
-        """Found: at most k of the rows where `allowed` (N bool, None = all) is True.
-
-        Args:
-            text: TextFeatures of one sentence.
-        """
-        if not len(snapshot) or (allowed is not None and not allowed.any()):
-            return Found(np.zeros(0, int), np.zeros(0), np.zeros(0), {})
-        watch = Stopwatch()
-        rerank = self._rerank(min(k, len(snapshot)))
+    def search(
+        self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
+    ) -> Answer:
+        """Searches the rows where `allowed` is True, None = all, for one sentence."""
+        searched = len(snapshot) if allowed is None else int(allowed.sum())
+        if not searched:
+            return Answer([], {}, 0)
+        stopwatch = Stopwatch()
+        rerank = self._rerank_width(min(k, len(snapshot)))
         word_model = self.word_model
         width = max(self.candidates, rerank) if word_model else rerank
-        rows = self._nearest(snapshot, text, width, allowed)
-        watch("sentence-video")
+        rows = self._nearest_rows(snapshot, text, width, allowed)
+        stopwatch.lap("sentence-video")
         if word_model is not None and len(rows) > rerank:
-            scores = self._by_words(word_model, snapshot, text, rows, width)
-            rows = rows[best(scores, rerank)]
-        watch("video-word")
+            scores = self._score_by_words(word_model, snapshot.vectors_NxD[rows], text, width)
+            rows = rows[top_indices(scores, rerank)]
+        stopwatch.lap("video-word")
         video = snapshot.features(rows)
-        watch("reading")
-        scores = self._by_all(text, video, rerank)
-        order = best(scores, k)
+        stopwatch.lap("reading")
+        scores = self._score(text, video, rerank)
+        order = top_indices(scores, k)
         frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
-        moments = snapshot.times[rows[order], frames]
-        watch("all")
-        return Found(rows[order], scores[order], moments, watch.seconds)
+        hits = _make_hits(snapshot, rows[order], scores[order], frames)
+        stopwatch.lap("all")
+        return Answer(hits, stopwatch.seconds, searched)
 
-    def exhaustive(self, snapshot, text, k, allowed=None, bar=None):
-        """For each of T sentences (not examples) the Found of the model's scores with all rows.
+    def search_exhaustively(
+        self,
+        snapshot: Snapshot,
+        text: TextFeatures,
+        k: int,
+        *,
+        allowed: RowMask | None = None,
+        bar: tqdm | None = None,
+    ) -> list[Answer]:
+        """Scores all allowed rows by the full model for each of T sentences (not examples).
 
-        Args:
-            text: TextFeatures.
-            bar: optional progress bar, moved on by the segments done.
+        `bar` is a progress bar over segments.
         """
         num_texts, started = len(text.mask), time.perf_counter()
-        rows = np.zeros((num_texts, 0), int)
-        scores = np.zeros((num_texts, 0), np.float32)
-        for block, video in snapshot.blocks():
-            size = len(block)
+        searched = len(snapshot) if allowed is None else int(allowed.sum())
+        rows_TxK = np.zeros((num_texts, 0), int)
+        scores_TxK = np.zeros((num_texts, 0), np.float32)
+        for rows, video in snapshot.blocks():
+            num_rows = len(rows)
             if allowed is not None:
-                keep = allowed[block]
-                block, video = block[keep], jax.tree.map(lambda x, keep=keep: x[keep], video)
-            if len(block):
-                new = similarity_in_blocks(self.model, self.params, text, video)
-                rows = np.concatenate([rows, np.broadcast_to(block, new.shape)], 1)
-                scores = np.concatenate([scores, new], 1)
-                order = np.stack([best(row, k) for row in scores])
-                rows, scores = (np.take_along_axis(x, order, 1) for x in (rows, scores))
+                mask = allowed[rows]
+                rows, video = rows[mask], jax.tree.map(lambda x, mask=mask: x[mask], video)
+            if len(rows):
+                sim_TxV = similarity_in_blocks(self.model, self.params, text, video)
+                rows_TxK = np.concatenate([rows_TxK, np.broadcast_to(rows, sim_TxV.shape)], 1)
+                scores_TxK = np.concatenate([scores_TxK, sim_TxV], 1)
+                order_TxK = np.stack([top_indices(scores, k) for scores in scores_TxK])
+                rows_TxK = np.take_along_axis(rows_TxK, order_TxK, 1)
+                scores_TxK = np.take_along_axis(scores_TxK, order_TxK, 1)
             if bar is not None:
-                bar.update(size)
+                bar.update(num_rows)
         seconds = {"all": time.perf_counter() - started}
-        return [
-            Found(rows[t], scores[t], self._moments_of(text, t, snapshot, rows[t]), seconds)
-            for t in range(num_texts)
-        ]
+        answers = []
+        for index, (rows, scores) in enumerate(zip(rows_TxK, scores_TxK, strict=True)):
+            sentence = jax.tree.map(lambda x, index=index: x[index : index + 1], text)
+            frames = self._best_frames(sentence, snapshot.features(rows)) if len(rows) else rows
+            answers.append(Answer(_make_hits(snapshot, rows, scores, frames), seconds, searched))
+        return answers
 
-    def _rerank(self, k):
-        """How many to score by the whole model: more only if more are asked for."""
+    def _rerank_width(self, k: int) -> int:
+        """Returns `rerank`, or the next power of two if k is larger."""
         return self.rerank if k <= self.rerank else 1 << (k - 1).bit_length()
 
-    def _nearest(self, snapshot, text, width, allowed):
-        """The rows with the largest sentence-video similarity, best first."""
+    def _nearest_rows(
+        self, snapshot: Snapshot, text: TextFeatures, width: int, allowed: RowMask | None
+    ) -> Rows:
+        """Returns the rows of largest sentence-video similarity, best first."""
         vector = apply_model(self.params, text, model=self.model, method="search_vector")
         options = {}
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
-            options["params"] = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-        _, rows = snapshot.flat.search(np.asarray(vector), min(width, len(snapshot)), **options)
+            # faiss's type stubs describe the C++ constructors.
+            selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]
+            options["params"] = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
+        count = min(width, len(snapshot))
+        _, rows = snapshot.vector_index.search(np.asarray(vector), count, **options)
         return rows[0][rows[0] >= 0]
 
-    def _by_words(self, word_model, snapshot, text, rows, width):
-        vectors, shape = _padded(snapshot.halves[rows], width), (width, word_model.max_frames)
-        video = VideoFeatures(vectors, np.zeros((*shape, 0), np.float32), np.ones(shape, bool))
+    def _score_by_words(
+        self,
+        word_model: XClip,
+        vectors: Float[np.ndarray, "n D"],
+        text: TextFeatures,
+        width: int,
+    ) -> Scores:
+        """Returns the scores of the granularities without frames."""
+        mask = np.ones((width, word_model.max_frames), bool)
+        video = VideoFeatures(_pad(vectors, width), np.zeros((*mask.shape, 0), np.float32), mask)
         scores = apply_model(self.params, text, video, model=word_model, method="similarity")
-        return np.asarray(scores)[0, : len(rows)]
+        return np.asarray(scores)[0, : len(vectors)]
 
-    def _by_all(self, text, video, width):
-        """Scores of one sentence with at most `width` videos."""
-        count, video = len(video.mask), _unit(video) if self.unit else video
-        video = jax.tree.map(lambda x: _padded(x, width), video)
+    def _score(self, text: TextFeatures, video: VideoFeatures, width: int) -> Scores:
+        """Returns the full model's scores of one sentence with n <= `width` videos."""
+        count = len(video.mask)
+        if self.normalize:
+            vectors, frames = unit_vectors(video.video), unit_vectors(video.frames)
+            video = VideoFeatures(vectors, frames, video.mask)
+        video = jax.tree.map(lambda x: _pad(x, width), video)
         scores = apply_model(self.params, text, video, model=self.model, method="similarity")
         return np.asarray(scores)[0, :count]
 
-    def _best_frames(self, text, video):
-        """Of each video the number of the frame that AOSM weighs most for one sentence."""
+    def _best_frames(self, text: TextFeatures, video: VideoFeatures) -> Rows:
+        """Returns the index of the frame with the most attention in each of n videos."""
         count = len(video.mask)
-        width = max(FEW, 1 << (count - 1).bit_length())
-        video = jax.tree.map(lambda x: _padded(x, width), video)
+        width = max(MIN_ATTENTION_BATCH, 1 << (count - 1).bit_length())
+        video = jax.tree.map(lambda x: _pad(x, width), video)
         weights = apply_model(self.params, text, video, model=self.model, method="frame_attention")
         return np.asarray(weights)[:count].argmax(1)
 
-    def _moments_of(self, text, index, snapshot, rows):
-        if not len(rows):
-            return np.zeros(0)
-        one = jax.tree.map(lambda x: x[index : index + 1], text)
-        return snapshot.times[rows, self._best_frames(one, snapshot.features(rows))]
 
+def make_example_funnel(funnel: Funnel) -> Funnel:
+    """Returns a Funnel for a video or still image in place of a sentence.
 
-def example_funnel(funnel):
-    """The Funnel for a video or still in place of a sentence.
-
-    Its vector is compared as a sentence's is, with videos and their frames (Eq. 3, 5, 8): two
-    granularities of the same kind of vectors, whatever head the model has.
+    Its vector is compared with videos and frames as a sentence's is (Eq. 3, 5, 8), for every head.
     """
     granularities = ("video_sentence", "frame_sentence")
     model = funnel.model.clone(granularities=granularities, fusion="mean", matrices=False)
-    return dataclasses.replace(funnel, model=model, unit=True)
+    return dataclasses.replace(funnel, model=model, normalize=True)
 
 
-def example_text(vector_D, max_words):
-    """TextFeatures that hold the vector of a video as their only sentence."""
+def make_example_query(vector_D: Float[np.ndarray, " D"], max_words: int) -> TextFeatures:
+    """Returns TextFeatures whose only sentence is the vector of a video."""
     words = np.zeros((1, max_words, len(vector_D)), np.float32)
     return TextFeatures(unit_vectors(vector_D[None]), words, np.arange(max_words)[None] < 2)
 
 
-def _unit(video):
-    return VideoFeatures(unit_vectors(video.video), unit_vectors(video.frames), video.mask)
+def make_hit(
+    snapshot: Snapshot, row: int, rank: int = 0, score: float = 0.0, frame: int = 0
+) -> Hit:
+    """Returns the Hit of a row, whose best second is the time of `frame`."""
+    return Hit(
+        rank=rank,
+        score=score,
+        id=snapshot.ids[row].as_py(),
+        path=snapshot.paths[row].as_py(),
+        start=float(snapshot.starts[row]),
+        end=float(snapshot.ends[row]),
+        second=float(snapshot.times[row, frame]),
+    )
 
 
-def best(scores, k):
-    """Places of the k largest scores, the largest first; of equals the first."""
+def top_indices(scores: Scores, k: int) -> Rows:
+    """Returns the indices of the k largest scores, in a stable descending order."""
     return np.argsort(-scores, kind="stable")[:k]
 
 
 class Stopwatch:
-    """`seconds[name]`: from the call before (or the start) to the call with that name."""
+    """Times of consecutive stages.
 
-    def __init__(self):
-        self.seconds, self._last = {}, time.perf_counter()
+    Attributes:
+        seconds: {stage: duration}.
+    """
 
-    def __call__(self, name):
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Ends a stage that began at the previous call, or when the stopwatch was made."""
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[stage], self._last = now - self._last, now
 
 
-def _padded(array, size):
-    """`array` with zeros (False) up to `size` rows."""
+def _make_hits(snapshot: Snapshot, rows: Rows, scores: Scores, frames: Rows) -> list[Hit]:
+    ranks = range(1, len(rows) + 1)
+    columns = zip(rows.tolist(), ranks, scores.tolist(), frames.tolist(), strict=True)
+    return [make_hit(snapshot, *values) for values in columns]
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Appends zeros (False) up to `size` rows."""
     return np.concatenate([array, np.zeros((size - len(array), *array.shape[1:]), array.dtype)])

@@ -1,92 +1,122 @@
-"""An index of videos: add files, ask with a sentence, a video or a picture."""
+"""The index of a video collection: adding files, and searching by sentence, video or image."""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, Unpack
 
-import jax
 import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError
 from xclip_jax.data.video import VIDEO_SUFFIXES
 from xclip_jax.evaluate import words_of
 from xclip_jax.inference import apply_model, on_local_devices
-from xclip_jax.retriever import load
-from xclip_jax.search.funnel import Funnel, Stopwatch, example_funnel, example_text
-from xclip_jax.search.indexing import add_files, below
-from xclip_jax.search.results import Answer, Attention, Hit
-from xclip_jax.search.store import Store
+from xclip_jax.retriever import Retriever, load
+from xclip_jax.search.funnel import (
+    Answer,
+    Attention,
+    Funnel,
+    Hit,
+    RowMask,
+    Stopwatch,
+    make_example_funnel,
+    make_example_query,
+    make_hit,
+)
+from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
+from xclip_jax.search.store import Filters, Snapshot, Store
+from xclip_jax.similarity import TextFeatures
 
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+AnyPath = str | os.PathLike
 
 
 class Index:
-    """Segments of videos with their features, and the model that made them.
+    """Segments of videos with their features, and the model that computed them.
 
-    Safe to be asked by several threads, and while another process adds to it: see `refresh`.
+    Searching is thread-safe, also while another process adds files: see `refresh`.
 
     Attributes:
-        widths: (candidates, rerank), see xclip_jax.search.funnel.
+        location, about: see xclip_jax.search.store.Store.
+        candidates, rerank: widths of the funnel, see xclip_jax.search.funnel.
     """
 
-    def __init__(self, store, model=None, candidates=5000, rerank=200):
+    def __init__(
+        self, store: Store, model: AnyPath | None = None, candidates: int = 5000, rerank: int = 200
+    ) -> None:
         if candidates < 1 or rerank < 1:
             raise InputError(f"candidates = {candidates}, rerank = {rerank}: must be at least 1")
-        self._store, self._given_model = store, model
-        self.widths = candidates, rerank
+        self.candidates, self.rerank = candidates, rerank
+        self.location, self.about = store.location, store.about
+        self._store, self._model = store, model
         self._lock = threading.Lock()
         self._snapshot = store.snapshot()
 
     @classmethod
-    def open(cls, location, model=None, candidates=5000, rerank=200):
-        """The index at `location`.
+    def open(
+        cls,
+        location: AnyPath,
+        model: AnyPath | None = None,
+        candidates: int = 5000,
+        rerank: int = 200,
+    ) -> "Index":
+        """Opens an existing index.
 
         Args:
-            location: a folder, or a URI of a bucket (s3://, gs://, az://).
+            location: a folder, or the URI of a bucket (s3://, gs://, az://).
             model: a model or work directory; None: where it was when the index was made.
-            candidates, rerank: segments scored without and with their frames.
+            candidates: number of segments scored by the word granularities.
+            rerank: number of segments scored by the full model, which reads their frames.
 
         Raises:
-            InputError: there is none, it is damaged, or it was made with another model.
+            InputError: there is no index, it is corrupted, or it was made with another model.
         """
         index = cls(Store(location), model, candidates, rerank)
         if model is not None:
-            index.retriever  # noqa: B018  (checked now, not at the first question)
+            index.retriever  # noqa: B018  (a wrong model must fail here, not at the first query)
         return index
 
     @classmethod
     def create(
-        cls, location, model, segment_seconds=SEGMENT_SECONDS, shots=False, precision="float32"
-    ):
-        """Makes an empty index.
+        cls,
+        location: AnyPath,
+        model: AnyPath,
+        *,
+        segment_seconds: int = SEGMENT_SECONDS,
+        shots: bool = False,
+        precision: Literal["float32", "float16"] = "float32",
+    ) -> "Index":
+        """Creates an empty index.
 
         Args:
             location: see `open`.
             model: a model or work directory.
-            segment_seconds: whole seconds of a segment, at least 1.
-            shots: whether to cut at changes of shot, no segment longer than that.
-            precision: of the stored features, "float32", or "float16": half the disk, logits to
-                about 0.01.
+            segment_seconds: length of a segment in whole seconds, at least 1.
+            shots: True to cut at shot changes, with `segment_seconds` as the maximum length.
+            precision: of the stored features; "float16" halves the disk space and changes logits
+                by about 0.01.
 
         Raises:
-            InputError: there is one already, or no model.
+            InputError: there is an index already, or no model.
         """
         if not isinstance(segment_seconds, int) or segment_seconds < 1:
-            raise InputError(f"segment_seconds = {segment_seconds}: must be a whole number from 1")
+            raise InputError(f"segment_seconds = {segment_seconds}: must be an integer >= 1")
         if precision not in PRECISIONS:
             raise InputError(f"precision = {precision!r}: must be {' or '.join(PRECISIONS)}")
         retriever = load(model)
         about = {
-            "model": _where(model),
+            "model": _absolute_model_folder(model),
             "fingerprint": fingerprint(retriever),
             "max_frames": retriever.model.max_frames,
             "embed_dim": retriever.model.embed_dim,
@@ -96,296 +126,255 @@ class Index:
         }
         return cls(Store.create(location, about), model)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_segments
 
     @property
-    def location(self):
-        """Its folder or URI."""
-        return self._store.location
-
-    @property
-    def about(self):
-        """What it was made with: model, fingerprint, segment_seconds, precision."""
-        return self._store.about
-
-    @property
-    def num_segments(self):
-        """Of the version that questions see."""
+    def num_segments(self) -> int:
+        """Number of segments in the version that is searched."""
         return len(self._snapshot)
 
     @property
-    def num_files(self):
-        """Likewise."""
+    def num_files(self) -> int:
+        """Number of files in the version that is searched."""
         return self._snapshot.num_files
 
     @property
-    def model_name(self):
-        """Where the model is."""
-        return self.about["model"] if self._given_model is None else _where(self._given_model)
+    def model_name(self) -> str:
+        """Path of the model directory."""
+        return self.about["model"] if self._model is None else _absolute_model_folder(self._model)
 
     @functools.cached_property
-    def retriever(self):
-        """The model, see xclip_jax.retriever.
+    def retriever(self) -> Retriever:
+        """The model, loaded on first use.
 
-        Raises:
-            InputError: it is not there, or not the one that the index was made with.
+        Raises InputError if it is missing, or is not the one that the index was made with.
         """
-        made_with = self.about["model"]
-        if self._given_model is None and not Path(made_with).is_dir():
+        original = self.about["model"]
+        if self._model is None and not Path(original).is_dir():
             raise InputError(
-                f"the model of {self.location} is no longer in {made_with}: say where with --model"
+                f"the model of {self.location} is no longer in {original}: name its new place "
+                "with --model"
             )
         retriever = load(self.model_name)
-        found = fingerprint(retriever)
-        if found != self.about["fingerprint"]:
+        actual = fingerprint(retriever)
+        if actual != self.about["fingerprint"]:
             raise InputError(
-                f"{self.location} was made with the model {made_with} "
-                f"({self.about['fingerprint']}), not with {self.model_name} ({found}): "
-                "vectors of two models cannot be compared"
+                f"{self.location} was made with the model {original} "
+                f"({self.about['fingerprint']}), not with {self.model_name} ({actual}): vectors of "
+                "different models cannot be compared"
             )
         retriever.params = on_local_devices(retriever.params)
         return retriever
 
-    def add(self, videos, prune=False):
-        """Takes in video files, and folders of them with their sub-folders.
+    def add(self, videos: AnyPath | Iterable[AnyPath], prune: bool = False) -> IndexingSummary:
+        """Adds video files and the video files in folders and their subfolders.
 
-        Files that are in it unchanged (size and time of change) are left alone, changed ones are
-        read again. What is done when it is interrupted stays; a second call does the rest.
-
-        Args:
-            videos: paths, or one.
-            prune: whether what is known of files that are gone from these folders is removed.
-
-        Returns:
-            Added, see xclip_jax.search.indexing.
-
-        Raises:
-            InputError: no video is found.
+        Unchanged files (same size and modification time) are skipped, changed ones are read again.
+        After an interruption, a second call continues. `prune` removes files that no longer exist
+        in these folders. Raises InputError if there is no video.
         """
-        added = add_files(self._store, self.retriever, _listed(videos), prune)
+        summary = add_files(self._store, self.retriever, _to_list(videos), prune=prune)
         self.refresh()
-        return added
+        return summary
 
-    def remove(self, videos):
-        """Forgets files, and all below folders; returns how many segments that took out.
-
-        Args:
-            videos: paths, or one; of what need not be there any more.
-        """
+    def remove(self, videos: AnyPath | Iterable[AnyPath]) -> int:
+        """Removes files and all files below folders, and returns the number of removed segments."""
         self.refresh()
-        before, videos = self.num_segments, _listed(videos)
-        self._store.remove([path for path in self._store.files() if below(path, videos)])
+        num_before, videos = self.num_segments, _to_list(videos)
+        self._store.remove([path for path in self._store.files() if is_below(path, videos)])
         self.refresh()
-        return before - self.num_segments
+        return num_before - self.num_segments
 
-    def refresh(self):
-        """Lets questions see what has been committed since; returns whether there was anything."""
+    def refresh(self) -> bool:
+        """Loads the latest committed version, and returns True if there was a new one."""
         with self._lock:
             if self._store.version() == self._snapshot.version:
                 return False
             self._snapshot = self._store.snapshot()
             return True
 
-    def query(self, text, k=10, path=None, start=None, end=None, exhaustive=False, bar=None):
-        """The segments that fit a sentence best.
+    def query(
+        self, text: str, k: int = 10, *, exhaustive: bool = False, **filters: Unpack[Filters]
+    ) -> Answer:
+        """Searches for the segments that match a sentence best.
 
         Args:
             text: the sentence.
-            k: how many; all there are if fewer.
-            path: only files of this name: a part of the path, or a pattern with * and ?.
-            start, end: only segments that reach into this part of their file, seconds.
-            exhaustive: score every segment by the whole model.
-            bar: optional progress bar over segments, for `exhaustive`.
-
-        Returns:
-            Answer.
+            k: number of results; all segments if there are fewer.
+            exhaustive: True to score every segment by the full model.
+            **filters: `path`: only files whose path contains this, or matches it as a pattern with
+                * and ?; `start`, `end`: only segments that overlap this interval of their file,
+                seconds.
 
         Raises:
             InputError: the sentence is empty, k is below 1, or the model has no tokenizer.
         """
         if exhaustive:
-            return self.query_exhaustively([text], k, path, start, end, bar)[0]
-        watch = Stopwatch()
+            return self.query_exhaustively([text], k, **filters)[0]
+        stopwatch = Stopwatch()
         features = self._encode([text])
-        watch("encoding")
-        return self._search(self._funnel, features, k, (path, start, end), watch, self._note(text))
+        stopwatch.lap("encoding")
+        answer = self._search(self._funnel, features, k, filters)
+        return self._complete(answer, stopwatch, self._note(text))
 
-    def query_exhaustively(self, texts, k=10, path=None, start=None, end=None, bar=None):
-        """An Answer to each of T sentences, every segment scored by the whole model."""
-        watch = Stopwatch()
+    def query_exhaustively(
+        self,
+        texts: Sequence[str],
+        k: int = 10,
+        *,
+        bar: tqdm | None = None,
+        **filters: Unpack[Filters],
+    ) -> list[Answer]:
+        """Scores every segment by the full model for each of T sentences.
+
+        Options as in `query`. `bar` is a progress bar over segments.
+        """
+        stopwatch = Stopwatch()
         features = self._encode(texts)
-        watch("encoding")
-        snapshot, allowed, searched = self._choose(k, (path, start, end))
-        found = self._funnel.exhaustive(snapshot, features, k, allowed, bar)
+        stopwatch.lap("encoding")
+        snapshot, allowed = self._select(k, filters)
+        answers = self._funnel.search_exhaustively(snapshot, features, k, allowed=allowed, bar=bar)
         return [
-            Answer(_hits(snapshot, one), watch.seconds | one.seconds, searched, self._note(text))
-            for text, one in zip(texts, found, strict=True)
+            self._complete(answer, stopwatch, self._note(text))
+            for text, answer in zip(texts, answers, strict=True)
         ]
 
-    def similar(self, file, k=10, path=None, start=None, end=None):
-        """The segments that resemble a video or a picture; options as of `query`.
+    def similar(self, file: AnyPath, k: int = 10, **filters: Unpack[Filters]) -> Answer:
+        """Searches for segments similar to a video or image file, with the options of `query`.
 
         The score is a logit: the mean of video-video and video-frame similarity.
 
         Raises:
-            InputError: the file cannot be read, or its name is not that of a video or a picture.
+            InputError: the file cannot be read, or its suffix is not that of a video or an image.
         """
-        # A playlist would have FFmpeg read other files, and who sent it would learn of them.
-        if Path(file).suffix.lower() not in (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES):
-            raise InputError(f"{file}: its name is not that of a video or a picture")
-        watch = Stopwatch()
-        video = self.retriever.encode_video([_picture(file) if _is_picture(file) else file])
-        watch("encoding")
-        return self._alike(video.video[0], k, (path, start, end), watch)
+        # FFmpeg would follow a playlist to other files and thereby disclose them.
+        suffix = Path(file).suffix.lower()
+        if suffix not in (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES):
+            raise InputError(f"{file}: the suffix is not that of a video or an image")
+        stopwatch = Stopwatch()
+        example = _read_image(file) if suffix in _IMAGE_SUFFIXES else file
+        vector_D = self.retriever.encode_video([example]).video[0]
+        stopwatch.lap("encoding")
+        answer = self._search_example(vector_D, k, filters)
+        return self._complete(answer, stopwatch)
 
-    def like(self, segment_id, k=10):
-        """The segments that resemble one of the index, itself left out; KeyError if unknown."""
-        if k < 1:
-            raise InputError(f"k = {k}: must be at least 1")
-        snapshot = self._snapshot
-        vector = snapshot.features([snapshot.row(segment_id)]).video[0]
-        answer = self._alike(vector, k + 1, (None, None, None), Stopwatch())
+    def like(self, segment_id: str, k: int = 10) -> Answer:
+        """Searches for segments similar to one of the index, or raises KeyError."""
+        snapshot, _ = self._select(k, {})
+        vector_D = snapshot.features(np.array([snapshot.row(segment_id)])).video[0]
+        answer = self._search_example(vector_D, k + 1, {})
         others = [hit for hit in answer if hit.id != segment_id][:k]
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
-        return Answer(hits, answer.seconds, answer.searched)
+        return dataclasses.replace(answer, hits=hits)
 
-    def rank_captions(self, video, captions):
-        """[(caption, logit)] of T sentences for one video file, the best first (video to text)."""
+    def rank_captions(self, video: AnyPath, captions: Sequence[str]) -> list[tuple[str, float]]:
+        """Returns (caption, logit) of T sentences for one video file, best first."""
         text = self.retriever.encode_text(captions)
         scores_T = self.retriever.similarity(text, self.retriever.encode_video([video]))[:, 0]
         order = np.argsort(-scores_T, kind="stable")
-        return [(captions[index], float(scores_T[index])) for index in order]
+        return [(captions[index], float(scores_T[index])) for index in order.tolist()]
 
-    def attention(self, segment_id, text):
-        """How AOSM spreads its attention over a sentence and a segment; KeyError if unknown.
+    def attention(self, segment_id: str, text: str) -> Attention:
+        """Computes AOSM's attention over a sentence and a segment.
 
-        Raises:
-            InputError: the model has no word-frame similarity.
+        Raises InputError if the model has no word-frame similarity, KeyError for an unknown id.
         """
-        model = self.retriever.model
+        model, params = self.retriever.model, self.retriever.params
         if model.fusion != "mean" or "frame_word" not in model.granularities:
-            raise InputError("the model compares no words with frames: there is no heat map")
-        snapshot = self._snapshot
-        row = [snapshot.row(segment_id)]
-        one, video = self.retriever.encode_text([text]), snapshot.features(row)
-        weights = apply_model(self.retriever.params, one, video, model=model, method=_ATTENTION)[0]
-        words, words_W = words_of(model, self.retriever.tokenizer, text, one.mask[0])
-        shown_F = video.mask[0]
-        weights_WxF = np.asarray(weights)[words_W][:, shown_F]
-        return Attention(words, snapshot.times[row[0], shown_F].tolist(), weights_WxF)
-
-    def tables(self):
-        """Yields Arrow tables, block by block, of all that is kept but the thumbnails."""
-        return self._snapshot.tables()
-
-    def segment(self, segment_id):
-        """The segment as a Hit of rank 0 and score 0; KeyError if there is none."""
+            raise InputError("no heat map: this model does not compare words with frames")
         snapshot = self._snapshot
         row = snapshot.row(segment_id)
-        start, end = float(snapshot.starts[row]), float(snapshot.ends[row])
-        return Hit(0, 0.0, segment_id, snapshot.paths[row].as_py(), start, end, start)
+        sentence = self.retriever.encode_text([text])
+        video = snapshot.features(np.array([row]))
+        method = "word_frame_attention"
+        weights_WxF = apply_model(params, sentence, video, model=model, method=method)[0]
+        words, mask_W = words_of(model, self.retriever.tokenizer, text, sentence.mask[0])
+        mask_F = video.mask[0]
+        weights = np.asarray(weights_WxF)[mask_W][:, mask_F]
+        return Attention(words, snapshot.times[row, mask_F].tolist(), weights)
 
-    def thumbnail(self, segment_id):
-        """Its picture, JPEG; KeyError if there is none."""
+    def tables(self) -> Iterator[pa.Table]:
+        """Yields all stored columns except the thumbnails as Arrow tables."""
+        return self._snapshot.tables()
+
+    def segment(self, segment_id: str) -> Hit:
+        """Returns a segment as a Hit of rank 0, or raises KeyError."""
         snapshot = self._snapshot
-        return snapshot.read([snapshot.row(segment_id)], ["thumbnail"])["thumbnail"][0].as_py()
+        return make_hit(snapshot, snapshot.row(segment_id))
 
-    @functools.cached_property
-    def _funnel(self):
-        retriever = self.retriever
-        return Funnel(retriever.model, retriever.params, *self.widths)
+    def thumbnail(self, segment_id: str) -> bytes:
+        """Returns a segment's JPEG thumbnail, or raises KeyError."""
+        snapshot = self._snapshot
+        rows = np.array([snapshot.row(segment_id)])
+        return snapshot.read(rows, ["thumbnail"])["thumbnail"][0].as_py()
 
-    def warm_up(self):
-        """Compiles what questions need, so that the first one need not wait for it."""
+    def warm_up(self) -> None:
+        """Compiles everything that queries use, so that the first one is fast."""
         for hit in self.query("a", k=1):
             self.like(hit.id, k=1)
             with contextlib.suppress(InputError):
                 self.attention(hit.id, "a")
 
-    def _encode(self, texts):
+    @functools.cached_property
+    def _funnel(self) -> Funnel:
+        retriever = self.retriever
+        return Funnel(retriever.model, retriever.params, self.candidates, self.rerank)
+
+    def _encode(self, texts: Sequence[str]) -> TextFeatures:
         if not all(isinstance(text, str) for text in texts):
             raise InputError("a sentence must be a str")
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no half characters
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates
         if not all(text.split() for text in texts):
             raise InputError("the sentence is empty")
         return self.retriever.encode_text(texts)
 
-    def _note(self, text):
+    def _note(self, text: str) -> str | None:
         tokenizer = self.retriever.tokenizer
         if not tokenizer.truncated(text):
             return None
         return f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
 
-    def _alike(self, vector_D, k, where, watch):
-        text = example_text(vector_D, self.retriever.model.max_words)
-        return self._search(example_funnel(self._funnel), text, k, where, watch)
+    def _search_example(
+        self, vector_D: Float[np.ndarray, " D"], k: int, filters: Filters
+    ) -> Answer:
+        text = make_example_query(vector_D, self.retriever.model.max_words)
+        return self._search(make_example_funnel(self._funnel), text, k, filters)
 
-    def _search(self, funnel, text, k, where, watch, note=None):
-        """The Answer to a query that has been encoded."""
-        snapshot, allowed, searched = self._choose(k, where)
+    def _search(self, funnel: Funnel, text: TextFeatures, k: int, filters: Filters) -> Answer:
+        snapshot, allowed = self._select(k, filters)
         try:
-            found = funnel.search(snapshot, text, k, allowed)
-        except InputError:  # a writer has joined this version's files with others, long ago
+            return funnel.search(snapshot, text, k, allowed)
+        except InputError:  # a writer compacted the index, and this version's files are deleted
             if not self.refresh():
                 raise
-            return self._search(funnel, text, k, where, watch, note)
-        return Answer(_hits(snapshot, found), watch.seconds | found.seconds, searched, note)
+            return self._search(funnel, text, k, filters)
 
-    def _choose(self, k, where):
-        """(the snapshot to search, which of its rows or None for all, how many these are)."""
+    def _select(self, k: int, filters: Filters) -> tuple[Snapshot, RowMask | None]:
+        """Returns (snapshot to search, mask of the rows to search or None for all)."""
         if not isinstance(k, int) or k < 1:
-            raise InputError(f"k = {k!r}: must be a whole number, at least 1")
+            raise InputError(f"k = {k!r}: must be an integer of at least 1")
         snapshot = self._snapshot
-        allowed = snapshot.matching(*where)
-        return snapshot, allowed, len(snapshot) if allowed is None else int(allowed.sum())
+        return snapshot, snapshot.matching_rows(**filters)
+
+    @staticmethod
+    def _complete(answer: Answer, stopwatch: Stopwatch, note: str | None = None) -> Answer:
+        seconds = stopwatch.seconds | answer.seconds
+        return dataclasses.replace(answer, seconds=seconds, note=note)
 
 
-_ATTENTION = "word_frame_attention"
-
-
-def _hits(snapshot, found):
-    columns = (snapshot.ids, snapshot.paths, snapshot.starts, snapshot.ends)
-    return [
-        Hit(rank, float(score), *(_plain(column[row]) for column in columns), float(moment))
-        for rank, (row, score, moment) in enumerate(
-            zip(found.rows.tolist(), found.scores, found.moments, strict=True), start=1
-        )
-    ]
-
-
-def _plain(value):
-    """A Python value of Arrow's or NumPy's."""
-    return value.as_py() if hasattr(value, "as_py") else value.item()
-
-
-def _is_picture(file):
-    return Path(file).suffix.lower() in _IMAGE_SUFFIXES
-
-
-def _picture(file):
-    """A picture as a video of one frame, 1 x H x W x 3."""
+def _read_image(file: AnyPath) -> UInt8[np.ndarray, "1 H W 3"]:
+    """Reads an image file as a video of one frame."""
     try:
         with Image.open(file) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except Exception as error:  # of Pillow's readers each raises what it likes
-        raise InputError(f"{file}: no picture that can be read: {error}") from None
+    except Exception as error:  # Pillow's plugins raise many types
+        raise InputError(f"{file}: cannot be read as an image: {error}") from None
 
 
-def _listed(paths):
+def _to_list(paths: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _where(model):
+def _absolute_model_folder(model: AnyPath) -> str:
     return os.path.abspath(model_folder(model))
-
-
-def fingerprint(retriever):
-    """16 hexadecimal digits of all that a model's features depend on: architecture and numbers."""
-    ignored = ("step", "selected_on", "remat")
-    about = {name: value for name, value in retriever.config.items() if name not in ignored}
-    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8)
-    for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()

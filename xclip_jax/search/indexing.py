@@ -1,237 +1,275 @@
-"""Bringing an index up to date with folders of videos."""
+"""Updating of an index from folders of videos: read, encode and commit what has changed."""
 
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
+from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError, progress
 from xclip_jax.data.extraction import CRASHED
 from xclip_jax.data.locate import VideoFolder
 from xclip_jax.inference import encode_videos
-from xclip_jax.search.segments import Job, Reading, check_shots, frames_of, read_segments
+from xclip_jax.retriever import Retriever
+from xclip_jax.search.segments import (
+    SegmentedFile,
+    SegmentJob,
+    load_frames,
+    read_segments,
+    require_scenedetect,
+)
+from xclip_jax.search.store import FileStamp, Store
 from xclip_jax.workers import run_jobs
 
-NO_TEXT = "its name is not UTF-8"
-# Between commits: each is a file more to be read from, so in a run of days they are further apart.
-COMMIT_SECONDS = 5  # at least
-COMMIT_SHARE = 0.02  # of the time the run has taken so far
+Row = dict[str, Any]  # column -> value
+NAME_NOT_UTF8 = "the file name is not UTF-8"
+# Each commit adds a file that readers must open, so commits become rarer as a run gets longer.
+MIN_COMMIT_SECONDS = 5
+COMMIT_FRACTION = 0.02  # minimum time between commits, as a fraction of the run's time so far
 
 
 @dataclasses.dataclass
-class Added:
-    """What became of the files.
+class IndexingSummary:
+    """Counts and problems of one update of an index.
 
     Attributes:
-        files, segments: read and added.
-        unchanged: files that were in it.
-        removed: files whose old state, or which themselves, were taken out.
-        unreadable: {path: reason}, of files that were tried now or before and have not changed.
-        partial: {path: why it was read only in part}.
+        files, segments: number read and added.
+        unchanged: number of files that were in the index already.
+        removed: number of files whose outdated or missing version was removed.
+        unreadable: {path: reason}, including unchanged files that could not be read before.
+        partial: {path: reason} of files that were only partly read.
     """
 
     files: int = 0
     segments: int = 0
     unchanged: int = 0
     removed: int = 0
-    unreadable: dict = dataclasses.field(default_factory=dict)
-    partial: dict = dataclasses.field(default_factory=dict)
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+    partial: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def add_files(store, retriever, videos, prune=False):
-    """See xclip_jax.search.index.Index.add."""
-    here = find_videos(videos, may_be_none=prune)
+def add_files(
+    store: Store, retriever: Retriever, videos: Sequence[str | os.PathLike], *, prune: bool = False
+) -> IndexingSummary:
+    """Adds new and changed files to the index, see `xclip_jax.search.Index.add`."""
+    paths = find_videos(videos, allow_none=prune)
     if store.about["shots"]:
-        check_shots()
-    with _alone(store), _frames_folder() as folder:
-        added = Added(unreadable={path: NO_TEXT for path in here if not _is_utf8(path)})
-        stamps = {path: stamp for path in here if (stamp := _stamp(path)) and _is_utf8(path)}
-        known = store.files()
+        require_scenedetect()
+    with _writer_lock(store), _frames_folder() as folder:
+        summary = IndexingSummary()
+        summary.unreadable = {path: NAME_NOT_UTF8 for path in paths if not _is_utf8(path)}
+        stamps = {path: stamp for path in paths if _is_utf8(path) and (stamp := _stamp(path))}
+        indexed = store.files()
         if prune:
-            gone = [path for path in known if path not in stamps and below(path, videos)]
-            store.remove(gone)
-            added.removed = len(gone)
-        done = [path for path, stamp in stamps.items() if stamp in known.get(path, ())]
-        _count_done(store, done, stamps, known, added)
-        todo = [path for path, stamp in stamps.items() if stamp not in known.get(path, ())]
-        if todo:
-            _Writer(store, retriever, folder, stamps, known, added).run(todo)
-        store.tidy()
-    return added
+            missing = [path for path in indexed if path not in stamps and is_below(path, videos)]
+            store.remove(missing)
+            summary.removed = len(missing)
+        unchanged = [path for path, stamp in stamps.items() if stamp in indexed.get(path, ())]
+        # A killed run may have left the outdated version of a file beside the new one.
+        store.remove_outdated({path: stamps[path] for path in unchanged if len(indexed[path]) > 1})
+        reasons = store.unreadable()
+        summary.unreadable |= {path: reasons[path] for path in unchanged if path in reasons}
+        summary.unchanged = sum(path not in reasons for path in unchanged)
+        new = {path: stamp for path, stamp in stamps.items() if stamp not in indexed.get(path, ())}
+        if new:
+            _Writer(store, retriever, new, set(indexed), summary).run(folder)
+        store.compact()
+    return summary
 
 
-def _count_done(store, done, stamps, known, added):
-    """What is in the index already; an old state that a kill left beside the new one goes."""
-    store.remove_old({path: stamps[path] for path in done if len(known[path]) > 1})
-    reasons = store.unreadable()
-    before = {path: reasons[path] for path in done if path in reasons}
-    added.unchanged = len(done) - len(before)
-    added.unreadable |= before
-
-
-def find_videos(videos, may_be_none=False):
-    """Absolute paths of the files, and of those in the folders and their sub-folders; sorted.
+def find_videos(videos: Iterable[str | os.PathLike], *, allow_none: bool = False) -> list[str]:
+    """Returns the sorted absolute paths of files and of the video files in folders, recursively.
 
     Raises:
-        InputError: there is nothing by a name, or no video at all.
+        InputError: a path does not exist, or there is no video; not if `allow_none`.
     """
-    found = set()
+    paths = set()
     for video in videos:
         if os.path.isdir(video):
-            with contextlib.suppress(InputError):  # an empty one beside others is no mistake
-                found.update(os.path.abspath(path) for path in VideoFolder(video).files)
+            with contextlib.suppress(InputError):  # one of several folders may be empty
+                paths.update(os.path.abspath(path) for path in VideoFolder(video).files)
         elif os.path.isfile(video):
-            found.add(os.path.abspath(video))
-        elif not may_be_none:
+            paths.add(os.path.abspath(video))
+        elif not allow_none:
             raise InputError(f"no such file or folder of videos: {video}")
-    if not found and not may_be_none:
+    if not paths and not allow_none:
         raise InputError(f"no video files in {', '.join(map(str, videos))}")
-    return sorted(found)
+    return sorted(paths)
 
 
+@dataclasses.dataclass
 class _Writer:
-    """Reads files in worker processes, encodes their segments in batches, commits whole files."""
+    """Reads files in worker processes, encodes segments in batches, commits complete files."""
 
-    def __init__(self, store, retriever, folder, stamps, known, added):
-        self.store, self.retriever, self.folder = store, retriever, folder
-        self.stamps, self.known, self.added = stamps, known, added
-        self.batch = []  # (row, frames) still to be encoded
-        self.open, self.ready = {}, []  # path -> rows not yet encoded; rows to be committed
-        self.failed = []
-        self.started = self.committed = time.monotonic()
-        per_device = 4 if jax.default_backend() == "cpu" else 64
-        self.batch_size = per_device * jax.local_device_count()
+    store: Store
+    retriever: Retriever
+    stamps: Mapping[str, FileStamp]
+    outdated: set[str]  # paths that may have an older version in the index
+    summary: IndexingSummary
 
-    def run(self, paths):
+    def __post_init__(self) -> None:
+        self.batch: list[tuple[Row, UInt8[np.ndarray, "F S S 3"]]] = []  # not encoded
+        self.encoded: list[Row] = []  # to commit
+        self.failed: list[Row] = []  # unreadable files to commit
+        self.missing: dict[str, int] = {}  # path -> segments that are not encoded yet
+        self.start_time = self.commit_time = time.monotonic()
+        self.batch_size = (4 if jax.default_backend() == "cpu" else 64) * jax.local_device_count()
+
+    def run(self, folder: Path) -> None:
+        """Indexes all files of `stamps`, with `folder` for the frames of files being read."""
         model, about = self.retriever.model, self.store.about
-        lengths = model.vision.image_size, model.max_frames
-        cut = about["segment_seconds"], about["shots"]
-        jobs = [Job(path, self.folder / str(n), *lengths, *cut) for n, path in enumerate(paths)]
-        sizes = [self.stamps[path][0] for path in paths]
+        jobs = [
+            SegmentJob(
+                path=path,
+                frames_file=folder / str(number),
+                image_size=model.vision.image_size,
+                max_frames=model.max_frames,
+                segment_seconds=about["segment_seconds"],
+                shots=about["shots"],
+            )
+            for number, path in enumerate(self.stamps)
+        ]
+        sizes = [size for size, _ in self.stamps.values()]
         with progress(sum(sizes), "indexing", "B") as bar:
 
-            def done(index, reading):
-                self.take(jobs[index], reading or Reading([], failure=CRASHED))
-                jobs[index].frames.unlink(missing_ok=True)
+            def done(index: int, result: SegmentedFile | None) -> None:
+                self.add(jobs[index], result or SegmentedFile([], failure=CRASHED))
+                jobs[index].frames_file.unlink(missing_ok=True)
                 bar.update(sizes[index])
-                counts = {"segments": self.added.segments, "failed": len(self.added.unreadable)}
+                counts = {"segments": self.summary.segments, "failed": len(self.summary.unreadable)}
                 bar.set_postfix(counts, refresh=False)
 
             run_jobs(read_segments, jobs, done)
-            self.encode(everything=True)
-            self.commit()
-            bar.set_postfix(segments=self.added.segments, failed=len(self.added.unreadable))
-
-    def take(self, job, reading):
-        """Queues the segments of a file."""
-        size, mtime = self.stamps[job.path]
-        about_file = {"path": job.path, "size": size, "mtime": mtime}
-        if reading.failure:
-            self.added.unreadable[job.path] = reading.failure
-            if reading.failure != CRASHED:  # may be the machine's fault: tried again next time
-                self.failed.append({**about_file, "reason": reading.failure})
-            return self.commit_now_and_then()
-        if reading.note:
-            self.added.partial[job.path] = reading.note
-        self.open[job.path] = len(reading.segments)
-        frames = frames_of(job, reading.segments)
-        for segment, pixels in zip(reading.segments, frames, strict=True):
-            row = {
-                "id": segment_id(job.path, size, mtime, segment.start),
-                **about_file,
-                "start": segment.start,
-                "end": segment.end,
-                "count": len(segment.times),
-                "times": _filled(segment.times, job.max_frames),
-                "thumbnail": segment.thumbnail,
-            }
-            self.batch.append((row, pixels))
             self.encode()
-        return self.commit_now_and_then()
+            self.commit()
+            bar.set_postfix(segments=self.summary.segments, failed=len(self.summary.unreadable))
 
-    def encode(self, everything=False):
-        """Encodes the batch if it is full, or `everything` there is.
+    def add(self, job: SegmentJob, file: SegmentedFile) -> None:
+        """Queues the segments of a file, encodes full batches, and commits if it is time."""
+        size, mtime = self.stamps[job.path]
+        file_fields = {"path": job.path, "size": size, "mtime": mtime}
+        if file.note:
+            self.summary.partial[job.path] = file.note
+        if file.failure:
+            self.summary.unreadable[job.path] = file.failure
+            if (
+                file.failure != CRASHED
+            ):  # a crash may be due to the machine: retried by the next run
+                self.failed.append({**file_fields, "reason": file.failure})
+        else:
+            self.missing[job.path] = len(file.segments)
+            frames = load_frames(job, file.segments)
+            for segment, frames_FxSxSx3 in zip(file.segments, frames, strict=True):
+                count = len(segment.times)
+                row = {
+                    "id": segment_id(job.path, size, mtime, segment.start),
+                    **file_fields,
+                    "start": segment.start,
+                    "end": segment.end,
+                    "count": count,
+                    "times": [*segment.times, *[0.0] * (job.max_frames - count)],
+                    "thumbnail": segment.thumbnail,
+                }
+                self.batch.append((row, frames_FxSxSx3))
+                if len(self.batch) == self.batch_size:
+                    self.encode()
+        now = time.monotonic()
+        interval = max(MIN_COMMIT_SECONDS, COMMIT_FRACTION * (now - self.start_time))
+        if now - self.commit_time > interval:
+            self.commit()
 
-        Always the same shape, so that a segment's features do not depend on its company.
+    def encode(self) -> None:
+        """Encodes the batch.
+
+        It is padded to a fixed shape: features must not depend on the other segments of a batch.
         """
-        if not self.batch or (len(self.batch) < self.batch_size and not everything):
+        if not self.batch:
             return
         model = self.retriever.model
         shape = (self.batch_size, model.max_frames, *self.batch[0][1].shape[1:])
         frames, mask = np.zeros(shape, np.uint8), np.zeros(shape[:2], bool)
-        for k, (_, pixels) in enumerate(self.batch):
-            frames[k, : len(pixels)], mask[k, : len(pixels)] = pixels, True
-        video = encode_videos(model, self.retriever.params, frames, mask, self.batch_size)
+        for index, (_, frames_FxSxSx3) in enumerate(self.batch):
+            count = len(frames_FxSxSx3)
+            frames[index, :count], mask[index, :count] = frames_FxSxSx3, True
+        features = encode_videos(
+            model, self.retriever.params, frames, mask, batch_size=self.batch_size
+        )
         dtype = np.dtype(self.store.about["precision"])
-        for k, (row, _) in enumerate(self.batch):
-            row["video"] = video.video[k].astype(dtype)
-            row["frames"] = video.frames[k].reshape(-1).astype(dtype)
-            self.ready.append(row)
-            self.open[row["path"]] -= 1
-        self.added.segments += len(self.batch)
+        for index, (row, _) in enumerate(self.batch):
+            row["video"] = features.video[index].astype(dtype)
+            row["frames"] = features.frames[index].reshape(-1).astype(dtype)
+            self.missing[row["path"]] -= 1
+            self.encoded.append(row)
+        self.summary.segments += len(self.batch)
         self.batch = []
 
-    def commit_now_and_then(self):
-        now = time.monotonic()
-        if now - self.committed > max(COMMIT_SECONDS, COMMIT_SHARE * (now - self.started)):
-            self.commit()
-
-    def commit(self):
-        """Commits the files all of whose segments are encoded; then their old state goes."""
-        whole = [row for row in self.ready if not self.open[row["path"]]]
-        self.ready = [row for row in self.ready if self.open[row["path"]]]
-        if whole:
-            self.store.add(whole)
+    def commit(self) -> None:
+        """Commits the completely encoded files, then removes their outdated versions."""
+        complete = [row for row in self.encoded if not self.missing[row["path"]]]
+        self.encoded = [row for row in self.encoded if self.missing[row["path"]]]
+        if complete:
+            self.store.add(complete)
         if self.failed:
             self.store.add_unreadable(self.failed)
-        paths = dict.fromkeys(row["path"] for row in [*whole, *self.failed])
-        changed = {path: self.stamps[path] for path in paths if path in self.known}
-        self.store.remove_old(changed)
-        self.added.removed += len(changed)
-        self.added.files += len(paths) - len(self.failed)
+        paths = {row["path"] for row in [*complete, *self.failed]}
+        changed = {path: self.stamps[path] for path in sorted(paths & self.outdated)}
+        self.store.remove_outdated(changed)
+        self.summary.removed += len(changed)
+        self.summary.files += len(paths) - len(self.failed)
         self.failed = []
-        self.committed = time.monotonic()
+        self.commit_time = time.monotonic()
 
 
-def segment_id(path, size, mtime, start):
-    """16 hexadecimal digits; a changed file has other segments."""
+def fingerprint(retriever: Retriever) -> str:
+    """Returns 16 hexadecimal digits computed from all that determines a model's features."""
+    ignored = ("step", "selected_on", "remat")
+    config = {name: value for name, value in retriever.config.items() if name not in ignored}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
+    for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def segment_id(path: str, size: int, mtime: int, start: float) -> str:
+    """Returns 16 hexadecimal digits that change when the file changes."""
     key = repr((path, size, mtime, start)).encode()
     return hashlib.blake2b(key, digest_size=8).hexdigest()
 
 
-def _filled(times, length):
-    return [*times, *[0.0] * (length - len(times))]
-
-
-def _stamp(path):
-    """(size, mtime) of a file; None if it has just gone."""
-    with contextlib.suppress(FileNotFoundError):
-        status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
-
-
-def _is_utf8(path):
-    """Whether the name can be kept: on Linux it may be any bytes."""
-    return path == path.encode("utf-8", "replace").decode()
-
-
-def below(path, videos):
-    """Whether a file is, or was, one of these or in one of these folders."""
-    folders = (os.path.abspath(video) for video in videos)
+def is_below(path: str, videos: Iterable[str | os.PathLike]) -> bool:
+    """Returns True if `path` is one of these files or is inside one of these folders."""
+    folders = [os.path.abspath(video) for video in videos]
     return any(path == folder or Path(folder) in Path(path).parents for folder in folders)
 
 
+def _stamp(path: str) -> FileStamp | None:
+    """Returns (size, modification time in ns), or None if the file no longer exists."""
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    return None
+
+
+def _is_utf8(path: str) -> bool:
+    """Returns True if the index can store the path (on Linux, names may be any bytes)."""
+    return path == path.encode("utf-8", "replace").decode()
+
+
 @contextlib.contextmanager
-def _alone(store):
-    """One process at a time adds to an index in a folder; a bucket has no such lock."""
+def _writer_lock(store: Store) -> Iterator[None]:
+    """Allows one writing process at a time, except in a bucket, which has no lock."""
     if "://" in store.location:
         yield
         return
@@ -244,8 +282,8 @@ def _alone(store):
 
 
 @contextlib.contextmanager
-def _frames_folder():
-    """A folder for frames on their way from the workers; what killed runs left is removed."""
+def _frames_folder() -> Iterator[Path]:
+    """Makes a temporary folder for frames, and removes those of processes that were killed."""
     for old in Path(tempfile.gettempdir()).glob("xclip_jax-frames-*"):
         pid = old.name.split("-")[2]
         if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():

@@ -1,49 +1,53 @@
-"""Video file -> segments with their frames; run in worker processes, a file at a time."""
+"""Cutting of video files into segments, in worker processes."""
 
 import collections
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import av
+import av.logging
 import numpy as np
+from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import VideoError, VideoReader
 
-THUMBNAIL = 320  # pixels of its longer side
-SHORTEST_SHOT = 2  # frames; a shorter one stays with the one before
+THUMBNAIL_SIDE = 320  # pixels, the longer side
+MIN_SHOT_FRAMES = 2  # a shorter shot is merged into the previous one
+SampledFrame = tuple[UInt8[np.ndarray, "S S 3"], bytes | None]  # with its JPEG thumbnail, or None
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A file to cut.
+class SegmentJob:
+    """A video file to cut.
 
     Attributes:
-        frames: file to leave the frames in.
+        path: the video file.
+        frames_file: the file that the frames are written to.
         image_size, max_frames: of the model.
-        seconds: length of a segment, whole.
-        shots: whether to cut at changes of shot as well.
+        segment_seconds: length of a segment, whole seconds.
+        shots: True to cut at shot changes as well.
     """
 
     path: str
-    frames: Path
+    frames_file: Path
     image_size: int
     max_frames: int
-    seconds: int
+    segment_seconds: int
     shots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A part of a video.
+    """A part of a video file.
 
     Attributes:
         start, end: seconds after the file's first frame.
-        times: of its n frames, n <= max_frames, likewise.
-        thumbnail: JPEG of about its middle.
+        times: seconds of its n frames, 1 <= n <= max_frames, on the same clock.
+        thumbnail: JPEG of a frame near the middle.
     """
 
     start: float
@@ -53,13 +57,13 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What a file gave.
+class SegmentedFile:
+    """The segments of a video file, in order.
 
     Attributes:
-        segments: in order; their frames lie one after another in the job's file, uint8 S x S x 3.
-        failure: why there are none, or None.
-        note: why the file was read only in part, or None.
+        segments: their frames are concatenated in the job's `frames_file`, uint8 S x S x 3 each.
+        failure: the reason why there are none, or None.
+        note: the reason why the file was only partly read, or None.
     """
 
     segments: list[Segment]
@@ -67,87 +71,93 @@ class Reading:
     note: str | None = None
 
 
-def read_segments(job):
-    """The Reading of a job; one frame a second, thinned out uniformly to max_frames a segment."""
-    av.logging.set_level(None)  # what is wrong with a file is told in our own words
-    reader, found = VideoReader(job.path), []
+def read_segments(job: SegmentJob) -> SegmentedFile:
+    """Cuts a file, keeping one frame a second and at most `max_frames` of a segment."""
+    av.logging.set_level(None)  # errors are reported as `failure` and `note`
+    reader = VideoReader(job.path)
+    starts, times, thumbnails = [], [], []
     try:
-        changes, trouble = shot_changes(job.path) if job.shots else ([], None)
-        with job.frames.open("wb") as file:
-            for start, first, pictures in _cut(reader, job.image_size, job.seconds, changes):
-                chosen = choose_frames(len(pictures), job.max_frames)
+        changes, note = detect_shot_changes(job.path) if job.shots else ([], None)
+        with job.frames_file.open("wb") as file:
+            for start, first_second, frames in _cut(
+                reader, job.image_size, job.segment_seconds, changes
+            ):
+                chosen = choose_frames(len(frames), job.max_frames)
                 for index in chosen:
-                    pictures[index][0].tofile(file)
-                times = [float(first + index) for index in chosen]
-                found.append((start, times, _middle_thumbnail(pictures)))
+                    frames[index][0].tofile(file)
+                starts.append(start)
+                times.append([float(first_second + index) for index in chosen])
+                thumbnails.append(_middle_thumbnail(frames))
     except VideoError as error:
-        return Reading([], failure=str(error))
-    ends = [start for start, *_ in found[1:]] + [reader.end]
-    segments = [
-        Segment(start, end, times, thumbnail)
-        for (start, times, thumbnail), end in zip(found, ends, strict=True)
-    ]
-    return Reading(segments, note=reader.note or trouble)
+        return SegmentedFile([], failure=str(error))
+    ends = [*starts[1:], reader.end]
+    segments = list(map(Segment, starts, ends, times, thumbnails))
+    return SegmentedFile(segments, note=reader.note or note)
 
 
-def shot_changes(path):
-    """(times of the changes of shot in seconds, None); or ([], why they are not known).
+def detect_shot_changes(path: str) -> tuple[list[float], str | None]:
+    """Returns (times of the shot changes in seconds, None), or ([], reason of the failure).
 
-    https://www.scenedetect.com: jumps of the mean hue, saturation and brightness.
+    Content detection of https://www.scenedetect.com: jumps in mean hue, saturation and brightness.
     """
-    import scenedetect  # an extra that few need
+    import scenedetect  # an optional dependency
 
     logging.getLogger("pyscenedetect").setLevel(logging.CRITICAL)
     manager = scenedetect.SceneManager()
     manager.add_detector(scenedetect.ContentDetector())
     try:
         manager.detect_scenes(scenedetect.open_video(path, backend="pyav", suppress_output=True))
-    except Exception as error:  # whatever its decoder stumbles over
-        return [], f"shots not found: {str(error).splitlines()[0] or type(error).__name__}"
+    except Exception as error:  # its decoder raises many types
+        return [], f"shot detection failed: {type(error).__name__}: {error}"
     return [start.seconds for start, _ in manager.get_scene_list()[1:]], None
 
 
-def check_shots():
-    """Raises InputError if what finds shots is not installed."""
+def require_scenedetect() -> None:
+    """Raises InputError if the optional dependency of shot detection is not installed."""
     if importlib.util.find_spec("scenedetect") is None:
-        raise InputError("--shots: pip install -e '.[shots]' first")
+        raise InputError("--shots requires scenedetect: run pip install -e '.[shots]'")
 
 
-def frames_of(job, segments):
-    """Of each segment of a Reading its frames, n x S x S x 3 uint8, read one after another."""
-    side = job.image_size
-    with job.frames.open("rb") as file:
+def load_frames(
+    job: SegmentJob, segments: Sequence[Segment]
+) -> Iterator[UInt8[np.ndarray, "F S S 3"]]:
+    """Yields the frames of each segment from the job's `frames_file`."""
+    with job.frames_file.open("rb") as file:
         for segment in segments:
-            shape = (len(segment.times), side, side, 3)
+            shape = (len(segment.times), job.image_size, job.image_size, 3)
             yield np.fromfile(file, np.uint8, count=np.prod(shape)).reshape(shape)
 
 
-def _cut(reader, image_size, length, changes):
-    """Yields (start, first second, [(frame, thumbnail or None) of each second]) of every segment.
+def _cut(
+    reader: VideoReader, image_size: int, length: int, shot_changes: Sequence[float]
+) -> Iterator[tuple[float, int, list[SampledFrame]]]:
+    """Yields (start, second of the first frame, frames of each second) of every segment.
 
-    A segment ends at a change of shot, or after `length` seconds; a rest of less than half joins
-    the one before. Few seconds get thumbnails, some of them near the middle of whatever length.
+    A segment ends at a shot change or after `length` seconds. A remainder of less than half of
+    `length` is merged into the previous segment. Only the frames at offsets that are powers of two
+    get a thumbnail: one of them is near the middle, whatever the segment's length.
     """
-    start, first, pending, changes = 0.0, 0, [], collections.deque(changes)
+    start, first_second, frames = 0.0, 0, []
+    changes = collections.deque(shot_changes)
     for second, (_, picture) in enumerate(reader):
         change = None
         while changes and changes[0] <= second:
             change = changes.popleft()
-        if change is not None and len(pending) >= SHORTEST_SHOT:
-            yield start, first, pending
-            start, first, pending = change, second, []
-        offset = len(pending) % length
-        thumbnail = picture.thumbnail(THUMBNAIL) if offset & (offset - 1) == 0 else None
-        pending.append((picture.square(image_size), thumbnail))
-        if 2 * len(pending) >= 3 * length and len(pending) > length:
-            yield start, first, pending[:length]
-            first, pending = first + length, pending[length:]
-            start = float(first)
-    yield start, first, pending
+        if change is not None and len(frames) >= MIN_SHOT_FRAMES:
+            yield start, first_second, frames
+            start, first_second, frames = change, second, []
+        offset = len(frames) % length
+        thumbnail = picture.thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
+        frames.append((picture.square(image_size), thumbnail))
+        if 2 * len(frames) >= 3 * length and len(frames) > length:
+            yield start, first_second, frames[:length]
+            first_second, frames = first_second + length, frames[length:]
+            start = float(first_second)
+    yield start, first_second, frames
 
 
-def _middle_thumbnail(pictures):
-    """The thumbnail nearest to the middle."""
-    middle = (len(pictures) - 1) / 2
-    there = [index for index, (_, thumbnail) in enumerate(pictures) if thumbnail]
-    return pictures[min(there, key=lambda index: abs(index - middle))][1]
+def _middle_thumbnail(frames: Sequence[SampledFrame]) -> bytes:
+    """Returns the thumbnail nearest to the middle of a segment."""
+    middle = (len(frames) - 1) / 2
+    candidates = [(abs(index - middle), jpeg) for index, (_, jpeg) in enumerate(frames) if jpeg]
+    return min(candidates, key=lambda candidate: candidate[0])[1]

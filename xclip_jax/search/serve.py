@@ -1,7 +1,7 @@
-"""The search page: a web server over an index, for one machine or for the people around it.
+"""Web server of the search page.
 
-Files are asked for by the id of a segment that the index holds: no path ever comes from a client.
-What touches the index or a file runs in threads, a few at once, so that every request is answered.
+Files are requested by the id of a segment: no path comes from a client. Work on the index and on
+files runs in a few threads, so that other requests are still handled.
 """
 
 import contextlib
@@ -15,8 +15,10 @@ import stat
 import tempfile
 import time
 import webbrowser
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import uvicorn
@@ -26,30 +28,25 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xclip_jax.cli import InputError
 from xclip_jax.data import video
-from xclip_jax.search.requests import (
-    asked_json,
-    chunks_of,
-    count_of,
-    options_of,
-    seconds_of,
-    suffix_of,
-    text_of,
-)
+from xclip_jax.search import requests
+from xclip_jax.search.funnel import Answer, Hit
+from xclip_jax.search.index import Index
 
 PAGE = Path(__file__).with_name("page")
-MOST_UPLOADED = 500 * 2**20  # bytes of an example
+MAX_UPLOAD_BYTES = 500 * 2**20
 STILL_SIDE = 480  # pixels, the longer side
-REFRESH_EVERY = 5  # seconds
-# Names under which this machine reaches itself. Without the check, a web site whose name is made to
-# point here ("DNS rebinding") could read the index through its visitor's browser.
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-HEADERS = {
+REFRESH_SECONDS = 5
+# Host names of a local server. Without this check, a web site whose name resolves to this machine
+# ("DNS rebinding") could read the index through its visitor's browser.
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; media-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -57,247 +54,254 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-# A segment's pictures and file do not change under its id as long as someone looks at a page.
-KEEP = {"Cache-Control": "private, max-age=3600"}
+CACHED = {"Cache-Control": "private, max-age=3600"}  # the pictures of an id do not change
+REVALIDATED = {"Cache-Control": "no-cache"}  # an updated page needs its updated script
 
 
-def serve(index, host="127.0.0.1", port=7870, open_page=False):
+def serve(
+    index: Index, host: str = "127.0.0.1", port: int = 7870, *, open_page: bool = False
+) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
-      index: an open index.
-      host: name or address to listen on; one of other machines too is open to all who reach it.
-      port: 0 is any free one.
-      open_page: whether to show the page in this machine's browser.
+        index: an open index.
+        host: name or address to listen on; there is no password, so an address that other machines
+            can reach is open to all of them.
+        port: 0 for any free port.
+        open_page: True to open the page in this machine's browser.
 
     Raises:
-      InputError: it cannot listen there, for instance because the port is in use.
+        InputError: it cannot listen there, for instance because the port is in use.
     """
     with _listen(host, port) as listener:
         local = _is_loopback(host)
         address = _address(host, listener.getsockname()[1])
         print(f"{index.location}: {index.num_segments:,} segments of {index.num_files:,} files")
         if not local:
-            print("no password: whoever can reach this address can search and watch")
-        print(f"search page: {address}  (Ctrl-C ends it)", flush=True)
-        app = make_app(index, (*LOOPBACK, host) if local else ("*",))
-        # Defects are logged by `_defect`; a video that still plays must not hold up the end.
-        options = {"log_level": "critical", "timeout_graceful_shutdown": 1, "server_header": False}
+            print("no password: everyone who can reach this address can search and watch")
+        print(f"search page: {address}  (stop with Ctrl-C)", flush=True)
+        app = make_app(index, (*LOCAL_HOSTS, host) if local else ("*",))
         if open_page:
             webbrowser.open(address)
+        # `_handle_defect` logs errors. A video that is playing must not delay the shutdown.
+        config = uvicorn.Config(
+            app, log_level="critical", timeout_graceful_shutdown=1, server_header=False
+        )
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
 
 
-def make_app(index, hosts=LOOPBACK):
-    """The page and its JSON as an ASGI application.
+def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
+    """Returns the page and its JSON API as an ASGI application.
 
     Args:
-      index: an open index.
-      hosts: names that a request's Host header may give; "*" is any.
+        index: an open index.
+        hosts: allowed values of the Host header; "*" allows any.
     """
-    pages = _Routes(index)
-    errors = {
-        InputError: lambda _, error: _refusal(400, str(error)),
-        HTTPException: lambda _, error: _refusal(error.status_code, error.detail),
-        ClientDisconnect: lambda *_: Response(status_code=400),  # nobody reads it
-        Exception: _defect,
+    api = _Api(index)
+    handlers: dict[Any, Any] = {
+        InputError: lambda _, error: _error_response(400, str(error)),
+        HTTPException: lambda _, error: _error_response(error.status_code, error.detail),
+        ClientDisconnect: lambda *_: Response(status_code=400),  # never received
+        Exception: _handle_defect,
     }
-    middleware = [
-        Middleware(_SafeHeaders),
-        Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
-    ]
     return Starlette(
-        routes=[*_page_routes(), *pages.routes()],
-        middleware=middleware,
-        exception_handlers=errors,
-        lifespan=pages.refreshing,
+        routes=[
+            _file_route("/", "index.html"),
+            _file_route("/style.css", "style.css"),
+            _file_route("/page.js", "page.js"),
+            Route("/api/index", api.get_facts),
+            Route("/api/search", api.search, methods=["POST"]),
+            Route("/api/example", api.search_example, methods=["POST"]),
+            Route("/api/like/{id}", api.search_like),
+            Route("/api/attention/{id}", api.get_attention, methods=["POST"]),
+            Route("/thumbnail/{id}", api.get_thumbnail),
+            Route("/still/{id}", api.get_still),
+            Route("/video/{id}", api.get_video),
+        ],
+        middleware=[
+            Middleware(_SecurityHeaders),
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+        ],
+        exception_handlers=handlers,
+        lifespan=api.keep_refreshed,
     )
 
 
-class _Routes:
-    """What the page asks for."""
+class _Api:
+    """The endpoints that the page uses."""
 
-    def __init__(self, index):
+    def __init__(self, index: Index) -> None:
         self.index = index
-        # Apart, so that a page of pictures does not keep the next query waiting.
-        self.for_queries, self.for_pictures = anyio.CapacityLimiter(2), anyio.CapacityLimiter(2)
-
-    def routes(self):
-        return [
-            Route("/api/index", self.facts),
-            Route("/api/search", self.search, methods=["POST"]),
-            Route("/api/example", self.example, methods=["POST"]),
-            Route("/api/like/{id}", self.like),
-            Route("/api/attention/{id}", self.attention, methods=["POST"]),
-            Route("/thumbnail/{id}", self.thumbnail),
-            Route("/still/{id}", self.still),
-            Route("/video/{id}", self.file),
-        ]
+        # Separate limits, so that a page of pictures does not delay the next query.
+        self.query_limiter, self.picture_limiter = (
+            anyio.CapacityLimiter(2),
+            anyio.CapacityLimiter(2),
+        )
 
     @contextlib.asynccontextmanager
-    async def refreshing(self, app):
-        """Takes in what a writer adds to the index for as long as the server runs."""
+    async def keep_refreshed(self, app: Starlette) -> AsyncIterator[None]:
+        """Loads new versions of the index while the server runs."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._refresh)
             yield
             tasks.cancel_scope.cancel()
 
-    async def _refresh(self):
-        took = 0
-        while True:  # a large index takes seconds to load, which must not be all that is done
-            await anyio.sleep(max(REFRESH_EVERY, 10 * took))
+    async def _refresh(self) -> None:
+        duration = 0.0
+        while True:  # loading a large index takes seconds, so it takes at most a tenth of the time
+            await anyio.sleep(max(REFRESH_SECONDS, 10 * duration))
             start = time.perf_counter()
             try:
                 await run_sync(self.index.refresh, abandon_on_cancel=True)
-            except Exception:  # such as a writer halfway through; the next time may be better
+            except Exception:  # a writer may be halfway through a commit: retried
                 logging.getLogger(__name__).exception("the index could not be refreshed")
-            took = time.perf_counter() - start
+            duration = time.perf_counter() - start
 
-    async def facts(self, request):
-        """What is searched, for someone who has not asked for anything yet."""
-        counts = {"segments": self.index.num_segments, "files": self.index.num_files}
+    async def get_facts(self, request: Request) -> Response:
+        """Describes the index."""
         path = Path(self.index.model_name)
-        model = {"model": path.parent.name if path.name == "model" else path.name}
-        return JSONResponse({**counts, **model, "most_uploaded": MOST_UPLOADED})
+        return JSONResponse(
+            {
+                "segments": self.index.num_segments,
+                "files": self.index.num_files,
+                "model": path.parent.name if path.name == "model" else path.name,
+                "max_upload_bytes": MAX_UPLOAD_BYTES,
+            }
+        )
 
-    async def search(self, request):
-        """{text, k, path, start, end} -> hits for a sentence."""
-        asked = await asked_json(request)
-        query = partial(self.index.query, text_of(asked, "text"), **options_of(asked))
-        return await self._answer(query)
+    async def search(self, request: Request) -> Response:
+        """Searches by a sentence: {text, k, path, start, end}."""
+        fields = await requests.read_json(request)
+        text, options = requests.parse_text(fields, "text"), requests.parse_options(fields)
+        return await self._respond(partial(self.index.query, text, **options))
 
-    async def example(self, request):
-        """An image's or video's bytes as the body, ?name=its name&k=... -> hits like it."""
-        where, name = options_of(request.query_params), request.query_params.get("name", "")
-        with tempfile.NamedTemporaryFile(suffix=suffix_of(name)) as file:
-            async for chunk in chunks_of(request, MOST_UPLOADED):
+    async def search_example(self, request: Request) -> Response:
+        """Searches by an image or video: its bytes in the body, ?name=its name&k=..."""
+        params = request.query_params
+        options, name = requests.parse_options(params), params.get("name", "")
+        with tempfile.NamedTemporaryFile(suffix=requests.safe_suffix(name)) as file:
+            async for chunk in requests.read_chunks(request, MAX_UPLOAD_BYTES):
                 await run_sync(file.write, chunk)
             await run_sync(file.flush)
             try:
-                return await self._answer(partial(self.index.similar, file.name, **where))
-            except InputError as error:  # the user knows the file by another name
+                return await self._respond(partial(self.index.similar, file.name, **options))
+            except InputError as error:  # the user does not know the temporary name
                 raise InputError(str(error).replace(file.name, name or "the file")) from error
 
-    async def like(self, request):
-        """?k= -> hits like a segment of the index."""
+    async def search_like(self, request: Request) -> Response:
+        """Searches by a segment of the index: ?k=."""
         segment = await self._segment(request)
-        query = partial(self.index.like, segment.id, count_of(request.query_params))
-        return await self._answer(query, like=_shown(segment))
+        k = requests.parse_count(request.query_params)
+        return await self._respond(partial(self.index.like, segment.id, k), like=_describe(segment))
 
-    async def _answer(self, query, **more):
-        answer, seconds = await run_sync(_timed, query, limiter=self.for_queries)
-        hits = [_shown(hit) | _found(hit) for hit in answer.hits]
-        spent = {"seconds": seconds, "stages": answer.seconds}
-        facts = {"searched": answer.searched, "note": answer.note}
-        return JSONResponse({"hits": hits, **facts, **spent, **more})
+    async def _respond(self, search: Callable[[], Answer], **fields: Any) -> Response:
+        def timed_search() -> tuple[Answer, float]:
+            start = time.perf_counter()
+            return search(), time.perf_counter() - start
 
-    async def attention(self, request):
-        """{text} -> how the sentence's words look at the segment's frames."""
-        segment, asked = await self._segment(request), await asked_json(request)
-        look = partial(self.index.attention, segment.id, text_of(asked, "text"))
-        seen = await run_sync(look, limiter=self.for_queries)
-        weights = seen.weights_WxF.tolist()
-        return JSONResponse({"words": seen.words, "times": seen.times, "weights": weights})
+        answer, seconds = await run_sync(timed_search, limiter=self.query_limiter)
+        hits = [
+            _describe(hit) | {"rank": hit.rank, "score": hit.score, "second": hit.second}
+            for hit in answer
+        ]
+        facts = {"hits": hits, "searched": answer.searched, "note": answer.note}
+        return JSONResponse({**facts, "seconds": seconds, "stages": answer.seconds, **fields})
 
-    async def thumbnail(self, request):
-        """The segment's stored picture."""
+    async def get_attention(self, request: Request) -> Response:
+        """Returns the attention between the words of {text} and the frames of a segment."""
+        segment, fields = await self._segment(request), await requests.read_json(request)
+        compute = partial(self.index.attention, segment.id, requests.parse_text(fields, "text"))
+        attention = await run_sync(compute, limiter=self.query_limiter)
+        weights = attention.weights_WxF.tolist()
+        words, times = attention.words, attention.times
+        return JSONResponse({"words": words, "times": times, "weights": weights})
+
+    async def get_thumbnail(self, request: Request) -> Response:
+        """Returns the stored picture of a segment."""
         segment = await self._segment(request)
         return await self._picture(partial(self.index.thumbnail, segment.id))
 
-    async def still(self, request):
-        """?second= -> the picture at that second; the stored one where the file gives none."""
+    async def get_still(self, request: Request) -> Response:
+        """Returns the picture at ?second=, or the stored one if the file has none."""
         segment = await self._segment(request)
-        second = seconds_of(request.query_params, "second") or 0.0
-        return await self._picture(partial(self._still, segment, second))
+        second = requests.parse_seconds(request.query_params, "second") or 0.0
 
-    def _still(self, segment, second):
-        try:
-            return video.still(segment.path, second, STILL_SIDE)
-        except (video.VideoError, OSError):
-            return self.index.thumbnail(segment.id)
+        def read() -> bytes:
+            try:
+                return video.still(segment.path, second, STILL_SIDE)
+            except (video.VideoError, OSError):
+                return self.index.thumbnail(segment.id)
 
-    async def _picture(self, read):
-        data = await run_sync(read, limiter=self.for_pictures)
-        return Response(data, media_type="image/jpeg", headers=KEEP)
+        return await self._picture(read)
 
-    async def file(self, request):
-        """The segment's whole file; byte ranges, which seeking needs, are FileResponse's work."""
+    async def _picture(self, read: Callable[[], bytes]) -> Response:
+        jpeg = await run_sync(read, limiter=self.picture_limiter)
+        return Response(jpeg, media_type="image/jpeg", headers=CACHED)
+
+    async def get_video(self, request: Request) -> Response:
+        """Returns the segment's file, also in the byte ranges that seeking needs."""
         segment = await self._segment(request)
-        status = await run_sync(_readable, segment.path)
+        status = await run_sync(_readable_status, segment.path)
         return FileResponse(segment.path, media_type=_media_type(segment.path), stat_result=status)
 
-    async def _segment(self, request):
-        """The segment that a request's id names, or 404."""
-        asked = request.path_params["id"]
+    async def _segment(self, request: Request) -> Hit:
+        """Returns the segment of the id in the path, or raises HTTP 404."""
+        segment_id = request.path_params["id"]
         try:
-            if re.fullmatch("[0-9a-f]{16}", asked):
-                return await run_sync(self.index.segment, asked)
+            if re.fullmatch("[0-9a-f]{16}", segment_id):
+                return await run_sync(self.index.segment, segment_id)
         except KeyError:
             pass
-        raise HTTPException(404, "this segment is not in the index (any more): search again")
+        raise HTTPException(
+            404, "this segment is not in the index, it may have been removed: search again"
+        )
 
 
-class _SafeHeaders:
-    """Puts HEADERS on every response."""
+class _SecurityHeaders:
+    """Middleware that adds SECURITY_HEADERS to every response."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope, receive, send):
-        async def send_safe(message):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
             await send(message)
 
-        await self.app(scope, receive, send_safe)
+        await self.app(scope, receive, send_with_headers)
 
 
-def _page_routes():
-    names = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
-    fresh = {"Cache-Control": "no-cache"}  # the page of a new version with its own script
-
-    def route(path, name):
-        return Route(path, lambda _: FileResponse(PAGE / name, headers=fresh))
-
-    return [route(path, name) for path, name in names.items()]
+def _file_route(path: str, name: str) -> Route:
+    return Route(path, lambda _: FileResponse(PAGE / name, headers=REVALIDATED))
 
 
-def _refusal(status, message):
+def _error_response(status: int, message: str) -> Response:
     return JSONResponse({"error": message}, status)
 
 
-def _defect(request, error):
+def _handle_defect(request: Request, error: Exception) -> Response:
     logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-    message = "something went wrong here; the terminal of the server says what"
-    return JSONResponse({"error": message}, 500, HEADERS)  # made outside of the middleware
+    message = "internal error; see the terminal of the server"
+    return JSONResponse({"error": message}, 500, SECURITY_HEADERS)  # bypasses the middleware
 
 
-def _timed(query):
-    start = time.perf_counter()
-    answer = query()
-    return answer, time.perf_counter() - start
-
-
-def _shown(segment):
-    """What a page may know of a segment; bytes of a file name that are no text become '�'."""
+def _describe(segment: Hit) -> dict[str, Any]:
+    """Returns the fields of a segment that the page shows, with '�' for invalid bytes of names."""
     path = os.fsencode(segment.path).decode("utf-8", "replace")
-    where = {"path": path, "name": os.path.basename(path)}
-    return {"id": segment.id, **where, "start": segment.start, "end": segment.end}
+    fields = {"id": segment.id, "path": path, "name": os.path.basename(path)}
+    return {**fields, "start": segment.start, "end": segment.end}
 
 
-def _found(hit):
-    return {"rank": hit.rank, "score": hit.score, "second": hit.second}
-
-
-def _readable(path):
-    """The status of a file that can be sent, or 404."""
+def _readable_status(path: str) -> os.stat_result:
+    """Returns the status of a file that can be sent, or raises HTTP 404."""
     try:
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode):
-            open(path, "rb").close()  # now, not after the response has begun
+            open(path, "rb").close()  # fails now, not after the response has begun
             return status
-        reason = "is not a file any more"
+        reason = "is no longer a file"
     except FileNotFoundError:
         reason = "is no longer on disk"
     except OSError:
@@ -305,13 +309,13 @@ def _readable(path):
     raise HTTPException(404, f"{os.path.basename(path)} {reason}")
 
 
-def _media_type(path):
-    """Never one that a browser would show as a page of this server."""
+def _media_type(path: str) -> str:
+    """Returns a type that browsers do not display as a page of this server."""
     guess = mimetypes.guess_type(path)[0] or ""
     return guess if guess.startswith(("video/", "audio/")) else "application/octet-stream"
 
 
-def _listen(host, port):
+def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -320,13 +324,13 @@ def _listen(host, port):
         raise InputError(f"cannot listen on {host}, port {port}: {reason}") from error
 
 
-def _is_loopback(host):
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _address(host, port):
+def _address(host: str, port: int) -> str:
     host = socket.gethostname() if host in ("0.0.0.0", "::") else host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

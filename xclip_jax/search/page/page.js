@@ -1,16 +1,17 @@
-// The search page. Its state (what is asked, what is open) lives in the address after the '#', so
-// that it can be shared and Back works. File names and sentences are untrusted: text stays text.
+// The search page. Its state (the query, the open player) is the part of the address after the '#', so
+// it can be shared and the Back button works. File names and sentences are untrusted: they are only
+// inserted as text, never as HTML.
 
 const $ = (id) => document.getElementById(id);
 const FILTERS = ["path", "start", "end"];
-const KEPT_ANSWERS = 20;
-const STILLS_AT_ONCE = 3; // of the 6 connections a browser opens: the next query finds one free
+const CACHED_ANSWERS = 20;
+const PARALLEL_STILLS = 3; // browsers open 6 connections: some stay free for the next query
 
-const examples = new Map(); // files to search by, under their key in the address
-const answers = new Map(); // for Back
+const examples = new Map(); // example files by their key in the address
+const answers = new Map(); // for the Back button
 let shown = { key: null, hits: [], open: null };
 let running = new AbortController();
-let limits = { most_uploaded: Infinity };
+let limits = { max_upload_bytes: Infinity };
 
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -57,9 +58,9 @@ function go(state) {
   }
 }
 
-/** What is asked, with the options of the form. */
-function stateOfForm(asked) {
-  const state = new URLSearchParams(asked);
+/** Returns the state of a query with the options of the form. */
+function stateOfForm(query) {
+  const state = new URLSearchParams(query);
   for (const name of [...FILTERS, "k"]) {
     const value = $(name).value.trim();
     if (value) state.set(name, value);
@@ -81,30 +82,30 @@ async function call(address, options = {}) {
     response = await fetch(address, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is it still running?");
+    throw new Error("The server does not respond. Is it still running?");
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error ?? `The server refused (${response.status}).`);
+  if (!response.ok) throw new Error(answer.error ?? `The server returned an error (${response.status}).`);
   return answer;
 }
 
 const post = (address, fields, signal) =>
   call(address, { method: "POST", body: JSON.stringify(fields), signal });
 
-function ask(state, signal) {
-  const given = ["k", ...FILTERS].filter((name) => state.get(name));
-  const fields = Object.fromEntries(given.map((name) => [name, state.get(name)]));
-  if (state.has("example")) return askByExample(state.get("example"), fields, signal);
+function requestAnswer(state, signal) {
+  const names = ["k", ...FILTERS].filter((name) => state.get(name));
+  const fields = Object.fromEntries(names.map((name) => [name, state.get(name)]));
+  if (state.has("example")) return requestByExample(state.get("example"), fields, signal);
   if (!state.has("like")) return post("api/search", { text: state.get("q"), ...fields }, signal);
   const id = encodeURIComponent(state.get("like"));
   return call(`api/like/${id}?${new URLSearchParams(fields)}`, { signal });
 }
 
-async function askByExample(key, fields, signal) {
+async function requestByExample(key, fields, signal) {
   const file = examples.get(key);
-  if (!file) throw new Error("Loading the page anew forgets files: choose the example again.");
-  if (file.size > limits.most_uploaded) {
-    throw new Error(`${file.name}: more than ${Math.round(limits.most_uploaded / 2 ** 20)} MB.`);
+  if (!file) throw new Error("Reloading the page discards files: choose the example again.");
+  if (file.size > limits.max_upload_bytes) {
+    throw new Error(`${file.name} is larger than ${Math.round(limits.max_upload_bytes / 2 ** 20)} MB.`);
   }
   const options = new URLSearchParams({ name: file.name, ...fields });
   return call(`api/example?${options}`, { method: "POST", body: file, signal });
@@ -112,7 +113,7 @@ async function askByExample(key, fields, signal) {
 
 // ---- searching
 
-/** Brings the page to the state in the address. */
+/** Updates the page to the state in the address. */
 async function render() {
   const state = readState();
   const key = searchKey(state);
@@ -125,17 +126,17 @@ async function render() {
   else if (shown.open !== hit) openPlayer(hit, state);
 }
 
-/** Shows the answer; false if another search has taken its place meanwhile. */
+/** Searches and shows the answer; returns false if another search has replaced this one. */
 async function search(state, key) {
   running.abort();
   running = new AbortController();
   const { signal } = running;
-  const asks = ["q", "like", "example"].some((name) => state.has(name));
+  const hasQuery = ["q", "like", "example"].some((name) => state.has(name));
   $("main").ariaBusy = "true";
   try {
-    const answer = !asks ? null : (answers.get(key) ?? (await ask(state, signal)));
+    const answer = !hasQuery ? null : (answers.get(key) ?? (await requestAnswer(state, signal)));
     if (signal.aborted) return false;
-    if (answer) keep(key, answer);
+    if (answer) cache(key, answer);
     showAnswer(answer, state);
   } catch (error) {
     if (signal.aborted) return false;
@@ -146,10 +147,10 @@ async function search(state, key) {
   return true;
 }
 
-function keep(key, answer) {
+function cache(key, answer) {
   answers.delete(key);
   answers.set(key, answer);
-  if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
+  if (answers.size > CACHED_ANSWERS) answers.delete(answers.keys().next().value);
 }
 
 function showAnswer(answer, state, error = "") {
@@ -174,13 +175,13 @@ function statusOf(answer) {
   return [make("span", { title, textContent }), note];
 }
 
-/** Says what was searched by: a segment of the index, or a file with its picture. */
+/** Shows the example that was searched by: a segment of the index, or a file with its picture. */
 function showExample(answer, state) {
   const [file, segment] = [examples.get(state.get("example")), answer?.like];
   $("example").hidden = !(file || segment);
   if (!file && !segment) return $("example").replaceChildren();
   const name = make("b", { dir: "auto", textContent: segment?.name ?? file.name });
-  const words = make("span", {}, "Results like ", name, segment ? `, ${range(segment)}` : "");
+  const words = make("span", {}, "Similar to ", name, segment ? `, ${range(segment)}` : "");
   $("example").replaceChildren(...exampleImage(file, segment), words);
 }
 
@@ -192,13 +193,13 @@ function exampleImage(file, segment) {
   return [image];
 }
 
-/** In place of hits: what to do. */
+/** Shows instructions if there are no hits. */
 function showEmpty(answer, error) {
   const [head, text] = answer
-    ? ["Nothing found", "No segment passes the filters: widen the file or the seconds."]
+    ? ["No results", "No segment passes the filters: change the file name or the seconds."]
     : [
         "Find the moment",
-        "Say in a sentence what happens, or drop an image or a video here to find what looks like it.",
+        "Describe what happens in a sentence, or drop an image or a video here to find similar ones.",
       ];
   const needed = !error && !answer?.hits.length;
   const hint = [make("h2", { textContent: head }), make("p", { textContent: text })];
@@ -222,12 +223,12 @@ function card(hit, state) {
   return make("li", {}, link);
 }
 
-/** Puts each image's exact still in its place, a few at a time; those taken off the page are left. */
+/** Replaces thumbnails by the exact stills, a few at a time, if they are still on the page. */
 function loadStills(images) {
   const worker = async () => {
     for (let image; (image = images.shift()); ) if (image.isConnected) await loadStill(image);
   };
-  for (let k = 0; k < STILLS_AT_ONCE; k++) worker();
+  for (let k = 0; k < PARALLEL_STILLS; k++) worker();
 }
 
 function loadStill(image) {
@@ -269,9 +270,9 @@ function startVideo(hit) {
   video.hidden = false;
   video.onerror = () => cannotPlay(hit);
   video.onloadedmetadata = () => {
-    if (!video.videoWidth) return cannotPlay(hit); // its sound alone can be played
+    if (!video.videoWidth) return cannotPlay(hit); // only its sound can be played
     video.currentTime = hit.second;
-    video.play().catch(() => {}); // where that is not allowed, it waits for the user
+    video.play().catch(() => {}); // without permission to autoplay, the user starts it
   };
   video.src = `video/${hit.id}`;
 }
@@ -281,7 +282,7 @@ async function cannotPlay(hit) {
   $("video").hidden = true;
   $("unplayable").hidden = false;
   $("picture").src = stillOf(hit.id, hit.second);
-  $("why").textContent = `This browser cannot play ${hit.name}: download it to watch it elsewhere.`;
+  $("why").textContent = `This browser cannot play ${hit.name}. Download it to watch it in another player.`;
   const first = { headers: { Range: "bytes=0-0" } };
   await call(`video/${hit.id}`, first).catch((error) => ($("why").textContent = error.message));
 }
@@ -290,7 +291,7 @@ function stopVideo() {
   const video = $("video");
   video.onerror = video.onloadedmetadata = null;
   video.removeAttribute("src");
-  video.load(); // lets go of the connection
+  video.load(); // closes the connection
 }
 
 function seek(second) {
@@ -298,8 +299,8 @@ function seek(second) {
   else $("picture").src = stillOf(shown.open.id, second);
 }
 
-/** After the dialog has closed, by whatever means: the address follows. */
-function leavePlayer() {
+/** Updates the address after the dialog has closed. */
+function afterClose() {
   stopVideo();
   shown.open = null;
   const state = readState();
@@ -311,8 +312,8 @@ function leavePlayer() {
 // ---- the heat map
 
 const LEGEND =
-  "The stronger the colour, the more attention a word pays to a frame. " +
-  "Bars: the shares of a word and of a frame. Click on a frame to go there.";
+  "Attention of each word to each frame: the stronger the colour, the higher the weight. " +
+  "Bars: sum over a word or a frame. Click a frame to go to its time.";
 
 async function showAttention(hit, sentence) {
   $("attention").hidden = !sentence;
@@ -339,12 +340,12 @@ const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 function heatMap({ words, times, weights }, hit) {
   const ofWords = weights.map(sum);
   const ofFrames = times.map((_, frame) => sum(weights.map((row) => row[frame])));
-  const [mostWord, mostFrame, most] = [ofWords, ofFrames, weights.flat()].map((all) => Math.max(...all));
-  const heads = times.map((time, f) => frameHead(hit, time, f, ofFrames[f], mostFrame));
+  const [maxWord, maxFrame, maxWeight] = [ofWords, ofFrames, weights.flat()].map((all) => Math.max(...all));
+  const heads = times.map((time, f) => frameHead(hit, time, f, ofFrames[f], maxFrame));
   const row = (word, w) => {
     const title = (f) => `${word}, ${clock(times[f], true)}: ${percent(weights[w][f])}`;
-    const cells = weights[w].map((weight, f) => heatCell(weight / most, f, title(f)));
-    return make("tr", {}, wordHead(word, ofWords[w], mostWord), ...cells);
+    const cells = weights[w].map((weight, f) => heatCell(weight / maxWeight, f, title(f)));
+    return make("tr", {}, wordHead(word, ofWords[w], maxWord), ...cells);
   };
   const head = make("thead", {}, make("tr", {}, make("td"), ...heads));
   const table = make("table", {}, head, make("tbody", {}, ...words.map(row)));
@@ -388,14 +389,14 @@ function heatCell(strength, frame, title) {
   return cell;
 }
 
-/** Marks the frame of the heat map that the video is at. */
+/** Marks the frame of the heat map at the current time of the video. */
 function followVideo() {
   const buttons = [...$("heat").querySelectorAll("button")];
   const now = buttons.findLast((button) => button.dataset.time <= $("video").currentTime + 0.05);
   for (const button of buttons) button.classList.toggle("now", button === now);
 }
 
-// ---- what the user does
+// ---- user actions
 
 function searchByExample(file) {
   if (!file) return;
@@ -410,7 +411,7 @@ function submit(event) {
   if (sentence) return go(stateOfForm({ q: sentence }));
   running.abort();
   shown.key = null;
-  showAnswer(null, new URLSearchParams(), "Type what the video shows, in a few words.");
+  showAnswer(null, new URLSearchParams(), "Type a few words that describe the video.");
   $("main").ariaBusy = "false";
   $("text").focus();
 }
@@ -446,14 +447,14 @@ $("file").addEventListener("change", () => {
   $("file").value = ""; // the same file can be chosen again
 });
 $("close").addEventListener("click", () => $("player").close());
-$("player").addEventListener("close", leavePlayer);
+$("player").addEventListener("close", afterClose);
 $("player").addEventListener("click", ({ target }) => target === $("player") && $("player").close());
 $("video").addEventListener("timeupdate", followVideo);
 $("video").addEventListener("seeking", followVideo);
 for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, onDrop);
 document.addEventListener("keydown", onKey);
 window.addEventListener("hashchange", render);
-// Who enters by a link to an open player has no list to go back to when it closes.
+// A visitor who enters by a link to an open player has no list to go back to when it closes.
 if (readState().has("open")) history.replaceState("entered", "");
 showFacts();
 render();

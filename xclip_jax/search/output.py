@@ -1,0 +1,146 @@
+"""Presentation of search results on the command line: table, JSON, picture and video player."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from xclip_jax.data.video import VideoError, still
+from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, ignore_missing_glyphs
+from xclip_jax.search.funnel import Answer, Hit
+
+GRID_COLUMNS, CELL_WIDTH, CELL_HEIGHT, MARGIN = (
+    4,
+    240,
+    150,
+    18,
+)  # pixels of a picture, and around it
+_PLAYERS = {  # players that can start at a given second
+    "mpv": ["--start={second}", "{path}"],
+    "vlc": ["--start-time={second}", "{path}"],
+    "ffplay": ["-loglevel", "error", "-ss", "{second}", "{path}"],
+}
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as indented JSON."""
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def print_answer(answer: Answer, *, as_json: bool) -> None:
+    """Prints the results of a search as a table or as JSON."""
+    if as_json:
+        print_json(dataclasses.asdict(answer))
+        return
+    if answer.note:
+        print(f"note: {answer.note}", file=sys.stderr)
+    if not answer.hits:
+        print(f"no results: {answer.searched:,} segments pass the filters")
+        return
+    print(f"{'rank':>4}  {'score':>7}  {'best':>7}  {'segment':>15}  file")
+    for hit in answer:
+        span = f"{format_time(hit.start)}-{format_time(hit.end)}"
+        best, path = format_time(hit.second), shorten_path(hit.path)
+        print(f"{hit.rank:4}  {hit.score:7.2f}  {best:>7}  {span:>15}  {path}")
+    milliseconds = 1000 * sum(answer.seconds.values())
+    print(
+        f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms, including compilation",
+        file=sys.stderr,
+    )
+
+
+def print_captions(ranked: Sequence[tuple[str, float]], *, as_json: bool) -> None:
+    """Prints captions with their scores as a table or as JSON."""
+    if as_json:
+        print_json([{"caption": caption, "score": score} for caption, score in ranked])
+        return
+    print(f"{'rank':>4}  {'score':>7}  caption")
+    for rank, (caption, score) in enumerate(ranked, 1):
+        print(f"{rank:4}  {score:7.2f}  {caption}")
+
+
+def format_time(seconds: float) -> str:
+    """Returns seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def shorten_path(path: str) -> str:
+    """Returns the path relative to the current folder if it is below it."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
+
+
+def play(hit: Hit) -> None:
+    """Opens the file at its best second, or from the start if no suitable player is installed."""
+    for player, options in _PLAYERS.items():
+        if shutil.which(player):
+            options = [option.format(second=hit.second, path=hit.path) for option in options]
+            subprocess.Popen([player, *options])
+            return
+    webbrowser.open(Path(hit.path).as_uri())
+    time = format_time(hit.second)
+    print(f"mpv, VLC or ffplay is not installed: the best second is {time}", file=sys.stderr)
+
+
+@ignore_missing_glyphs()
+def draw_grid(
+    path: str | Path, title: str, hits: Sequence[Hit], *, thumbnail: Callable[[str], bytes]
+) -> None:
+    """Writes a picture of the best second of each hit.
+
+    Args:
+        path: the .png file.
+        title: the query.
+        hits: at least one.
+        thumbnail: function from segment id to JPEG, for files that can no longer be read.
+    """
+    columns = min(GRID_COLUMNS, len(hits))
+    rows = -(-len(hits) // columns)
+    width = max(2, columns) * (CELL_WIDTH + MARGIN) + MARGIN
+    canvas = Canvas(width, 70 + rows * (CELL_HEIGHT + 62))
+    canvas.paragraph(MARGIN, 36, title, width - 2 * MARGIN, 2, size=17, weight="bold")
+    for index, hit in enumerate(hits):
+        x = MARGIN + index % columns * (CELL_WIDTH + MARGIN)
+        y = 70 + index // columns * (CELL_HEIGHT + 62)
+        _draw_hit(canvas, x, y, hit, _read_picture(hit, thumbnail))
+    canvas.save(path)
+
+
+def _draw_hit(
+    canvas: Canvas, x: float, y: float, hit: Hit, pixels: UInt8[np.ndarray, "H W 3"]
+) -> None:
+    scale = min(CELL_WIDTH / pixels.shape[1], CELL_HEIGHT / pixels.shape[0])
+    width, height = pixels.shape[1] * scale, pixels.shape[0] * scale
+    canvas.box(x, y, CELL_WIDTH, CELL_HEIGHT, 4, facecolor="#11151d", edgecolor="#11151d")
+    left, top = x + (CELL_WIDTH - width) / 2, y + (CELL_HEIGHT - height) / 2
+    canvas.image(pixels, left, top, width, height, interpolation="lanczos")
+    baseline = y + CELL_HEIGHT + 15
+    canvas.text(x, baseline, f"{hit.rank}", 13, BLUE, weight="bold")
+    canvas.text(x + CELL_WIDTH, baseline, f"{hit.score:.2f}", 13, INK, ha="right")
+    canvas.text(x + 26, baseline, format_time(hit.second), 13, INK, weight="bold")
+    name = canvas.wrap(os.path.basename(hit.path), CELL_WIDTH, 1, 11)[0]
+    canvas.text(x, y + CELL_HEIGHT + 34, name, 11, MUTED)
+
+
+def _read_picture(hit: Hit, thumbnail: Callable[[str], bytes]) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        jpeg = still(hit.path, hit.second)
+    except (VideoError, OSError):
+        jpeg = thumbnail(hit.id)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return np.asarray(image.convert("RGB"))
