@@ -1,19 +1,19 @@
-"""Two CPU devices, so that a mesh has more than one; compiled programs shared between tests."""
+"""Runs the tests on two CPU devices and shares compiled programs between tests and processes."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX comes in, and for the processes that tests start
+# Set before JAX is imported. Worker processes and the programs that tests start inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling dominates the run time of small models. LLVM's expensive passes double it.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="jax_cache")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
-import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# Compiling is most of the work of small models: without LLVM's expensive passes it takes half.
-jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    if not jax.config.jax_compilation_cache_dir:  # else JAX_COMPILATION_CACHE_DIR is set
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
