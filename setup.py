@@ -19,7 +19,6 @@ REQUIRES = [
     "absl-py>=2.1",
     "jaxtyping>=0.3",  # shapes in annotations, checked at test time
     "jinja2>=3.1",  # the HTML reports, autoescaped
-    "pebble>=5.1",  # process pools whose workers can crash, time out or be interrupted
     "numpy>=2.0",
     "scipy>=1.14",  # comes with jax: log-sum-exp on the host
     "av>=15",  # PyAV: decodes videos with their presentation times

@@ -65,7 +65,7 @@ def main() -> None:
     print(f"{'clips':>8}{'prepare':>10}{'workers':>10}{'batches':>10}   peak memory, MiB")
     for size in map(int, args.sizes.split(",")):
         scenes, data = folder / f"scenes{size}", folder / f"data{size}"
-        rendered.make(scenes, num_train=size, num_val=0, num_test=0)
+        rendered.render_dataset(scenes, num_train=size, num_val=0, num_test=0)
         command = [sys.executable, "-m", "xclip_jax.prepare", "--dataset=captions"]
         command += [f"--videos={scenes}/videos", f"--annotations={scenes}/captions.jsonl"]
         parent, workers = peak_memory([*command, f"--output={data}", "--image_size=224"])

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import results
 
-from xclip_jax.data.builder import Dataset, Pending, write_dataset
+from xclip_jax.data.builder import Dataset, DatasetSettings, PendingRecord, write_dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
 from xclip_jax.data.text import Tokenizer, learn_tokenizer
 from xclip_jax.data.video import decode_jpeg, encode_jpeg
@@ -38,8 +38,8 @@ def make_dataset(folder: str) -> Dataset:
         captions = [f"clip number {number}"]
         return {"id": str(number), "captions": captions, "frames": jpegs, "times": [*range(FRAMES)]}
 
-    clips = [Pending(functools.partial(make_record, n), 1, str(n)) for n in range(CLIPS)]
-    write_dataset(folder, {"train": clips}, SIDE)
+    clips = [PendingRecord(functools.partial(make_record, n), 1, str(n)) for n in range(CLIPS)]
+    write_dataset(folder, {"train": clips}, DatasetSettings(image_size=SIDE))
     return Dataset(folder)
 
 

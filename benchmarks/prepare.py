@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.data import video
+from xclip_jax.data.locate import VIDEO_SUFFIXES
 
 TARGET = 1.3
 IMAGE_SIZE = 224
@@ -121,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.videos:
-            paths = [p for p in args.videos.iterdir() if p.suffix.lower() in video.VIDEO_SUFFIXES]
+            paths = [p for p in args.videos.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES]
         else:
             paths = make_videos(Path(folder), args.count)
         # The longest jobs start first, so that no process idles at the end.

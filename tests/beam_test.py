@@ -8,7 +8,7 @@ import standins
 from xclip_jax import prepare
 from xclip_jax.cli import InputError
 from xclip_jax.data import builder
-from xclip_jax.data.extraction import beam_pipeline
+from xclip_jax.data.beam import parse_beam_flags
 
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed: see .ci/beam")
 
@@ -43,4 +43,4 @@ def test_same_bytes_as_on_one_machine(name, tmp_path, monkeypatch, capsys):
 
 def test_an_unknown_runner_is_one_line():
     with pytest.raises(InputError, match=r"^--beam_runner=Nope: .*DirectRunner"):
-        beam_pipeline("Nope", "")
+        parse_beam_flags("Nope", "")

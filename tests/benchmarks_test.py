@@ -116,8 +116,8 @@ def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        ("lsmdc.py", {}, r"holds msrvtt 9k, the config wants lsmdc"),
-        ("msrvtt.py:7k", {}, r"holds msrvtt 9k, the config wants msrvtt 7k; .*--split=7k"),
+        ("lsmdc.py", {}, r"is msrvtt 9k, the config requires lsmdc"),
+        ("msrvtt.py:7k", {}, r"is msrvtt 9k, the config requires msrvtt 7k; .*--split=7k"),
         (
             "msrvtt.py",
             {"init.clip": "models/none"},
@@ -127,7 +127,7 @@ def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypa
         (
             "didemo.py:vit_b16",
             {"data.path": "data/none"},
-            r"looked for data/none/xclip_clips/.*LisaAnne.*xclip_jax.prepare --dataset=didemo",
+            r"xclip_clips/.* does not exist.*LisaAnne.*xclip_jax.prepare --dataset=didemo",
         ),
         ("msrvtt.py", {"data.test_split": "dev", "train.epochs": 1}, r"has no split 'dev'"),
         ("msrvtt.py", {"train.select": "test", "data.test_split": "dev"}, r"has no split 'dev'"),

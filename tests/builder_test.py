@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.builder import SHARD_BYTES, Dataset, Pending, dataset_folder, write_dataset
+from xclip_jax.data.builder import (
+    SHARD_BYTES,
+    Dataset,
+    DatasetSettings,
+    PendingRecord,
+    dataset_folder,
+    write_dataset,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = {"train": [["a dog", "ein größer 犬 \x00"], ["b"], ["c", "d", "e"]], "test": [["f"]]}
@@ -32,10 +39,10 @@ def write(path, captions=CAPTIONS, image_size=32, make=record, digests=True):
     def clip(split, number):
         size, digest = SHARD_BYTES // 100, str(make(split, number)) if digests else ""
         count = len(captions[split][number])
-        return Pending(functools.partial(make, split, number), count, digest, size)
+        return PendingRecord(functools.partial(make, split, number), count, digest, size)
 
     pending = {s: [clip(s, n) for n in range(len(clips))] for s, clips in captions.items()}
-    write_dataset(path, pending, image_size)
+    write_dataset(path, pending, DatasetSettings(image_size=image_size))
     return Dataset(path)
 
 
@@ -70,8 +77,8 @@ def test_nothing_there(tmp_path):
         with pytest.raises(InputError) as error:
             Dataset(path)
         assert str(error.value) == (
-            f"no prepared data set in {path}: looked for {dataset_folder(path)}; "
-            f"make one with python -m xclip_jax.prepare --output={path}, see its --help"
+            f"no prepared data set in {path}: {dataset_folder(path)} does not exist; "
+            f"run python -m xclip_jax.prepare --output={path} (see its --help)"
         )
     with pytest.raises(InputError, match=r"^config.data.path is empty"):
         Dataset("")
@@ -131,9 +138,10 @@ def test_no_tensorflow(tmp_path):
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('imported')")
     code = """
 import sys
-from xclip_jax.data.builder import Dataset, Pending, write_dataset
+from xclip_jax.data.builder import Dataset, DatasetSettings, PendingRecord, write_dataset
 record = {"id": "a", "captions": ["b"], "frames": [b"c"], "times": [0.0]}
-write_dataset(sys.argv[1], {"train": [Pending(lambda: record, 1, '')]}, 8)
+records = {"train": [PendingRecord(lambda: record, 1, "")]}
+write_dataset(sys.argv[1], records, DatasetSettings(image_size=8))
 print(next(iter(Dataset(sys.argv[1]).clips("train")))["frames"])
 print("tensorflow" in sys.modules)
 """

@@ -180,9 +180,9 @@ def test_xclip_jax_calls_the_command_with_the_other_arguments(name, monkeypatch)
 
 
 def test_demo_config_renders_trains_and_reports(run_main, tmp_path, monkeypatch):
-    make = rendered.make
+    make = rendered.render_dataset
     monkeypatch.setattr(
-        rendered, "make", lambda *a, **k: make(*a, **{**k, "num_val": 6, "num_test": 12})
+        rendered, "render_dataset", lambda *a, **k: make(*a, **{**k, "num_val": 6, "num_test": 12})
     )
     data = tmp_path / "data"
     arguments = (f"--config.data.path={data}", "--config.data.rendered=16")

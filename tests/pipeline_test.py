@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from xclip_jax.cli import InputError
+from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import (
     TrainingPairs,
     choose_frames,
@@ -33,12 +34,12 @@ def level(video, frame):
     return 10 + 20 * video + frame
 
 
-class FakeDataset:
-    """As data/builder.py's Dataset; the brightness of a frame says whose and which it is."""
-
-    captions_per_clip = {"train": np.array(COUNTS)}  # noqa: RUF012
+class FakeDataset(Dataset):
+    """A data set in memory; the brightness of a frame encodes its video and its number."""
 
     def __init__(self):
+        self.captions_per_clip = {"train": np.array(COUNTS)}
+
         def jpeg(value):
             return encode_jpeg(np.full((SIDE, SIDE, 3), value, np.uint8))
 
@@ -64,7 +65,7 @@ LETTER_OF = {TOKENIZER.encode(letter)[0]: letter for letter in LETTERS}
 def batches(count, captions="all", batch_size=4, seed=0, start_step=0, process=(0, 1)):
     pairs = TrainingPairs(DATASET, "train", captions)
     stream = training_batches(
-        pairs, TOKENIZER, batch_size, MAX_FRAMES, SIDE, seed, start_step, process
+        pairs, TOKENIZER, batch_size, MAX_FRAMES, SIDE, seed, start_step=start_step, process=process
     )
     return list(itertools.islice(stream, count))
 

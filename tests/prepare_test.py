@@ -306,7 +306,7 @@ def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
     ]
     assert all(entry.keys() == {"id", "reason", "kept"} for entry in listed)
     reasons = [entry["reason"] for entry in listed]
-    assert reasons[0].startswith("far fewer frames than the header says (")
+    assert reasons[0].startswith("far fewer frames than the header states (")
     assert reasons[1] == "empty file (0 bytes)"
     assert reasons[2].startswith("cannot be opened: Invalid data")
     assert reasons[3] == "no video file found for '10'"
@@ -316,7 +316,9 @@ def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
     assert 3 < len(kept[7][2]) < 20
 
 
-@pytest.mark.parametrize(("bound", "enough"), [(0, False), (0.27, False), (0.28, True), (1, True)])
+@pytest.mark.parametrize(
+    ("bound", "enough"), [(0.0, False), (0.27, False), (0.28, True), (1.0, True)]
+)
 def test_max_failures(broken, in_threads, bound, enough):
     folder, annotations, output = broken
     if enough:
@@ -353,7 +355,7 @@ def test_a_small_split_must_not_go_lost(tmp_path):
     outcomes = [extraction.Outcome()] * 95 + [extraction.Outcome("bad")] * 5
     with pytest.raises(InputError, match=r"^5 of 5 test clips failed, more than --max_failures"):
         extraction.report_failures(tmp_path, listing, outcomes, 0.05)
-    extraction.report_failures(tmp_path, listing, outcomes, 1)
+    extraction.report_failures(tmp_path, listing, outcomes, 1.0)
 
 
 def test_other_videos_are_refused_once_it_is_prepared(videos, tmp_path, in_threads):
@@ -369,7 +371,7 @@ def test_other_videos_are_refused_once_it_is_prepared(videos, tmp_path, in_threa
 def test_notes_about_partly_read_files_are_no_failures(tmp_path, in_threads, capsys):
     cut_off(make_video(tmp_path / "videos" / "a.avi", seconds=20))
     annotations, output = annotate(tmp_path / "a.json", {"video": "a"}), tmp_path / "out"
-    prepare.prepare(annotations, tmp_path / "videos", output, image_size=32, max_failures=0)
+    prepare.prepare(annotations, tmp_path / "videos", output, image_size=32, max_failures=0.0)
     assert "1 of 1 clips read, 1 of them only in part (listed in " in capsys.readouterr().out
     assert [entry["kept"] for entry in failures(output)] == [True]
     assert len(records(output)) == 1
@@ -410,7 +412,7 @@ def test_a_changed_video_is_read_again(videos, tmp_path, in_threads):
 
 def test_one_file_under_two_names(videos, tmp_path):
     annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "a.mp4", "start": 1})
-    message = f"videos 'a' and 'a.mp4' are the one file {videos / 'a.mp4'}: use one name for it"
+    message = f"videos 'a' and 'a.mp4' are the same file {videos / 'a.mp4'}: use one name for it"
     with pytest.raises(InputError, match=f"^{message}$"):
         prepare.prepare(annotations, videos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -520,10 +522,10 @@ def test_bad_input_is_one_line(videos, tmp_path, capsys):
         ),
         (
             {"--split": "9k"},
-            "--split=9k: with --dataset=captions it must be left out: it has no variants",
+            "--split=9k: with --dataset=captions it must be omitted: it has no variants",
         ),
         ({"--beam_options": "--a=b"}, "--beam_options needs --beam_runner"),
-        ({"--dataset": "rendered"}, "--videos has no meaning with --dataset=rendered"),
+        ({"--dataset": "rendered"}, "--videos is not allowed with --dataset=rendered"),
         ({"--max_seconds": "-1"}, "--max_seconds=-1: must be at least 0"),
         ({"--max_failures": "1.5"}, "--max_failures=1.5: must be from 0 to 1"),
         ({"--max_failures": "nan"}, "--max_failures=nan: must be from 0 to 1"),

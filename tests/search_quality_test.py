@@ -48,7 +48,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return rendered.scenes("test", TEST_CLIPS)
+    return rendered.draw_scenes("test", TEST_CLIPS)
 
 
 def number(hit):

@@ -32,7 +32,7 @@ def write_video(path, scene):
         stream.width = stream.height = rendered.SIDE
         stream.pix_fmt = "yuv420p"
         for number in range(rate * rendered.SECONDS):
-            picture = rendered.frame(scene, number / rate)
+            picture = rendered.render_frame(scene, number / rate)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, rate)
             container.mux(stream.encode(frame))
@@ -42,7 +42,7 @@ def write_video(path, scene):
 def _scenes():
     """{split: scenes}; those of val and test have other objects than those of train."""
     counts = {"train": TRAIN, "val": VAL, "test": TEST}
-    return {split: rendered.scenes(split, count) for split, count in counts.items()}
+    return {split: rendered.draw_scenes(split, count) for split, count in counts.items()}
 
 
 def _write(folder, files):

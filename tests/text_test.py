@@ -218,7 +218,7 @@ def test_missing_folders(tmp_path):
     for path in (tmp_path / "none", "data/mine/tokenizer"):
         with pytest.raises(InputError) as error:
             load_tokenizer(path)
-        assert str(error.value).startswith(f"no tokenizer in {path}: no such file or folder, nor ")
+        assert str(error.value).startswith(f"no tokenizer in {path}: no such file, folder or ")
         assert "\n" not in str(error.value)
 
 
@@ -235,7 +235,7 @@ def test_from_the_hub(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "snapshot_download", snapshot_download)
     assert load_tokenizer("openai/clip").encode("a dog") == tokenizer.encode("a dog")
     assert asked[0][0] == "openai/clip"
-    reason = "no such file or folder, nor one of the Hugging Face hub: no network"
+    reason = "no such file, folder or Hugging Face hub repository: no network"
     with pytest.raises(InputError, match=f"^no tokenizer in openai/clip: {reason}$"):
         load_tokenizer("openai/clip")
 
@@ -302,7 +302,7 @@ def test_merges_past_those_of_openai_are_left_out(tmp_path, monkeypatch):
 
 
 NO_MERGES = "the file has no merges below a header line"
-DAMAGED = "the file is damaged or no vocabulary file"
+DAMAGED = "the file is corrupted or not a vocabulary file"
 PROSE = "A dog runs after the red ball.\nIt sits down by the fire.\nThe ball is lost.\n"
 PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
 
@@ -322,13 +322,13 @@ PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
         (b"#version: 0.2\n", NO_MERGES),
         (b"A dog runs after the red ball.", NO_MERGES),
         (MADE_UP.partition("\n")[2].encode(), NO_MERGES),  # the header is gone: ids would be off
-        (PROSE.encode(), "line 2 of the file makes no new token of two known by then"),
+        (PROSE.encode(), "line 2 is not a new token from two earlier ones"),
         (PROSE.encode("utf-16"), DAMAGED),
-        (MADE_UP.replace("d o\n", "").encode(), "line 4 of the file makes no new token"),
-        (MADE_UP.replace("d o\n", "t h\n").encode(), "line 4 of the file makes no new token"),
-        (MADE_UP.replace("d o\n", "\n").encode(), "line 4 of the file makes no new token"),
-        ((MADE_UP + "th e</w> x").encode(), "line 7 of the file makes no new token"),
-        (b'{"model": {"vocab": {}}}\n{}\n', "line 2 of the file makes no new token"),
+        (MADE_UP.replace("d o\n", "").encode(), "line 4 is not a new token"),
+        (MADE_UP.replace("d o\n", "t h\n").encode(), "line 4 is not a new token"),
+        (MADE_UP.replace("d o\n", "\n").encode(), "line 4 is not a new token"),
+        ((MADE_UP + "th e</w> x").encode(), "line 7 is not a new token"),
+        (b'{"model": {"vocab": {}}}\n{}\n', "line 2 is not a new token"),
     ],
 )
 def test_files_that_are_no_vocabulary(data, reason, tmp_path):

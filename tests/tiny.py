@@ -8,7 +8,7 @@ import numpy as np
 from xclip_jax import config
 from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.data import rendered
-from xclip_jax.data.builder import Pending, write_dataset
+from xclip_jax.data.builder import DatasetSettings, PendingRecord, write_dataset
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
 from xclip_jax.models import build_model
@@ -35,9 +35,10 @@ def make_dataset(path, splits=("train", "val"), num_frames=3):
         }
 
     clips = [
-        Pending(functools.partial(record, n), 2, f"{num_frames} {n}") for n in range(len(pairs))
+        PendingRecord(functools.partial(record, n), 2, f"{num_frames} {n}")
+        for n in range(len(pairs))
     ]
-    write_dataset(path, dict.fromkeys(splits, clips), SIDE)
+    write_dataset(path, dict.fromkeys(splits, clips), DatasetSettings(image_size=SIDE))
     learn_tokenizer(c for cs in captions for c in cs).save(f"{path}/tokenizer")
     return path
 
@@ -90,6 +91,6 @@ def make_videos(folder, count=6):
     """Video files of six seconds, `clip0.mp4` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"clip{number}.mp4" for number in range(count)]
-    for path, scene in zip(paths, rendered.scenes("train", count), strict=True):
-        rendered.render(scene, path)
+    for path, scene in zip(paths, rendered.draw_scenes("train", count), strict=True):
+        rendered.render_video(scene, path)
     return paths

@@ -6,10 +6,12 @@ The videos made here are grey, and the brightness of a frame is its number: 4 le
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import av
 import numpy as np
 import pytest
+from av.container import InputContainer
 from av.stream import Disposition
 from PIL import Image
 
@@ -128,7 +130,7 @@ def test_times_count_from_the_first_frame(tmp_path, suffix):
 )
 def test_start_and_end(tmp_path, start, end, chosen):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 40), time_base=Fraction(1, 10))
-    frames = video.read_frames(path, 32, start, end)
+    frames = video.read_frames(path, 32, start=start, end=end)
     assert numbers(frames) == chosen
     assert frames.note is None
 
@@ -136,23 +138,19 @@ def test_start_and_end(tmp_path, start, end, chosen):
 def test_no_frame_between(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 20))
     with pytest.raises(video.VideoError, match=r"^no frame between 3\.0 s and 5\.0 s$"):
-        video.read_frames(path, 32, 3.0, 5.0)
+        video.read_frames(path, 32, start=3.0, end=5.0)
     with pytest.raises(video.VideoError, match=r"^no frame between 3\.0 s and its end$"):
-        video.read_frames(path, 32, 3.0)
+        video.read_frames(path, 32, start=3.0)
     with pytest.raises(video.VideoError, match="no frame between"):
-        video.read_frames(path, 32, 1.0, 0.5)
+        video.read_frames(path, 32, start=1.0, end=0.5)
 
 
 def test_stops_decoding_past_the_end(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 50))
     decoders, make = [], video._Decoder
     monkeypatch.setattr(video, "_Decoder", lambda *a: decoders.append(make(*a)) or decoders[-1])
-    video.read_frames(path, 32, 0, 1)
+    video.read_frames(path, 32, start=0.0, end=1.0)
     assert decoders[0].count == 12  # that of 1.1 s is the first past the end
-
-
-class FakeStream:
-    average_rate, guessed_rate, time_base = Fraction(25), None, Fraction(1, 100)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ class FakeStream:
     ],
 )
 def test_clock(stamps, ticks):
-    clock = video._Clock(FakeStream)
+    clock = video._Clock(second=Fraction(100), rate=Fraction(25))
     assert [clock(stamp) for stamp in stamps] == ticks
 
 
@@ -211,9 +209,9 @@ def test_pixels_are_made_square(tmp_path, degrees, aspect):
 
 
 def test_pixel_aspect_out_of_reason_is_ignored():
-    assert video._Upright(Fraction(1, 65535)).pixel_aspect == 1
-    assert video._Upright(None).pixel_aspect == 1
-    assert video._Upright(Fraction(64, 51)).pixel_aspect == Fraction(64, 51)
+    assert video._Converter(Fraction(1, 65535)).pixel_aspect == 1
+    assert video._Converter(None).pixel_aspect == 1
+    assert video._Converter(Fraction(64, 51)).pixel_aspect == Fraction(64, 51)
 
 
 def plain_preprocess(image, size):
@@ -265,7 +263,7 @@ def test_colours(pixel_format, matrix, full_range):
             dtype = np.uint16 if scale == 4 else np.uint8
             plane.update(np.full(plane.buffer_size // dtype().nbytes, level * scale + 0.5, dtype))
         frame.colorspace, frame.color_range = matrix, 2 if full_range else 1
-        got = video._Upright(None)(frame).square(32)[16, 16]
+        got = video._Converter(None)(frame).square(32)[16, 16]
         assert got.tolist() == pytest.approx(rgb.tolist(), abs=1 if scale == 4 else 3)
 
 
@@ -280,7 +278,7 @@ def test_ten_bit(tmp_path):
 @pytest.mark.parametrize("pixel_format", ["gray", "yuva420p", "bgra", "rgb565le", "rgb24", "gbrp"])
 def test_any_pixel_format_becomes_rgb(pixel_format):
     frame = av.VideoFrame.from_ndarray(grey(20), format="rgb24").reformat(format=pixel_format)
-    array = video._Upright(None)(frame).square(32)
+    array = video._Converter(None)(frame).square(32)
     assert array.shape == (32, 32, 3)
     assert abs(array.mean() - 100) < 3
 
@@ -302,7 +300,7 @@ def test_far_fewer_frames_than_the_header_says(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
     frames = video.read_frames(path, 32)
-    assert frames.note.startswith("far fewer frames than the header says (")
+    assert frames.note.startswith("far fewer frames than the header states (")
     assert frames.note.endswith(" of 50)")
     assert video.read_frames(path, 32, end=1.0).note is None
 
@@ -330,7 +328,7 @@ def test_packets_before_the_first_frame_may_be_broken(tmp_path):
     frames = video.read_frames(path, 32)
     assert numbers(frames) == [10, 20, 30, 40]
     assert frames.times == [0, 1, 2, 3]
-    assert frames.note == "far fewer frames than the header says (40 of 50)"
+    assert frames.note == "far fewer frames than the header states (40 of 50)"
 
 
 def test_no_frame_can_be_decoded(tmp_path):
@@ -380,7 +378,7 @@ def test_names_that_look_like_protocols_or_options(tmp_path, monkeypatch):
 
 def test_cover_art_is_no_video():
     cover = SimpleNamespace(disposition=Disposition.attached_pic | Disposition.default)
-    container = SimpleNamespace(streams=SimpleNamespace(video=[cover]))
+    container = Mock(spec=InputContainer, streams=SimpleNamespace(video=[cover]))
     with pytest.raises(video.VideoError, match=r"^no video stream$"):
         video._video_stream(container)
     unknown = SimpleNamespace(disposition=Disposition.default, codec_context=None)
@@ -514,6 +512,6 @@ def test_shared_wide_pixels():
     # 640 x 360 stored, 1280 x 360 shown: the bars in the middle half of the width remain.
     with av.open(str(shared("mb_sar_2x1.mp4"))) as container:
         image = next(container.decode(video=0)).to_image()
-    assert video.read_frames(shared("mb_sar_2x1.mp4"), 64, end=0).frames[0] == pytest.approx(
+    assert video.read_frames(shared("mb_sar_2x1.mp4"), 64, end=0.0).frames[0] == pytest.approx(
         plain_preprocess(image.resize((1280, 360), Image.BICUBIC), 64).astype(int), abs=24
     )

@@ -1,36 +1,41 @@
-"""Samples frames from videos once and writes a data set for training and evaluation.
+r"""Samples frames from videos once and writes a data set for training and evaluation.
 
-    python -m xclip_jax.prepare --dataset=captions --videos=clips/ \\
+    python -m xclip_jax.prepare --dataset=captions --videos=clips/ \
         --annotations=captions.csv --output=data/mine
     python -m xclip_jax.main --config=configs/captions.py --config.data.path=data/mine
 
-    python -m xclip_jax.prepare --dataset=msrvtt --videos=MSRVTT/ \\
+    python -m xclip_jax.prepare --dataset=msrvtt --videos=MSRVTT/ \
         --annotations=msrvtt_data/ --output=data/msrvtt
     python -m xclip_jax.main --config=configs/msrvtt.py
 
-What to download for each benchmark: docs/data.md. Killed and started again it goes on where it
-was. What could not be read is listed with reasons in OUTPUT/failures.jsonl, what is odd about the
-annotations and files in OUTPUT/findings.jsonl.
+docs/data.md says what to download for each benchmark. A run that was killed resumes when started
+again. OUTPUT/failures.jsonl lists the clips that could not be read, with reasons, and
+OUTPUT/findings.jsonl the inconsistencies in annotations and files.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from xclip_jax.cli import InputError, one_line_errors, run_command
 from xclip_jax.data import rendered
-from xclip_jax.data.annotations import SPLITS
+from xclip_jax.data.annotations import SPLITS, Clip, Listing
+from xclip_jax.data.beam import BeamRunner, parse_beam_flags
 from xclip_jax.data.benchmarks import DATASETS
-from xclip_jax.data.builder import Pending, dataset_folder, write_dataset
+from xclip_jax.data.builder import DatasetSettings, PendingRecord, dataset_folder, write_dataset
 from xclip_jax.data.extraction import (
-    beam_pipeline,
+    ClipJob,
+    Outcome,
     extract_all,
-    extract_all_on_beam,
     make_job,
     make_record,
     report_failures,
@@ -40,96 +45,116 @@ from xclip_jax.data.locate import VideoFolder
 from xclip_jax.data.text import learn_tokenizer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """All that the content of a data set depends on, as OUTPUT/request.json stores it.
+
+    Attributes:
+        dataset, variant, image_size, max_seconds: see `prepare`.
+        annotations, videos: digests.
+    """
+
+    dataset: str
+    variant: str
+    image_size: int
+    max_seconds: float | None
+    annotations: str
+    videos: str
+
+
 def prepare(
-    annotations,
-    videos,
-    output,
-    dataset="captions",
-    variant="",
-    image_size=224,
-    max_seconds=None,
-    max_failures=0.05,
-    beam=None,
-):
-    """Videos and annotations -> a data set under `output`; see the module's description.
+    annotations: str | os.PathLike,
+    videos: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    dataset: str = "captions",
+    variant: str = "",
+    image_size: int = 224,
+    max_seconds: float | None = None,
+    max_failures: float = 0.05,
+    beam_runner: BeamRunner | None = None,
+) -> None:
+    """Writes a data set of videos and annotations under `output`.
 
     Args:
         annotations: the captions file, or the folder of a benchmark's released files.
-        videos: folder that holds the video files, sub-folders included.
-        output: folder to write; resumed if an earlier run of the same arguments was cut short.
+        videos: folder of the video files, searched with its sub-folders.
+        output: folder to write; a run with the same arguments that was cut short is resumed.
         dataset: key of DATASETS.
-        variant: one of its VARIANTS; "": the first.
+        variant: one of its variants; "": the first.
         image_size: S, side of the stored frames in pixels.
-        max_seconds: of each clip, the last second read; None: all of it.
-        max_failures: share of the clips that may be unreadable or have no captions, 0 to 1.
-        beam: from `data.beam.beam_pipeline`, to run on Apache Beam; None: this machine.
+        max_seconds: the last second read of each clip; None: all are read.
+        max_failures: fraction of the clips that may be unreadable or have no captions, 0 to 1.
+        beam_runner: see `data.beam.parse_beam_flags`; None: this machine.
 
     Raises:
-        InputError: bad annotations, too many failures, or `output` holds another data set.
+        InputError: invalid annotations, too many failures, or `output` holds another data set.
     """
     output = Path(output)
     variant, listing = _read_annotations(dataset, variant, Path(annotations))
-    clips, found = listing.clips, VideoFolder(videos)
+    clips, folder = listing.clips, VideoFolder(videos)
     if not clips:
-        raise InputError(f"{annotations}: no id there has captions; {DATASETS[dataset].download}")
-    paths = [found.locate(clip.video, is_path=dataset == "captions") for clip in clips]
+        raise InputError(f"{annotations}: no id has captions; {DATASETS[dataset].download}")
+    paths = [folder.locate(clip.video, is_path=dataset == "captions") for clip in clips]
     _check_names(clips, paths)
-    request = {
-        "dataset": dataset,
-        "variant": variant,
-        "image_size": image_size,
-        "max_seconds": max_seconds,
-        "annotations": _digest(clips),
-        "videos": _digest([path and (path.name, path.stat().st_size) for path in paths]),
-    }
+    request = Request(
+        dataset=dataset,
+        variant=variant,
+        image_size=image_size,
+        max_seconds=max_seconds,
+        annotations=_digest(clips),
+        videos=_digest([path and (path.name, path.stat().st_size) for path in paths]),
+    )
     work = output / "work"
-    if _already_prepared(output, request):
-        shutil.rmtree(work, ignore_errors=True)  # still there after a kill at the very end
+    if _is_prepared(output, request):
+        shutil.rmtree(work, ignore_errors=True)  # remains if a run was killed at its very end
         print(f"{output} is already prepared; nothing to do")
         return
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "request.json").write_text(json.dumps(request, indent=1))
-    (work / "request.json").replace(output / "request.json")  # whole or not at all
-    report_findings(output, f"{dataset} {variant}".strip(), listing, paths=paths, files=found.files)
-    jobs = [_job(work, *pair, image_size, max_seconds) for pair in zip(clips, paths, strict=True)]
-    outcomes = extract_all_on_beam(jobs, work, beam) if beam else extract_all(jobs)
+    _store_request(request, work, output)
+    title = f"{dataset} {variant}".strip()
+    report_findings(output, title, listing, paths=paths, files=folder.files)
+    jobs = [_make_job(work, clip, p, request) for clip, p in zip(clips, paths, strict=True)]
+    outcomes = extract_all(jobs, work, beam_runner)
     report_failures(output, listing, outcomes, max_failures)
-    learn_tokenizer(c for clip in clips if clip.split == "train" for c in clip.captions).save(
-        output / "tokenizer"
-    )
-    read = [three for three in zip(clips, jobs, outcomes, strict=True) if not three[2].failure]
-    _write(output, read, listing, request, beam)
+    texts = (text for clip in clips if clip.split == "train" for text in clip.captions)
+    learn_tokenizer(texts).save(output / "tokenizer")
+    records = _pending_records(clips, jobs, outcomes)
+    _write_records(output, records, listing, request, beam_runner)
+    print(f"prepared {output}")
     shutil.rmtree(work)
 
 
-def render_if_missing(config):
-    """The data of a config that renders its own, unless it is there; one process does it."""
+def render_if_missing(config: Any) -> None:
+    """Prepares the rendered data of a config that requires it, unless it exists."""
     path = Path(config.data.path)
     if config.data.rendered and not dataset_folder(path).is_dir():
         path.mkdir(parents=True, exist_ok=True)
-        with FileLock(path / "render.lock"):
+        with FileLock(path / "render.lock"):  # one process renders, the others wait
             side = config.model.vision.image_size
             prepare_rendered(path, side, num_train=config.data.rendered)
 
 
-def prepare_rendered(output, image_size, **counts):
-    """Renders the demo's scenes under `output` and prepares them; `counts` as `rendered.make`."""
+def prepare_rendered(output: str | os.PathLike, image_size: int, **counts: int) -> None:
+    """Renders the demo's scenes under `output` and prepares them.
+
+    `counts` are num_train, num_val and num_test of `rendered.render_dataset`.
+    """
     scenes = Path(output) / "scenes"
-    rendered.make(scenes, **counts)
+    rendered.render_dataset(scenes, **counts)
     prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
 
 
-def _digest(value):
+def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _already_prepared(output, request):
-    """Whether the data set is there and whole; raises if it is that of another request."""
+def _is_prepared(output: Path, request: Request) -> bool:
+    """Returns True if the data set exists, and raises InputError if its request was another."""
     if not dataset_folder(output).is_dir():
         return False
     path = output / "request.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
-    changed = [name for name in request if before.get(name) != request[name]]
+    changed = [k for k, value in dataclasses.asdict(request).items() if before.get(k) != value]
     if changed:
         raise InputError(
             f"{output} holds a data set prepared with other {', '.join(changed)}; "
@@ -138,21 +163,27 @@ def _already_prepared(output, request):
     return True
 
 
-def _check_names(clips, paths):
-    """Raises if a file goes by two names, such as a.mp4 and a: it would be two videos."""
-    names = {}
+def _store_request(request: Request, work: Path, output: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "request.json").write_text(json.dumps(dataclasses.asdict(request), indent=1))
+    (work / "request.json").replace(output / "request.json")  # atomic
+
+
+def _check_names(clips: Sequence[Clip], paths: Sequence[Path | None]) -> None:
+    """Raises InputError if a file has two names, such as a.mp4 and a: it would be two videos."""
+    names: dict[Any, str] = {}
     for clip, path in zip(clips, paths, strict=True):
         name = names.setdefault(path or clip.video, clip.video)
         if name != clip.video:
             both = f"{name!r} and {clip.video!r}"
-            raise InputError(f"videos {both} are the one file {path}: use one name for it")
+            raise InputError(f"videos {both} are the same file {path}: use one name for it")
 
 
-def _read_annotations(dataset, variant, annotations):
-    """(variant, Listing) of a data set's annotations."""
+def _read_annotations(dataset: str, variant: str, annotations: Path) -> tuple[str, Listing]:
+    """Returns the variant, by default the first, and the clips of a data set's annotations."""
     variants = DATASETS[dataset].variants
     if variant and variant not in variants:
-        allowed = f"one of {', '.join(variants)}" if variants else "left out: it has no variants"
+        allowed = f"one of {', '.join(variants)}" if variants else "omitted: it has no variants"
         raise InputError(f"--split={variant}: with --dataset={dataset} it must be {allowed}")
     if not variants:
         return "", DATASETS[dataset].read(annotations)
@@ -160,42 +191,52 @@ def _read_annotations(dataset, variant, annotations):
     return variant, DATASETS[dataset].read(annotations, variant)
 
 
-def _job(work, clip, path, image_size, max_seconds):
+def _make_job(work: Path, clip: Clip, path: Path | None, request: Request) -> ClipJob:
     end = clip.end
-    if max_seconds is not None:
-        latest = (clip.start or 0) + max_seconds
+    if request.max_seconds is not None:
+        latest = (clip.start or 0) + request.max_seconds
         end = latest if end is None else min(end, latest)
-    return make_job(clip.video, path, image_size=image_size, folder=work, start=clip.start, end=end)
+    return make_job(
+        clip.video, path, image_size=request.image_size, folder=work, start=clip.start, end=end
+    )
 
 
-def _write(output, read, listing, request, beam):
-    """Turns the cache files into the TFDS data set, split by split, in the annotations' order."""
-    pending = {}
+def _pending_records(
+    clips: Sequence[Clip], jobs: Sequence[ClipJob], outcomes: Sequence[Outcome]
+) -> dict[str, list[PendingRecord]]:
+    """Returns the records of the clips that were read, by split, in the annotations' order."""
+    records: dict[str, list[PendingRecord]] = {}
     for split in SPLITS:
-        for clip, job, outcome in read:
-            if clip.split == split:
+        for clip, job, outcome in zip(clips, jobs, outcomes, strict=True):
+            if clip.split == split and job.cache and not outcome.failure:
                 make = functools.partial(make_record, clip.id, clip.captions, job.cache)
                 digest = repr((clip.id, clip.captions, outcome.digest))
-                this = Pending(make, len(clip.captions), digest, outcome.size)
-                pending.setdefault(split, []).append(this)
-    total = listing.counts()
-    counts = (f"{split}: {len(p)} of {total[split]} clips" for split, p in pending.items())
-    print(f"writing {', '.join(counts)}")
-    write_dataset(
-        output,
-        pending,
-        request["image_size"],
-        request["dataset"],
-        request["variant"],
-        listing.paragraphs,
-        listing.expected or dict(total),
-        request["max_seconds"],
-        beam,
+                record = PendingRecord(make, len(clip.captions), digest, outcome.size)
+                records.setdefault(split, []).append(record)
+    return records
+
+
+def _write_records(
+    output: Path,
+    records: dict[str, list[PendingRecord]],
+    listing: Listing,
+    request: Request,
+    beam_runner: BeamRunner | None,
+) -> None:
+    counts = listing.counts()
+    print("writing " + ", ".join(f"{s}: {len(r)} of {counts[s]} clips" for s, r in records.items()))
+    settings = DatasetSettings(
+        dataset=request.dataset,
+        variant=request.variant,
+        image_size=request.image_size,
+        paragraphs=listing.paragraphs,
+        max_seconds=request.max_seconds,
+        expected=listing.expected or dict(counts),
     )
-    print(f"prepared {output}")
+    write_dataset(output, records, settings, beam_runner)
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xclip_jax.prepare",
         description=__doc__,
@@ -217,24 +258,24 @@ def _parser():
         "--max_failures",
         type=float,
         default=0.05,
-        help="share of the clips that may be unreadable, 0 to 1 (default 0.05)",
+        help="fraction of the clips that may be unreadable, 0 to 1 (default 0.05)",
     )
     add(
         "--max_seconds",
         type=float,
-        help="read clips up to this second (DiDeMo in the literature: 31); default: all of them",
+        help="read clips up to this second (DiDeMo in the literature: 31); default: the whole clip",
     )
     add(
         "--beam_runner",
         help="run on Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...); "
         "all workers must see the videos and the output under the same paths",
     )
-    add("--beam_options", default="", help="the runner's own flags, in one text")
+    add("--beam_options", default="", help="the runner's own flags, in one string")
     return parser
 
 
-def main(argv=None):
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     args = _parser().parse_args(argv)
     with one_line_errors():
         if not 0 <= args.max_failures <= 1:
@@ -246,7 +287,7 @@ def main(argv=None):
         if args.dataset == "rendered":
             for name in ("videos", "annotations", "split", "max_seconds", "beam_runner"):
                 if getattr(args, name):
-                    raise InputError(f"--{name} has no meaning with --dataset=rendered")
+                    raise InputError(f"--{name} is not allowed with --dataset=rendered")
             prepare_rendered(args.output, args.image_size)
             return
         if args.beam_options and not args.beam_runner:
@@ -254,17 +295,17 @@ def main(argv=None):
         for name in ("videos", "annotations"):
             if getattr(args, name) is None:
                 raise InputError(f"--{name} is required with --dataset={args.dataset}")
-        beam = args.beam_runner and beam_pipeline(args.beam_runner, args.beam_options)
+        runner = parse_beam_flags(args.beam_runner, args.beam_options) if args.beam_runner else None
         prepare(
             args.annotations,
             args.videos,
             args.output,
-            args.dataset,
-            args.split,
-            args.image_size,
-            args.max_seconds,
-            args.max_failures,
-            beam,
+            dataset=args.dataset,
+            variant=args.split,
+            image_size=args.image_size,
+            max_seconds=args.max_seconds,
+            max_failures=args.max_failures,
+            beam_runner=runner,
         )
 
 

@@ -8,76 +8,107 @@ import runpy
 import signal
 import sys
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from typing import Any
 
 
-class _Pool(ProcessPoolExecutor):
-    def __exit__(self, kind, *_):
-        """After an error, such as Ctrl-C, ends the jobs under way: they may take long."""
-        if kind is not None:
-            for process in list((self._processes or {}).values()):
-                process.kill()
-        self.shutdown(cancel_futures=kind is not None)
+class _WorkerProcess(SpawnProcess):
+    """A process that inherits a blocked SIGINT and does not import the caller's script.
 
-    def submit(self, *args, **kwargs):
-        """Starts workers deaf to Ctrl-C: they may get one before they have begun.
+    Ctrl-C is sent to the whole process group and may arrive before a worker has started. Forking
+    is unsafe once JAX has started its threads, hence spawn.
+    """
 
-        They inherit the mask; the parent hears of what came meanwhile as soon as it is lifted.
-        """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    def start(self) -> None:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
         try:
-            with _main_hidden():
-                return super().submit(*args, **kwargs)
+            super().start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _WorkerContext(SpawnContext):
+    """The multiprocessing context of `_WorkerProcess`."""
+
+    Process = _WorkerProcess
 
 
 @contextlib.contextmanager
-def _main_hidden():
-    """Workers started meanwhile do not run the caller's script again, guarded or not."""
-    main = sys.modules["__main__"]
-    spec, file = getattr(main, "__spec__", None), main.__dict__.pop("__file__", None)
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
+def worker_pool(jobs: int) -> Iterator[Executor]:
+    """Yields a pool of processes, one per core and at most one per job.
 
-
-def worker_pool(jobs):
-    """A ProcessPoolExecutor on all cores, of at most `jobs` processes; forking is unsafe with JAX.
-
-    Ctrl-C goes to the whole group of processes, and the parent alone answers it. A parent that is
-    killed takes its workers along.
+    An exception, such as that of Ctrl-C, ends the jobs at work: they may take long. The processes
+    also end if this one is killed.
     """
     workers = max(1, min(os.cpu_count() or 1, jobs))
-    context = multiprocessing.get_context("spawn")
-    return _Pool(workers, context, initializer=_end_with_parent)
+    with ProcessPoolExecutor(workers, _WorkerContext(), initializer=_end_with_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                if isinstance(process, _WorkerProcess):
+                    process.kill()
+            raise
 
 
-def start_module(module, arguments, log):
+def run_jobs(
+    function: Callable[[Any], Any], jobs: Sequence[Any], done: Callable[[int, Any], Any]
+) -> None:
+    """Calls `function` on every job in worker processes, and `done(index, result)` in this one.
+
+    Results arrive in any order. A job that crashes its process has the result None; as a crash
+    breaks the pool, the other jobs in flight run again, each in a pool of its own.
+    """
+    todo = collections.deque(range(len(jobs)))
+    while todo:
+        for index in _run_until_crash(function, jobs, todo, done):
+            if _run_until_crash(function, jobs, collections.deque([index]), done):
+                done(index, None)
+
+
+def _run_until_crash(
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    todo: collections.deque[int],
+    done: Callable[[int, Any], Any],
+) -> list[int]:
+    """Runs jobs off `todo`; returns those in flight if a process crashed."""
+    in_flight = 2 * (os.cpu_count() or 1)  # more would run far ahead of `done`
+    with worker_pool(len(todo)) as pool:
+        running: dict[Future, int] = {}
+        while todo or running:
+            try:
+                while todo and len(running) < in_flight:
+                    running[pool.submit(function, jobs[todo[0]])] = todo[0]
+                    todo.popleft()
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                results = [(future, future.result()) for future in finished]
+            except BrokenProcessPool:  # raised by submit as well
+                return list(running.values())
+            for future, result in results:
+                done(running.pop(future), result)
+    return []
+
+
+def start_module(module: str, arguments: Sequence[str], log: str | Path) -> SpawnProcess:
     """Starts `python -m module arguments...` in a process that ends with this one.
 
-    What it prints is appended to the file `log`. It is deaf to Ctrl-C, which this process answers.
-
-    Returns:
-        its multiprocessing.Process.
+    It inherits a blocked SIGINT; its output is appended to the file `log`.
     """
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_run_module, args=(module, arguments, log))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with _main_hidden():
-            process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process = _WorkerProcess(target=_run_module, args=(module, list(arguments), log))
+    process.start()
     return process
 
 
-def _run_module(module, arguments, log):
+def _run_module(module: str, arguments: list[str], log: str | Path) -> None:
     _end_with_parent()
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
@@ -86,41 +117,12 @@ def _run_module(module, arguments, log):
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def run_jobs(function, jobs, done):
-    """Calls `function` on every job on all cores, and `done(index, result)` here as results come.
+def _end_with_parent() -> None:
+    """Ends this process as soon as its parent has ended."""
 
-    A job that brings its process down takes only itself with it, and its result is None: the jobs
-    that were running then are tried again, each in a process of its own.
-    """
-    todo = collections.deque(range(len(jobs)))
-    while todo:
-        for index in _run_pool(function, jobs, todo, done):
-            if _run_pool(function, jobs, collections.deque([index]), done):
-                done(index, None)
-
-
-def _run_pool(function, jobs, todo, done):
-    """Works off `todo` (emptied as it goes); returns the jobs in flight if the pool broke."""
-    at_once = 2 * os.cpu_count()
-    with worker_pool(len(todo)) as pool:
-        running = {}
-        while todo or running:
-            try:
-                while todo and len(running) < at_once:
-                    running[pool.submit(function, jobs[todo[0]])] = todo[0]
-                    todo.popleft()
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                results = [(future, future.result()) for future in ended]
-            except BrokenProcessPool:  # from submit as well, if it broke in the meantime
-                return list(running.values())
-            for future, result in results:
-                done(running.pop(future), result)
-    return []
-
-
-def _end_with_parent():
-    def watch():
-        multiprocessing.parent_process().join()
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

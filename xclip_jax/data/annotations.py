@@ -40,7 +40,7 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """The video, with the segment if there is one; unique in a data set."""
+        """The video with its segment, if there is one: unique in a data set."""
         if not self.start and self.end is None:
             return self.video
         # All digits: two segments an hour into a video may differ by milliseconds.
@@ -85,7 +85,7 @@ class Listing:
 
     @property
     def lost(self) -> list[Finding]:
-        """Findings about ids that cannot become clips; their detail is the split."""
+        """Findings about ids that cannot become clips, with the split as detail."""
         return list(self._lost.values())
 
     @property
@@ -197,7 +197,7 @@ class AnnotationFolder:
         return rows
 
     def plain_pickle(self, name: str) -> tuple[Path, Any]:
-        """Returns (path, content) of a pickle of plain data; executes nothing in it."""
+        """Returns (path, content) of a pickle of plain data, without executing it."""
         path = self.path / name
         try:
             with path.open("rb") as file:
@@ -219,7 +219,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def parse_json(text: str, where: object) -> Any:
-    """Returns the content of a JSON text; an object with the same key twice is an InputError."""
+    """Returns the content of a JSON text or raises InputError for invalid JSON or repeated keys."""
     try:
         return json.loads(text, object_pairs_hook=functools.partial(_unique_keys, where))
     except json.JSONDecodeError as error:
@@ -240,7 +240,7 @@ def _unique_keys(where: object, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require_type(value: Any, kind: Any, where: object) -> Any:
-    """Returns `value`; InputError unless it is a `kind` (a type, or a union of types)."""
+    """Returns `value` if it is a `kind` (a type or a union of types), else raises InputError."""
     if not isinstance(value, kind) or isinstance(value, bool):
         expected = getattr(kind, "__name__", str(kind))
         raise InputError(f"{where}: must be {expected}, is {type(value).__name__}: wrong file?")
@@ -248,7 +248,7 @@ def require_type(value: Any, kind: Any, where: object) -> Any:
 
 
 def require_fields(item: Any, where: object, **kinds: Any) -> list[Any]:
-    """Returns the values of a dict's fields; InputError unless each has its type."""
+    """Returns the values of a dict's fields if each has its type, else raises InputError."""
     require_type(item, dict, where)
     for name, kind in kinds.items():
         if name not in item:

@@ -92,7 +92,7 @@ def read_msvd(annotations: PathLike) -> Listing:
 
     Captions come from the released pickle or, without it, from JSON {id: [caption]}.
     """
-    lists = {split: f"{split}_list.txt" for split in SPLITS}
+    lists: dict[Split, str] = {split: f"{split}_list.txt" for split in SPLITS}
     download = DATASETS["msvd"].download
     folder = AnnotationFolder(annotations, lists.values(), download)
     if (folder.path / MSVD_PICKLE).is_file():

@@ -1,173 +1,176 @@
-"""The data set on disk: a TFDS builder that writes ArrayRecord files, and how to read them back.
+"""Prepared data sets: ArrayRecord files with the metadata of TensorFlow Datasets (TFDS).
 
 One record is one clip: its id, its captions, its frames as JPEG bytes and their times. Frames are
-stored once however many captions a clip has. Neither way needs TensorFlow.
+stored once however many captions a clip has. Neither writing nor reading needs TensorFlow.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
-import io
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters
-from tensorflow_datasets.proto import tf_example_pb2
 
 from xclip_jax.cli import InputError
+from xclip_jax.data.beam import BeamRunner, map_on_beam
 from xclip_jax.data.benchmarks import DATASETS
 
 NAME, VERSION = "xclip_clips", "1.1.0"
 SHARD_BYTES = 64 << 20
+FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 
 
-class ClipsBuilder(tfds.core.ShardBasedBuilder):
-    """Writes `shards`: {split: list of lists of functions, each giving one record as a dict}.
-
-    A record holds `id` (str), `captions` (list of str), `frames` (list of JPEG bytes) and `times`
-    (list of seconds after the file's first frame). One shard is in memory at a time. TFDS writes to
-    an `incomplete.*` folder and renames it when done, so a data set that is there is whole.
-    """
-
-    VERSION = tfds.core.Version(VERSION)
-    name = NAME
-
-    def __init__(self, output, shards, metadata):
-        self._shards, self._metadata = shards, metadata
-        super().__init__(data_dir=output, file_format=file_adapters.FileFormat.ARRAY_RECORD)
-
-    def _info(self):
-        text = tfds.features.Text()  # any bytes: JPEG as well
-        features = {
-            "id": text,
-            "captions": tfds.features.Sequence(text),
-            "frames": tfds.features.Sequence(text),
-            "times": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Video clips, one frame a second, with captions.",
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(self._metadata),
-            disable_shuffling=True,  # record i stays record i: captions_per_clip counts on it
-        )
-
-    def _download_and_prepare(self, dl_manager, download_config=None):
-        """One split at a time: on Beam, TFDS would run the first one's pipeline again for each."""
-        splits = []
-        for split, shards in self._shards.items():
-            self._split = split
-            super()._download_and_prepare(dl_manager, download_config)
-            # On Beam, TFDS sorts the shards' lengths by their numbers as text: 0, 1, 10, 2.
-            lengths = [len(shard) for shard in shards]
-            splits.append(self.info.splits[split].replace(shard_lengths=lengths))
-        self.info.set_splits(tfds.core.splits.SplitDict(splits))
-        for left_by_beam in self.data_path.glob("*.shard_infos.json"):
-            left_by_beam.unlink()
-
-    def _example_writer(self):
-        return _StableWriter(self.info.file_format)
-
-    def _shard_iterators_per_split(self, dl_manager):
-        del dl_manager
-        shards = self._shards[self._split]
-        return {self._split: [functools.partial(_examples, shard) for shard in shards]}
-
-
-class _StableWriter(tfds.core.writer.ExampleWriter):
-    """Writes the same bytes for the same record; TFDS's order of the features varies by process."""
-
-    def write(self, path, examples):
-        stable = ((key, _stable(example)) for key, example in examples)
-        return super().write(path, stable)
-
-
-def _stable(example):
-    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
-
-
-def _examples(shard):
-    for key, make in enumerate(shard):
-        yield key, make()
-
-
-def dataset_folder(path):
-    """Where the TFDS files of the data set at `path` lie; there only when the data set is whole."""
+def dataset_folder(path: str | os.PathLike) -> Path:
+    """Returns the folder of the TFDS files in `path`, which exists once it is complete."""
     return Path(path) / NAME / VERSION
 
 
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """A record to be written: `make()` gives it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetSettings:
+    """The settings a data set was prepared with, stored in its metadata.
 
-    digest: a text that differs between different records. size: about how many bytes it has.
+    Attributes:
+        dataset: prepare's --dataset.
+        variant: its --split; "" where there is none.
+        image_size: S, side of the stored frames in pixels.
+        paragraphs: True if all captions of a video were joined to one text.
+        max_seconds: the last second read of each clip; None: all were read.
+        expected: {split: number of clips there should be}, for a benchmark that of the paper; by
+            default the number of records.
     """
 
-    make: Callable[[], dict]
+    dataset: str = "captions"
+    variant: str = ""
+    image_size: int = 224
+    paragraphs: bool = False
+    max_seconds: float | None = None
+    expected: dict[str, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingRecord:
+    """A record to be written.
+
+    Attributes:
+        make: returns {"id": str, "captions": [str], "frames": [JPEG bytes], "times": [seconds
+            after the file's first frame]}.
+        num_captions: number of its captions.
+        digest: a string that differs between different records.
+        size: its approximate number of bytes.
+    """
+
+    make: Callable[[], dict[str, Any]]
     num_captions: int
     digest: str
     size: int = 0
 
 
 def write_dataset(
-    path,
-    pending,
-    image_size,
-    dataset="captions",
-    variant="",
-    paragraphs=False,
-    expected=None,
-    max_seconds=None,
-    beam=None,
-):
-    """Writes a data set under `path`.
+    path: str | os.PathLike,
+    records: Mapping[str, Sequence[PendingRecord]],
+    settings: DatasetSettings,
+    beam_runner: BeamRunner | None = None,
+) -> None:
+    """Writes the data set of `records` ({split: its records in order}) under `path`, atomically.
 
-    Args:
-        pending: {split: list of Pending}.
-        image_size, dataset, variant, paragraphs, expected, max_seconds: see `Dataset`; `expected`
-            is the number of records where it is None.
-        beam: (runner, PipelineOptions) to write on Apache Beam; None: in this process.
+    With a `beam_runner` (see `data.beam`) the shards are written on Apache Beam.
     """
-    for left_by_a_kill in (Path(path) / NAME).glob("incomplete.*"):
-        shutil.rmtree(left_by_a_kill)
-    tfds.disable_progress_bar()
-    content = (image_size, *((split, clip.digest) for split, p in pending.items() for clip in p))
-    metadata = {
-        "dataset": dataset,
-        "variant": variant,
-        "image_size": image_size,
-        "paragraphs": paragraphs,
-        "max_seconds": max_seconds,
-        "expected": expected or {split: len(clips) for split, clips in pending.items()},
-        "captions_per_clip": {s: [clip.num_captions for clip in p] for s, p in pending.items()},
+    folder = dataset_folder(path)
+    for incomplete in folder.parent.glob("incomplete.*"):  # of a killed run
+        shutil.rmtree(incomplete)
+    work = folder.with_name(f"incomplete.{uuid.uuid4().hex[:6]}_{VERSION}")
+    work.mkdir(parents=True)
+    splits = [_write_split(work, split, r, beam_runner) for split, r in records.items()]
+    digests = ((split, record.digest) for split, r in records.items() for record in r)
+    content = (settings.image_size, *digests)
+    metadata = dataclasses.asdict(settings) | {
+        "expected": settings.expected or {split: len(r) for split, r in records.items()},
+        "captions_per_clip": {s: [record.num_captions for record in r] for s, r in records.items()},
         "content": hashlib.sha256(repr(content).encode()).hexdigest(),
     }
-    shards = {split: _cut(clips) for split, clips in pending.items()}
-    runner, options = beam or (None, None)
-    config = tfds.download.DownloadConfig(beam_runner=runner, beam_options=options)
-    with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-        builder = ClipsBuilder(path, shards, metadata)
-        builder.download_and_prepare(download_dir=downloads, download_config=config)
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name=NAME,
+            version=tfds.core.Version(VERSION),
+            data_dir=str(work),
+            module_name=__name__,
+        ),
+        description="Video clips, one frame a second, with captions.",
+        features=_features(),
+        metadata=tfds.core.MetadataDict(metadata),
+        disable_shuffling=True,  # record i stays record i, as captions_per_clip requires
+        split_dict=tfds.core.SplitDict(splits),
+    )
+    info.set_file_format(FORMAT)
+    info.write_to_directory(work)
+    work.rename(folder)
 
 
-def _cut(pending):
-    """Cuts a split into shards of about SHARD_BYTES: lists of functions that make a record."""
-    shards, filled = [], SHARD_BYTES
-    for clip in pending:
-        if filled >= SHARD_BYTES:
+def _features() -> tfds.features.FeaturesDict:
+    text = tfds.features.Text()  # any bytes, hence also JPEG
+    return tfds.features.FeaturesDict(
+        {
+            "id": text,
+            "captions": tfds.features.Sequence(text),
+            "frames": tfds.features.Sequence(text),
+            "times": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
+        }
+    )
+
+
+def _write_split(
+    folder: Path, split: str, records: Sequence[PendingRecord], beam_runner: BeamRunner | None
+) -> tfds.core.SplitInfo:
+    """Writes the records in shards of about SHARD_BYTES, each with one shard in memory."""
+    shards, size = [], SHARD_BYTES
+    for record in records:
+        if size >= SHARD_BYTES:
             shards.append([])
-            filled = 0
-        shards[-1].append(clip.make)
-        filled += clip.size
-    return shards
+            size = 0
+        shards[-1].append(record.make)
+        size += record.size
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=tfds.core.Path(folder),
+        dataset_name=NAME,
+        split=split,
+        filetype_suffix=FORMAT.value,
+    )
+    count = len(shards)
+    paths = [template.sharded_filepath(shard_index=i, num_shards=count) for i in range(count)]
+    jobs = list(zip(map(str, paths), shards, strict=True))
+    if beam_runner is None:
+        sizes = list(map(_write_shard, jobs))
+    else:
+        sizes = map_on_beam(_write_shard, jobs, folder, beam_runner)
+    lengths = [len(shard) for shard in shards]
+    return tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template
+    )
+
+
+def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
+    """Writes one shard, from (path, functions that return a record), and returns its size.
+
+    Serialisation is deterministic: by default, protobuf's order of the features varies by process.
+    """
+    path, makers = job
+    features = _features()
+    specs: Any = features.get_serialized_info()
+    serializer = tfds.core.ExampleSerializer(specs)
+    examples = (serializer.get_tf_example(features.encode_example(make())) for make in makers)
+    serialized = (example.SerializeToString(deterministic=True) for example in examples)
+    partial = f"{path}.{uuid.uuid4().hex}.part"  # Beam may run a job twice at the same time
+    tfds.core.ExampleWriter(FORMAT).write(partial, enumerate(serialized))
+    os.replace(partial, path)
+    return os.path.getsize(path)
 
 
 class Dataset:
@@ -175,53 +178,51 @@ class Dataset:
 
     Attributes:
         path: the folder that xclip_jax.prepare wrote.
-        image_size: S, side of the stored frames in pixels.
-        captions_per_clip: {split: int array}, how many captions each clip has.
-        name: prepare's --dataset.
-        variant: its --split; "" where there is none.
-        paragraphs: whether all captions of a video were joined to one text.
-        max_seconds: the last second read of each clip; None: all were.
-        expected: {split: how many clips there should be}: the paper's number for a benchmark.
+        name, variant, image_size, paragraphs, max_seconds, expected: see DatasetSettings; `name`
+            is its `dataset`.
+        captions_per_clip: {split: int array, the number of captions of each clip}.
         fingerprint: a string that differs between data sets of different content.
     """
 
-    def __init__(self, path, name="", variant=""):
-        """`name`, `variant`: what it must be, see above; "": anything."""
+    def __init__(self, path: str | os.PathLike, name: str = "", variant: str = "") -> None:
+        """Opens a data set, which must be of the given `name` and `variant` unless these are ""."""
         self.path = Path(path)
         folder = dataset_folder(path)
         if not str(path):
-            raise InputError("config.data.path is empty: name the folder xclip_jax.prepare wrote")
+            raise InputError("config.data.path is empty: set it to a folder of xclip_jax.prepare")
         if not folder.is_dir():
             raise InputError(
-                f"no prepared data set in {path}: looked for {folder}; "
+                f"no prepared data set in {path}: {folder} does not exist; "
                 + _how_to_prepare(path, name, variant)
             )
         try:
-            self._builder = tfds.builder_from_directory(str(folder))
-            described = (folder / name for name in ("dataset_info.json", "metadata.json"))
-            content = b"".join(path.read_bytes() for path in described)
-            metadata = self._builder.info.metadata
-            self.image_size = metadata["image_size"]
-            self.name, self.variant = metadata["dataset"], metadata["variant"]
-            self.paragraphs, self.expected = metadata["paragraphs"], metadata["expected"]
-            self.max_seconds = metadata["max_seconds"]
+            self._builder: Any = tfds.builder_from_directory(str(folder))
+            files = (folder / name for name in ("dataset_info.json", "metadata.json"))
+            content = b"".join(path.read_bytes() for path in files)
+            metadata: Any = self._builder.info.metadata
+            self.name: str = metadata["dataset"]
+            self.variant: str = metadata["variant"]
+            self.image_size: int = metadata["image_size"]
+            self.paragraphs: bool = metadata["paragraphs"]
+            self.max_seconds: float | None = metadata["max_seconds"]
+            self.expected: dict[str, int] = metadata["expected"]
             counts = {split: np.asarray(n) for split, n in metadata["captions_per_clip"].items()}
-        except Exception as error:  # TFDS has no one type for a damaged data set
-            raise InputError(f"{folder} is damaged, prepare it again: {error}") from None
+        except Exception as error:  # TFDS has no one type for a corrupted data set
+            raise InputError(f"{folder} is corrupted, prepare it again: {error}") from None
         if name not in ("", self.name) or variant not in ("", self.variant):
             raise InputError(
-                f"{path} holds {' '.join([self.name, self.variant]).strip()}, the config wants "
+                f"{path} is {' '.join([self.name, self.variant]).strip()}, the config requires "
                 f"{' '.join([name, variant]).strip()}; "
                 + _how_to_prepare("ANOTHER_FOLDER", name, variant)
             )
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self.captions_per_clip = counts
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
-    def clips(self, split):
-        """The clips of a split: a sequence of records as at `ClipsBuilder`, bytes for str.
+    def clips(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """Returns the records of a split (see PendingRecord), with bytes in place of str.
 
         Raises:
-            InputError: the data set has no such split.
+            InputError: the data set has no such split, or its files are corrupted.
         """
         if split not in self.captions_per_clip:
             raise InputError(
@@ -229,17 +230,17 @@ class Dataset:
             )
         try:
             return self._builder.as_data_source(split)
-        except Exception as error:  # of ArrayRecord, on opening a file cut short
+        except Exception as error:  # ArrayRecord raises several types for a truncated file
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{self.path}, {split} is damaged, prepare it again: {reason}"
+                f"{self.path}, {split} is corrupted, prepare it again: {reason}"
             ) from None
 
 
-def _how_to_prepare(path, name, variant):
-    """The command that makes a data set, and what to download for it."""
+def _how_to_prepare(path: str | os.PathLike, name: str, variant: str) -> str:
+    """Returns the command that prepares a data set, and what to download for it."""
     if not name:
-        return f"make one with python -m xclip_jax.prepare --output={path}, see its --help"
+        return f"run python -m xclip_jax.prepare --output={path} (see its --help)"
     command = f"python -m xclip_jax.prepare --dataset={name} --videos=... --annotations=..."
     split = f" --split={variant}" if variant else ""
     return f"{DATASETS[name].download}; then {command}{split} --output={path} (docs/data.md)"

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.annotations import SPLITS, Clip, Listing, normalize_spaces, parse_json
@@ -151,14 +151,15 @@ def _parse_clip(where: str, item: Any) -> Clip:
     return Clip(video, tuple(map(normalize_spaces, captions)), split, start, end)
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     """Returns True for text that is not blank and has no lone surrogate (JSON may hold one)."""
-    valid = isinstance(value, str) and value == value.encode(errors="ignore").decode()
-    return valid and bool(value.strip())
+    if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
+        return False
+    return bool(value.strip())
 
 
 def _parse_seconds(value: Any) -> float | None:
-    """Returns the number; None for None, nan for anything that is no number."""
+    """Returns the number, None for None, or nan for a value that is not a number."""
     if value is None:
         return None
     try:

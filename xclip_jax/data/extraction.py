@@ -7,21 +7,17 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from xclip_jax.cli import InputError, progress
 from xclip_jax.data.annotations import Finding, Listing
+from xclip_jax.data.beam import BeamRunner, map_on_beam
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.workers import run_jobs
 
-if TYPE_CHECKING:
-    from apache_beam.options.pipeline_options import PipelineOptions
-
 CRASHED = "the decoder crashed on this file"
-# (runner, options) of Apache Beam, which is optional.
-BeamRunner: TypeAlias = "tuple[str, PipelineOptions]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +117,16 @@ def make_record(clip_id: str, captions: Iterable[str], cache: Path) -> dict[str,
         }
 
 
-def extract_all(jobs: Sequence[ClipJob]) -> list[Outcome]:
-    """Runs `extract` on every job, in worker processes, with a progress bar."""
+def extract_all(
+    jobs: Sequence[ClipJob], folder: Path, beam_runner: BeamRunner | None = None
+) -> list[Outcome]:
+    """Runs `extract` on every job: in worker processes with a progress bar, or on Beam.
+
+    `folder` is one that all machines see.
+    """
+    if beam_runner is not None:
+        results = map_on_beam(_extract_as_dict, jobs, folder, beam_runner)
+        return [Outcome(**result) for result in results]
     outcomes, failures = [Outcome(CRASHED)] * len(jobs), 0
 
     def store(index: int, outcome: Outcome | None) -> None:
@@ -137,69 +141,8 @@ def extract_all(jobs: Sequence[ClipJob]) -> list[Outcome]:
     return outcomes
 
 
-# Apache Beam: many machines that see the same folders under the same paths
-
-
-def beam_pipeline(runner: str, options: str) -> BeamRunner:
-    """Returns (runner, PipelineOptions) from the two flags of the command line.
-
-    Args:
-        runner: Beam's name, such as DirectRunner, DataflowRunner, FlinkRunner, SparkRunner.
-        options: the runner's own flags in one string, such as "--project=p --region=r".
-
-    Raises:
-        InputError: Apache Beam is not installed, or the runner is unknown.
-    """
-    try:
-        from apache_beam.options.pipeline_options import PipelineOptions
-        from apache_beam.runners import create_runner
-    except ImportError:
-        raise InputError(
-            "--beam_runner needs Apache Beam: pip install -e '.[beam]' (docs/data.md)"
-        ) from None
-    try:
-        create_runner(runner)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"--beam_runner={runner}: {error}") from None
-    return runner, PipelineOptions(options.split())
-
-
-def extract_all_on_beam(
-    jobs: Sequence[ClipJob], folder: Path, pipeline: BeamRunner
-) -> list[Outcome]:
-    """Runs `extract` on every job on Apache Beam.
-
-    Args:
-        jobs: any number of jobs.
-        folder: where the workers write the outcomes.
-        pipeline: from `beam_pipeline`.
-    """
-    import apache_beam as beam
-
-    prefix = folder / "outcomes"
-    for old in folder.glob(f"{prefix.name}-*"):
-        old.unlink()
-    runner, options = pipeline
-    try:
-        with beam.Pipeline(runner=runner, options=options) as stages:
-            (
-                stages
-                | beam.Create(list(enumerate(jobs)))
-                | beam.Reshuffle()  # otherwise the runner may fuse all jobs into one bundle
-                | beam.Map(_outcome_line)
-                | beam.io.WriteToText(str(prefix))
-            )
-    except Exception as error:  # runners raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"Apache Beam's {runner} failed: {reason}") from error
-    lines = [json.loads(line) for path in folder.glob(f"{prefix.name}-*") for line in path.open()]
-    outcomes = {number: Outcome(**outcome) for number, outcome in lines}
-    return [outcomes[number] for number in range(len(jobs))]
-
-
-def _outcome_line(numbered_job: tuple[int, ClipJob]) -> str:
-    number, job = numbered_job
-    return json.dumps([number, dataclasses.asdict(extract(job))])
+def _extract_as_dict(job: ClipJob) -> dict[str, Any]:
+    return dataclasses.asdict(extract(job))
 
 
 # Reports
@@ -213,7 +156,7 @@ def report_findings(
     paths: Sequence[Path | None],
     files: Iterable[Path],
 ) -> None:
-    """Writes findings.jsonl; prints expected and found numbers of clips, and counts of findings.
+    """Writes findings.jsonl and prints numbers of expected and found clips and of findings.
 
     Args:
         output: folder of findings.jsonl.
@@ -248,7 +191,7 @@ def report_findings(
 def report_failures(
     output: Path, listing: Listing, outcomes: Sequence[Outcome], max_failures: float
 ) -> None:
-    """Writes failures.jsonl and prints the counts; InputError if too many clips failed."""
+    """Writes failures.jsonl, prints counts and raises InputError if too many clips failed."""
     clips = listing.clips
     entries = [
         {"id": clip.id, "reason": outcome.failure or outcome.note, "kept": not outcome.failure}

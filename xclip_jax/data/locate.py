@@ -5,11 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.video import VIDEO_SUFFIXES
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mpg", ".mpeg", ".m2v"),
+    *(".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv"),
+    *(".3gpp", ".rm", ".rmvb", ".mxf"),
+    *(".ogg", ".gif"),
+)
 
 
 class VideoFolder:
-    """The files below a folder, by the names an annotation may use; links are followed.
+    """The files below a folder, links followed, by the names an annotation may use.
 
     A video file is found by its path below the folder and by its name, each also without its
     suffix and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with
@@ -63,7 +69,7 @@ class VideoFolder:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yields all files below a folder; each folder once, even if links form a cycle."""
+    """Yields all files below a folder, each folder once even if links form a cycle."""
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(parent)
@@ -83,6 +89,6 @@ def _stems(name: str) -> list[str]:
 
 
 def _without_suffix(name: str) -> str:
-    """Returns the name without a video's suffix or a final dot (in DiDeMo's ids); "" if none."""
+    """Returns the name without a video's suffix or final dot (in DiDeMo's ids), "" without one."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and (not suffix or f".{suffix.lower()}" in VIDEO_SUFFIXES) else ""

@@ -1,76 +1,93 @@
-"""The input pipeline: prepared clips -> batches of arrays, by grain.
+"""The input pipeline: prepared clips to batches of arrays, by grain.
 
-Deterministic by seed. Step n's global batch is the same for any number of processes, and a run is
-resumed by building the pipeline at step n: nothing of the iterator needs saving.
+Batches are deterministic by seed. The global batch of a step is the same for any number of
+processes, and a run resumes by building the pipeline at its step: no iterator state is saved.
 """
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import grain
 import numpy as np
+from jaxtyping import Bool, Int, UInt8
 
 from xclip_jax.cli import InputError
+from xclip_jax.data.builder import Dataset
+from xclip_jax.data.text import Tokenizer
 from xclip_jax.data.video import decode_jpeg
 
+Record = Mapping[str, Any]  # see data.builder.PendingRecord, with bytes in place of str
+Pair = tuple[Record, int, int | None]  # record, video, caption: None until one is drawn
+_READ_OPTIONS = {"num_threads": 4, "prefetch_buffer_size": 4}
 
-def choose_frames(num_frames, max_frames):
-    """Indices of the frames to use: all, or `max_frames` spaced uniformly from first to last."""
+
+def choose_frames(num_frames: int, max_frames: int) -> Int[np.ndarray, " F"]:
+    """Returns the indices of all frames, or of `max_frames` spaced uniformly from first to last."""
     if num_frames <= max_frames:
         return np.arange(num_frames)
     return np.linspace(0, num_frames - 1, max_frames).astype(int)
 
 
-def load_frames(record, max_frames, image_size):
-    """Decodes a record's frames.
+def load_frames(
+    record: Record, max_frames: int, image_size: int
+) -> tuple[UInt8[np.ndarray, "F S S 3"], Bool[np.ndarray, " F"]]:
+    """Decodes a record's frames, padded to F = `max_frames` with 0.
 
     Returns:
-        (frames_FxSxSx3 uint8, mask_F bool, True = real): F is max_frames, padding is 0.
+        (frames_FxSxSx3, mask_F), True = real.
     """
     chosen = choose_frames(len(record["frames"]), max_frames)
     frames_FxSxSx3 = np.zeros((max_frames, image_size, image_size, 3), np.uint8)
-    for place, index in enumerate(chosen):
-        frames_FxSxSx3[place] = decode_jpeg(record["frames"][index])
+    for position, index in enumerate(chosen):
+        frames_FxSxSx3[position] = decode_jpeg(record["frames"][index])
     return frames_FxSxSx3, np.arange(max_frames) < len(chosen)
 
 
 class TrainingPairs:
-    """The (caption, video) pairs of a split, as grain's random access source wants them.
+    """The (caption, video) pairs of a split, as a random-access source for grain.
 
-    With captions="all" each caption is a pair of its own; with "random" there is one pair a video,
-    its caption drawn by `choose_caption`. An item is (record, video, caption number or None).
-    At most `max_videos` are used, always the same ones, a smaller number's among a larger one's;
-    0: all.
+    With captions="all" each caption is a pair of its own. With "random" there is one pair per
+    video, whose caption `choose_caption` draws. At most `max_videos` (0: all) are used: the same
+    ones every time, a smaller number being a subset of a larger one.
     """
 
-    def __init__(self, dataset, split, captions, max_videos=0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        captions: Literal["all", "random"],
+        max_videos: int = 0,
+    ) -> None:
         self._clips = dataset.clips(split)
         counts = dataset.captions_per_clip[split]
-        drawn = np.random.default_rng(0).permutation(len(counts))[: max_videos or None]
-        self._videos = np.sort(drawn)
+        chosen = np.random.default_rng(0).permutation(len(counts))[: max_videos or None]
+        self._videos = np.sort(chosen)
         self._ends = np.cumsum(counts[self._videos])
         self._all = captions == "all"
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._ends[-1]) if self._all else len(self._ends)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Pair:
         place = int(np.searchsorted(self._ends, index, side="right")) if self._all else index
         video = int(self._videos[place])
         caption = index - int(self._ends[place]) if self._all else None  # counted from the last
         return self._clips[video], video, caption
 
 
-def choose_caption(item, rng):
-    """Draws the caption of a pair that has none yet."""
-    record, video, caption = item
+def choose_caption(pair: Pair, rng: np.random.Generator) -> Pair:
+    """Returns the pair with a caption, drawn if it has none."""
+    record, video, caption = pair
     if caption is None:
         caption = int(rng.integers(len(record["captions"])))
     return record, video, caption
 
 
-def steps_per_epoch(pairs, batch_size):
-    """Whole batches in one pass over the pairs.
+def steps_per_epoch(pairs: TrainingPairs, batch_size: int) -> int:
+    """Returns the number of complete batches in one pass over the pairs.
 
     Raises:
-        InputError: there is not even one.
+        InputError: there is none.
     """
     if len(pairs) < batch_size:
         raise InputError(
@@ -81,25 +98,39 @@ def steps_per_epoch(pairs, batch_size):
 
 
 def training_batches(
-    pairs, tokenizer, batch_size, max_frames, image_size, seed, start_step=0, process=(0, 1)
-):
-    """Endless batches, shuffled anew each epoch, incomplete ones left out, from `start_step` on.
+    pairs: TrainingPairs,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_frames: int,
+    image_size: int,
+    seed: int,
+    *,
+    start_step: int = 0,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns endless batches from `start_step` on, shuffled anew in each epoch.
+
+    Incomplete batches are dropped.
 
     Args:
-        pairs: TrainingPairs.
-        tokenizer: gives ids and mask, see data/text.py.
-        batch_size: B, pairs over all processes.
-        process: (this process's number, how many there are).
+        pairs: the pairs of the training split.
+        tokenizer: see `data.text`.
+        batch_size: B, the number of pairs over all processes.
+        max_frames: F.
+        image_size: S, pixels.
+        seed: of the order and the drawn captions.
+        start_step: number of batches to skip.
+        process: (process index, number of processes).
 
     Yields:
         dict with ids B x W int32, text_mask B x W bool, frames B x F x S x S x 3 uint8, frame_mask
-        B x F bool, video B int32 (two captions of one video share it), truncated B bool; for this
-        process's share of B.
+        B x F bool, video B int32 (equal for two captions of a video), truncated B bool, for this
+        process's part of B.
     """
-    number, count = process
+    index, count = process
 
-    def example(item):
-        record, video, caption = item
+    def make_example(pair: Pair) -> dict[str, Any]:
+        record, video, caption = pair
         text = record["captions"][caption].decode()
         ids_1xW, mask_1xW = tokenizer([text])
         frames, frame_mask = load_frames(record, max_frames, image_size)
@@ -115,29 +146,31 @@ def training_batches(
     steps = steps_per_epoch(pairs, batch_size)
     stream = grain.MapDataset.source(pairs).seed(seed).shuffle()[: steps * batch_size]
     stream = stream.repeat().random_map(choose_caption)[start_step * batch_size :]
-    stream = stream[number::count].map(example).batch(batch_size // count, drop_remainder=True)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
+    stream = stream[index::count].map(make_example).batch(batch_size // count, drop_remainder=True)
+    return iter(stream.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS)))
 
 
-def evaluation_batches(clips, batch_size, max_frames, image_size, part=slice(None)):
-    """The clips of a split in order, decoded ahead by threads; the last batch may be smaller.
-
-    `part`: which of them.
+def evaluation_batches(
+    clips: Sequence[Record],
+    batch_size: int,
+    max_frames: int,
+    image_size: int,
+    part: slice = slice(None),
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[list[str]], list[str]]]:
+    """Returns batches of the clips in `part` of a split, in order, the last maybe smaller.
 
     Yields:
-        (frames B x F x S x S x 3, frame_mask B x F, captions: B lists of str, ids: B str).
+        (frames B x F x S x S x 3 uint8, frame_mask B x F bool, captions of each clip, ids).
     """
 
-    def example(record):
-        return (
-            *load_frames(record, max_frames, image_size),
-            [caption.decode() for caption in record["captions"]],
-            record["id"].decode(),
-        )
+    def make_example(record: Record) -> tuple[Any, ...]:
+        captions = [caption.decode() for caption in record["captions"]]
+        return *load_frames(record, max_frames, image_size), captions, record["id"].decode()
 
-    def batch(examples):
-        frames, masks, *lists = zip(*examples, strict=True)
-        return np.stack(frames), np.stack(masks), *map(list, lists)
+    def make_batch(examples: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+        frames, masks, captions, ids = zip(*examples, strict=True)
+        return np.stack(frames), np.stack(masks), list(captions), list(ids)
 
-    stream = grain.MapDataset.source(clips)[part].map(example).batch(batch_size, batch_fn=batch)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
+    stream = grain.MapDataset.source(clips)[part].map(make_example)
+    stream = stream.batch(batch_size, batch_fn=make_batch)
+    return iter(stream.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS)))

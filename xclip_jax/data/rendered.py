@@ -1,14 +1,14 @@
-"""The demo's data: short clips of moving coloured shapes, rendered, encoded to H.264, captioned.
+"""The demo's data: rendered clips of moving coloured shapes, encoded to H.264, with captions.
 
-One shape moves ("a small red circle goes from left to right"), or two show up one after the other
-("a small red circle is replaced by a big blue cross"). Every scene that has a direction in time
-comes with its mirror in time, which has exactly the same frames in the opposite order: no single
-frame and no average of frames tells the two apart. Who wears which shape is also swapped, so that
-the words of a caption regardless of their order do not suffice. Colours and shapes are few, so that
-clips which differ in motion or order alone often meet in a batch.
+One shape moves ("a small red circle goes from left to right"), or two appear one after the other
+("a small red circle is replaced by a big blue cross"). Every scene with a direction in time also
+occurs mirrored in time, with exactly the same frames in the opposite order: no single frame and no
+average of frames distinguishes the two. Shapes are also swapped between objects, so that the words
+of a caption without their order do not suffice. Colours and shapes are few, so that clips which
+differ only in motion or order often are in one batch.
 
-The combinations of val and test (object and motion; the two objects of a pair) are left out of
-training; every colour, shape, motion and most pairs of them are in it.
+The combinations of val and test (object and motion, or the two objects of a pair) do not occur in
+train, but each of their colours, shapes and motions does, and most pairs of these.
 """
 
 import functools
@@ -16,18 +16,22 @@ import itertools
 import json
 import os
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
+from jaxtyping import Float, UInt8
 
 from xclip_jax.cli import InputError, progress
+from xclip_jax.data.annotations import Split
 from xclip_jax.workers import worker_pool
 
 SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader samples
-LAST = SECONDS - 1.0  # all motion ends here, so that time mirrors around LAST / 2
-RECIPE = 2  # raise it when the same seed gives other videos or captions
+LAST = SECONDS - 1.0  # all motion ends here: a mirrored scene is mirrored around LAST / 2
+RECIPE = 2  # to be increased when the same seed gives other videos or captions
 
 COLOURS = {
     "red": (215, 35, 35),
@@ -36,7 +40,11 @@ COLOURS = {
     "blue": (45, 70, 225),
 }
 SHAPES = ("circle", "triangle", "cross")
-RADII = {"small": 0.15, "medium": 0.21, "large": 0.27}  # of the side; only medium goes unsaid
+RADII = {
+    "small": 0.15,
+    "medium": 0.21,
+    "large": 0.27,
+}  # of the side; captions do not mention medium
 OPPOSITE = {
     **{"right": "left", "left": "right", "up": "down", "down": "up"},
     **{"grow": "shrink", "shrink": "grow", "still": "still"},
@@ -67,102 +75,107 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Event:
-    """What one object does; `place`, `scale` and `tilt` are what no caption tells."""
+    """The motion of one object.
+
+    Attributes:
+        colour, shape, size, motion: keys of the tables above.
+        place: x and y of the centre, in sides; a motion overrides one of them.
+        scale: factor of the radius. No caption mentions place, scale or tilt.
+        tilt: radians.
+    """
 
     colour: str
     shape: str
     size: str
     motion: str
-    place: tuple[float, float] = (0.5, 0.5)  # x, y in sides; a motion overrides one of them
+    place: tuple[float, float] = (0.5, 0.5)
     scale: float = 1.0
-    tilt: float = 0.0  # radians
+    tilt: float = 0.0
 
     @property
-    def object(self) -> tuple[str, str]:
+    def colour_and_shape(self) -> tuple[str, str]:
+        """The identity of the object."""
         return self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip: one event over its whole length, or two of half of it each."""
+    """One clip: one event of its full length, or two events of half of it."""
 
     events: tuple[Event, ...]
     background: tuple[int, int, int] = (40, 40, 40)
-    noise: int = 0  # seeds the background's grain
+    noise: int = 0  # seed of the background's noise
     captions: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def kind(self) -> str:
-        """'motion' (one object) or 'order' (two objects at rest)."""
+        """'motion' for one object, 'order' for two objects at rest."""
         return "motion" if len(self.events) == 1 else "order"
 
     @property
     def combination(self) -> tuple:
-        """What is shared with no other split: (colour, shape, motion), or the two objects."""
+        """(colour, shape, motion) or the two objects, which occur in one split only."""
         if self.kind == "order":
-            return tuple(event.object for event in self.events)
-        return (*self.events[0].object, self.events[0].motion)
+            return tuple(event.colour_and_shape for event in self.events)
+        return (*self.events[0].colour_and_shape, self.events[0].motion)
 
 
 def mirror(scene: Scene) -> Scene:
-    """The scene backwards: its frame at t is the given one's at LAST - t. Has no captions yet."""
-    backwards = (replace(event, motion=OPPOSITE[event.motion]) for event in scene.events[::-1])
-    return replace(scene, events=tuple(backwards), captions=())
+    """Returns the scene mirrored in time, without captions: its frame at t is that at LAST - t."""
+    events = (replace(event, motion=OPPOSITE[event.motion]) for event in scene.events[::-1])
+    return replace(scene, events=tuple(events), captions=())
 
 
-# Which scenes there are, and whose
-
-
-def split_of(scene: Scene) -> str:
-    """The split that owns the scene's combination: three eighths are test's, an eighth val's."""
-    colours, shapes = zip(*(event.object for event in scene.events), strict=True)
-    if scene.kind == "order":  # blind to who wears which shape
-        number = _pair_number(colours, list(COLOURS)) + _pair_number(shapes, SHAPES)
+def assign_split(scene: Scene) -> Split:
+    """Returns the split of the scene's combination: test for three eighths, val for one eighth."""
+    colours = [event.colour for event in scene.events]
+    shapes = [event.shape for event in scene.events]
+    if scene.kind == "order":  # independent of which object has which shape
+        number = _pair_number(colours, [*COLOURS]) + _pair_number(shapes, SHAPES)
     else:
         axis = next(i for i, axis in enumerate(AXES) if scene.events[0].motion in axis)
         number = list(COLOURS).index(colours[0]) + SHAPES.index(shapes[0]) + axis
-    return {0: "test", 3: "test", 6: "test", 1: "val"}.get(number % 8, "train")
+    if number % 8 == 1:
+        return "val"
+    return "test" if number % 8 in (0, 3, 6) else "train"
 
 
-def _pair_number(pair, names):
-    pairs = itertools.combinations_with_replacement(names, 2)
-    return list(pairs).index(tuple(sorted(pair, key=names.index)))
+def _pair_number(pair: Sequence[str], names: Sequence[str]) -> int:
+    """Returns the index of the unordered pair among all of `names`."""
+    pairs = map(list, itertools.combinations_with_replacement(names, 2))
+    return list(pairs).index(sorted(pair, key=names.index))
 
 
-# Drawing scenes and words
+def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
+    """Returns the first `count` scenes of a split, each followed by its mirror.
 
-
-def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    """The first `count` scenes of a split ('train', 'val' or 'test'), a mirror after its original.
-
-    Pure: the same arguments give the same scenes, and a smaller count a prefix. Scenes of train
-    have three captions, and some say the same; those of val and test have one, which fits no other.
+    The same arguments give the same scenes, and a smaller count a prefix. Scenes of train have
+    three captions, and some share captions; those of val and test have one, which fits no other.
 
     Raises:
-      InputError: an unknown split, or more scenes than val or test can tell apart.
+      InputError: the split has fewer distinct scenes.
     """
-    if split not in ("train", "val", "test"):
-        raise InputError(f"split = {split!r}, must be train, val or test")
     rng = random.Random(f"{split} {seed}")
-    found, said = [], set()
-    for _ in range(100 * count if split == "train" else 30_000):  # val and test can run out
-        if len(found) >= count:
+    scenes: list[Scene] = []
+    described: set[Scene] = set()
+    for _ in range(100 * count if split == "train" else 30_000):  # val and test are limited
+        if len(scenes) >= count:
             break
-        family = _family(rng)
-        if split_of(family[0]) != split:
+        related = _draw_related_scenes(rng)
+        if assign_split(related[0]) != split:
             continue
-        if split == "train" or said.isdisjoint(family):
-            said.update(way for scene in family for way in (scene, mirror(scene)))
-            ways = [way for scene in family for way in _ways(scene, rng)]
-            many = 3 if split == "train" else 1
-            found += [replace(way, captions=_captions(way, many, rng)) for way in ways]
-    if len(found) < count:
-        raise InputError(f"{count} {split} scenes asked for, only {len(found)} distinct ones found")
-    return found[:count]
+        if split == "train" or described.isdisjoint(related):
+            described.update(s for scene in related for s in (scene, mirror(scene)))
+            variants = [v for scene in related for v in _draw_variants(scene, rng)]
+            num_captions = 3 if split == "train" else 1
+            scenes += [replace(v, captions=_draw_captions(v, num_captions, rng)) for v in variants]
+    if len(scenes) < count:
+        raise InputError(f"{count} {split} scenes requested, only {len(scenes)} are distinct")
+    return scenes[:count]
 
 
-def _family(rng):
-    """One object, small and large; or two, and the same with their shapes swapped."""
+def _draw_related_scenes(rng: random.Random) -> list[Scene]:
+    """Returns one object, small and large, or two objects, and these with their shapes swapped."""
     colour, shape = rng.choice([*COLOURS]), rng.choice(SHAPES)
     if rng.choices(("motion", "order"))[0] == "order":
         (c1, s1), (c2, s2) = rng.sample([*itertools.product(COLOURS, SHAPES)], 2)
@@ -176,8 +189,8 @@ def _family(rng):
     return [Scene((Event(colour, shape, size, motion),)) for size in sizes]
 
 
-def _ways(scene, rng):
-    """The same scene as far as words go, elsewhere and before another background; its mirror."""
+def _draw_variants(scene: Scene, rng: random.Random) -> Iterable[Scene]:
+    """Returns the scene in another place and before another background, and its mirror."""
     events = tuple(
         replace(
             event,
@@ -190,17 +203,17 @@ def _ways(scene, rng):
     grey = rng.choice((rng.randint(15, 65), rng.randint(180, 225)))
     background = tuple(grey + rng.randint(-12, 12) for _ in range(3))
     scene = replace(scene, events=events, background=background, noise=rng.randrange(1 << 30))
-    return dict.fromkeys((scene, mirror(scene)))  # at rest, alone, it is its own mirror
+    return dict.fromkeys((scene, mirror(scene)))  # one object at rest is its own mirror
 
 
-def _captions(scene, count, rng) -> tuple[str, ...]:
-    found = {}
-    while len(found) < count:
-        found[_caption(scene, rng)] = None
-    return tuple(found)
+def _draw_captions(scene: Scene, count: int, rng: random.Random) -> tuple[str, ...]:
+    captions: dict[str, None] = {}
+    while len(captions) < count:
+        captions[_draw_caption(scene, rng)] = None
+    return tuple(captions)
 
 
-def _caption(scene, rng):
+def _draw_caption(scene: Scene, rng: random.Random) -> str:
     words = {}
     for letter, event in zip("ab", scene.events, strict=False):
         size = rng.choice(SIZE_WORDS.get(event.size, ("",)))
@@ -210,24 +223,21 @@ def _caption(scene, rng):
     return rng.choice(TEMPLATES[scene.kind]).format(**words)
 
 
-# Pixels
-
-
-def frame(scene: Scene, time: float) -> np.ndarray:
-    """The scene at `time` seconds: SIDE x SIDE x 3, uint8."""
-    event, progress = _now(scene, min(max(time, 0.0), LAST))
-    x, y, radius = _pose(event, progress)
+def render_frame(scene: Scene, time: float) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns the image of the scene at `time` seconds, RGB, S = SIDE."""
+    event, phase = _event_at(scene, min(max(time, 0.0), LAST))
+    x, y, radius = _position(event, phase)
     centres = (np.arange(SIDE) + 0.5) / SIDE
     right, down = centres[None, :] - x, centres[:, None] - y
     cos, sin = np.cos(event.tilt), np.sin(event.tilt)
-    away = _distance(event.shape, right * cos + down * sin, down * cos - right * sin, radius)
-    cover = np.clip(0.5 - away * SIDE, 0, 1)[..., None]  # one pixel wide edge
-    backdrop = _backdrop(scene.background, scene.noise)
-    return np.rint(backdrop + cover * (COLOURS[event.colour] - backdrop)).astype(np.uint8)
+    distance = _distance(event.shape, right * cos + down * sin, down * cos - right * sin, radius)
+    cover = np.clip(0.5 - distance * SIDE, 0, 1)[..., None]  # an edge one pixel wide
+    background = _render_background(scene.background, scene.noise)
+    return np.rint(background + cover * (COLOURS[event.colour] - background)).astype(np.uint8)
 
 
-def _now(scene, time):
-    """The event under way and how far it has come, 0 to 1. Each of two has three whole seconds."""
+def _event_at(scene: Scene, time: float) -> tuple[Event, float]:
+    """Returns the event at a time and its phase from 0 to 1, with two events in halves."""
     if len(scene.events) == 1:
         return scene.events[0], time / LAST
     span = (LAST - 1) / 2
@@ -236,22 +246,24 @@ def _now(scene, time):
     return scene.events[1], max(1.0 - (LAST - time) / span, 0.0)
 
 
-def _pose(event, progress):
-    """x, y and radius in sides. A way leads from border to border, and y points down."""
+def _position(event: Event, phase: float) -> tuple[float, float, float]:
+    """Returns x, y (pointing down) and radius in sides, for motion from border to border."""
     radius = RADII[event.size] * event.scale
     if event.motion in ("left", "up", "shrink"):
-        progress = 1.0 - progress
+        phase = 1.0 - phase
     if event.motion in ("grow", "shrink"):
-        return *event.place, event.scale * (0.09 + 0.26 * progress)
-    along = radius + progress * (1 - 2 * radius)
+        return *event.place, event.scale * (0.09 + 0.26 * phase)
+    along = radius + phase * (1 - 2 * radius)
     x, y = event.place
     if event.motion in ("right", "left"):
         return along, y, radius
     return (x, along, radius) if event.motion in ("up", "down") else (x, y, radius)
 
 
-def _distance(shape, x, y, radius):
-    """Signed distance from the outline, negative inside (a lower bound outside corners)."""
+def _distance(
+    shape: str, x: Float[np.ndarray, "S S"], y: Float[np.ndarray, "S S"], radius: float
+) -> Float[np.ndarray, "S S"]:
+    """Returns the signed distance from the outline, negative inside (a lower bound at corners)."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "triangle":  # point up; y points down
@@ -263,7 +275,7 @@ def _distance(shape, x, y, radius):
 
 
 @functools.lru_cache(maxsize=4)
-def _backdrop(background, noise):
+def _render_background(background: tuple[int, int, int], noise: int) -> Float[np.ndarray, "S S 3"]:
     rng = np.random.default_rng(noise)
     ramp = np.linspace(-15, 15, SIDE)
     slopes = rng.uniform(-1, 1) * ramp[None, :, None] + rng.uniform(-1, 1) * ramp[:, None, None]
@@ -271,24 +283,25 @@ def _backdrop(background, noise):
     return np.clip(background + slopes / 2 + grain, 0, 255)
 
 
-def render(scene: Scene, path: str | Path) -> None:
-    """Writes the scene as an mp4 (H.264) file, under its name only once it is whole.
+def render_video(scene: Scene, path: str | os.PathLike) -> None:
+    """Writes the scene as an MP4 (H.264) file, atomically and with deterministic bytes.
 
-    The same scene gives the same bytes. Raises OSError if the file cannot be written.
+    Raises:
+      OSError: the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        _encode(scene, part)
-        os.replace(part, path)
-    except av.FFmpegError as error:  # whose own class does not travel between processes
+        _encode(scene, partial)
+        os.replace(partial, path)
+    except FFmpegError as error:  # which cannot be pickled
         raise OSError(f"{path}: {error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _encode(scene, path):
-    # x264's macroblock tree reads memory it never wrote in so small a picture: bytes would vary.
+def _encode(scene: Scene, path: Path) -> None:
+    # x264's macroblock tree reads uninitialised memory on such small frames: bytes would vary.
     options = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
@@ -296,66 +309,63 @@ def _encode(scene, path):
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # for the same bytes every time
         for number in range(SECONDS * FPS):
-            image = av.VideoFrame.from_ndarray(frame(scene, number / FPS), format="rgb24")
+            image = av.VideoFrame.from_ndarray(render_frame(scene, number / FPS), format="rgb24")
             container.mux(stream.encode(image))
         container.mux(stream.encode())
 
 
-# The data set
-
-
-def make(
-    directory: str | Path,
+def render_dataset(
+    folder: str | os.PathLike,
+    *,
     num_train: int = 4000,
     num_val: int = 60,
     num_test: int = 220,
     seed: int = 0,
 ) -> Path:
-    """Renders the set on all cores, unless it is there, and returns its directory.
+    """Renders the data set on all cores unless it exists, and returns its folder.
 
-    Writes `videos/train_00000.mp4`, ... and last `captions.jsonl`, a line a video:
-    {"video": "train_00000.mp4", "captions": [...], "split": "train"}. A killed run goes on with the
-    videos that are missing.
+    Writes `videos/train_00000.mp4`, ... and finally `captions.jsonl`, one line per video:
+    {"video": "train_00000.mp4", "captions": [...], "split": "train"}. A run that was killed
+    resumes with the missing videos.
 
     Raises:
-      InputError: the directory holds a set made with other arguments.
+      InputError: the folder holds a data set of other arguments.
     """
-    directory = Path(directory)
-    counts = {"train": num_train, "val": num_val, "test": num_test}
-    _claim(directory, {**counts, "seed": seed, "recipe": RECIPE})
-    listing = directory / "captions.jsonl"
+    folder = Path(folder)
+    counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
+    _check_arguments(folder, {**counts, "seed": seed, "recipe": RECIPE})
+    listing = folder / "captions.jsonl"
     if listing.exists():
-        return directory
-    todo, lines = {}, []
+        return folder
+    missing, lines = {}, []
     for split, count in counts.items():
-        for number, scene in enumerate(scenes(split, count, seed)):
-            name = f"{split}_{number:05d}.mp4"
-            todo[directory / "videos" / name] = scene
-            lines.append({"video": name, "captions": scene.captions, "split": split})
-    _render_all({path: scene for path, scene in todo.items() if not path.exists()})
-    _write(listing, "".join(json.dumps(line) + "\n" for line in lines))
-    return directory
-
-
-def _claim(directory, arguments):
-    """Videos are known by their numbers: those of two seeds must not mix in one directory."""
-    note = directory / "rendered.json"
-    if not note.exists():
-        (directory / "videos").mkdir(parents=True, exist_ok=True)
-        _write(note, json.dumps(arguments) + "\n")
-    if (made := json.loads(note.read_text(encoding="utf-8"))) != arguments:
-        raise InputError(f"{directory} holds {made}, not {arguments}: delete it or name another")
-
-
-def _render_all(scene_of):
-    with worker_pool(len(scene_of) // 8 + 1) as pool:
-        done = pool.map(render, scene_of.values(), scene_of, chunksize=8)
-        with progress(len(scene_of), "rendering videos", "clip") as bar:
-            for _ in done:
+        for number, scene in enumerate(draw_scenes(split, count, seed)):
+            path = folder / "videos" / f"{split}_{number:05d}.mp4"
+            if not path.exists():
+                missing[path] = scene
+            lines.append({"video": path.name, "captions": scene.captions, "split": split})
+    with worker_pool(len(missing) // 8 + 1) as pool:
+        rendered = pool.map(render_video, missing.values(), missing, chunksize=8)
+        with progress(len(missing), "rendering videos", "clip") as bar:
+            for _ in rendered:
                 bar.update()
+    _write(listing, "".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
-def _write(path, text):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def _check_arguments(folder: Path, arguments: dict[str, int]) -> None:
+    """Stores the arguments, which file names do not include, or raises if others are stored."""
+    path = folder / "rendered.json"
+    if not path.exists():
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(arguments) + "\n")
+    if (stored := json.loads(path.read_text(encoding="utf-8"))) != arguments:
+        raise InputError(
+            f"{folder} was rendered with {stored}, not {arguments}: delete it or choose another"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
