@@ -285,7 +285,7 @@ def test_table_repeats_the_note_of_the_results(base, tmp_path):
         assert facts == expected + (" (the clips it was trained on)" if has_note else "")
 
 
-def test_invalid_variant_keeps_a_run_of_its_own(base):
+def test_invalid_variant_has_a_separate_run(base):
     study = make_study(head={"model.head": "nonsense"}, tau={"model.tau": -1.0}, plain={})
     planned = plan({"s": study}, base)
     assert [str(run.workdir.parent.name) for (run,) in planned.values()] == [
@@ -293,7 +293,7 @@ def test_invalid_variant_keeps_a_run_of_its_own(base):
     ]
 
 
-def test_data_path_and_micro_batch_have_runs_of_their_own(base):
+def test_variants_with_other_data_or_micro_batch_do_not_share_runs(base):
     """Another data set is another training, and memory is measured for each variant."""
     study = make_study(data={"data.path": "x"}, micro={"train.micro_batch": 4}, plain={})
     planned = plan({"s": study}, base)
@@ -529,5 +529,5 @@ def test_chart_is_drawn_with_and_without_results(table, tmp_path, lines):
     assert (tmp_path / "full.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
 
 
-def test_no_runs_are_executed_at_once():
+def test_execute_runs_accepts_no_runs():
     execute_runs([], lambda run: None)

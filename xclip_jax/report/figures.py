@@ -58,7 +58,7 @@ class Gallery(NamedTuple):
 
     captions: Sequence[str]
     clip_names: Sequence[str]
-    strips: Mapping[int, UInt8[np.ndarray, "S _ 4"]]
+    strips: Mapping[int, UInt8[np.ndarray, "_ _ 4"]]
 
 
 def strip_width(frames: int = STRIP_FRAMES) -> int:
@@ -68,7 +68,7 @@ def strip_width(frames: int = STRIP_FRAMES) -> int:
 
 def make_strip(
     frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"],
-) -> UInt8[np.ndarray, "side width 4"]:
+) -> UInt8[np.ndarray, "_ _ 4"]:
     """Returns up to six evenly spaced frames in a row, RGBA with transparent gaps."""
     count = len(frames_FxSxSx3)
     shown = np.unique(np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int))

@@ -103,7 +103,7 @@ def interval_grid(table: Table) -> Grid:
 
 def legend(table: Table) -> str:
     """Returns a few sentences on what the numbers mean."""
-    seeds = max(row.finished for row in table.rows)
+    seeds = max(row.num_finished for row in table.rows)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     over = "test videos and seeds" if seeds > 1 else "test videos alone"
     sentences = [

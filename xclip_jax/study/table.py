@@ -38,7 +38,7 @@ class Row:
     paper: float | None  # R@1 text to video in the paper, on the paper's data only
 
     @property
-    def finished(self) -> int:
+    def num_finished(self) -> int:
         """Number of seeds with results."""
         return sum(reason is None for reason in self.seeds.values())
 
@@ -117,9 +117,11 @@ def _values(counts: Counts, seeds: Sequence[int], way: str, metric: Metric) -> n
 
 
 def _make_row(study: Study, name: str, runs: Sequence[Run], counts: Mapping[str, Counts]) -> Row:
-    mine, reference = counts[name], counts[study.reference]
-    ways = [way for way in DIRECTIONS if mine and all(way in both for both in mine.values())]
-    common = [seed for seed in mine if seed in reference and name != study.reference]
+    finished, reference = counts[name], counts[study.reference]
+    ways = [
+        way for way in DIRECTIONS if finished and all(way in both for both in finished.values())
+    ]
+    common = [seed for seed in finished if seed in reference and name != study.reference]
     config, by_seed = runs[0].config, {run.config.seed: run for run in runs}
     is_paper_data = (config.data.dataset, config.data.variant) == ("msrvtt", "9k")
     paper = study.variants[name].paper.get(backbone(config.model.vision))
@@ -127,17 +129,19 @@ def _make_row(study: Study, name: str, runs: Sequence[Run], counts: Mapping[str,
         name=name,
         labels=study.labels(name),
         stats={
-            way: {m: estimate_metric(_values(mine, list(mine), way, m)) for m in STUDY_METRICS}
+            way: {
+                m: estimate_metric(_values(finished, list(finished), way, m)) for m in STUDY_METRICS
+            }
             for way in ways
         },
         differences={
             way: estimate_difference(
-                _values(mine, common, way, "R@1"), _values(reference, common, way, "R@1")
+                _values(finished, common, way, "R@1"), _values(reference, common, way, "R@1")
             )
             for way in ways
             if common and all(way in reference[seed] for seed in common)
         },
-        seeds={s: None if s in mine else run.why_missing() for s, run in by_seed.items()},
+        seeds={s: None if s in finished else run.why_missing() for s, run in by_seed.items()},
         paper=paper if is_paper_data else None,
     )
 
