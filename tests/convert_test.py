@@ -1,4 +1,4 @@
-"""Checkpoints in and back: recognised, complete, bit for bit; mistakes named in one line."""
+"""Conversion both ways: recognition, bit-exact round trips, one-line errors."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import xclip_jax
 from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import InputError
 from xclip_jax.convert import __main__ as command
-from xclip_jax.convert import huggingface, importing, mapping
+from xclip_jax.convert import exporting, importing, mapping
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert
 from xclip_jax.convert.torch_archive import read_archive, write_archive
@@ -41,18 +41,18 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_to_us_and_back_is_bit_identical(tmp_path, head):
+def test_round_trip_is_bit_identical(tmp_path, head):
     tensors = checkpoints.release(head)
     convert(write(tmp_path / "a.bin", tensors), tmp_path / "model")
     retriever = xclip_jax.load(tmp_path / "model")
     assert (retriever.config["head"], retriever.config["preset"]) == (head, "official")
     export(tmp_path / "model", tmp_path / "out")
     same(read_archive(tmp_path / "out" / "pytorch_model.bin").tensors, tensors)
-    towers = huggingface.to_official(load_file(tmp_path / "out" / "clip" / "model.safetensors"))
+    towers = mapping.from_hugging_face(load_file(tmp_path / "out" / "clip" / "model.safetensors"))
     same(towers, {name: x for name, x in tensors.items() if name.startswith("clip.")})
 
 
-def test_lengths_and_sizes_come_from_shapes(tmp_path):
+def test_sizes_are_inferred_from_shapes(tmp_path):
     convert(write(tmp_path / "a.bin", checkpoints.release("xclip")), tmp_path / "model")
     a = json.loads((tmp_path / "model" / "model.json").read_text())
     assert (a["max_words"], a["max_frames"], a["embed_dim"]) == (12, 6, 64)
@@ -87,7 +87,7 @@ def test_lengths_and_sizes_come_from_shapes(tmp_path):
     ],
     ids=["B/32", "B/16", "L/14", "L/14@336"],
 )
-def test_openai_sizes(sizes, text_heads, heads, positions):
+def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
     shapes = {f"clip.{name}": s for name, s in checkpoints.clip_shapes(**sizes).items()}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     known = {"preset": "paper", "head": "mean_pooling", "activation": "quick_gelu"}
@@ -105,7 +105,7 @@ def test_openai_sizes(sizes, text_heads, heads, positions):
     assert found == shapes
 
 
-def test_half_precision_is_kept_exactly(tmp_path):
+def test_float16_weights_are_converted_exactly(tmp_path):
     tensors = {n: x.astype(np.float16) for n, x in checkpoints.clip().items()}
     convert(write(tmp_path / "a.pt", tensors), tmp_path / "model")
     params = xclip_jax.load(tmp_path / "model").params
@@ -113,7 +113,7 @@ def test_half_precision_is_kept_exactly(tmp_path):
     same(found, {f"clip.{n}": x.astype(np.float32) for n, x in tensors.items()})
 
 
-def test_open_clip_and_buffers(tmp_path, capsys):
+def test_open_clip_checkpoints_and_buffers_are_recognized(tmp_path, capsys):
     tensors = {f"module.{n}": x for n, x in checkpoints.clip().items()}
     tensors["module.attn_mask"] = np.zeros((16, 16), np.float32)
     convert(write(tmp_path / "a.pt", tensors), tmp_path / "plain")
@@ -137,9 +137,9 @@ def hugging_face(folder, tensors, shards=1, **config):
     known = {"preset": "paper", "head": "mean_pooling", "activation": "gelu"}
     named = {f"clip.{name}": array for name, array in tensors.items()}
     a = importing.infer(named, known, {"vision": 4, "text": 2})
-    description = huggingface.clip_config(a, "gelu", 58, 59) | config
+    description = exporting.clip_config(a, "gelu", 58, 59) | config
     (folder / "config.json").write_text(json.dumps(description))
-    weights = huggingface.from_official(named)
+    weights = mapping.to_hugging_face(named)
     if shards == 1:
         save_file(weights, folder / "model.safetensors")
         return folder
@@ -154,11 +154,11 @@ def hugging_face(folder, tensors, shards=1, **config):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_hugging_face_folder(tmp_path, shards):
+def test_hugging_face_folder_is_converted(tmp_path, shards):
     tensors = checkpoints.clip()
     folder = hugging_face(tmp_path / "hf", tensors, shards)
     learn_tokenizer(["a dog"]).save(folder)
-    with pytest.raises(InputError, match="ids, the text tower only 60"):
+    with pytest.raises(InputError, match="ids, but the text tower has 60"):
         convert(folder, tmp_path / "model")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def test_hugging_face_folder(tmp_path, shards):
         retriever.encode_text(["a dog"])
 
 
-def test_plain_clip_searches_at_once_with_its_tokenizer(tmp_path):
+def test_converted_clip_searches_with_either_head(tmp_path):
     tokenizer = learn_tokenizer(["a red ball", "a dog"])
     tokenizer.save(tmp_path / "vocab")
     sizes = {**checkpoints.TINY, "vocab": tokenizer.vocab_size}
@@ -195,7 +195,7 @@ def test_plain_clip_searches_at_once_with_its_tokenizer(tmp_path):
     assert scores["mean_pooling"] != scores["xclip"]
 
 
-def test_other_lengths_than_the_matrices(tmp_path):
+def test_lengths_must_match_matrices_unless_cropped(tmp_path):
     tensors = checkpoints.release("xclip")
     path = write(tmp_path / "a.bin", tensors)
     with pytest.raises(InputError, match=r"--max_words=8: .* for 12; --crop_matrices"):
@@ -226,7 +226,7 @@ def change(tensors, **changes):
     return changed
 
 
-def test_what_does_not_fit_is_listed(tmp_path):
+def test_missing_misshapen_and_unknown_weights_are_named(tmp_path):
     good = checkpoints.release("seq_transformer")
     block = "transformerClip__resblocks__1__attn__in_proj_bias"
     for tensors, message in {
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     assert not list(tmp_path.glob("model*"))
 
 
-def test_export_says_when_the_official_code_would_compute_something_else(tmp_path, capsys):
+def test_export_names_features_the_official_code_lacks(tmp_path, capsys):
     path = write(tmp_path / "a.pt", checkpoints.clip())
     for number, (options, reason) in enumerate([
         ({"activation": "gelu"}, "model.activation = gelu"),
@@ -263,7 +263,7 @@ def test_export_says_when_the_official_code_would_compute_something_else(tmp_pat
         assert (tmp_path / f"out{number}" / "pytorch_model.bin").exists() == (reason is None)
 
 
-def test_nothing_beside_the_output_is_touched(tmp_path):
+def test_files_beside_the_output_are_untouched(tmp_path):
     path = write(tmp_path / "a.pt", checkpoints.clip())
     mine = tmp_path / "model.part" / "precious"
     mine.mkdir(parents=True)
@@ -273,18 +273,18 @@ def test_nothing_beside_the_output_is_touched(tmp_path):
     assert mine.is_dir()
 
 
-def test_values_that_make_no_sense(tmp_path):
+def test_invalid_options_are_refused(tmp_path):
     path = write(tmp_path / "a.bin", checkpoints.release("xclip"))
     for options, message in [
         ({"max_words": 0}, "--max_words=0: must be at least 1"),
         ({"vision_heads": -1}, "--vision_heads=-1: must be at least 1"),
-        ({"text_heads": 7}, "7 heads cannot share; see --text_heads"),
-        ({"crop_matrices": True}, "--crop_matrices goes with"),
+        ({"text_heads": 7}, "divisible by 7 heads: set --text_heads"),
+        ({"crop_matrices": True}, "--crop_matrices requires"),
     ]:
         with pytest.raises(InputError, match=re.escape(message)):
             convert(path, tmp_path / "model", **options)
     folder = hugging_face(tmp_path / "hf", checkpoints.clip())
-    with pytest.raises(InputError, match=r"config.json tells activation and heads"):
+    with pytest.raises(InputError, match=r"config.json sets activation and heads"):
         convert(folder, tmp_path / "model", activation="gelu")
     config = json.loads((folder / "config.json").read_text())
     vision = config["vision_config"] | {"num_attention_heads": 0}
@@ -297,13 +297,13 @@ def test_values_that_make_no_sense(tmp_path):
             convert(source, tmp_path / "model")
 
 
-def test_a_resnet_is_refused(tmp_path):
+def test_resnet_is_refused(tmp_path):
     tensors = {"visual.layer1.0.conv1.weight": np.zeros((4, 4, 1, 1), np.float32)}
-    with pytest.raises(InputError, match="ResNet image tower; only ViT"):
+    with pytest.raises(InputError, match="ResNet image tower is not supported, only ViT"):
         convert(write(tmp_path / "RN50.pt", tensors), tmp_path / "model")
 
 
-def test_hugging_face_folders_that_are_none(tmp_path):
+def test_invalid_hugging_face_folders_are_refused(tmp_path):
     tensors = checkpoints.clip()
     for number, (config, message) in enumerate([
         ({"model_type": "siglip"}, "model_type is 'siglip', must be 'clip'"),
@@ -315,15 +315,15 @@ def test_hugging_face_folders_that_are_none(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         convert(folder, tmp_path / "model")
-    with pytest.raises(InputError, match=r"give the folder that also holds config.json"):
+    with pytest.raises(InputError, match=r"pass the folder that also holds config.json"):
         convert(folder / "model.safetensors", tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"not one")
     (folder / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         convert(folder, tmp_path / "model")
 
 
-def test_models_that_the_release_does_not_have_give_their_towers(tmp_path, capsys):
+def test_export_without_official_counterpart_writes_only_towers(tmp_path, capsys):
     path = write(tmp_path / "a.pt", checkpoints.clip())
     convert(path, tmp_path / "model", head="xclip")
     export(tmp_path / "model", tmp_path / "out")
@@ -332,7 +332,7 @@ def test_models_that_the_release_does_not_have_give_their_towers(tmp_path, capsy
 
 
 def run(capsys, *arguments):
-    """What the command prints and exits with."""
+    """Returns the output and the exit status of the command."""
     try:
         command.main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -340,7 +340,7 @@ def run(capsys, *arguments):
     return capsys.readouterr().out, 0
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
+def test_command_prints_summary_and_one_line_errors(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = write(tmp_path / "a.bin", checkpoints.release("xclip"))
     printed, code = run(capsys, f"--input={path}", f"--output={tmp_path / 'model'}")
@@ -352,7 +352,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     for arguments, message in [
         ([f"--input={path}", f"--output={tmp_path / 'model'}"], "exists already"),
         (["--input=no/such", f"--output={tmp_path / 'x'}"], "https://huggingface.co/no/such"),
-        ([f"--input={path}", f"--output={tmp_path / 'x'}", "--head=xclip"], "head of its own"),
+        ([f"--input={path}", f"--output={tmp_path / 'x'}", "--head=xclip"], "its own head"),
         ([f"--input={ROOT / 'setup.py'}", f"--output={tmp_path / 'x'}"], "error: "),
         ([f"--input={tmp_path}", f"--output={tmp_path / 'x'}"], "no config.json"),
         ([f"--input={path}", f"--output={tmp_path / 'x'}", "--to=pytorch"], "no model in"),
@@ -372,7 +372,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "x").exists()
 
 
-def test_without_torch_in_a_process_of_its_own(tmp_path):
+def test_convert_runs_without_torch(tmp_path):
     path = write(tmp_path / "a.bin", checkpoints.release("seq_lstm"))
     code = (
         "import sys; sys.modules['torch'] = None; from xclip_jax.convert.__main__ import main;"
@@ -387,7 +387,7 @@ def test_without_torch_in_a_process_of_its_own(tmp_path):
 
 
 def torch_clip(folder, **sizes):
-    """A random CLIPModel, saved; with inputs and outputs."""
+    """Saves a random CLIPModel and returns (ids, frames, logits)."""
     torch = pytest.importorskip("torch")
     from transformers import CLIPConfig, CLIPModel
 
@@ -423,7 +423,7 @@ def torch_clip(folder, **sizes):
         pytest.param({"text_config": {"eos_token_id": 49407}}, id="B/32"),
     ],
 )  # fmt: skip
-def test_against_transformers_both_ways(tmp_path, sizes):
+def test_import_and_export_match_transformers(tmp_path, sizes):
     ids, frames, logits = torch_clip(tmp_path / "hf", **sizes)
     convert(tmp_path / "hf", tmp_path / "model")
     retriever = xclip_jax.load(tmp_path / "model")
@@ -451,7 +451,7 @@ def test_against_transformers_both_ways(tmp_path, sizes):
         assert torch.equal(state["clip.visual.proj"], model.visual_projection.weight.T)
 
 
-def test_bfloat16_weights(tmp_path):
+def test_bfloat16_weights_are_converted_exactly(tmp_path):
     tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in checkpoints.clip().items()}
     folder = hugging_face(tmp_path / "hf", tensors)
     convert(folder, tmp_path / "model")

@@ -1,0 +1,1 @@
+"""Converts PyTorch checkpoints to model directories and back."""

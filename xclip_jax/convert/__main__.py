@@ -1,6 +1,6 @@
-"""Takes a PyTorch checkpoint to a model directory, or a model directory back to PyTorch.
+r"""Converts a PyTorch checkpoint to a model directory, or a model directory to PyTorch.
 
-    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \\
+    python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
         --vocab=bpe_simple_vocab_16e6.txt.gz
     python -m xclip_jax.convert --input=openai/clip-vit-base-patch32 --output=models/clip_b32
     python -m xclip_jax.convert --input=pytorch_model.bin.4 --output=models/xclip --vocab=...
@@ -11,6 +11,7 @@ checkpoints, and the official X-CLIP and CLIP4Clip pytorch_model.bin.N. Needs no
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from xclip_jax.cli import InputError, one_line_errors, run_command
@@ -18,36 +19,40 @@ from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xclip_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", required=True, help="checkpoint, Hugging Face folder or hub id; model directory")
+    add(
+        "--input",
+        required=True,
+        help="checkpoint, Hugging Face folder or hub id; with --to=pytorch a model directory",
+    )
     add("--output", required=True, type=Path, help="folder to write; must not exist yet")
     add("--to", choices=["jax", "pytorch"], default="jax", help="direction (default jax)")
     add("--vocab", help="tokenizer: OpenAI's bpe_simple_vocab_16e6.txt.gz, a folder or a hub id")
     add(
         "--head",
         choices=["mean_pooling", "xclip"],
-        help="of plain CLIP: mean_pooling (default) is CLIP's own score of averaged frames; xclip "
-        "compares words and frames too, without a temporal encoder",
+        help="head for plain CLIP: mean_pooling (default) scores averaged frames as CLIP scores an "
+        "image; xclip also compares words and frames, without a temporal encoder",
     )
     add(
         "--activation",
         choices=["quick_gelu", "gelu"],
-        help="where the file does not tell; default gelu for open_clip, else quick_gelu",
+        help="for checkpoints without config.json; default gelu for open_clip, else quick_gelu",
     )
-    add("--vision_heads", type=int, help="heads of the image tower (default width / 64)")
-    add("--text_heads", type=int, help="heads of the text tower (default width / 64)")
-    add("--max_words", type=int, help="tokens a text, start and end included")
-    add("--max_frames", type=int, help="frames a video (default 12)")
+    add("--vision_heads", type=int, help="attention heads of the image tower (default width / 64)")
+    add("--text_heads", type=int, help="attention heads of the text tower (default width / 64)")
+    add("--max_words", type=int, help="tokens per text, including start and end")
+    add("--max_frames", type=int, help="frames per video (default 12)")
     add(
         "--crop_matrices",
         action="store_true",
-        help="take the leading block of learned matrices to fit --max_words and --max_frames",
+        help="cut learned matrices to --max_words and --max_frames",
     )
     return parser
 
@@ -58,22 +63,19 @@ _ONLY_IMPORT = (
 )
 
 
-def main(argv=None):
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     args = _parser().parse_args(argv)
     options = {name: getattr(args, name) for name in _ONLY_IMPORT}
     with one_line_errors():
         if args.output.exists():
-            raise InputError(f"{args.output} exists already: choose another --output or delete it")
+            raise InputError(f"{args.output} exists already: pass another --output or delete it")
         if args.to == "jax":
             convert(args.input, args.output, **options)
             return
-        given = [
-            name for name, value in options.items() if value is not None and value is not False
-        ]
-        if given:
-            names = ", ".join(f"--{name}" for name in given)
-            raise InputError(f"{names} cannot be used with --to=pytorch")
+        names = [f"--{name}" for name, value in options.items() if value not in (None, False)]
+        if names:
+            raise InputError(f"{', '.join(names)} cannot be used with --to=pytorch")
         export(args.input, args.output)
 
 

@@ -1,21 +1,21 @@
-"""A model directory -> what PyTorch users read."""
+"""Exports a model directory to the files that PyTorch programs read."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
 from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
-from xclip_jax.convert.huggingface import clip_config, from_official
-from xclip_jax.convert.mapping import to_tensors
+from xclip_jax.convert.mapping import to_hugging_face, to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 
 
-def export(directory, output):
-    """Writes `output`/pytorch_model.bin, an official state dict, and `output`/clip, the CLIP towers
-    as transformers' CLIPModel reads them; whole or not at all.
+def export(directory: str | Path, output: str | Path) -> None:
+    """Writes a model as an official state dict and as a `CLIPModel` folder, atomically.
 
-    A model that the official code does not have (preset paper) gives its towers alone.
+    The state dict is `output`/pytorch_model.bin, the CLIP towers are `output`/clip. A model that
+    the official code does not support (preset paper) gives only the towers.
 
     Raises:
         InputError: `directory` holds no model.
@@ -24,13 +24,13 @@ def export(directory, output):
     architecture, model, params, tokenizer = load_model(directory)
     partial = partial_folder(output)
     (partial / "clip").mkdir()
-    towers = to_tensors({"clip": params["clip"]})
-    foreign = official_reason(architecture)
-    if foreign is None:
+    towers = to_hugging_face(to_tensors({"clip": params["clip"]}))
+    unsupported = unsupported_feature(architecture)
+    if unsupported is None:
         unread = directory / UNREAD_FILE
-        kept = load_file(unread) if unread.is_file() else {}
-        write_archive(partial / "pytorch_model.bin", to_tensors(params) | kept)
-    save_file(from_official(towers), partial / "clip" / "model.safetensors", {"format": "pt"})
+        extra = load_file(unread) if unread.is_file() else {}
+        write_archive(partial / "pytorch_model.bin", to_tensors(params) | extra)
+    save_file(towers, partial / "clip" / "model.safetensors", {"format": "pt"})
     end = architecture["text"]["vocab_size"] - 1 if tokenizer is None else tokenizer.end
     start = end - 1 if tokenizer is None else tokenizer.start
     config = clip_config(architecture, model.activation, start, end)
@@ -39,14 +39,14 @@ def export(directory, output):
         tokenizer.save(partial / "clip")
     partial.rename(output)
     print(f"{output / 'clip'}: the CLIP towers, for transformers.CLIPModel.from_pretrained")
-    if foreign is None:
+    if unsupported is None:
         print(f"{output / 'pytorch_model.bin'}: official state dict, for torch.load")
     else:
-        print(f"no official state dict: the official code has no model with {foreign}")
+        print(f"no official state dict: the official code does not support {unsupported}")
 
 
-def official_reason(architecture):
-    """What of a model the official X-CLIP and CLIP4Clip do not have; None if nothing."""
+def unsupported_feature(architecture: dict[str, Any]) -> str | None:
+    """Returns the first feature the official X-CLIP and CLIP4Clip do not support, or None."""
     a = architecture
     official = {"frame_features": "clip", "words": "all_tokens", "padding": "competes"}
     official |= {"matrices": "learned", "fusion": "mean", "aggregation": "attention"}
@@ -59,19 +59,49 @@ def official_reason(architecture):
         return f"model.granularities = {', '.join(a['granularities'])}"
     if a["temporal"]["type"] != "none" and a["temporal"]["residual"] != "yes":
         return "model.temporal.residual = no"
-    return _other_constants(a)
-
-
-def _other_constants(a):
-    """What the official code has as constants, and its checkpoints therefore do not tell."""
+    # The rest are constants of the official code, which its checkpoints do not store.
     towers = {"vision": a["vision"]["width"], "text": a["text"]["width"]}
     if a["temporal"]["type"] == "transformer" or a["head"] == "tight_transformer":
         towers["temporal"] = a["embed_dim"]
     for name, width in towers.items():
         if a[name]["heads"] != max(1, width // 64):
-            return f"model.{name}.heads = {a[name]['heads']} (it has width / 64)"
+            return f"model.{name}.heads = {a[name]['heads']} (must be width / 64)"
     if a["activation"] != "quick_gelu":
         return f"model.activation = {a['activation']}"
     if a["head"] == "xclip" and a["tau"] != 0.01:
         return f"model.tau = {a['tau']}"
     return None
+
+
+def clip_config(
+    architecture: dict[str, Any], activation: str, start: int, end: int
+) -> dict[str, Any]:
+    """Returns the config.json of a `CLIPModel` with `start` and `end` as token ids."""
+
+    def tower(sizes: dict[str, int], **more: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": sizes["width"],
+            "intermediate_size": 4 * sizes["width"],
+            "num_hidden_layers": sizes["layers"],
+            "num_attention_heads": sizes["heads"],
+            "hidden_act": activation,
+            "projection_dim": architecture["embed_dim"],
+            "layer_norm_eps": 1e-5,
+            **more,
+        }
+
+    vision, text = architecture["vision"], architecture["text"]
+    image = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    words = {
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["context_length"],
+        "bos_token_id": start,
+        "eos_token_id": end,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": architecture["embed_dim"],
+        "text_config": tower(text, **words, model_type="clip_text_model"),
+        "vision_config": tower(vision, **image, model_type="clip_vision_model"),
+    }

@@ -1,57 +1,62 @@
-"""A PyTorch checkpoint -> a model directory."""
+"""Imports a PyTorch checkpoint into a model directory."""
 
 import json
 import math
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.cli import InputError
 from xclip_jax.config import get_config
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, to_params
-from xclip_jax.convert.sources import read_source
-from xclip_jax.data.text import load_tokenizer
+from xclip_jax.convert.sources import Source, read_source
+from xclip_jax.data.text import Tokenizer, load_tokenizer
 from xclip_jax.models import build_model, resolve
 
 _MATRICES = {
     "max_words": ("word_logit_weight", "word_mat_weight", "word_mat_weight2"),
     "max_frames": ("frame_logit_weight", "frame_mat_weight", "frame_mat_weight2"),
 }
-_HEADS = {  # the last that is there counts
+_HEADS = {  # by prefix of a tensor; the last that occurs counts
     "lstm_visual.": "seq_lstm",
     "transformerClip.": "seq_transformer",
     "cross.transformer.": "tight_transformer",
     "global_mat_weight": "xclip",
 }
-_LENGTHS = {"max_words": 32, "max_frames": 12}  # of the release's scripts
+_LENGTHS = {"max_words": 32, "max_frames": 12}  # in the release's scripts
 
 
 def convert(
-    source,
-    output,
-    vocab=None,
-    head=None,
-    activation=None,
-    vision_heads=None,
-    text_heads=None,
-    max_words=None,
-    max_frames=None,
-    crop_matrices=False,
-):
-    """Writes a model directory whole or not at all, and prints what was made of what.
+    source: str | Path,
+    output: str | Path,
+    *,
+    vocab: str | Path | None = None,
+    head: Literal["mean_pooling", "xclip"] | None = None,
+    activation: Literal["quick_gelu", "gelu"] | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+    max_words: int | None = None,
+    max_frames: int | None = None,
+    crop_matrices: bool = False,
+) -> None:
+    """Writes a model directory atomically and prints a summary.
 
     Args:
         source: checkpoint file, Hugging Face folder or hub id.
         output: folder to write.
-        vocab: what `load_tokenizer` takes; default: the source's own, if it has one.
-        head: of plain CLIP, `mean_pooling` (default) or `xclip`.
-        activation, vision_heads, text_heads: where the file does not tell.
-        max_words, max_frames: lengths; tied to the learned matrices where there are any.
-        crop_matrices: take their leading block where other lengths are asked for.
+        vocab: tokenizer, as in `load_tokenizer`; default: the source's, if it has one.
+        head: head for plain CLIP, by default `mean_pooling`.
+        activation, vision_heads, text_heads: settings that only a config.json stores.
+        max_words, max_frames: lengths; learned matrices, if any, must have the same.
+        crop_matrices: cut learned matrices to shorter lengths.
 
     Raises:
-        InputError: the source is not readable, not known, or does not fit.
+        InputError: the source cannot be read, is of an unknown kind or does not fit.
     """
     options = {"vision_heads": vision_heads, "text_heads": text_heads}
     options |= {"max_words": max_words, "max_frames": max_frames}
@@ -62,44 +67,56 @@ def convert(
     tensors = read.tensors
     if not read.heads:
         read.activation = activation or read.activation
-        asked = {"vision": vision_heads, "text": text_heads}
-        read.heads |= {name: count for name, count in asked.items() if count}
+        heads = {"vision": vision_heads, "text": text_heads}
+        read.heads |= {name: count for name, count in heads.items() if count}
     elif activation or vision_heads or text_heads:
         raise InputError(
-            f"{source}: its config.json tells activation and heads; leave out --activation, "
+            f"{source}: its config.json sets activation and heads: omit --activation, "
             "--vision_heads and --text_heads"
         )
     if crop_matrices and not (max_words or max_frames):
-        raise InputError("--crop_matrices goes with --max_words or --max_frames")
+        raise InputError("--crop_matrices requires --max_words or --max_frames")
     _set_lengths(tensors, {"max_words": max_words, "max_frames": max_frames}, crop_matrices)
-    model = {"activation": read.activation, **_kind(read, head)}
-    architecture = infer(tensors, model, read.heads, max_words, max_frames)
-    model = build_model(architecture)
-    template = jax.eval_shape(lambda: init_params(model, architecture, 0))
+    known = {"activation": read.activation, **_kind(read, head)}
+    architecture = infer(tensors, known, read.heads, max_words, max_frames)
     weights = {name: array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}
-    params, left = to_params(weights, template)
-    unread = {name: left.pop(name) for name in UNREAD if name in left}
-    if left:
-        raise InputError(f"{source}: unknown weights: {', '.join(sorted(left))}")
+    params, unused = to_params(weights, _template(architecture))
+    unread = {name: unused.pop(name) for name in UNREAD if name in unused}
+    if unused:
+        raise InputError(f"{source}: unknown weights: {', '.join(sorted(unused))}")
     tokenizer = _tokenizer(vocab, read.tokenizer, architecture)
     save_model(output, architecture, params, tokenizer, unread)
     skipped = [name.removeprefix("clip.") for name in tensors if name not in weights]
-    _print_summary(read, architecture, params, unread, skipped, tokenizer, output)
+    notes = {"kept unread": list(unread), "skipped": skipped}
+    _print_summary(read, architecture, params, tokenizer, notes=notes)
+    print(f"wrote {output}")
 
 
-def infer(tensors, known, heads, max_words=None, max_frames=None):
-    """model.json of a checkpoint, from the names and shapes of its tensors.
+def _template(architecture: dict[str, Any]) -> Any:
+    """Returns the parameters' pytree of ShapeDtypeStructs."""
+    model = build_model(architecture)
+    return jax.eval_shape(lambda: init_params(model, architecture, 0))
+
+
+def infer(
+    tensors: Mapping[str, np.ndarray],
+    known: Mapping[str, str],
+    heads: Mapping[str, int],
+    max_words: int | None = None,
+    max_frames: int | None = None,
+) -> dict[str, Any]:
+    """Returns the model.json of a checkpoint, from the names and shapes of its tensors.
 
     Args:
         tensors: official name -> array.
         known: preset, head and activation.
-        heads: of "vision" and "text", where known; else width / 64.
-        max_words, max_frames: as `convert`'s.
+        heads: number of heads by tower, "vision" and "text"; by default width / 64.
+        max_words, max_frames: as in `convert`.
 
     Raises:
-        InputError: sizes cannot be told or do not fit together.
+        InputError: sizes are missing or do not fit together.
     """
-    model = json.loads(get_config().model.to_json()) | known
+    model = json.loads(get_config().to_json())["model"] | dict(known)
     model["vision"], model["text"], model["embed_dim"] = _towers(tensors, heads)
     temporal = model["temporal"]
     temporal["type"] = "none"
@@ -110,38 +127,42 @@ def infer(tensors, known, heads, max_words=None, max_frames=None):
     temporal.update(layers=layers or 1, heads=max(1, model["embed_dim"] // 64))
     context = model["text"]["context_length"]
     defaults = _LENGTHS | ({"max_words": context} if model["preset"] == "paper" else {})
-    for name, asked in (("max_words", max_words), ("max_frames", max_frames)):
+    for name, length in (("max_words", max_words), ("max_frames", max_frames)):
         matrix = tensors.get(_MATRICES[name][0])
-        size = len(matrix) if matrix is not None else asked or min(defaults[name], context)
-        least = 3 if name == "max_words" else 1
-        if not least <= size <= context:
-            raise InputError(f"--{name}={size}: must be from {least} to {context}, the positions")
+        size = len(matrix) if matrix is not None else length or min(defaults[name], context)
+        minimum = 3 if name == "max_words" else 1
+        if not minimum <= size <= context:
+            raise InputError(
+                f"--{name}={size}: must be from {minimum} to {context}, the text tower's positions"
+            )
         model[name] = size
     return {**resolve(model), "step": 0}
 
 
-def _kind(read, head):
-    """Preset and head, by what is there besides the towers."""
+def _kind(read: Source, head: str | None) -> dict[str, str]:
+    """Returns preset and head, by the tensors besides the towers."""
     if not read.official:
         return {"preset": "paper", "head": head or "mean_pooling"}
     if head:
-        raise InputError(f"--head={head}: the checkpoint has a head of its own; leave it out")
-    found = "mean_pooling"
-    for marker, name in _HEADS.items():
-        if any(tensor.startswith(marker) for tensor in read.tensors):
-            found = name
-    return {"preset": "official", "head": found}
+        raise InputError(f"--head={head}: the checkpoint has its own head: omit --head")
+    head = "mean_pooling"
+    for prefix, name in _HEADS.items():
+        if any(tensor.startswith(prefix) for tensor in read.tensors):
+            head = name
+    return {"preset": "official", "head": head}
 
 
-def _towers(tensors, heads):
-    """(vision, text, embed_dim), from shapes."""
+def _towers(
+    tensors: Mapping[str, np.ndarray], heads: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Returns (vision, text, embed_dim), from shapes."""
 
-    def shape(name, dimensions):
-        found = tensors.get(f"clip.{name}")
-        if found is None or found.ndim != dimensions or not found.size:
-            found = "missing" if found is None else f"of shape {found.shape}"
-            raise InputError(f"{name} is {found}; the sizes of CLIP cannot be told")
-        return found.shape
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        array = tensors.get(f"clip.{name}")
+        if array is None or array.ndim != dimensions or not array.size:
+            problem = "missing" if array is None else f"of shape {array.shape}"
+            raise InputError(f"{name} is {problem}: cannot infer the sizes of CLIP")
+        return array.shape
 
     width, _, patch, _ = shape("visual.conv1.weight", 4)
     grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
@@ -162,23 +183,25 @@ def _towers(tensors, heads):
         tower["heads"] = heads.get(name) or max(1, tower["width"] // 64)
         if tower["width"] % tower["heads"] or not tower["layers"]:
             raise InputError(
-                f"the {name} tower has {tower['layers']} layers and width {tower['width']}, which "
-                f"{tower['heads']} heads cannot share; see --{name}_heads"
+                f"the {name} tower has {tower['layers']} layers and width {tower['width']}, not "
+                f"divisible by {tower['heads']} heads: set --{name}_heads"
             )
     return vision, text, embed_dim
 
 
-def _count(tensors, prefix):
-    """Number of layers: one more than the highest."""
+def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
+    """Returns the number of layers: one more than the highest index."""
     pattern = re.compile(rf"{re.escape(prefix)}\.resblocks\.(\d{{1,4}})\.")
     return 1 + max((int(m[1]) for name in tensors if (m := pattern.match(name))), default=-1)
 
 
-def _set_lengths(tensors, asked, crop):
-    """Checks lengths against the learned matrices they are tied to, or cuts these in place."""
+def _set_lengths(
+    tensors: dict[str, np.ndarray], lengths: Mapping[str, int | None], crop: bool
+) -> None:
+    """Checks lengths against the learned matrices, or cuts these in place."""
     for option, names in _MATRICES.items():
         for name in names:
-            matrix, size = tensors.get(name), asked[option]
+            matrix, size = tensors.get(name), lengths[option]
             if matrix is None or size is None or matrix.shape[0] == size:
                 continue
             if not crop or size > matrix.shape[0]:
@@ -189,8 +212,10 @@ def _set_lengths(tensors, asked, crop):
             tensors[name] = matrix[:size, :size]
 
 
-def _tokenizer(vocab, folder, architecture):
-    """The tokenizer asked for, or the source's own; None if it has none."""
+def _tokenizer(
+    vocab: str | Path | None, folder: Path | None, architecture: dict[str, Any]
+) -> Tokenizer | None:
+    """Returns the tokenizer at `vocab`, else the source's, else None."""
     if vocab is None and folder is not None:
         names = ("tokenizer.json", "vocab.json")
         vocab = folder if any((folder / name).is_file() for name in names) else None
@@ -199,12 +224,21 @@ def _tokenizer(vocab, folder, architecture):
     tokenizer = load_tokenizer(vocab, architecture["max_words"])
     size = architecture["text"]["vocab_size"]
     if tokenizer.vocab_size > size:
-        raise InputError(f"{vocab} has {tokenizer.vocab_size} ids, the text tower only {size}")
+        raise InputError(f"{vocab} has {tokenizer.vocab_size} ids, but the text tower has {size}")
     return tokenizer
 
 
-def _print_summary(read, architecture, params, unread, skipped, tokenizer, output):
+def _print_summary(
+    read: Source,
+    architecture: dict[str, Any],
+    params: Any,
+    tokenizer: Tokenizer | None,
+    *,
+    notes: Mapping[str, list[str]],
+) -> None:
     a, vision, text = architecture, architecture["vision"], architecture["text"]
+    temporal = a["temporal"]["type"]
+    layers = f", {a['temporal']['layers']} layers" if temporal == "transformer" else ""
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{read.kind}: {total / 1e6:.1f} M parameters")
     print(f"  activation   {a['activation']}")
@@ -216,16 +250,13 @@ def _print_summary(read, architecture, params, unread, skipped, tokenizer, outpu
         f"  text tower   {text['vocab_size']} ids, {text['context_length']} positions, "
         f"width {text['width']}, {text['layers']} layers, {text['heads']} heads"
     )
-    temporal = a["temporal"]["type"]
-    layers = f", {a['temporal']['layers']} layers" if temporal == "transformer" else ""
     print(f"  head         {a['head']} (preset {a['preset']}; temporal encoder {temporal}{layers})")
     print(f"  lengths      {a['max_words']} words, {a['max_frames']} frames")
-    if unread:
-        print(f"  kept unread  {', '.join(unread)} (saved by the release, never used)")
-    if skipped:
-        print(f"  skipped      {', '.join(skipped)} (no weights)")
+    reasons = {"kept unread": "saved by the release, never used", "skipped": "no weights"}
+    for note, names in notes.items():
+        if names:
+            print(f"  {note:12} {', '.join(names)} ({reasons[note]})")
     if tokenizer is None:
         print("  tokenizer    none: texts cannot be encoded; convert again with --vocab")
     else:
         print(f"  tokenizer    {tokenizer.vocab_size} ids")
-    print(f"wrote {output}")

@@ -1,10 +1,13 @@
-"""PyTorch names and layouts <-> ours, both ways, bit for bit.
+"""Maps parameters to PyTorch names and layouts and back, bit for bit.
 
-The names are those of the official X-CLIP and CLIP4Clip checkpoints; plain CLIP's are the same
-without `clip.`. Our layers are stacked along a leading axis, kernels are input x output.
+The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP's are the same
+without `clip.`. Parameters are stacked over layers along a leading axis; kernels are input x
+output. Hugging Face's names are those of `CLIPModel`.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,118 +61,193 @@ LEAVES = {
     "aggregation_matrices/frame_word_words_2": "word_mat_weight2",
     "aggregation_matrices/frame_word_frames_2": "frame_mat_weight2",
     **{
-        f"{ours}/{leaf}": f"{theirs}.{name}"
-        for ours, (theirs, leaves) in _MODULES.items()
+        f"{module}/{leaf}": f"{official}.{name}"
+        for module, (official, leaves) in _MODULES.items()
         for leaf, name in leaves.items()
     },
 }
-# What the release saves but never reads, by the models that do not have it themselves.
+# Saved by the release for every model, and never used by the models that lack them here.
 UNREAD = ("frame_position_embeddings.weight", "clip.logit_scale")
-# Not weights: sizes that OpenAI's archives carry, and what older libraries saved along.
+# Not weights: sizes stored in OpenAI's archives, and buffers saved by older libraries.
 BUFFERS = re.compile(
     r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size|num_batches_tracked)"
 )
+_HF_LEAVES = {
+    "logit_scale": "clip.logit_scale",
+    "text_model.embeddings.token_embedding.weight": "clip.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "clip.positional_embedding",
+    "text_model.final_layer_norm.weight": "clip.ln_final.weight",
+    "text_model.final_layer_norm.bias": "clip.ln_final.bias",
+    "text_projection.weight": "clip.text_projection",
+    "vision_model.embeddings.class_embedding": "clip.visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "clip.visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "clip.visual.positional_embedding",
+    "vision_model.pre_layrnorm.weight": "clip.visual.ln_pre.weight",  # sic
+    "vision_model.pre_layrnorm.bias": "clip.visual.ln_pre.bias",
+    "vision_model.post_layernorm.weight": "clip.visual.ln_post.weight",
+    "vision_model.post_layernorm.bias": "clip.visual.ln_post.bias",
+    "visual_projection.weight": "clip.visual.proj",
+}
+_HF_BLOCKS = {"text_model": "clip.transformer", "vision_model": "clip.visual.transformer"}
+_HF_PARTS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_HF_LAYER = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"(clip(?:\.visual)?\.transformer)\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+_HF_QKV = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
 
 
-def to_params(tensors, template):
-    """Checkpoint -> parameters.
+Tensors = Mapping[str, np.ndarray]
+Path = tuple[jax.tree_util.DictKey, ...]
+
+
+def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """Returns the parameters of a checkpoint.
 
     Args:
         tensors: official name -> array.
         template: the parameters' pytree of ShapeDtypeStructs.
 
     Returns:
-        (params, left): float32 arrays in the template's tree; the tensors that it has no use for.
+        (params, unused): float32 arrays in the template's tree; the tensors it has no place for.
 
     Raises:
-        InputError: a tensor is missing or has another shape; all such are listed.
+        InputError: tensors are missing or have another shape; the message lists all of them.
     """
-    left, problems = dict(tensors), []
+    unused, problems = dict(tensors), []
 
-    def take(path, leaf):
-        name, stacked = torch_name(path)
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        parts = []
-        for index in range(leaf.shape[0] if stacked else 1):
-            one = name.format(index)
-            found = left.pop(one, None)
-            wanted = torch_shape(path, shape)
-            if found is None:
-                problems.append(f"{one} is missing")
-            elif found.shape != wanted:
-                problems.append(f"{one} has shape {found.shape}, must be {wanted}")
+    def take(path: Path, leaf: jax.ShapeDtypeStruct) -> np.ndarray | None:
+        pattern, is_stacked = torch_name(path)
+        shape = leaf.shape[1:] if is_stacked else leaf.shape
+        expected, layers = torch_shape(path, shape), []
+        for index in range(leaf.shape[0] if is_stacked else 1):
+            name = pattern.format(index)
+            array = unused.pop(name, None)
+            if array is None:
+                problems.append(f"{name} is missing")
+            elif array.shape != expected:
+                problems.append(f"{name} has shape {array.shape}, must be {expected}")
             else:
-                parts.append(_to_ours(path, found.astype(np.float32), shape))
+                layers.append(_from_torch(path, array.astype(np.float32), shape))
         if problems:
             return None
-        return np.stack(parts) if stacked else parts[0]
+        return np.stack(layers) if is_stacked else layers[0]
 
     params = jax.tree_util.tree_map_with_path(take, template)
     if problems:
         raise InputError(f"the weights do not fit the model: {'; '.join(sorted(set(problems)))}")
-    return params, left
+    return params, unused
 
 
-def to_tensors(params):
-    """Parameters -> official name -> float32 array: the inverse of `to_params`.
+def to_tensors(params: Any) -> dict[str, np.ndarray]:
+    """Returns official name -> float32 array, the inverse of `to_params`.
 
     Raises:
         InputError: the official code has no such parameters.
     """
-    tensors, foreign = {}, []
+    tensors, unknown = {}, []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        leaf = np.asarray(leaf)
         try:
-            name, stacked = torch_name(path)
+            name, is_stacked = torch_name(path)
         except KeyError as error:
-            foreign.append(error.args[0])
+            unknown.append(error.args[0])
             continue
-        for index, one in enumerate(leaf if stacked else [leaf]):
-            tensors[name.format(index)] = np.array(_to_theirs(path, one), order="C")
-    if foreign:
-        raise InputError(f"the official code has no counterpart of {', '.join(foreign)}")
+        layers = np.asarray(leaf) if is_stacked else [np.asarray(leaf)]
+        for index, layer in enumerate(layers):
+            tensors[name.format(index)] = np.array(_to_torch(path, layer), order="C")
+    if unknown:
+        raise InputError(f"the official code has no counterpart of {', '.join(unknown)}")
     return tensors
 
 
-def torch_name(path):
-    """(official name, whether it is a layer's, with {} for the number) of a parameter's path.
+def torch_name(path: Path) -> tuple[str, bool]:
+    """Returns (official name with {} for the layer, True if stacked over layers).
 
     Raises:
-        KeyError: there is none.
+        KeyError: it has no official name.
     """
-    ours = _join(path)
-    for blocks, theirs in BLOCKS.items():
-        if ours.startswith(blocks + "/"):
-            return f"{theirs}.{{}}.{LEAVES[ours[len(blocks) + 1 :]]}", True
-    return LEAVES[ours], False
+    name = _join(path)
+    for blocks, official in BLOCKS.items():
+        if name.startswith(blocks + "/"):
+            return f"{official}.{{}}.{LEAVES[name[len(blocks) + 1 :]]}", True
+    return LEAVES[name], False
 
 
-def torch_shape(path, shape):
-    """The PyTorch shape of a parameter (one layer's) of ours."""
-    return _to_theirs(path, np.empty(shape, np.bool_)).shape
+def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the PyTorch shape of a parameter, of one layer if it is stacked."""
+    return _to_torch(path, np.empty(shape, np.bool_)).shape
 
 
-def _join(path):
+def _join(path: Path) -> str:
     return "/".join(entry.key for entry in path)
 
 
-def _to_ours(path, array, shape):
-    ours = _join(path)
-    if ours.endswith("patch/kernel"):
+def _from_torch(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    name = _join(path)
+    if name.endswith("patch/kernel"):
         return array.transpose(2, 3, 1, 0)
-    if ours.endswith("kernel") and not ours.endswith("projection/kernel"):
+    if name.endswith("kernel") and not name.endswith("projection/kernel"):
         return array.T.reshape(shape)
     return array.reshape(shape)
 
 
-def _to_theirs(path, array):
-    ours = _join(path)
-    if ours.endswith("patch/kernel"):
+def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    name = _join(path)
+    if name.endswith("patch/kernel"):
         return array.transpose(3, 2, 0, 1)
-    if ours.endswith("projection/kernel"):  # CLIP multiplies by it from the right, as we do
+    if name.endswith("projection/kernel"):  # CLIP multiplies by it from the right too
         return array
-    if ours.endswith("out/kernel"):
+    if name.endswith("out/kernel"):
         return array.reshape(-1, array.shape[-1]).T
-    if ours.endswith("kernel"):
+    if name.endswith("kernel"):
         return array.reshape(array.shape[0], -1).T
-    return array.reshape(-1) if ours.endswith("qkv/bias") else array
+    return array.reshape(-1) if name.endswith("qkv/bias") else array
+
+
+def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Returns a `CLIPModel` state dict under official names, unknown names unchanged."""
+    official, qkv = {}, {}
+    for name, array in tensors.items():
+        layer = _HF_LAYER.fullmatch(name)
+        if name in _HF_LEAVES:
+            is_transposed = name.endswith("projection.weight") and array.ndim == 2
+            official[_HF_LEAVES[name]] = array.T if is_transposed else array
+        elif layer and layer[3] in _HF_QKV:
+            merged = f"{_HF_BLOCKS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{layer[4]}"
+            qkv.setdefault(merged, {})[layer[3]] = name
+        elif layer and layer[3] in _HF_PARTS:
+            block = f"{_HF_BLOCKS[layer[1]]}.resblocks.{layer[2]}"
+            official[f"{block}.{_HF_PARTS[layer[3]]}.{layer[4]}"] = array
+        else:
+            official[name] = array
+    for merged, parts in qkv.items():
+        if set(parts) == set(_HF_QKV):
+            official[merged] = np.concatenate([tensors[parts[part]] for part in _HF_QKV])
+        else:  # incomplete: to be reported under these names
+            official |= {name: tensors[name] for name in parts.values()}
+    return official
+
+
+def to_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Returns the CLIP towers of an official state dict as a `CLIPModel` state dict."""
+    leaves = {official: name for name, official in _HF_LEAVES.items()}
+    towers = {official: name for name, official in _HF_BLOCKS.items()}
+    parts = {official: name for name, official in _HF_PARTS.items()}
+    renamed = {}
+    for name, array in tensors.items():
+        block = _BLOCK.fullmatch(name)
+        if name in leaves:
+            is_transposed = leaves[name].endswith("projection.weight")
+            renamed[leaves[name]] = array.T if is_transposed else array
+        elif block:
+            prefix = f"{towers[block[1]]}.encoder.layers.{block[2]}"
+            if block[3] == "attn.in_proj":
+                for part, third in zip(_HF_QKV, np.split(array, 3), strict=True):
+                    renamed[f"{prefix}.{part}.{block[4]}"] = third
+            else:
+                renamed[f"{prefix}.{parts[block[3]]}.{block[4]}"] = array
+    return {name: np.array(array, order="C") for name, array in renamed.items()}

@@ -114,7 +114,7 @@ class _Module(_Dict):
 
 
 class _Call:
-    """A function named in a pickle; calling it builds a _Tensor or None."""
+    """A function named in a pickle, which returns a _Tensor or None."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -295,7 +295,7 @@ def _read_legacy(file: BinaryIO) -> Archive:
 
 
 def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Archive:
-    """Returns the Archive of an unpickled file; `read` takes a storage's key."""
+    """Returns the Archive of an unpickled file, with `read` taking a storage's key."""
     inner = root.get("state_dict") if isinstance(root, _Dict) else None
     nested = isinstance(inner, _Dict) and not torchscript
     unread = _module_tensors(root) if torchscript else _dict_tensors(inner if nested else root)
