@@ -1,6 +1,5 @@
 """Tests of indexing runs that are killed."""
 
-import itertools
 import random
 import shutil
 import subprocess
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from xclip_jax.search import Index, indexing
-from xclip_jax.search.store import Store
+from xclip_jax.search import Index
 
 # Without processes, which take seconds to start, and with a commit after every file.
 RUN = """
@@ -47,20 +45,14 @@ def content(folder):
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_runs_end_with_the_index_of_an_uninterrupted_run(tmp_path, monkeypatch, kills):
+def test_killed_runs_end_with_the_index_of_an_uninterrupted_run(tmp_path, kills):
     model, videos = tiny.make_model(tmp_path / "model"), tmp_path / "videos"
     num_files = 8 * (1 + kills // 2)
     clips = tiny.make_videos(videos, 8)
     for number in range(8, num_files):
         shutil.copy(clips[number % 8], videos / f"copy{number}.mp4")
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    counter, add = itertools.count(), Store.add
-    monkeypatch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
-    monkeypatch.setattr(indexing, "MIN_COMMIT_SECONDS", 0)
-    monkeypatch.setattr(indexing, "COMMIT_FRACTION", 0)
-    monkeypatch.setattr(Store, "add", lambda store, rows: (add(store, rows), next(counter)))
-    Index.create(uninterrupted, model, segment_seconds=2).add([videos])
-    commits = next(counter)
+    commits = start(uninterrupted, model, videos).communicate()[0].count("committed")
     assert commits > num_files // 2
     rng, counts = random.Random(0), [0]
     for _ in range(kills):

@@ -17,7 +17,6 @@ from typing import Any
 
 from xclip_jax.cli import InputError, one_line_errors, progress, run_command
 from xclip_jax.search import output
-from xclip_jax.search.export import export_segments
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.recall import format_recall, measure_recall, sample_sentences
 from xclip_jax.search.serve import serve
@@ -126,7 +125,7 @@ def run_recall(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Writes the embeddings to a file for other programs."""
     index = Index.open(args.index)
-    export_segments(index, args.output)
+    output.export_segments(index, args.output)
     print(f"{args.output}: {index.num_segments:,} segments")
 
 

@@ -269,7 +269,7 @@ def make_hit(
     )
 
 
-def top_indices(scores: Scores, k: int) -> Rows:
+def top_indices(scores: Scores, k: int) -> Int[np.ndarray, " k"]:
     """Returns the indices of the k largest scores, in a stable descending order."""
     return np.argsort(-scores, kind="stable")[:k]
 

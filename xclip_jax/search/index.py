@@ -273,7 +273,7 @@ class Index:
         text = self.retriever.encode_text(captions)
         scores_T = self.retriever.similarity(text, self.retriever.encode_video([video]))[:, 0]
         order = np.argsort(-scores_T, kind="stable")
-        return [(captions[index], float(scores_T[index])) for index in order.tolist()]
+        return [(captions[index], float(scores_T[index])) for index in map(int, order)]
 
     def attention(self, segment_id: str, text: str) -> Attention:
         """Computes AOSM's attention over a sentence and a segment.
