@@ -1,4 +1,4 @@
-"""The benchmarks' annotation readers: released files, real ones where they are, and wrong ones."""
+"""Tests of the benchmarks' annotation readers, on released, imitated and invalid files."""
 
 import collections
 import json
@@ -23,12 +23,12 @@ from xclip_jax.data.annotations import (
 from xclip_jax.data.benchmarks import DATASETS, LSMDC_FILES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annotations"
-real = pytest.mark.skipif(not SHARED.is_dir(), reason="no released annotation files at hand")
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the released annotation files")
 
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """Folders of annotation files, the stand-ins' without their videos."""
+    """A folder with the stand-ins' annotation files, without their videos."""
     folder = tmp_path_factory.mktemp("standins")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(standins, "write_video", lambda path, scene: None)
@@ -38,7 +38,7 @@ def annotations(tmp_path_factory):
 
 
 def folder_of(tmp_path, name, **files):
-    """A folder with links to real files: the reader's name of each -> the real file's."""
+    """Returns a folder of links to real files, given {name for the reader: name of the file}."""
     for reader_name, real_name in files.items():
         os.symlink(SHARED / name / real_name, tmp_path / reader_name)
     return tmp_path
@@ -60,7 +60,7 @@ def findings(listing, what):
 
 @real
 @pytest.mark.parametrize(("variant", "train"), [("9k", 9000), ("7k", 7010)])
-def test_real_msrvtt(tmp_path, variant, train):
+def test_released_msrvtt(tmp_path, variant, train):
     names = (f"MSRVTT_train.{variant}.csv", "MSRVTT_JSFUSION_test.csv")
     folder = folder_of(tmp_path, "MSRVTT", **{name: name for name in names})
     ids = [f"video{n}" for n in range(10_000)]
@@ -73,13 +73,13 @@ def test_real_msrvtt(tmp_path, variant, train):
     assert captions_by_split(listing) == {"train": 20 * train, "test": 1000}
     tested = [clip.captions[0] for clip in listing.clips if clip.split == "test"]
     assert tested[0] == "a person is connecting something to system"
-    said = collections.Counter(tested)
-    assert sum(count for count in said.values() if count > 1) == 9
+    repeated = collections.Counter(tested)
+    assert sum(count for count in repeated.values() if count > 1) == 9
     assert not listing.findings
 
 
 @real
-def test_real_msrvtt_sentences(tmp_path):
+def test_released_msrvtt_sentences(tmp_path):
     lists = {f"MSRVTT_{name}.csv": f"MSRVTT_{name}.csv" for name in ("train.9k", "JSFUSION_test")}
     italian = {"MSRVTT_data.json": "MSRVTT_data.EXCERPT_italian.json"}
     listing = DATASETS["msrvtt"].read(folder_of(tmp_path, "MSRVTT", **lists, **italian), "full")
@@ -90,7 +90,7 @@ def test_real_msrvtt_sentences(tmp_path):
 
 @real
 @pytest.mark.parametrize("source", ["pickle", "json"])
-def test_real_msvd(tmp_path, source):
+def test_released_msvd(tmp_path, source):
     lists = {f"{split}_list.txt": f"{split}_list.txt" for split in ("train", "val", "test")}
     captions = {
         "pickle": {"raw-captions.pkl": "raw-captions.DERIVED.pkl"},
@@ -108,7 +108,7 @@ def test_real_msvd(tmp_path, source):
 
 
 @real
-def test_real_lsmdc(tmp_path):
+def test_released_lsmdc(tmp_path):
     rows = (SHARED / "LSMDC" / "SYNTHETIC_same_shape.csv").read_text().splitlines(keepends=True)
     for name, part in zip(LSMDC_FILES.values(), (rows[:8], rows[8:12], rows[12:]), strict=True):
         (tmp_path / name).write_text("".join(part))
@@ -119,7 +119,7 @@ def test_real_lsmdc(tmp_path):
 
 
 @real
-def test_real_didemo(tmp_path):
+def test_released_didemo(tmp_path):
     names = [f"{s}_list.txt" for s in ("train", "val", "test")] + [
         "val_data.json",
         "test_data.json",
@@ -142,7 +142,7 @@ def test_real_didemo(tmp_path):
 
 @real
 @pytest.mark.parametrize(("variant", "test"), [("val_1", 4916), ("val_2", 4884)])
-def test_real_activitynet(variant, test):
+def test_released_activitynet(variant, test):
     listing = DATASETS["activitynet"].read(SHARED / "ActivityNet", variant)
     assert listing.counts() == {"train": 10007, "test": test}
     assert listing.expected["train"] - 10007 == 2
@@ -154,7 +154,7 @@ def test_real_activitynet(variant, test):
     assert not any("\n" in text or "  " in text for clip in listing.clips for text in clip.captions)
 
 
-# What every reader makes of its files
+# Files that imitate the released ones
 
 
 @pytest.mark.parametrize("name", standins.STANDINS)
@@ -163,9 +163,9 @@ def test_standins_are_read_as_released(annotations, name):
     val = {"val": standins.VAL} if name in ("msvd", "lsmdc", "didemo") else {}
     train = standins.TRAIN + standins.VAL - 1 if name == "msrvtt" else standins.TRAIN
     assert listing.counts() == {"train": train, "test": standins.TEST, **val}
-    odd = collections.Counter(finding.what for finding in listing.findings)
+    kinds = collections.Counter(finding.what for finding in listing.findings)
     assert (
-        odd
+        kinds
         == {
             "msrvtt": {NO_CAPTIONS: 1},
             "msvd": {},
@@ -176,7 +176,7 @@ def test_standins_are_read_as_released(annotations, name):
     )
 
 
-def test_msrvtt_splits(annotations):
+def test_msrvtt_variants(annotations):
     read, folder = DATASETS["msrvtt"].read, annotations / "msrvtt" / "annotations"
     assert read(folder, "7k").counts() == {"train": 11, "test": 6}
     assert read(folder, "full").counts() == {"train": 11, "val": 4, "test": 6}
@@ -184,7 +184,7 @@ def test_msrvtt_splits(annotations):
     assert len(sentences["video0"]) == 3  # in training each is a pair of its own
 
 
-def test_what_listings_note():
+def test_listing_records_inconsistencies():
     listing = Listing()
     listing.add("train", "a", ["one", " one\n more  word "])
     listing.add("train", "a", ["one", "two"])
@@ -193,11 +193,11 @@ def test_what_listings_note():
     listing.add("val", "b", ["z"])
     listing.add("val", "c", [" "])
     listing.add("val", "d", [""])
-    listing.add("val", "d", ["said at last"])
+    listing.add("val", "d", ["a late caption"])
     assert listing.clips == [
         Clip("a", ("one", "one more word", "two")),
         Clip("b", ("y",), "test"),
-        Clip("d", ("said at last",), "val"),
+        Clip("d", ("a late caption",), "val"),
     ]
     assert [(f.what, f.id) for f in listing.findings] == [
         *((REPEATED, "a"), (BLANK, "b"), (TWO_SPLITS, "b"), (TWO_SPLITS, "b"), (BLANK, "c")),
@@ -205,7 +205,7 @@ def test_what_listings_note():
     ]
 
 
-def test_a_quoted_sentence_may_hold_anything(annotations, tmp_path):
+def test_quoted_csv_sentence_may_contain_quotes_and_line_ends(annotations, tmp_path):
     copy(annotations / "msrvtt", tmp_path)
     (tmp_path / "MSRVTT_JSFUSION_test.csv").write_bytes(
         'video_id,sentence\r\nvideo16,"a ""man"",\r\nand\u2028a dog"\r\nvideo17,x\r\n'.encode()
@@ -214,7 +214,7 @@ def test_a_quoted_sentence_may_hold_anything(annotations, tmp_path):
     assert [clip.captions for clip in tested] == [('a "man", and a dog',), ("x",)]
 
 
-def test_an_id_of_two_splits_is_not_lost(annotations, tmp_path):
+def test_id_in_two_splits_is_kept_in_the_evaluation_split(annotations, tmp_path):
     copy(annotations / "didemo", tmp_path)
     (test_id, *_) = (tmp_path / "test_list.txt").read_text().split()
     with (tmp_path / "train_list.txt").open("a") as ids:
@@ -225,7 +225,7 @@ def test_an_id_of_two_splits_is_not_lost(annotations, tmp_path):
     assert listing.counts()["test"] == standins.TEST
 
 
-def test_an_annotation_said_twice_counts_once(annotations, tmp_path):
+def test_repeated_annotation_counts_once(annotations, tmp_path):
     copy(annotations / "didemo", tmp_path)
     items = json.loads((tmp_path / "val_data.json").read_text())
     before = DATASETS["didemo"].read(tmp_path).clips
@@ -235,7 +235,7 @@ def test_an_annotation_said_twice_counts_once(annotations, tmp_path):
     assert findings(listing, REPEATED) == [items[0]["video"]]
 
 
-def test_captions_of_nothing_and_ids_without_captions(annotations, tmp_path):
+def test_unlisted_captions_and_ids_without_captions_are_findings(annotations, tmp_path):
     for path in (annotations / "msvd" / "annotations").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with (tmp_path / "train_list.txt").open("a") as ids:
@@ -248,18 +248,18 @@ def test_captions_of_nothing_and_ids_without_captions(annotations, tmp_path):
     assert findings(listing, UNLISTED) == ["unknown_0_1"]
 
 
-# Wrong files
+# Invalid files
 
 
 class Call:
-    """Pickled, a call of os.system."""
+    """An object whose pickle calls os.system."""
 
     def __reduce__(self):
         return os.system, ("touch {path}",)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_hostile_pickle_runs_nothing(annotations, tmp_path, protocol):
+def test_malicious_pickle_executes_nothing(annotations, tmp_path, protocol):
     for path in (annotations / "msvd" / "annotations").glob("*.txt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     proof = tmp_path / "ran"
@@ -277,7 +277,7 @@ def test_a_hostile_pickle_runs_nothing(annotations, tmp_path, protocol):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"no pickle", b"\x80\x02]q\x01.", b"I1\n."])
-def test_a_pickle_of_something_else(annotations, tmp_path, content):
+def test_other_pickles_are_errors(annotations, tmp_path, content):
     for path in (annotations / "msvd" / "annotations").glob("*.txt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "raw-captions.pkl").write_bytes(content)
@@ -295,7 +295,9 @@ JSON_FILES = [
 
 @pytest.mark.parametrize(("name", "file"), JSON_FILES)
 @pytest.mark.parametrize(("other", "other_file"), JSON_FILES)
-def test_a_file_of_another_benchmark(annotations, tmp_path, name, file, other, other_file):
+def test_file_of_another_benchmark_is_an_error(
+    annotations, tmp_path, name, file, other, other_file
+):
     copy(annotations / name, tmp_path)
     (tmp_path / file).write_bytes((annotations / other / "annotations" / other_file).read_bytes())
     if (name, file) == (other, other_file):
@@ -343,7 +345,7 @@ def copy(standin, folder):
         ),
     ],
 )
-def test_wrong_content_is_one_line(annotations, tmp_path, name, file, content, message):
+def test_invalid_content_is_a_one_line_error(annotations, tmp_path, name, file, content, message):
     copy(annotations / name, tmp_path)
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / file).write_bytes(content)
@@ -355,7 +357,7 @@ def test_wrong_content_is_one_line(annotations, tmp_path, name, file, content, m
 
 
 @pytest.mark.parametrize(("name", "file"), JSON_FILES)
-def test_a_cut_file(annotations, tmp_path, name, file):
+def test_truncated_json_is_an_error_with_its_line(annotations, tmp_path, name, file):
     copy(annotations / name, tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) // 2])
@@ -364,7 +366,7 @@ def test_a_cut_file(annotations, tmp_path, name, file):
 
 
 @pytest.mark.parametrize("name", standins.STANDINS)
-def test_a_wrong_path_says_what_is_wanted_and_from_where(annotations, tmp_path, name):
+def test_wrong_path_error_names_files_and_download(annotations, tmp_path, name):
     module = DATASETS[name]
     (tmp_path / "file").touch()
     for path, what in (

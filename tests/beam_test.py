@@ -1,4 +1,4 @@
-"""On Apache Beam the same data set comes out, to the byte; `.ci/beam` runs this where Beam is."""
+"""Tests that Apache Beam gives the same bytes; `.ci/beam` runs this where Beam is installed."""
 
 import json
 
@@ -14,12 +14,12 @@ pytest.importorskip("apache_beam", reason="Apache Beam is not installed: see .ci
 
 
 def files(folder):
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("name", standins.STANDINS)
-def test_same_bytes_as_on_one_machine(name, tmp_path, monkeypatch, capsys):
+def test_beam_writes_the_same_bytes_as_one_machine(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(builder, "SHARD_BYTES", 1)  # a shard each
     standins.STANDINS[name](tmp_path)
     (tmp_path / "videos" / "unused.mp4").touch()
@@ -41,6 +41,6 @@ def test_same_bytes_as_on_one_machine(name, tmp_path, monkeypatch, capsys):
     assert not any(json.loads(line)["kept"] for line in failures)
 
 
-def test_an_unknown_runner_is_one_line():
+def test_unknown_runner_is_an_error():
     with pytest.raises(InputError, match=r"^--beam_runner=Nope: .*DirectRunner"):
         parse_beam_flags("Nope", "")

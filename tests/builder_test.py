@@ -1,4 +1,4 @@
-"""A data set comes back as it was written, without TensorFlow, and is whole or not there."""
+"""Tests that data sets are read as written, without TensorFlow, and appear atomically."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ CAPTIONS = {"train": [["a dog", "ein größer 犬 \x00"], ["b"], ["c", "d", "e"]
 
 
 def record(split, number, caption=None):
-    """JPEG bytes are any bytes; two records have different numbers of frames."""
+    """Returns a record with arbitrary bytes as JPEGs, and number + 1 frames."""
     frames = [bytes([number, 0, 255, 10, 13, 0])] * (number + 1)
     return {
         "id": f"ü/{split}{number}",
@@ -46,7 +46,7 @@ def write(path, captions=CAPTIONS, image_size=32, make=record, digests=True):
     return Dataset(path)
 
 
-def test_what_is_written_is_read_in_order(tmp_path):
+def test_records_are_read_as_written_in_order(tmp_path):
     dataset = write(tmp_path / "new" / "folder")
     assert dataset.path == tmp_path / "new" / "folder"
     assert dataset.image_size == 32
@@ -72,7 +72,7 @@ def test_order_is_kept_over_many_shards(tmp_path):
     assert len(files) == 12 + 1
 
 
-def test_nothing_there(tmp_path):
+def test_missing_data_set_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "x"):
         with pytest.raises(InputError) as error:
             Dataset(path)
@@ -84,12 +84,12 @@ def test_nothing_there(tmp_path):
         Dataset("")
 
 
-def test_missing_split(tmp_path):
+def test_missing_split_is_an_error(tmp_path):
     with pytest.raises(InputError, match=f"^{tmp_path} has no split 'val', only train, test$"):
         write(tmp_path).clips("val")
 
 
-def test_the_fingerprint_is_that_of_the_content(tmp_path):
+def test_fingerprint_depends_on_content_only(tmp_path):
     def changed(field, value):
         def make(split, number):
             same = record(split, number)
@@ -114,7 +114,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     assert Dataset(tmp_path / "moved").fingerprint == fingerprints["none"]
 
 
-def test_half_a_data_set_is_none(tmp_path):
+def test_interrupted_data_set_does_not_exist(tmp_path):
     def make(split, number):
         if (split, number) == ("train", 2):
             raise KeyboardInterrupt
@@ -122,18 +122,18 @@ def test_half_a_data_set_is_none(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, make=make, digests=False)
-    # A kill leaves what an interruption tidies away: a folder like this one.
-    half = dataset_folder(tmp_path).parent / "incomplete.ABC123_1.1.0"
-    half.mkdir(parents=True)
-    (half / "xclip_clips-train.array_record-00000-of-00001").write_bytes(b"x" * 1000)
+    # A kill leaves a folder like this one.
+    incomplete = dataset_folder(tmp_path).parent / "incomplete.ABC123_1.1.0"
+    incomplete.mkdir(parents=True)
+    (incomplete / "xclip_clips-train.array_record-00000-of-00001").write_bytes(b"x" * 1000)
     with pytest.raises(InputError, match=r"^no prepared data set"):
         Dataset(tmp_path)
     assert len(write(tmp_path).clips("train")) == 3
-    assert [path.name for path in half.parent.iterdir()] == ["1.1.0"]
+    assert [path.name for path in incomplete.parent.iterdir()] == ["1.1.0"]
 
 
-def test_no_tensorflow(tmp_path):
-    """A TensorFlow that can be imported is not: there is one on the path here."""
+def test_tensorflow_is_not_imported(tmp_path):
+    """A fake TensorFlow on the path would exit the process if imported."""
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('imported')")
     code = """

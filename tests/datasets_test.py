@@ -1,4 +1,4 @@
-"""What is read from annotation files, what is said of mistakes in them, and which file is meant."""
+"""Tests of the reader of one's own captions, and of the lookup of video files."""
 
 import json
 import re
@@ -62,16 +62,16 @@ JSONL = "".join(json.dumps(item, ensure_ascii=False) + "\n\n" for item in ITEMS)
         ("a.csv", CSV),
     ],
 )
-def test_all_formats_mean_the_same(tmp_path, name, text, newline, bom):
+def test_all_formats_give_the_same_clips(tmp_path, name, text, newline, bom):
     assert read(tmp_path, name, bom + text.replace("\n", newline)) == CLIPS
 
 
-def test_the_last_line_needs_no_end(tmp_path):
+def test_last_line_needs_no_line_end(tmp_path):
     assert read(tmp_path, "a.csv", "video,caption\na,b") == [Clip("a", ("b",))]
     assert read(tmp_path, "a.jsonl", '{"video": "a", "caption": "b"}') == [Clip("a", ("b",))]
 
 
-def test_ids_are_unique_and_say_the_segment(tmp_path):
+def test_ids_are_unique_and_include_the_segment(tmp_path):
     assert [clip.id for clip in CLIPS] == ["z/a.b.mp4", "é[1.5-3]", "é[3-]", "é", "é[0-3]"]
     assert Clip("a", (), start=0.0).id == "a"  # all of it, as without a start
     assert Clip("a", (), start=1000000.0).id == "a[1000000-]"
@@ -174,7 +174,7 @@ def item(**fields):
         ("a", "", ": captions must be a .json, .jsonl, .csv file"),
     ],
 )
-def test_mistakes(tmp_path, name, content, message):
+def test_invalid_captions_are_one_line_errors(tmp_path, name, content, message):
     with pytest.raises(InputError) as error:
         read(tmp_path, name, content)
     text = str(error.value)
@@ -182,7 +182,7 @@ def test_mistakes(tmp_path, name, content, message):
     assert "\n" not in text
 
 
-def test_a_folder_or_nothing_instead_of_a_file(tmp_path):
+def test_folder_or_missing_file_is_an_error(tmp_path):
     (tmp_path / "a.json").mkdir()
     for folder in (tmp_path, tmp_path / "a.json"):
         with pytest.raises(InputError, match=rf"^{re.escape(str(folder))} is a folder; "):
@@ -206,7 +206,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("video", "file"),
     [
-        ("a.mp4", "a.mp4"),  # though a.webm has its stem and y/a.mp4 its name
+        ("a.mp4", "a.mp4"),  # although a.webm has the same stem and y/a.mp4 the same name
         ("a.webm", "a.webm"),
         ("y/a.mp4", "y/a.mp4"),
         ("y/a", "y/a.mp4"),
@@ -214,20 +214,20 @@ def folder(tmp_path):
         ("b.MOV", "b.MOV"),
         ("c.1", "c.1.mkv"),
         ("c.1.mkv", "c.1.mkv"),
-        ("c", None),  # only the last suffix may be left off
+        ("c", None),  # only the last suffix may be omitted
         ("d", "x/d.avi"),
         ("d.avi", "x/d.avi"),
         ("x/d", "x/d.avi"),
         ("x/e.mp4", "x/e.mp4"),
         ("y/e", "y/e.mp4"),
         ("y/d", None),
-        ("f", None),  # no video, unless its whole name is said
+        ("f", None),  # not a video: needs its full name
         ("f.txt", "f.txt"),
         ("g", None),
         ("h", None),
     ],
 )
-def test_locate(folder, video, file):
+def test_locate_by_name_path_or_stem(folder, video, file):
     assert VideoFolder(folder).locate(video, is_path=True) == (file and folder / file)
 
 
@@ -235,26 +235,26 @@ def test_locate(folder, video, file):
     ("video", "files"),
     [("a", ("a.mp4", "a.webm", "y/a.mp4")), *((v, ("x/e.mp4", "y/e.mp4")) for v in ("e", "e.mp4"))],
 )
-def test_ambiguous_names_are_errors_that_name_the_files(folder, video, files):
+def test_ambiguous_name_is_an_error_that_lists_the_files(folder, video, files):
     with pytest.raises(InputError) as error:
         VideoFolder(folder).locate(video, is_path=True)
     named = " and ".join(str(folder / file) for file in files)
     assert str(error.value) == f"video {video!r} is ambiguous: {named}"
 
 
-def test_a_whole_path_wins_over_a_name_that_looks_like_it(tmp_path):
+def test_full_path_takes_precedence_over_a_name(tmp_path):
     for name in ("x/a.mp4", "x/a.mp4.webm", "a.mp4.mkv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = VideoFolder(tmp_path)
-    assert found.locate("x/a.mp4", is_path=True) == tmp_path / "x/a.mp4"
+    folder = VideoFolder(tmp_path)
+    assert folder.locate("x/a.mp4", is_path=True) == tmp_path / "x/a.mp4"
     with pytest.raises(InputError, match="ambiguous"):
-        found.locate(
+        folder.locate(
             "a.mp4", is_path=True
         )  # a.mp4.mkv without its suffix, or the name of a file elsewhere
 
 
-def test_no_folder_or_no_video(tmp_path):
+def test_missing_folder_or_no_video_is_an_error(tmp_path):
     with pytest.raises(InputError, match=f"^no such folder of videos: {tmp_path / 'x'}$"):
         VideoFolder(tmp_path / "x")
     (tmp_path / "a.txt").touch()
@@ -281,14 +281,14 @@ def test_no_folder_or_no_video(tmp_path):
     ],
 )
 @pytest.mark.parametrize("below", ["", "film.one/"])
-def test_benchmark_ids_are_found_whatever_the_extension(tmp_path, file, video, below):
+def test_benchmark_ids_are_found_with_any_extension(tmp_path, file, video, below):
     (tmp_path / below).mkdir(exist_ok=True)
     for name in (file, "other.mp4", "0001_Film_00.01.03.250-00.01.06.avi"):
         (tmp_path / f"{below}{name}").touch()
     assert VideoFolder(tmp_path).locate(video) == tmp_path / f"{below}{file}"
 
 
-def test_two_files_for_one_id_are_named(tmp_path):
+def test_two_files_for_one_id_are_an_error_that_names_them(tmp_path):
     for name in ("a/12_ab.mp4", "b/12_ab.mov"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
@@ -298,7 +298,7 @@ def test_two_files_for_one_id_are_named(tmp_path):
         VideoFolder(tmp_path).locate("12_ab.")
 
 
-def test_files_of_one_id_are_an_error_wherever_they_lie(tmp_path):
+def test_files_of_one_id_in_any_folder_are_an_error(tmp_path):
     (tmp_path / "below").mkdir()
     for name in ("a.mp4", "below/a.mp4", "b.mp4", "b.mp4.mp4", "c.mov", "c.mp4", "d.null"):
         (tmp_path / name).touch()

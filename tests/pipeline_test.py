@@ -1,4 +1,4 @@
-"""Batches: every pair once an epoch, right captions and frames, the same wherever a run starts."""
+"""Tests of batches: each pair once per epoch, correct content, independent of the start step."""
 
 import itertools
 from collections import Counter
@@ -26,7 +26,7 @@ LETTERS = "abcdefghijk"
 
 
 def caption(video, number):
-    """A text that tells video and number: the letter of the video, number + 1 times."""
+    """Returns a text that encodes both: the letter of the video, number + 1 times."""
     return " ".join(LETTERS[video] * (number + 1))
 
 
@@ -71,7 +71,7 @@ def batches(count, captions="all", batch_size=4, seed=0, start_step=0, process=(
 
 
 def pairs_of(some_batches):
-    """(video, caption number) of every row, by the ids and not by what the pipeline says."""
+    """Returns (video, caption number) of every row, decoded from the token ids."""
     return [
         (LETTERS.index(LETTER_OF[ids[1]]), int(mask.sum()) - 3)
         for batch in some_batches
@@ -101,7 +101,7 @@ def assert_same(some, others):
         (9, 2, [0, 8]),
     ],
 )
-def test_choose_frames(num_frames, max_frames, chosen):
+def test_chosen_frames_are_uniform(num_frames, max_frames, chosen):
     assert choose_frames(num_frames, max_frames).tolist() == chosen
 
 
@@ -117,7 +117,7 @@ def test_frames_are_decoded_and_padded(video):
         assert np.abs(frame.astype(int) - level(video, number)).max() <= 1
 
 
-def test_shapes_and_types():
+def test_batch_shapes_and_dtypes():
     (batch,) = batches(1)
     assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
         "ids": ((4, 6), "int32"),
@@ -130,7 +130,7 @@ def test_shapes_and_types():
 
 
 @pytest.mark.parametrize("captions", ["all", "random"])
-def test_captions_and_frames_are_those_of_the_video(captions):
+def test_captions_and_frames_belong_to_the_video(captions):
     found = batches(20, captions)
     rows = pairs_of(found)
     assert [video for video, _ in rows] == np.concatenate([b["video"] for b in found]).tolist()
@@ -149,7 +149,7 @@ def test_truncated_captions_are_marked():
     assert batch["text_mask"][batch["truncated"]].all()
 
 
-def test_every_pair_at_most_once_an_epoch_and_in_another_order():
+def test_epochs_use_pairs_at_most_once_in_different_orders():
     steps = steps_per_epoch(TrainingPairs(DATASET, "train", "all"), 4)
     assert steps == 27 // 4
     found = batches(5 * steps, batch_size=4)
@@ -162,7 +162,7 @@ def test_every_pair_at_most_once_an_epoch_and_in_another_order():
     assert len({frozenset(epoch) for epoch in epochs}) > 1  # not always the same left out
 
 
-def test_an_epoch_without_a_rest_is_all_pairs():
+def test_epoch_without_remainder_has_all_pairs():
     expected = sorted((v, min(n, 3)) for v, count in enumerate(COUNTS) for n in range(count))
     for start in (0, 9, 18):
         assert sorted(pairs_of(batches(9, batch_size=3, start_step=start))) == expected
@@ -170,23 +170,25 @@ def test_an_epoch_without_a_rest_is_all_pairs():
 
 
 @pytest.mark.parametrize("captions", ["all", "random"])
-def test_a_part_of_the_videos_is_always_the_same_and_within_a_larger_part(captions):
-    def pairs(most):
-        found = TrainingPairs(DATASET, "train", captions, most)
-        return [(v, record["id"], n) for record, v, n in (found[k] for k in range(len(found)))]
+def test_max_videos_is_a_fixed_subset_of_a_larger_one(captions):
+    def pairs(count):
+        source = TrainingPairs(DATASET, "train", captions, count)
+        return [
+            (v, record["id"], n) for record, v, n in map(source.__getitem__, range(len(source)))
+        ]
 
-    whole, parts = pairs(0), [pairs(most) for most in (11, 7, 3)]
+    whole, parts = pairs(0), [pairs(count) for count in (11, 7, 3)]
     assert parts[0] == pairs(99) == whole
     assert pairs(3) == parts[2]
-    for most, larger, part in zip((7, 3), parts, parts[1:], strict=False):
+    for count, larger, part in zip((7, 3), parts, parts[1:], strict=False):
         assert set(part) < set(larger)
         videos = {video for video, _, _ in part}
-        assert len(videos) == most
+        assert len(videos) == count
         assert sorted(part) == sorted(pair for pair in whole if pair[0] in videos)
         assert all(name == LETTERS[video].encode() for video, name, _ in part)
 
 
-def test_random_is_one_pair_a_video_and_epoch():
+def test_random_captions_give_one_pair_per_video_and_epoch():
     assert len(TrainingPairs(DATASET, "train", "random")) == 11
     drawn = [set() for _ in COUNTS]
     for epoch in batches(40, "random", batch_size=11):
@@ -198,7 +200,7 @@ def test_random_is_one_pair_a_video_and_epoch():
 
 
 @pytest.mark.parametrize("captions", ["all", "random"])
-def test_order_depends_on_the_seed_alone(captions):
+def test_order_depends_only_on_the_seed(captions):
     assert_same(batches(8, captions, seed=3), batches(8, captions, seed=3))
     one, other = (pairs_of(batches(8, captions, seed=seed)) for seed in (3, 4))
     assert one != other
@@ -206,13 +208,13 @@ def test_order_depends_on_the_seed_alone(captions):
 
 @pytest.mark.parametrize("captions", ["all", "random"])
 @pytest.mark.parametrize("start_step", [1, 5, 6, 7, 13])
-def test_starting_at_a_step_is_skipping_the_batches_before(captions, start_step):
+def test_start_step_equals_skipping_batches(captions, start_step):
     assert_same(batches(4, captions, start_step=start_step), batches(start_step + 4, captions)[-4:])
 
 
 @pytest.mark.parametrize("captions", ["all", "random"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_global_batch(captions, count):
+def test_processes_divide_the_global_batch(captions, count):
     whole = batches(8, captions, start_step=3)
     shares = [batches(8, captions, start_step=3, process=(n, count)) for n in range(count)]
     for step, batch in enumerate(whole):
@@ -223,7 +225,7 @@ def test_processes_share_the_global_batch(captions, count):
             np.testing.assert_array_equal(together, array)
 
 
-def test_batch_larger_than_the_data():
+def test_batch_larger_than_the_data_is_an_error():
     message = r"^config\.train\.batch_size = 28: must be at most the 27 training pairs of the data"
     with pytest.raises(InputError, match=message):
         batches(1, batch_size=28)

@@ -1,7 +1,7 @@
-"""Videos and captions become a data set, whole or not at all, whatever is broken or killed.
+"""Tests of preparing: data sets appear atomically, with corrupted videos and after kills.
 
-The videos made here are grey, 64 pixels wide, a frame every half second; the brightness of frame n
-of a video is its level + 4 n, so a stored frame tells where it comes from.
+The videos made here are grey, 64 pixels wide, with a frame every half second. The brightness of
+frame n is level + 4 n, which identifies a stored frame.
 """
 
 import concurrent.futures
@@ -47,7 +47,7 @@ def make_video(path, level=20, seconds=3.0):
 
 
 def cut_off(path):
-    """Leaves the first part of an AVI file: it opens, and gives fewer frames than it says."""
+    """Truncates an AVI file: it opens, but has fewer frames than its header states."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 8 // 10])  # the header alone is 6 tenths
 
@@ -68,8 +68,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def in_threads(monkeypatch):
-    """The pool of processes becomes one of threads: the tests that use it are not about crashes."""
-
+    """Replaces the pool of processes by one of threads, which start faster."""
     monkeypatch.setattr(workers, "worker_pool", concurrent.futures.ThreadPoolExecutor)
 
 
@@ -87,7 +86,7 @@ def run(*arguments):
 
 
 def main(capsys, *arguments):
-    """Exit status and what was printed to stderr, of the command line in this process."""
+    """Runs the command line in this process; returns its exit status and stderr."""
     with pytest.raises(SystemExit) as stopped:
         prepare.main([str(argument) for argument in arguments])
     message = stopped.value.code
@@ -98,7 +97,7 @@ def main(capsys, *arguments):
 
 
 def records(output, split="train"):
-    """Everything a data set holds of a split."""
+    """Returns the content of a split."""
     return [
         (
             record["id"].decode(),
@@ -136,7 +135,7 @@ def write_items(path, items):
     return path
 
 
-def test_a_whole_run_and_one_more(videos, tmp_path, capsys):
+def test_complete_run_is_not_repeated(videos, tmp_path, capsys):
     annotations, output = write_items(tmp_path / "a.json", ITEMS), tmp_path / "out"
     done = run(videos, annotations, output)
     assert done.returncode == 0
@@ -186,7 +185,7 @@ def test_a_whole_run_and_one_more(videos, tmp_path, capsys):
     assert snapshot(output) == before
 
 
-def test_other_image_size_is_refused(videos, tmp_path, in_threads):
+def test_other_image_size_is_an_error(videos, tmp_path, in_threads):
     annotations = annotate(tmp_path / "a.json", {"video": "d"})
     prepare.prepare(annotations, videos, tmp_path / "out", image_size=32)
     with pytest.raises(InputError, match="prepared with other image_size; choose"):
@@ -204,7 +203,7 @@ def start(*arguments):
 
 
 def kill_when(process, condition):
-    """Kills the command alone, as a scheduler does; True if it was still at work then."""
+    """Kills only the main process; returns True if it was still running."""
     while not (hit := condition()) and process.poll() is None:
         time.sleep(0.0005)
     process.kill()
@@ -221,8 +220,8 @@ def group_is_gone(group, seconds=20):
     return False
 
 
-def test_killed_at_any_moment_and_run_again(videos, tmp_path, in_threads, capsys):
-    """While reading, and twice while writing; then as if nothing had been."""
+def test_killed_runs_resume_to_the_same_data_set(videos, tmp_path, in_threads, capsys):
+    """Killed while reading and twice while writing."""
     segments = [
         {"video": "a", "caption": f"cut number {n}", "start": n / 1000, "split": split}
         for split in ("train", "test")
@@ -235,7 +234,7 @@ def test_killed_at_any_moment_and_run_again(videos, tmp_path, in_threads, capsys
 
     process = start(*arguments)
     assert kill_when(process, lambda: len(list(work.glob("*/*.npz"))) >= 20)
-    assert group_is_gone(process.pid)  # no worker goes on reading by itself
+    assert group_is_gone(process.pid)  # no worker survives
     cached = {path: path.stat().st_mtime_ns for path in work.glob("*/*.npz")}
     assert 20 <= len(cached) < 300
     with pytest.raises(InputError, match="no prepared data set"):
@@ -267,7 +266,7 @@ def test_killed_at_any_moment_and_run_again(videos, tmp_path, in_threads, capsys
     assert files[0] == files[1]
 
 
-def test_killed_just_before_the_end(videos, tmp_path, in_threads, capsys):
+def test_run_killed_at_its_end_is_complete(videos, tmp_path, in_threads, capsys):
     annotations = annotate(tmp_path / "a.json", {"video": "d"})
     prepare.prepare(annotations, videos, tmp_path / "out", image_size=32)
     (tmp_path / "out" / "work" / "ab").mkdir(parents=True)
@@ -278,7 +277,7 @@ def test_killed_just_before_the_end(videos, tmp_path, in_threads, capsys):
 
 @pytest.fixture
 def broken(tmp_path):
-    """Of ten videos one is empty, one is text, one is cut off and one is not there."""
+    """Ten videos: one empty, one text, one truncated, and one more that is missing."""
     folder = tmp_path / "videos"
     for number in range(7):
         make_video(folder / f"{number}.mkv", level=20 + 20 * number, seconds=1)
@@ -319,7 +318,7 @@ def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
 @pytest.mark.parametrize(
     ("bound", "enough"), [(0.0, False), (0.27, False), (0.28, True), (1.0, True)]
 )
-def test_max_failures(broken, in_threads, bound, enough):
+def test_max_failures_is_enforced(broken, in_threads, bound, enough):
     folder, annotations, output = broken
     if enough:
         prepare.prepare(annotations, folder, output, image_size=32, max_failures=bound)
@@ -342,14 +341,14 @@ def report(tmp_path, failed, bound):
     extraction.report_failures(tmp_path, listing, outcomes, bound)
 
 
-def test_max_failures_is_the_share_that_is_allowed(tmp_path):
+def test_max_failures_is_an_inclusive_fraction(tmp_path):
     for percent in range(100):
         report(tmp_path, percent, percent / 100)
         with pytest.raises(InputError, match=f"^{percent + 1} of 100 clips failed"):
             report(tmp_path, percent + 1, percent / 100)
 
 
-def test_a_small_split_must_not_go_lost(tmp_path):
+def test_max_failures_applies_to_each_split(tmp_path):
     splits = ["train"] * 95 + ["test"] * 5
     listing = Listing(clips=[Clip(str(n), ("x",), split) for n, split in enumerate(splits)])
     outcomes = [extraction.Outcome()] * 95 + [extraction.Outcome("bad")] * 5
@@ -358,7 +357,7 @@ def test_a_small_split_must_not_go_lost(tmp_path):
     extraction.report_failures(tmp_path, listing, outcomes, 1.0)
 
 
-def test_other_videos_are_refused_once_it_is_prepared(videos, tmp_path, in_threads):
+def test_other_videos_are_an_error_once_prepared(videos, tmp_path, in_threads):
     folder, output = tmp_path / "videos", tmp_path / "out"
     make_video(folder / "a.mp4", seconds=1)
     annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "b"})
@@ -368,7 +367,7 @@ def test_other_videos_are_refused_once_it_is_prepared(videos, tmp_path, in_threa
         prepare.prepare(annotations, folder, output, image_size=32)
 
 
-def test_notes_about_partly_read_files_are_no_failures(tmp_path, in_threads, capsys):
+def test_partly_read_files_are_not_failures(tmp_path, in_threads, capsys):
     cut_off(make_video(tmp_path / "videos" / "a.avi", seconds=20))
     annotations, output = annotate(tmp_path / "a.json", {"video": "a"}), tmp_path / "out"
     prepare.prepare(annotations, tmp_path / "videos", output, image_size=32, max_failures=0.0)
@@ -377,7 +376,7 @@ def test_notes_about_partly_read_files_are_no_failures(tmp_path, in_threads, cap
     assert len(records(output)) == 1
 
 
-def test_what_was_broken_can_be_mended(broken, in_threads, monkeypatch):
+def test_repaired_videos_are_read_in_the_next_run(broken, in_threads, monkeypatch):
     folder, annotations, output = broken
     items = json.loads(annotations.read_text())
     with pytest.raises(InputError, match=r"^3 of 11 clips failed"):
@@ -410,7 +409,7 @@ def test_a_changed_video_is_read_again(videos, tmp_path, in_threads):
     assert [levels(record[2]) for record in records(output)] == [[100], [140], [180]]
 
 
-def test_one_file_under_two_names(videos, tmp_path):
+def test_one_file_with_two_names_is_an_error(videos, tmp_path):
     annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "a.mp4", "start": 1})
     message = f"videos 'a' and 'a.mp4' are the same file {videos / 'a.mp4'}: use one name for it"
     with pytest.raises(InputError, match=f"^{message}$"):
@@ -419,14 +418,14 @@ def test_one_file_under_two_names(videos, tmp_path):
 
 
 def extract_or_die(job):
-    """In a worker process: as the real one, but some videos take their process down."""
+    """Runs in a worker process, which one video crashes."""
     if job.video == "killer":
         time.sleep(0.2)  # so that others are at work as well
         os._exit(1)
     return REAL_EXTRACT(job)
 
 
-def test_a_crashing_decoder_takes_only_its_clip_along(tmp_path, monkeypatch, capsys):
+def test_crashing_decoder_fails_only_its_clip(tmp_path, monkeypatch, capsys):
     folder, output = tmp_path / "videos", tmp_path / "out"
     names = ["0", "killer", "2", "3", "4"]
     for number, name in enumerate(names):
@@ -442,9 +441,9 @@ def test_a_crashing_decoder_takes_only_its_clip_along(tmp_path, monkeypatch, cap
     assert found == [(names[n], [20 + 20 * n]) for n in (0, 2, 3, 4)]
 
 
-def test_a_pool_that_breaks_while_it_is_fed_loses_no_job(monkeypatch):
+def test_pool_that_breaks_on_submit_loses_no_job(monkeypatch):
     class Pool(concurrent.futures.Executor):
-        """Does each job at once; breaks when given the fourth."""
+        """Runs each job immediately and breaks at the fourth."""
 
         made = 0
 
@@ -467,7 +466,7 @@ def test_a_pool_that_breaks_while_it_is_fed_loses_no_job(monkeypatch):
     assert [outcome.note for outcome in extraction.extract_all(jobs)] == jobs
 
 
-def test_only_corrupt_videos_is_one_line(tmp_path):
+def test_only_corrupted_videos_is_a_one_line_error(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(bytes(range(256)) * 50)
     annotations, output = annotate(tmp_path / "a.json", {"video": "a"}), tmp_path / "out"
@@ -485,7 +484,7 @@ def test_only_corrupt_videos_is_one_line(tmp_path):
         Dataset(output)
 
 
-def test_bad_input_is_one_line(videos, tmp_path, capsys):
+def test_invalid_input_is_a_one_line_error(videos, tmp_path, capsys):
     annotations = annotate(tmp_path / "a.json", {"video": "a"})
     (tmp_path / "empty.csv").touch()
     (tmp_path / "file").touch()
@@ -532,12 +531,12 @@ def test_bad_input_is_one_line(videos, tmp_path, capsys):
         ({"--image_size": "0"}, "--image_size=0: must be from 1 to 4096"),
     ]
     for change, message in cases:
-        given = [f"{k}={v}" for k, v in (good | change).items() if v is not None]
-        assert main(capsys, *given) == (1, f"error: {message}\n")
+        arguments = [f"{k}={v}" for k, v in (good | change).items() if v is not None]
+        assert main(capsys, *arguments) == (1, f"error: {message}\n")
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_flags_and_values(capsys):
+def test_unknown_values_and_missing_flags_are_usage_errors(capsys):
     status, err = main(capsys, "--dataset=imagenet", "--output=x")
     assert status == 2
     assert "invalid choice: 'imagenet'" in err
@@ -546,7 +545,7 @@ def test_unknown_flags_and_values(capsys):
     assert "--output" in err
 
 
-def test_help(capsys):
+def test_help_lists_the_flags(capsys):
     with pytest.raises(SystemExit) as stopped:
         prepare.main(["--help"])
     assert stopped.value.code == 0

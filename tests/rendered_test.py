@@ -1,4 +1,4 @@
-"""The demo's data: what its captions promise is on the screen, and test never leaks into train."""
+"""Tests of the demo's data: videos match captions, and test does not overlap with train."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def drawn():
 
 
 def decode(path):
-    """The frames at 0, 1, ..., 5 s."""
+    """Returns the frames at 0, 1, ..., 5 s."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     assert len(frames) == rendered.SECONDS * rendered.FPS
@@ -30,7 +30,7 @@ def decode(path):
 
 
 def object_mask(image, colour):
-    """Where the named colour is nearer than any other and than the background."""
+    """Returns True where the colour is nearer than all others and the background."""
     corners = np.median(np.stack([image[0, 0], image[0, -1], image[-1, 0], image[-1, -1]]), axis=0)
     palette = np.array([*rendered.COLOURS.values(), corners], float)
     nearest = np.argmin(((image[:, :, None] - palette) ** 2).sum(-1), axis=-1)
@@ -43,7 +43,7 @@ def single(colour, shape, size, motion):
 
 
 def looks(scene):
-    """All that a caption tells."""
+    """Returns the attributes that captions mention."""
     return tuple((event.colour, event.shape, event.size, event.motion) for event in scene.events)
 
 
@@ -61,13 +61,13 @@ def test_no_combination_is_in_two_splits_and_all_attributes_are_in_train(drawn):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_caption_of_the_gallery_fits_one_scene(drawn, split):
+def test_evaluation_captions_fit_one_scene(drawn, split):
     found = drawn[split]
     assert len({scene.captions[0] for scene in found}) == len(found) == COUNTS[split]
     assert len({looks(scene) for scene in found}) == len(found)
 
 
-def test_captions_are_short_and_say_all(drawn):
+def test_captions_are_short_and_complete(drawn):
     for scene in (scene for found in drawn.values() for scene in found):
         assert len(set(scene.captions)) == len(scene.captions)
         for caption in scene.captions:
@@ -86,13 +86,13 @@ def test_captions_are_short_and_say_all(drawn):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_most_of_the_gallery_has_its_mirror_in_it(drawn, split):
+def test_evaluation_scenes_come_with_their_mirrors(drawn, split):
     found = set(drawn[split])
     with_twin = [scene for scene in found if rendered.mirror(scene) in found - {scene}]
     assert len(with_twin) >= 0.9 * len(found)
 
 
-def test_a_mirror_has_the_same_frames_backwards(drawn):
+def test_mirror_has_the_same_frames_in_reverse(drawn):
     for scene in drawn["test"][:40]:
         for time in range(6):
             there = rendered.render_frame(scene, time).astype(int)
@@ -100,7 +100,7 @@ def test_a_mirror_has_the_same_frames_backwards(drawn):
             assert np.abs(there - back).max() <= 1  # rounding
 
 
-def test_gallery_swaps_shapes_between_objects(drawn):
+def test_evaluation_pairs_occur_with_shapes_swapped(drawn):
     pairs = {scene.combination for scene in drawn["test"] if len(scene.events) == 2}
     swappable = [pair for pair in pairs if all(a != b for a, b in zip(*pair, strict=True))]
     assert swappable
@@ -108,7 +108,7 @@ def test_gallery_swaps_shapes_between_objects(drawn):
         assert ((c1, s2), (c2, s1)) in pairs
 
 
-def test_scenes_are_pure(drawn):
+def test_scenes_are_deterministic(drawn):
     again = rendered.draw_scenes("test", 60)
     assert again == drawn["test"][:60]
     assert [s.captions for s in again] == [s.captions for s in drawn["test"][:60]]
@@ -125,7 +125,7 @@ def test_more_scenes_than_are_distinct_is_an_error():
     ("motion", "sign_x", "sign_y"),
     [("right", 1, 0), ("left", -1, 0), ("up", 0, -1), ("down", 0, 1), ("still", 0, 0)],
 )
-def test_the_object_moves_as_told(tmp_path, motion, sign_x, sign_y):
+def test_object_moves_as_captioned(tmp_path, motion, sign_x, sign_y):
     rendered.render_video(single("red", "cross", "small", motion), tmp_path / "a.mp4")
     masks = [object_mask(image, "red") for image in decode(tmp_path / "a.mp4")]
     y, x = np.array([np.argwhere(mask).mean(axis=0) for mask in masks]).T
@@ -135,14 +135,14 @@ def test_the_object_moves_as_told(tmp_path, motion, sign_x, sign_y):
 
 
 @pytest.mark.parametrize("shape", rendered.SHAPES)
-def test_the_object_grows_and_shrinks(tmp_path, shape):
+def test_object_grows_and_shrinks(tmp_path, shape):
     for motion, sign in (("grow", 1), ("shrink", -1)):
         rendered.render_video(single("green", shape, "medium", motion), tmp_path / "a.mp4")
         areas = [object_mask(image, "green").sum() for image in decode(tmp_path / "a.mp4")]
         assert np.all(np.diff(areas) * sign > 20), (motion, areas)
 
 
-def test_shapes_and_sizes_are_told_apart():
+def test_shapes_and_sizes_are_distinguishable():
     def area(shape, size):
         scene = single("red", shape, size, "still")
         return object_mask(rendered.render_frame(scene, 0).astype(float), "red")
@@ -157,7 +157,7 @@ def test_shapes_and_sizes_are_told_apart():
 
 
 @pytest.mark.parametrize("background", [(20, 25, 30), (215, 220, 210)])
-def test_colours_survive_the_encoder_and_come_in_order(tmp_path, background):
+def test_colours_are_preserved_and_in_order(tmp_path, background):
     names = list(rendered.COLOURS)
     for first, second in zip(names, names[1:] + names[:1], strict=True):
         a = rendered.Event(first, "circle", "medium", "still")
@@ -168,7 +168,7 @@ def test_colours_survive_the_encoder_and_come_in_order(tmp_path, background):
             assert seen == (first if second_of_clip < 3 else second)
 
 
-def test_the_same_scene_gives_the_same_bytes(tmp_path, drawn):
+def test_same_scene_gives_the_same_bytes(tmp_path, drawn):
     scene = drawn["test"][0]
     for name in "ab":
         rendered.render_video(scene, tmp_path / name)
@@ -178,7 +178,7 @@ def test_the_same_scene_gives_the_same_bytes(tmp_path, drawn):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
-def test_so_do_many_scenes_one_after_the_other(tmp_path, drawn):
+def test_many_scenes_give_the_same_bytes_every_time(tmp_path, drawn):
     def digests():
         for scene in drawn["train"][:100]:
             rendered.render_video(scene, tmp_path / "a")
@@ -187,7 +187,7 @@ def test_so_do_many_scenes_one_after_the_other(tmp_path, drawn):
     assert list(digests()) == list(digests()) == list(digests())
 
 
-def test_make_writes_a_set_and_goes_on_after_a_kill(tmp_path):
+def test_rendering_resumes_with_missing_videos(tmp_path):
     arguments = {"num_train": 6, "num_val": 2, "num_test": 4, "seed": 3}
     directory = rendered.render_dataset(tmp_path / "set", **arguments)
     listing = directory / "captions.jsonl"
@@ -214,7 +214,7 @@ def test_make_writes_a_set_and_goes_on_after_a_kill(tmp_path):
         rendered.render_dataset(directory, **(arguments | {"seed": 4}))
 
 
-def test_a_failed_render_names_the_file(tmp_path):
+def test_failed_rendering_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"nowhere/a\.mp4"):
         rendered.render_video(
             single("red", "circle", "small", "still"), tmp_path / "nowhere" / "a.mp4"

@@ -1,9 +1,9 @@
-"""Small stand-ins for the five benchmarks: released file formats, real ids' quirks, tiny videos.
+"""Small imitations of the five benchmarks: their file formats, irregular ids, tiny videos.
 
     python tests/standins.py msrvtt FOLDER
 
-writes FOLDER/annotations and FOLDER/videos. Every stand-in has 12 training videos (the file of one
-is missing), and 6 to test on; 4 to validate on where the benchmark has such a split.
+writes FOLDER/annotations and FOLDER/videos. Each has 12 training videos (the file of
+one is missing), 6 test videos, and 4 validation videos where the benchmark has such a split.
 """
 
 import json
@@ -21,7 +21,7 @@ CODECS = {".avi": "mpeg4", ".webm": "libvpx", ".wmv": "wmv2", ".mpg": "mpeg2vide
 
 
 def write_video(path, scene):
-    """The scene at two frames a second; the container is that of the suffix, MP4 where none is."""
+    """Writes the scene at two frames per second; without a suffix as MP4."""
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = CODECS.get(path.suffix, "libx264")
     options = {"libx264": {"crf": "12", "preset": "ultrafast"}}.get(codec, {"b": "800k"})
@@ -40,7 +40,7 @@ def write_video(path, scene):
 
 
 def _scenes():
-    """{split: scenes}; those of val and test have other objects than those of train."""
+    """Returns {split: scenes}, with other objects in val and test than in train."""
     counts = {"train": TRAIN, "val": VAL, "test": TEST}
     return {split: rendered.draw_scenes(split, count) for split, count in counts.items()}
 
@@ -57,7 +57,7 @@ def _lines(items):
 
 
 def msrvtt(folder):
-    """Videos as .mp4 and .webm; one without sentences; a sentence that fits two test videos."""
+    """Writes .mp4 and .webm videos, one without sentences, and one sentence for two videos."""
     scenes = _scenes()
     train, test = scenes["train"] + scenes["val"], scenes["test"]
     ids = {f"video{n}": scene for n, scene in enumerate(train + test)}
@@ -90,14 +90,14 @@ def msrvtt(folder):
 
 
 def msvd(folder):
-    """Files are .avi; ids start with - or _; captions in a pickle; some shared, some said twice."""
+    """Writes .avi videos, ids that start with - or _, and a pickle with repeated captions."""
     captions, files = {}, {}
     for split, scenes in _scenes().items():
         ids = [f"{'-_a'[n % 3]}Qx{split}{n}_{n}_{n + 7}" for n in range(len(scenes))]
         files[f"{split}_list.txt"] = _lines(ids)
         for number, (name, scene) in enumerate(zip(ids, scenes, strict=True)):
-            said = [*scene.captions, scene.captions[0], "something moves"]
-            captions[name] = [caption.split() for caption in said]
+            texts = [*scene.captions, scene.captions[0], "something moves"]
+            captions[name] = [caption.split() for caption in texts]
             if (split, number) != ("train", 5):
                 write_video(folder / "videos" / f"{name}.avi", scene)
     _write(folder, files)
@@ -105,7 +105,7 @@ def msvd(folder):
 
 
 def lsmdc(folder):
-    """A folder for each film; ids full of dots; a clip with two sentences."""
+    """Writes one folder per film, ids with dots, and a clip with two sentences."""
     names = {"train": "annos_training", "val": "annos_val", "test": "challenge_1000_publictect"}
     files = {}
     for split, scenes in _scenes().items():
@@ -114,8 +114,8 @@ def lsmdc(folder):
             film = f"{1 + number % 2:04}_Example_{split}"
             clip = f"{film}_00.0{number % 10}.01.250-00.0{number % 10}.0{number // 10 + 4}.375"
             times = "00.00.01.250\t00.00.07.375\t00.00.00.750\t00.00.07.875"
-            said = scene.captions[: 2 if (split, number) == ("train", 2) else 1]
-            lines += [f"{clip}\t{times}\tSOMEONE sees: {caption}. " for caption in said]
+            texts = scene.captions[: 2 if (split, number) == ("train", 2) else 1]
+            lines += [f"{clip}\t{times}\tSOMEONE sees: {caption}. " for caption in texts]
             if (split, number) != ("train", 5):
                 write_video(folder / "videos" / film / f"{clip}.avi", scene)
         files[f"LSMDC16_{names[split]}.csv"] = _lines(lines)
@@ -123,7 +123,7 @@ def lsmdc(folder):
 
 
 def didemo(folder):
-    """Ids are file names: .mp4, .mov (on disk x.mov.mp4), a bare dot; some under two suffixes."""
+    """Writes ids with suffixes .mp4, .mov (file x.mov.mp4) or a bare dot, some with two."""
     endings = (".mp4", ".mov", ".", ".avi")
     on_disk = {".mp4": ".mp4", ".mov": ".mov.mp4", ".": ".", ".avi": ".avi"}
     files = {}
@@ -146,7 +146,7 @@ def didemo(folder):
 
 
 def activitynet(folder):
-    """Id lists are not the keys of the JSON files; doubled spaces, newlines, a reversed segment."""
+    """Writes id lists that differ from the captions, irregular spaces and a reversed segment."""
     scenes = _scenes()
     files = {}
     for split, several in (("train", scenes["train"]), ("val", scenes["test"])):

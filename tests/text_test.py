@@ -1,4 +1,4 @@
-"""Ids are CLIP's, any text has some, and a tokenizer is the same after a trip to disk."""
+"""Tests of the tokenizer: CLIP's ids, an encoding for any text, the same after saving."""
 
 import gzip
 import json
@@ -50,14 +50,14 @@ def tokenizer():
 
 
 def vocabulary(tokenizer, folder):
-    """Its tokens in the order of their ids."""
+    """Returns its tokens in the order of their ids."""
     tokenizer.save(folder)
     vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(vocab.values()) == list(range(tokenizer.vocab_size))
     return sorted(vocab, key=vocab.get)
 
 
-def test_layout_is_clips(tokenizer, tmp_path):
+def test_vocabulary_has_clips_order(tokenizer, tmp_path):
     tokens = vocabulary(tokenizer, tmp_path)
     letters = [letter for _, letter in alphabet().items()]
     assert tokens[:256] == letters
@@ -88,7 +88,7 @@ def test_merges_are_used(tokenizer):
 TIES = [f"{a}{b}{c} word" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"] * 2
 
 
-def test_vocabulary_size_is_the_most_there_may_be(tmp_path):
+def test_vocabulary_has_at_most_the_requested_size(tmp_path):
     tokenizer = learn_tokenizer(TIES, vocab_size=600)
     assert tokenizer.vocab_size == 600
     assert len(vocabulary(tokenizer, tmp_path)) == tokenizer.vocab_size
@@ -100,7 +100,7 @@ def test_merges_are_learned_from_cleaned_texts(tmp_path):
     assert not {"am", "amp</w>", "lt</w>"} & set(tokens)
 
 
-def test_nothing_to_learn_from():
+def test_learning_from_no_text_gives_bytes():
     tokenizer = learn_tokenizer([])
     assert tokenizer.vocab_size == 514
     assert len(tokenizer.encode("hi")) == 2
@@ -113,7 +113,7 @@ def test_learning_is_deterministic(tmp_path):
     assert one == other
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_loaded_tokenizer_equals_the_saved_one(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "a")
     loaded = load_tokenizer(str(tmp_path / "a"), max_words=12)
     assert (loaded.start, loaded.end) == (tokenizer.start, tokenizer.end)
@@ -127,7 +127,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     assert load_tokenizer(tmp_path / "b").max_words == 77
 
 
-def test_ids_and_mask(tokenizer):
+def test_ids_and_mask_of_short_and_long_texts(tokenizer):
     short, exact, long = "the red dog", "dog " * 10, "dog " * 11 + "ball"
     ids_TxW, mask_TxW = tokenizer([short, "", exact, long])
     assert (ids_TxW.dtype, ids_TxW.shape) == (np.int32, (4, 12))
@@ -147,7 +147,7 @@ def test_ids_and_mask(tokenizer):
     assert len(tokenizer.encode(long)) == 12  # never cut
 
 
-def test_no_texts(tokenizer):
+def test_no_texts_give_empty_arrays(tokenizer):
     ids_TxW, mask_TxW = tokenizer([])
     assert ids_TxW.shape == mask_TxW.shape == (0, 12)
 
@@ -165,11 +165,11 @@ def test_no_texts(tokenizer):
         ("\ud83d half", "\ufffd half"),
     ],
 )
-def test_cleaning(text, cleaned):
+def test_texts_are_cleaned_as_by_clip(text, cleaned):
     assert clean(text) == cleaned
 
 
-def test_tokens_are_readable_and_as_many_as_ids(tokenizer):
+def test_tokens_are_readable_and_match_ids(tokenizer):
     assert tokenizer.tokens("The red dog's ball") == ["the", "red", "dog", "'s", "ball"]
     assert tokenizer.tokens("zé") == ["z", "\ufffd", "\ufffd"]  # é is two bytes, no merge
     for string in STRINGS:
@@ -177,7 +177,7 @@ def test_tokens_are_readable_and_as_many_as_ids(tokenizer):
         assert not any("</w>" in token for token in tokenizer.tokens(string))
 
 
-def damage(folder, how):
+def corrupt(folder, how):
     if how == "empty folder":
         shutil.rmtree(folder)
         folder.mkdir()
@@ -199,22 +199,30 @@ def damage(folder, how):
         (folder / "vocab.json").write_text('{"a": 0}')
 
 
-DAMAGES = ("empty folder", "cut", "empty file", "other JSON", "config", "other kind", "half of two")
+CORRUPTIONS = (
+    "empty folder",
+    "cut",
+    "empty file",
+    "other JSON",
+    "config",
+    "other kind",
+    "half of two",
+)
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_folders(tokenizer, tmp_path, how):
+@pytest.mark.parametrize("how", CORRUPTIONS)
+def test_corrupted_folders_are_errors(tokenizer, tmp_path, how):
     folder = tmp_path / "a"
     tokenizer.save(folder)
     load_tokenizer(folder)
-    damage(folder, how)
+    corrupt(folder, how)
     with pytest.raises(InputError) as error:
         load_tokenizer(folder)
     assert str(error.value).startswith(f"no tokenizer in {folder}: ")
     assert "\n" not in str(error.value)
 
 
-def test_missing_folders(tmp_path):
+def test_missing_folders_are_errors(tmp_path):
     for path in (tmp_path / "none", "data/mine/tokenizer"):
         with pytest.raises(InputError) as error:
             load_tokenizer(path)
@@ -222,19 +230,19 @@ def test_missing_folders(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_from_the_hub(tokenizer, tmp_path, monkeypatch):
+def test_tokenizer_is_loaded_from_the_hub(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path)
-    asked = []
+    requests = []
 
     def snapshot_download(hub_id, allow_patterns):
-        if asked:
+        if requests:
             raise ConnectionError("no network\nat all")
-        asked.append((hub_id, allow_patterns))
+        requests.append((hub_id, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(text_module, "snapshot_download", snapshot_download)
     assert load_tokenizer("openai/clip").encode("a dog") == tokenizer.encode("a dog")
-    assert asked[0][0] == "openai/clip"
+    assert requests[0][0] == "openai/clip"
     reason = "no such file, folder or Hugging Face hub repository: no network"
     with pytest.raises(InputError, match=f"^no tokenizer in openai/clip: {reason}$"):
         load_tokenizer("openai/clip")
@@ -256,14 +264,14 @@ MADE_UP_IDS = {
 
 
 def vocabulary_file(path, text):
-    """Writes `text` to `path`, packed if its name ends in .gz."""
+    """Writes `text` to `path`, compressed if its name ends in .gz."""
     data = text.encode()
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
 @pytest.mark.parametrize("name", ["bpe.txt.gz", "bpe.txt"])
-def test_a_vocabulary_file(name, tmp_path):
+def test_vocabulary_file_gives_the_expected_ids(name, tmp_path):
     path = vocabulary_file(tmp_path / name, MADE_UP)
     for tokenizer in (load_tokenizer(path, 5), load_tokenizer(str(path), max_words=5)):
         assert (tokenizer.vocab_size, tokenizer.start, tokenizer.end) == (519, 517, 518)
@@ -278,14 +286,14 @@ def test_a_vocabulary_file(name, tmp_path):
 @pytest.mark.parametrize(
     "text", [MADE_UP.replace("\n", "\r\n"), MADE_UP.rstrip(), MADE_UP + "\n\n"]
 )
-def test_line_ends_do_not_matter(text, tmp_path):
+def test_vocabulary_file_may_have_any_line_ends(text, tmp_path):
     tokenizer = load_tokenizer(vocabulary_file(tmp_path / "bpe.txt", text))
     assert tokenizer.vocab_size == 519
     assert tokenizer.encode("the dog") == [513, 515]
 
 
-def test_a_vocabulary_file_lists_what_was_learned(tokenizer, tmp_path):
-    """The same vocabulary either way: written as OpenAI's, what was learned has the same ids."""
+def test_learned_merges_as_vocabulary_file_give_the_same_ids(tokenizer, tmp_path):
+    """Learned merges are written in the format of OpenAI's file."""
     tokenizer.save(tmp_path)
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
     lines = "\n".join(["#learned", *map(" ".join, merges)])
@@ -295,14 +303,14 @@ def test_a_vocabulary_file_lists_what_was_learned(tokenizer, tmp_path):
         assert loaded.encode(string) == tokenizer.encode(string)
 
 
-def test_merges_past_those_of_openai_are_left_out(tmp_path, monkeypatch):
+def test_merges_beyond_openais_number_are_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "MAX_MERGES", 3)
     text = "".join(MADE_UP.splitlines(keepends=True)[:4]) + "what follows is not read\n" * 3
     assert load_tokenizer(vocabulary_file(tmp_path / "bpe.txt", text)).end == 512 + 3 + 1
 
 
 NO_MERGES = "the file has no merges below a header line"
-DAMAGED = "the file is corrupted or not a vocabulary file"
+CORRUPTED = "the file is corrupted or not a vocabulary file"
 PROSE = "A dog runs after the red ball.\nIt sits down by the fire.\nThe ball is lost.\n"
 PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
 
@@ -310,12 +318,12 @@ PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (PACKED[: len(PACKED) // 2], DAMAGED),
-        (PACKED[:12], DAMAGED),
-        (PACKED[:-4], DAMAGED),
-        (PACKED[:20] + b"\x00" * 9 + PACKED[29:], DAMAGED),
-        (b"\x1f\x8b and no more", DAMAGED),
-        (b"PK\x03\x04\xff\xfe", DAMAGED),
+        (PACKED[: len(PACKED) // 2], CORRUPTED),
+        (PACKED[:12], CORRUPTED),
+        (PACKED[:-4], CORRUPTED),
+        (PACKED[:20] + b"\x00" * 9 + PACKED[29:], CORRUPTED),
+        (b"\x1f\x8b and no more", CORRUPTED),
+        (b"PK\x03\x04\xff\xfe", CORRUPTED),
         (b"", NO_MERGES),
         (gzip.compress(b"", mtime=0), NO_MERGES),
         (b"\n\n", NO_MERGES),
@@ -323,7 +331,7 @@ PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
         (b"A dog runs after the red ball.", NO_MERGES),
         (MADE_UP.partition("\n")[2].encode(), NO_MERGES),  # the header is gone: ids would be off
         (PROSE.encode(), "line 2 is not a new token from two earlier ones"),
-        (PROSE.encode("utf-16"), DAMAGED),
+        (PROSE.encode("utf-16"), CORRUPTED),
         (MADE_UP.replace("d o\n", "").encode(), "line 4 is not a new token"),
         (MADE_UP.replace("d o\n", "t h\n").encode(), "line 4 is not a new token"),
         (MADE_UP.replace("d o\n", "\n").encode(), "line 4 is not a new token"),
@@ -331,7 +339,7 @@ PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
         (b'{"model": {"vocab": {}}}\n{}\n', "line 2 is not a new token"),
     ],
 )
-def test_files_that_are_no_vocabulary(data, reason, tmp_path):
+def test_other_files_are_errors(data, reason, tmp_path):
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
     path.write_bytes(data)
     with pytest.raises(InputError) as error:
@@ -340,7 +348,7 @@ def test_files_that_are_no_vocabulary(data, reason, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_ids_are_those_of_openai(tmp_path):
+def test_ids_equal_openais(tmp_path):
     if not CLIP_BPE.is_dir():
         pytest.skip(f"no OpenAI vocabulary in {CLIP_BPE}")
     cases = json.loads((CLIP_BPE / "cases.json").read_text())["cases"]

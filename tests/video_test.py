@@ -1,6 +1,6 @@
-"""Which frames are read from a video, how they look, and what is said of files that are broken.
+"""Tests of reading videos: the chosen frames, their pixels, and corrupted files.
 
-The videos made here are grey, and the brightness of a frame is its number: 4 levels apart.
+The videos made here are grey, and the brightness of frame n is 20 + 4 n.
 """
 
 from fractions import Fraction
@@ -22,7 +22,7 @@ MS = Fraction(1, 1000)
 
 
 def grey(number):
-    """The picture of frame `number`, below 50: 4 levels apart, clear of black and white."""
+    """Returns the picture of frame `number` < 50, with 4 levels per frame."""
     return np.full((64, 96, 3), 20 + 4 * number, np.uint8)
 
 
@@ -54,7 +54,7 @@ def write(path, times, pictures=None, codec="libx264", time_base=MS, setup=None,
 
 
 def numbers(frames):
-    """The numbers of grey frames."""
+    """Returns the numbers of grey frames."""
     return [round((float(frame.mean()) - 20) / 4) for frame in frames.frames]
 
 
@@ -73,7 +73,7 @@ def at_rate(rate, count):
         (Fraction(1, 2), [n // 2 for n in range(81)]),
     ],
 )
-def test_last_frame_of_each_second(tmp_path, rate, chosen):
+def test_last_frame_by_each_second_is_read(tmp_path, rate, chosen):
     tick = 1 / (rate * 100)
     frames = video.read_frames(write(tmp_path / "a.mp4", at_rate(rate, 41), time_base=tick), 32)
     assert numbers(frames) == chosen
@@ -84,7 +84,7 @@ def test_last_frame_of_each_second(tmp_path, rate, chosen):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi", ".mov"])
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_containers_and_b_frames(tmp_path, suffix, codec):
+def test_containers_with_b_frames(tmp_path, suffix, codec):
     options = {"bf": "2", "preset": "medium"} if codec == "libx264" else {"bf": "2", "b": "9000000"}
     times = at_rate(Fraction(10), 41)
     path = write(tmp_path / f"a{suffix}", times, None, codec, Fraction(1, 10), **options)
@@ -100,7 +100,7 @@ def test_avi_keeps_gaps_although_its_presentation_times_jump(tmp_path):
     assert numbers(video.read_frames(path, 32)) == [0, 10, 14, 14, 17, 27]
 
 
-def test_gaps_over_a_second(tmp_path):
+def test_frames_are_repeated_in_long_gaps(tmp_path):
     times = [Fraction(t) for t in ("0", "0.4", "1.1", "3.5", "3.6", "6")]
     frames = video.read_frames(write(tmp_path / "a.mkv", times), 32)
     assert numbers(frames) == [0, 1, 2, 2, 4, 4, 5]
@@ -128,14 +128,14 @@ def test_times_count_from_the_first_frame(tmp_path, suffix):
         (-1.0, 0.5, [0]),
     ],
 )
-def test_start_and_end(tmp_path, start, end, chosen):
+def test_start_and_end_select_frames(tmp_path, start, end, chosen):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 40), time_base=Fraction(1, 10))
     frames = video.read_frames(path, 32, start=start, end=end)
     assert numbers(frames) == chosen
     assert frames.note is None
 
 
-def test_no_frame_between(tmp_path):
+def test_no_frame_between_start_and_end_is_an_error(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 20))
     with pytest.raises(video.VideoError, match=r"^no frame between 3\.0 s and 5\.0 s$"):
         video.read_frames(path, 32, start=3.0, end=5.0)
@@ -145,7 +145,7 @@ def test_no_frame_between(tmp_path):
         video.read_frames(path, 32, start=1.0, end=0.5)
 
 
-def test_stops_decoding_past_the_end(tmp_path, monkeypatch):
+def test_decoding_stops_after_the_end(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 50))
     decoders, make = [], video._Decoder
     monkeypatch.setattr(video, "_Decoder", lambda *a: decoders.append(make(*a)) or decoders[-1])
@@ -166,13 +166,13 @@ def test_stops_decoding_past_the_end(tmp_path, monkeypatch):
         ([0, 4, 2**33, 2**33 + 4], [0, 4, 8, 12]),
     ],
 )
-def test_clock(stamps, ticks):
+def test_clock_repairs_time_stamps(stamps, ticks):
     clock = video._Clock(second=Fraction(100), rate=Fraction(25))
     assert [clock(stamp) for stamp in stamps] == ticks
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_display_matrix(tmp_path, turn):
+def test_rotated_and_mirrored_frames_are_upright(tmp_path, turn):
     degrees, mirrored = 90 * (turn % 4), turn >= 4
     path = write(
         tmp_path / "a.mp4",
@@ -208,7 +208,7 @@ def test_pixels_are_made_square(tmp_path, degrees, aspect):
     assert abs(int(np.flatnonzero(columns).mean() + 0.5) - 30) <= 1
 
 
-def test_pixel_aspect_out_of_reason_is_ignored():
+def test_invalid_pixel_aspect_is_ignored():
     assert video._Converter(Fraction(1, 65535)).pixel_aspect == 1
     assert video._Converter(None).pixel_aspect == 1
     assert video._Converter(Fraction(64, 51)).pixel_aspect == Fraction(64, 51)
@@ -247,7 +247,7 @@ COEFFICIENTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 2: (0.299, 0.114), 9: (0
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj420p", "yuv420p10le", "yuv444p"])
 @pytest.mark.parametrize("matrix", [*COEFFICIENTS, 8])
 @pytest.mark.parametrize("full_range", [False, True])
-def test_colours(pixel_format, matrix, full_range):
+def test_colour_matrix_and_range_are_applied(pixel_format, matrix, full_range):
     red, blue = COEFFICIENTS.get(matrix, COEFFICIENTS[2])  # YCgCo is beyond swscale: as if untagged
     full_range |= pixel_format.startswith("yuvj")
     scale = 4 if "10" in pixel_format else 1
@@ -267,7 +267,7 @@ def test_colours(pixel_format, matrix, full_range):
         assert got.tolist() == pytest.approx(rgb.tolist(), abs=1 if scale == 4 else 3)
 
 
-def test_ten_bit(tmp_path):
+def test_ten_bit_video_is_read(tmp_path):
     def setup(stream):
         stream.pix_fmt = "yuv420p10le"
 
@@ -283,7 +283,7 @@ def test_any_pixel_format_becomes_rgb(pixel_format):
     assert abs(array.mean() - 100) < 3
 
 
-def test_truncated(tmp_path):
+def test_truncated_file_gives_its_first_frames(tmp_path):
     path = write(tmp_path / "a.mkv", at_rate(Fraction(10), 50), g="10")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
@@ -295,7 +295,7 @@ def test_truncated(tmp_path):
         video.read_frames(path, 32)
 
 
-def test_far_fewer_frames_than_the_header_says(tmp_path):
+def test_missing_frames_are_noted(tmp_path):
     path = write(tmp_path / "a.avi", at_rate(Fraction(10), 50), time_base=Fraction(1, 10), g="10")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
@@ -305,7 +305,7 @@ def test_far_fewer_frames_than_the_header_says(tmp_path):
     assert video.read_frames(path, 32, end=1.0).note is None
 
 
-def test_error_in_the_middle_keeps_what_came_before(tmp_path):
+def test_decoding_error_keeps_earlier_frames(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 50), g="10", tune="zerolatency")
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -318,7 +318,7 @@ def test_error_in_the_middle_keeps_what_came_before(tmp_path):
     assert video.read_frames(path, 32, end=2.0).note is None
 
 
-def test_packets_before_the_first_frame_may_be_broken(tmp_path):
+def test_corrupted_packets_before_the_first_frame_are_skipped(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 50), g="10", tune="zerolatency")
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -331,7 +331,7 @@ def test_packets_before_the_first_frame_may_be_broken(tmp_path):
     assert frames.note == "far fewer frames than the header states (40 of 50)"
 
 
-def test_no_frame_can_be_decoded(tmp_path):
+def test_undecodable_video_is_an_error(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 5))
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -351,7 +351,7 @@ def write_audio(path):
         container.mux(stream.encode(None))
 
 
-def test_no_video(tmp_path, capfd):
+def test_files_without_video_are_errors(tmp_path, capfd):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("Not found\n" * 100)
     write_audio(tmp_path / "audio.mp4")
@@ -368,7 +368,7 @@ def test_no_video(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_names_that_look_like_protocols_or_options(tmp_path, monkeypatch):
+def test_names_like_protocols_or_options_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.mp4", at_rate(Fraction(10), 11))
     for name in ("-v.mp4", "concat:b.mp4", "100%d.mp4", "x.mp4.", "\u00e9 @.mov"):
@@ -376,7 +376,7 @@ def test_names_that_look_like_protocols_or_options(tmp_path, monkeypatch):
         assert numbers(video.read_frames(name, 32)) == [0, 10]
 
 
-def test_cover_art_is_no_video():
+def test_cover_art_is_not_a_video_stream():
     cover = SimpleNamespace(disposition=Disposition.attached_pic | Disposition.default)
     container = Mock(spec=InputContainer, streams=SimpleNamespace(video=[cover]))
     with pytest.raises(video.VideoError, match=r"^no video stream$"):
@@ -403,7 +403,7 @@ def test_default_stream_is_read(tmp_path):
         assert numbers(video.read_frames(path, 32)) == [chosen]
 
 
-def test_jpeg():
+def test_jpeg_round_trip():
     picture = np.asarray(Image.fromarray(corners()).resize((64, 64), Image.BICUBIC))
     data = video.encode_jpeg(picture)
     assert data[:2] == b"\xff\xd8"
@@ -419,7 +419,7 @@ def test_jpeg():
     )
 
 
-# What the files of shared/ give: the number of frames, or the reason why there is none.
+# For the files of shared/: the number of frames, or the reason why there is none.
 SHARED_FRAMES = {
     "decord_pancake.mkv": 11,
     "iio_cockatoo.mp4": 14,
@@ -473,7 +473,7 @@ def test_every_shared_clip_is_expected():
 
 
 @pytest.mark.parametrize("name", SHARED_FRAMES)
-def test_shared_clips(name, capfd):
+def test_shared_clips_are_read_or_listed(name, capfd):
     path, expected = shared(name), SHARED_FRAMES[name]
     if isinstance(expected, str):
         with pytest.raises(video.VideoError) as error:
@@ -508,7 +508,7 @@ def test_shared_rotated_clips_are_upright(name, turn):
     np.testing.assert_allclose(frames.frames[-1], plain_preprocess(image, 64), atol=3)
 
 
-def test_shared_wide_pixels():
+def test_shared_clip_with_wide_pixels_is_stretched():
     # 640 x 360 stored, 1280 x 360 shown: the bars in the middle half of the width remain.
     with av.open(str(shared("mb_sar_2x1.mp4"))) as container:
         image = next(container.decode(video=0)).to_image()

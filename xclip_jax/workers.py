@@ -80,7 +80,7 @@ def _run_until_crash(
     todo: collections.deque[int],
     done: Callable[[int, Any], Any],
 ) -> list[int]:
-    """Runs jobs off `todo`; returns those in flight if a process crashed."""
+    """Runs jobs off `todo` and returns those in flight if a process crashed."""
     in_flight = 2 * (os.cpu_count() or 1)  # more would run far ahead of `done`
     with worker_pool(len(todo)) as pool:
         running: dict[Future, int] = {}
