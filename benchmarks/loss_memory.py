@@ -25,8 +25,8 @@ import results
 
 from xclip_jax import compile_only, sharding
 from xclip_jax.config import get_config
-from xclip_jax.loss import Contrast
-from xclip_jax.models import XClip, build_model, resolve
+from xclip_jax.loss import loss_of_features
+from xclip_jax.models import XClip, read_model_config
 from xclip_jax.train import compile_step, configured_optimizer, state_shapes
 
 DEVICES = 8
@@ -37,26 +37,26 @@ SCHEDULE_STEPS = 1000
 Batch = dict[str, Any]
 
 
-def default_model() -> tuple[Any, dict, XClip]:
-    """Returns (config, architecture, model) of the default config."""
+def default_model() -> tuple[Any, XClip]:
+    """Returns the default config and its model."""
     config = get_config()
-    architecture = resolve(json.loads(config.model.to_json()))
-    return config, architecture, build_model(architecture)
+    return config, XClip(read_model_config(config.model))
 
 
 def measure_loss(pairs: int, block_cells: int) -> results.Row:
     """Compiles the loss of features and its gradient for the simulated devices."""
-    config, _, model = default_model()
+    config, model = default_model()
     mesh = sharding.make_mesh(DEVICES)
-    gradient = feature_gradient(Contrast(model, mesh=mesh, block_cells=block_cells))
+    gradient = feature_gradient(model, mesh=mesh, block_cells=block_cells)
     compiled = jax.jit(gradient).lower(*loss_shapes(config.model, pairs, mesh)).compile()
     variant = "dense" if block_cells else "in blocks"
     return memory_row("loss", variant, pairs, devices=DEVICES, compiled=compiled)
 
 
-def feature_gradient(contrast: Contrast) -> Callable:
+def feature_gradient(model: XClip, **options: Any) -> Callable:
     """Returns (parameters, features, batch) -> ((loss, accuracy), gradients)."""
-    return jax.value_and_grad(contrast._loss, argnums=(0, 1), has_aux=True)
+    loss = functools.partial(loss_of_features, model, **options)
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
 
 def loss_shapes(model: Any, pairs: int, mesh: jax.sharding.Mesh) -> tuple[dict, tuple, Batch]:
@@ -76,11 +76,11 @@ def loss_shapes(model: Any, pairs: int, mesh: jax.sharding.Mesh) -> tuple[dict, 
 
 def measure_step(pairs: int, micro_batch: int) -> results.Row:
     """Compiles the training step of B/32 for one device."""
-    config, architecture, model = default_model()
+    config, model = default_model()
     config.train.update(batch_size=pairs, micro_batch=micro_batch)
     mesh = sharding.make_mesh(1)
     _, optimizer = configured_optimizer(config.optimizer, SCHEDULE_STEPS)
-    state = state_shapes(model, architecture, optimizer, mesh)
+    state = state_shapes(model, optimizer, mesh)
     step = compile_step(model, optimizer, config, mesh, state)
     compiled = step.lower(state, compile_only.batch_shapes(config, mesh)).compile()
     variant = f"micro-batch {micro_batch}" if micro_batch else "plain"
@@ -119,7 +119,7 @@ def run_in_process(side: str) -> results.Row:
 
 def run_side(side: str) -> tuple[float, float]:
     """Returns (peak MiB above the features, loss) of this process."""
-    config, _, model = default_model()
+    config, model = default_model()
     _, feature_shapes, batch_shapes = loss_shapes(config.model, RUN_PAIRS, sharding.make_mesh(1))
     rng = np.random.default_rng(0)
     features = [rng.standard_normal(x.shape, np.float32) for x in feature_shapes]
@@ -133,7 +133,7 @@ def run_side(side: str) -> tuple[float, float]:
 
 def run_jax(model: XClip, features: list[np.ndarray], batch: Batch) -> float:
     """Computes the loss in blocks and its gradient, returns the loss."""
-    gradient = jax.jit(feature_gradient(Contrast(model)))
+    gradient = jax.jit(feature_gradient(model))
     params = {"clip": {"logit_scale": np.float32(0)}}
     (loss, _), _ = jax.block_until_ready(gradient(params, tuple(features), batch))
     return float(loss)

@@ -16,8 +16,8 @@ vectors. After a few queries the index's files are in the page cache if memory s
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -35,7 +35,7 @@ from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import progress
 from xclip_jax.config import get_config
 from xclip_jax.inference import encode_texts, encode_videos, on_local_devices
-from xclip_jax.models import XClip, build_model, resolve
+from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
 from xclip_jax.search.index import SEGMENT_SECONDS, Index
@@ -59,7 +59,7 @@ def open_index(folder: str, segments: int, precision: str) -> Store:
 
     The rows are written from Arrow batches in one commit, so that the index is complete or empty.
     """
-    about = describe_index(build_b32()[1], f"{segments} synthetic segments", precision)
+    about = describe_index(build_b32(), f"{segments} synthetic segments", precision)
     store = Store(folder) if exists(folder) else Store.create(folder, about)
     if any(store.about.get(name) != value for name, value in about.items()):
         raise SystemExit(f"{folder} holds another index: {store.about}")
@@ -76,18 +76,17 @@ def describe_index(model: XClip, fingerprint: str, precision: str) -> dict[str, 
     return {
         "model": "",
         "fingerprint": fingerprint,
-        "max_frames": model.max_frames,
-        "embed_dim": model.embed_dim,
+        "max_frames": model.config.max_frames,
+        "embed_dim": model.config.embed_dim,
         "segment_seconds": SEGMENT_SECONDS,
         "shots": False,
         "precision": precision,
     }
 
 
-def build_b32() -> tuple[dict, XClip]:
-    """Returns the architecture of B/32 under the `paper` preset, and its model."""
-    architecture = resolve(json.loads(get_config().model.to_json()))
-    return architecture, build_model(architecture)
+def build_b32() -> XClip:
+    """Returns B/32 with the `paper` preset."""
+    return XClip(read_model_config(get_config().model))
 
 
 def measure(
@@ -101,7 +100,7 @@ def measure(
         targets: row of the segment that each query describes.
         count: number of measured queries.
     """
-    model = build_b32()[1]  # only its similarity is used
+    model = build_b32()  # only its similarity is used
     params = on_local_devices({"clip": {"logit_scale": np.float32(np.log(100))}})
     compilations, memory_before, rows, answers = [], results.peak_mib(), [], []
     jax.monitoring.register_event_duration_secs_listener(
@@ -164,10 +163,10 @@ def run_queries(
 
 def text_tower_milliseconds(repeats: int = 50) -> float:
     """Returns the median time in which B/32's text tower encodes one query."""
-    architecture, model = build_b32()
+    model = build_b32()
     words = search_vectors.WORDS
     ids, mask = np.ones((1, words), np.int32), np.arange(words)[None] < 12
-    params = jax.jit(lambda: init_params(model, architecture, 0))()
+    params = jax.jit(lambda: init_params(model, 0))()
     encode = functools.partial(encode_texts, model, on_local_devices(params), ids, mask)
     encode()
     return 1000 * statistics.median(results.measure_seconds(encode)[0] for _ in range(repeats))
@@ -194,9 +193,10 @@ def measure_search(args: argparse.Namespace, folder: str) -> None:
 
 def measure_indexing(args: argparse.Namespace) -> None:
     """Indexes videos and does the unavoidable work alone, alternately."""
-    architecture, model = build_b32()
-    params = on_local_devices(jax.jit(lambda: init_params(model, architecture, 0))())
-    retriever, files, rows = Retriever(architecture, model, params), find_videos(args.indexing), []
+    model = build_b32()
+    params = on_local_devices(jax.jit(lambda: init_params(model, 0))())
+    retriever = Retriever(dataclasses.asdict(model.config), model, params)
+    files, rows = find_videos(args.indexing), []
     about = describe_index(model, "", "float32")
     for _ in range(args.repeats + 1):
         row = measure_unavoidable(model, params, files)
@@ -217,7 +217,8 @@ def measure_indexing(args: argparse.Namespace) -> None:
 
 def measure_unavoidable(model: XClip, params: dict, files: list[str]) -> results.Row:
     """Returns the seconds to read the segments of all files on all cores, and of the towers."""
-    side, max_frames, readings = model.vision.image_size, model.max_frames, []
+    c, readings = model.config, []
+    side, max_frames = c.vision.image_size, c.max_frames
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
             SegmentJob(file, Path(folder, str(number)), side, max_frames, SEGMENT_SECONDS)

@@ -21,12 +21,11 @@ import numpy as np
 import results
 
 from xclip_jax.inference import similarity_in_blocks
-from xclip_jax.models.clip import TextConfig, VisionConfig
-from xclip_jax.models.xclip import XClip
+from xclip_jax.models import ModelConfig, XClip
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 DIM = 512
-MODEL = XClip(VisionConfig(), TextConfig(), DIM)
+MODEL = XClip(ModelConfig(embed_dim=DIM).resolve())
 PARAMS = {"clip": {"logit_scale": jnp.zeros(())}}  # the only parameter that `similarity` reads
 
 

@@ -13,8 +13,8 @@ one process. Writes results/NAME_DEVICE.json after each batch size.
 """
 
 import argparse
+import dataclasses
 import itertools
-import json
 import os
 import statistics
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import results
 
 from xclip_jax import sharding
 from xclip_jax.config import BACKBONES, get_config
-from xclip_jax.models import build_model, resolve
+from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.train import check_batch_sizes, compile_step, configured_optimizer, init_state
 
 TIMED_STEPS, SCHEDULE_STEPS = 2, 1000
@@ -48,13 +48,12 @@ def make_config(args: argparse.Namespace, backbone: str, batch_size: int) -> Any
     return config
 
 
-def random_batch(architecture: dict, count: int) -> dict[str, np.ndarray]:
+def random_batch(c: ModelConfig, count: int) -> dict[str, np.ndarray]:
     """Returns a batch as data/pipeline.py makes it: no padded frames, texts of at least 5 words."""
     rng = np.random.default_rng(0)
-    side, num_frames = architecture["vision"]["image_size"], architecture["max_frames"]
-    num_words = architecture["max_words"]
+    side, num_frames, num_words = c.vision.image_size, c.max_frames, c.max_words
     lengths_Tx1 = rng.integers(5, num_words + 1, (count, 1))
-    ids = rng.integers(0, architecture["text"]["vocab_size"], (count, num_words), np.int32)
+    ids = rng.integers(0, c.text.vocab_size, (count, num_words), np.int32)
     return {
         "ids": ids,
         "text_mask": np.arange(num_words) < lengths_Tx1,
@@ -67,12 +66,11 @@ def random_batch(architecture: dict, count: int) -> dict[str, np.ndarray]:
 class JaxStep:
     """The compiled training step on all devices."""
 
-    def __init__(self, config: Any, architecture: dict, batch: dict[str, np.ndarray]) -> None:
+    def __init__(self, config: Any, model: XClip, batch: dict[str, np.ndarray]) -> None:
         mesh = sharding.make_mesh()
         check_batch_sizes(config.train, mesh)
-        model = build_model(architecture)
         _, optimizer = configured_optimizer(config.optimizer, SCHEDULE_STEPS)
-        self.state = init_state(model, architecture, optimizer, 0, mesh)
+        self.state = init_state(model, optimizer, 0, mesh)
         self.batch = sharding.shard_batch(batch, mesh)
         step = compile_step(model, optimizer, config, mesh, self.state)
         self.compiled = step.lower(self.state, self.batch).compile()
@@ -93,7 +91,7 @@ class JaxStep:
         return held + m.temp_size_in_bytes, "compiler"
 
 
-def step_flops(architecture: dict, count: int) -> int:
+def step_flops(c: ModelConfig, count: int) -> int:
     """Returns the floating-point operations of a step: 3 x the matrix products of a forward pass.
 
     A Transformer of width E over L tokens needs, per token and layer, 2 x 12 E^2 (queries, keys,
@@ -101,15 +99,13 @@ def step_flops(architecture: dict, count: int) -> int:
     embedding adds 2 x 3 x size^2 x E per patch, a projection 2 E D. The backward pass costs twice
     the forward pass. Recomputation, similarities and the optimizer are not counted.
     """
-    vision, text, dim = (architecture[name] for name in ("vision", "text", "embed_dim"))
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    frames, words = architecture["max_frames"], architecture["max_words"]
-    width = vision["width"]
-    image = patches * 2 * 3 * vision["patch_size"] ** 2 * width + 2 * width * dim
-    image += _transformer_flops(vision["layers"], width, patches + 1)
-    sentence = 2 * words * text["width"] * dim
-    sentence += _transformer_flops(text["layers"], text["width"], words)
-    temporal = _transformer_flops(architecture["temporal"]["layers"], dim, frames)
+    vision, text, dim, frames, words = c.vision, c.text, c.embed_dim, c.max_frames, c.max_words
+    patches, width = (vision.image_size // vision.patch_size) ** 2, vision.width
+    image = patches * 2 * 3 * vision.patch_size**2 * width + 2 * width * dim
+    image += _transformer_flops(vision.layers, width, patches + 1)
+    sentence = 2 * words * text.width * dim
+    sentence += _transformer_flops(text.layers, text.width, words)
+    temporal = _transformer_flops(c.temporal.layers, dim, frames)
     return 3 * count * (frames * image + sentence + temporal)
 
 
@@ -143,17 +139,18 @@ def measure(
 ) -> results.Row:
     """Returns the measurements of one backbone and batch size."""
     config = make_config(args, backbone, batch_size)
-    architecture = resolve(json.loads(config.model.to_json()))
-    batch = random_batch(architecture, batch_size)
-    ours = JaxStep(config, architecture, batch)
+    model = XClip(read_model_config(config.model))
+    batch = random_batch(model.config, batch_size)
+    ours = JaxStep(config, model, batch)
     sides: dict[str, Any] = {"product": product, "ours": ours}
     if args.torch:
         import torch
         import torch_xclip
 
         torch.set_num_threads(os.cpu_count() or 1)
+        fields = dataclasses.asdict(model.config)
         trainer = torch_xclip.Trainer(
-            architecture, ours.initial_params, config.optimizer, batch=batch, dtype=args.dtype
+            fields, ours.initial_params, config.optimizer, batch=batch, dtype=args.dtype
         )
         with torch.no_grad():
             loss = trainer.loss().item()
@@ -162,7 +159,7 @@ def measure(
         sides["torch"] = trainer
     times = alternate(sides, args.repeats)
     step_time = statistics.median(row["ours"] for row in times)
-    flops = step_flops(architecture, batch_size) / step_time
+    flops = step_flops(model.config, batch_size) / step_time
     peak_bytes, source = ours.peak_bytes()
     row = {
         "model": backbone,

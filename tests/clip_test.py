@@ -1,6 +1,7 @@
-"""CLIP's towers: what they see, how they count, and that every size is a choice."""
+"""CLIP's towers: masks, positions, sizes and numeric types."""
 
 import dataclasses
+import functools
 import math
 
 import flax
@@ -11,37 +12,41 @@ import pytest
 
 from xclip_jax.models.clip import (
     ACTIVATIONS,
+    CLIP,
     REMAT,
-    Clip,
-    TextConfig,
+    SelfAttention,
     Transformer,
-    VisionConfig,
     normalize_frames,
 )
+from xclip_jax.models.config import ModelConfig, TextConfig, VisionConfig
 
-# Odd sizes throughout: 3 x 3 patches of 5 pixels, heads of 8 and of 9, nothing a power of two.
-VISION = VisionConfig(image_size=15, patch_size=5, width=24, layers=2, heads=3)
-TEXT = TextConfig(vocab_size=50, context_length=11, width=18, layers=3, heads=2)
+# No size is a power of two: 3 x 3 patches of 5 pixels, heads of widths 8 and 9.
 EMBED_DIM = 10
+CONFIG = ModelConfig(
+    embed_dim=EMBED_DIM,
+    vision=VisionConfig(image_size=15, patch_size=5, width=24, layers=2, heads=3),
+    text=TextConfig(vocab_size=50, context_length=11, width=18, layers=3, heads=2),
+)
 IDS = np.array([[48, 3, 7, 11, 2, 49, 0], [48, 9, 5, 49, 0, 0, 0]])
 IMAGES = np.random.default_rng(0).normal(size=(2, 15, 15, 3)).astype(np.float32)
 
 
 def clip(**changes):
-    return Clip(VISION, TEXT, EMBED_DIM, **changes)
+    return CLIP(dataclasses.replace(CONFIG, **changes))
 
 
-def both(model, images, ids):
+def encode_both(model, images, ids):
     return model.encode_image(images), model.encode_words(ids)
 
 
 def shapes_of(model):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, IDS, method=both)["params"])
+    init = functools.partial(model.init, method=encode_both)
+    return jax.eval_shape(init, jax.random.key(0), IMAGES, IDS)["params"]
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters, with biases and scales that a mistake would show in."""
+    """Random parameters: no bias is 0 and no scale 1, so that a missing one shows."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -53,15 +58,15 @@ def params():
 
 @pytest.fixture(scope="module")
 def exact(params):
-    """What the default towers make of IMAGES and IDS."""
+    """Outputs of the float32 towers for IMAGES and IDS."""
     return run(clip(), params)
 
 
 def run(model, params, images=IMAGES, ids=IDS):
-    return jax.jit(lambda p: model.apply({"params": p}, images, ids, method=both))(params)
+    return jax.jit(lambda p: model.apply({"params": p}, images, ids, method=encode_both))(params)
 
 
-def test_every_size_is_a_choice(params, exact):
+def test_parameters_have_the_configured_sizes(params, exact):
     shapes = {
         "/".join(path): leaf.shape for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }
@@ -111,8 +116,7 @@ def plain_block(x, p, mask):
     return total + y @ p["proj"]["kernel"] + p["proj"]["bias"]
 
 
-def test_transformer_equals_a_plain_one(params):
-    """Scanned blocks equal a loop in NumPy."""
+def test_transformer_matches_loop_in_numpy(params):
     blocks = jax.tree.map(lambda x: np.asarray(x, np.float64), params["textual"]["encoder"])
     x = np.random.default_rng(2).normal(size=(2, 5, 18))
     mask = np.tril(np.ones((5, 5), bool))
@@ -122,31 +126,31 @@ def test_transformer_equals_a_plain_one(params):
             p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks["blocks"])
             row = plain_block(row, p, mask)
         expected.append(row)
-    model = Transformer(layers=3, heads=2)
+    model = Transformer(CONFIG, layers=3, heads=2)
     variables = {"params": params["textual"]["encoder"]}
     found = jax.jit(model.apply)(variables, x.astype(np.float32), mask)
     np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
 
 
-@pytest.mark.parametrize("what", REMAT)
-def test_recomputing_layers_changes_neither_value_nor_gradient(params, what):
+@pytest.mark.parametrize("remat", REMAT)
+def test_remat_changes_neither_value_nor_gradient(params, remat):
     x = np.random.default_rng(2).normal(size=(1, 4, 18)).astype(np.float32)
 
     def gradients(remat):
-        model = Transformer(layers=3, heads=2, remat=remat)
+        model = Transformer(dataclasses.replace(CONFIG, remat=remat), layers=3, heads=2)
         loss = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))
-        # The flag must reach the program: only it holds a remat primitive.
+        # Only a program with recomputation contains a remat primitive.
         program = str(jax.make_jaxpr(loss)(params["textual"]["encoder"]))
         assert ("checkpoint[" in program or "remat" in program) == (remat != "none")
         return jax.jit(loss)(params["textual"]["encoder"])
 
-    found, expected = gradients(what), gradients("none")
+    found, expected = gradients(remat), gradients("none")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 1
 
 
-def test_a_word_sees_only_the_tokens_up_to_it(params):
-    """Causality by gradient: word i depends on token j exactly where j <= i."""
+def test_word_depends_on_tokens_up_to_it_only(params):
+    """The gradient of word i with respect to token j is nonzero exactly where j <= i."""
     ids = np.array([[48, 3, 7, 11, 2, 49]])
     model = clip()
 
@@ -162,7 +166,7 @@ def test_a_word_sees_only_the_tokens_up_to_it(params):
     np.testing.assert_array_equal(influence > 0, np.tril(np.ones((6, 6), bool)))
 
 
-def test_what_follows_the_end_token_changes_no_word(params):
+def test_tokens_after_the_end_do_not_change_earlier_words(params):
     encode = jax.jit(lambda ids: clip().apply({"params": params}, ids, method="encode_words"))
     words = np.asarray(encode(IDS))
     other = np.array([[48, 3, 7, 11, 2, 49, 33], [48, 9, 5, 49, 21, 22, 23]])
@@ -174,15 +178,15 @@ def test_what_follows_the_end_token_changes_no_word(params):
     np.testing.assert_allclose(longer[:, :7], words, atol=2e-6)
 
 
-def test_images_do_not_see_one_another(params):
+def test_images_are_encoded_independently(params):
     encode = jax.jit(lambda images: clip().apply({"params": params}, images, method="encode_image"))
     one = encode(IMAGES[:1])
     np.testing.assert_allclose(encode(IMAGES)[:1], one, atol=2e-6)
-    rolled = encode(np.roll(IMAGES[:1], 5, axis=1))  # the same patches in other places
+    rolled = encode(np.roll(IMAGES[:1], 5, axis=1))  # the same patches at other positions
     assert np.abs(rolled - one).max() > 0.01
 
 
-def test_activations(params, exact):
+def test_activations_match_their_formulas(params, exact):
     x = np.linspace(-4, 4, 41)
     gelu = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x]
     np.testing.assert_allclose(ACTIVATIONS["gelu"](x.astype(np.float32)), gelu, atol=1e-6)
@@ -192,7 +196,7 @@ def test_activations(params, exact):
         assert 1e-4 < np.abs(found - default).max() < 1
 
 
-def test_raw_pixels_equal_normalised_ones():
+def test_uint8_frames_are_normalised_like_float_frames():
     rng = np.random.default_rng(3)
     pixels = rng.integers(0, 256, (2, 3, 5, 5, 3), np.uint8)
     mask = np.array([[True, True, False], [True, False, False]])
@@ -208,8 +212,8 @@ def test_raw_pixels_equal_normalised_ones():
     np.testing.assert_array_equal(normalize_frames(broken, mask), floats)
 
 
-def test_bfloat16_computes_close_to_float32_with_float32_parameters(params, exact):
-    half = clip(dtype=jnp.bfloat16)
+def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(params, exact):
+    half = clip(dtype="bfloat16")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(shapes_of(half))}
     assert dtypes == {jnp.dtype("float32")}
     for found, full in zip(run(half, params), exact, strict=True):
@@ -218,8 +222,8 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters(params, exac
         assert 0 < (difference / np.linalg.norm(full, axis=-1)).max() < 0.03
 
 
-def test_logit_scale_is_clamped_but_goes_on_learning(params):
-    """CLIP's weights come with a scale of 100: were its gradient cut there, it could never fall."""
+def test_clamped_logit_scale_keeps_its_gradient(params):
+    """CLIP's weights have a scale of 100: without a gradient there it could never fall."""
 
     def scale(logit_scale):
         variables = {"params": {**params, "logit_scale": logit_scale}}
@@ -233,8 +237,38 @@ def test_logit_scale_is_clamped_but_goes_on_learning(params):
     assert scale(jnp.float32(7)) == scale(limit)
 
 
-def test_configs_are_values():
-    """Equal configs make equal modules, so that nothing is compiled twice."""
+def test_equal_configs_make_equal_modules():
+    """Equal modules share compiled programs."""
     assert clip() == clip()
     assert hash(clip()) == hash(clip())
-    assert clip() != Clip(dataclasses.replace(VISION, heads=4), TEXT, EMBED_DIM)
+    assert clip() != clip(vision=dataclasses.replace(CONFIG.vision, heads=4))
+
+
+def plain_attention(x, p, mask):
+    """Softmax attention of B x L x E float64 with explicit scores; masked scores are -1e6."""
+    qkv = np.einsum("ble,eink->blink", x, p["qkv"]["kernel"]) + p["qkv"]["bias"]
+    query, key, value = (qkv[:, :, i] for i in range(3))
+    scores = np.einsum("bqnk,bsnk->bnqs", query, key) / math.sqrt(query.shape[-1])
+    weights = np.asarray(jax.nn.softmax(np.where(mask, scores, -1e6)))
+    y = np.einsum("bnqs,bsnk->bqnk", weights, value)
+    return np.einsum("bqnk,nke->bqe", y, p["out"]["kernel"]) + p["out"]["bias"]
+
+
+def test_attention_matches_explicit_softmax():
+    """Also where a row sees nothing: there the mean of all values, finite, as before."""
+    rng = np.random.default_rng(4)
+    x, mask = rng.normal(size=(3, 5, 18)), rng.random((3, 1, 5, 5)) < 0.5
+    mask[0, 0, 2] = False
+    mask[1] = False
+    model = SelfAttention(heads=2, dtype="float32", output_scale=1.0)
+    single = x.astype(np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), single, mask)["params"]
+    params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)
+    params32 = jax.tree.map(np.float32, params)
+
+    def total(x):
+        return jnp.sum(jnp.sin(model.apply({"params": params32}, x, mask)))
+
+    found = jax.jit(model.apply)({"params": params32}, single, mask)
+    np.testing.assert_allclose(found, plain_attention(x, params, mask), atol=1e-5)
+    assert np.isfinite(jax.jit(jax.grad(total))(single)).all()

@@ -1,15 +1,21 @@
-"""Every field is read, every mistake is named, and nothing unknown gets in."""
+"""Validation of the config, the files in configs/, and config files of earlier versions."""
 
+import importlib.util
+import itertools
 import math
 import re
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 import xclip_jax.config
 from xclip_jax.cli import InputError
 from xclip_jax.config import FREE_FIELDS, field_value, get_config, validate
+from xclip_jax.data.benchmarks import DATASETS
+from xclip_jax.models import read_model_config
+from xclip_jax.paper import paper_results
 
 PACKAGE = Path(xclip_jax.config.__file__).parent
 
@@ -49,11 +55,9 @@ MISTAKES = {
     "model.text.heads": (*WHOLE, 7),
     "model.text.vocab_size": (-1, None),
     "model.temporal.layers": (-1, None),
-    "model.temporal.residual": ("maybe", None),
     "model.frame_features": ("both",),
     "model.words": ("words",),
     "model.padding": ("yes",),
-    "model.matrices": ("identity",),
     "model.fusion": ("sum",),
     "init.clip": (None,),
     "optimizer.name": ("adam",),
@@ -97,7 +101,7 @@ def test_defaults_are_valid():
 
 
 @pytest.mark.parametrize("field", MISTAKES)
-def test_a_mistake_is_answered_with_field_value_and_what_is_allowed(field):
+def test_error_names_field_value_and_what_is_allowed(field):
     for value in MISTAKES[field]:
         config = get_config()
         set_field(config, field, value)
@@ -108,7 +112,7 @@ def test_a_mistake_is_answered_with_field_value_and_what_is_allowed(field):
         assert len(message.split(": must be ")[1]) > 3
 
 
-def test_messages_name_the_choices():
+def test_error_lists_the_choices():
     for field, value, named in (
         ("model.aggregation", "max", "attention, max-max, mean-mean, mean-max, max-mean"),
         ("model.temporal.type", "gru", "none, transformer, lstm"),
@@ -122,7 +126,7 @@ def test_messages_name_the_choices():
             validate(config)
 
 
-def test_heads_of_an_unused_temporal_encoder_may_be_anything():
+def test_heads_of_an_unused_temporal_transformer_are_not_checked():
     config = get_config()
     config.model.temporal.type = "lstm"
     config.model.temporal.heads = 7
@@ -130,7 +134,7 @@ def test_heads_of_an_unused_temporal_encoder_may_be_anything():
 
 
 @pytest.mark.parametrize("field", ["bogus", "model.bogus", "model.vision.bogus", "train.lr"])
-def test_unknown_fields_are_refused(field):
+def test_unknown_field_is_an_error(field):
     with pytest.raises(AttributeError, match="does not exist"):
         set_field(get_config(), field, 1)
 
@@ -145,14 +149,16 @@ def test_unknown_fields_are_refused(field):
         ("mode", 3),
         ("model.granularities", "frame_word"),
         ("model.vision", 3),
+        ("model.temporal.residual", "maybe"),
+        ("model.matrices", 1),
     ],
 )
-def test_wrong_types_are_refused_at_once(field, value):
+def test_setting_another_type_is_an_error(field, value):
     with pytest.raises(TypeError, match="Could not override"):
         set_field(get_config(), field, value)
 
 
-def test_a_whole_number_does_for_a_number():
+def test_integer_is_accepted_for_a_float():
     config = get_config()
     config.model.tau = 1
     validate(config)
@@ -165,27 +171,20 @@ def test_free_fields_exist():
 
 
 def sources():
-    """Everything that may read the config, as text: the package without config.py."""
+    """Returns the source of every module that may read the config."""
     return [p.read_text() for p in PACKAGE.rglob("*.py") if p != PACKAGE / "config.py"]
 
 
 def unread(fields):
-    """Those fields of which no source reads `parent.name`, `parent["name"]` or an alias of it.
-
-    `model.*` is handed down as a dict, to build_model and to the towers' dataclasses: there a read
-    is `["name"]` or a field of one of those dataclasses.
-    """
+    """Returns the fields that no source reads as `parent.name` or by an alias of the parent."""
     text = "\n".join(sources())
-    aliases = {"optimizer": "o", "model": "a"}
+    aliases = {"optimizer": "o", "model": "c|config", "vision": "c", "text": "c"}
 
     def is_read(field):
         group, _, name = f"config.{field}".rpartition(".")
         parent = group.rpartition(".")[2]
         owners = "|".join({parent, aliases.get(parent, parent)})
-        patterns = [rf"\b({owners})\.{name}\b", rf'\b({owners})\["{name}"\]']
-        if field.startswith("model."):
-            patterns += [rf'\["{parent}"\]\["{name}"\]', rf"^    {name}: (int|str|float)\b"]
-        return any(re.search(pattern, text, re.MULTILINE) for pattern in patterns)
+        return re.search(rf"\b({owners})\.{name}\b", text)
 
     return {field for field in fields if not is_read(field)}
 
@@ -204,3 +203,107 @@ def test_every_field_is_read():
         "model.vision.bogus",
         "loss.lr",
     }
+
+
+def test_optional_fields_are_set_on_the_command_line(monkeypatch):
+    options = ["temporal.residual=True", "matrices=false", "words=all_tokens"]
+    argv = ["program", *(f"--config.model.{option}" for option in options)]
+    monkeypatch.setattr("sys.argv", argv)  # where ml_collections looks for the fields' names
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", get_config(), flag_values=values)
+    values(argv)
+    model = values.config.model
+    assert (model.temporal.residual, model.matrices, model.words) == (True, False, "all_tokens")
+    validate(values.config)
+
+
+def test_model_fields_of_earlier_versions_are_upgraded():
+    fields = get_config().model.to_dict()
+    automatic = {"frame_features": "", "words": "", "padding": "", "matrices": ""}
+    temporal = {**fields["temporal"], "residual": ""}
+    former = read_model_config({**fields, **automatic, "temporal": temporal})
+    assert former == read_model_config(fields)
+    for old, new in (("yes", True), ("no", False)):
+        fields["temporal"]["residual"] = old
+        fields["matrices"] = "learned" if new else "none"
+        read = read_model_config({**fields, "preset": "paper" if new else "official", "step": 7})
+        assert (read.temporal.residual, read.matrices) == (new, new)
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BENCHMARKS = [name for name in DATASETS if name != "captions"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_combination_of_arguments_is_valid(name):
+    variants = DATASETS[name].variants
+    paths = set()
+    for words in itertools.product(
+        ("", "vit_b32", "vit_b16"), ("", "paper", "official"), ("", *variants)
+    ):
+        c = load(name).get_config(",".join(filter(None, words)))
+        validate(c)
+        backbone, preset, variant = words
+        assert c.model.vision.patch_size == (16 if backbone == "vit_b16" else 32)
+        assert c.init.clip == f"models/clip_b{c.model.vision.patch_size}"
+        assert c.model.preset == (preset or "paper")
+        assert c.data.variant == (variant or (variants[0] if variants else ""))
+        assert c.data.dataset == name
+        changed = [w for w in words if w not in ("", "vit_b32", "paper", *variants[:1])]
+        assert c.name == "_".join([name, *changed])
+        paths.add(c.data.path)
+    assert len(paths) == max(1, len(variants))
+
+
+# Of the paper; of the release's scripts for B/32 and for B/16: (batch, epochs).
+SETTINGS = {
+    "msrvtt": ((300, 3), (300, 5), (80, 5)),
+    "msvd": ((300, 3), (300, 5), (80, 5)),
+    "lsmdc": ((300, 3), (300, 5), (80, 5)),
+    "didemo": ((64, 20), (64, 20), (16, 20)),
+    "activitynet": ((64, 20), (112, 20), (32, 20)),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_settings_are_those_of_paper_and_release(name):
+    for arguments, expected in zip(
+        ("", "official", "official,vit_b16"), SETTINGS[name], strict=True
+    ):
+        c = load(name).get_config(arguments)
+        assert (c.train.batch_size, c.train.epochs) == expected
+        long = name in ("didemo", "activitynet")
+        assert (c.model.max_words, c.model.max_frames) == ((64, 64) if long else (32, 12))
+        official = arguments.startswith("official")
+        assert c.optimizer.name == ("bert_adam" if official else "adamw")
+        assert c.optimizer.freeze_layers == (0 if official else -1)
+        assert (c.optimizer.lr, c.optimizer.encoder_lr) == (1e-4, 1e-7)
+
+
+@pytest.mark.parametrize("arguments", ["vit_l14", "vit_b32,vit_b16", "official,paper", "9k,7k"])
+def test_unknown_or_repeated_argument_is_an_error(arguments):
+    with pytest.raises(InputError, match=f"{arguments}: after the colon, at most one of each of "):
+        load("msrvtt").get_config(arguments)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_docstring_has_the_papers_numbers(name):
+    variant = (*DATASETS[name].variants, "")[0]
+    for patch_size, backbone in ((32, "ViT-B/32"), (16, "ViT-B/16")):
+        vision = load(name).get_config(f"vit_b{patch_size}").model.vision
+        ((row, metrics),) = paper_results(name, variant, vision).items()
+        assert row == backbone
+        texts = [
+            " / ".join(str(metrics[way][m]) for m in ("R@1", "R@5", "MnR"))
+            for way in ("text_to_video", "video_to_text")
+        ]
+        line = f"{backbone}    text to video {texts[0]}    video to text {texts[1]}"
+        assert line in load(name).__doc__
+    assert paper_results(name, "another", vision) == {}

@@ -23,7 +23,8 @@ from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert
 from xclip_jax.convert.torch_archive import read_archive, write_archive
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.models import HEADS, build_model
+from xclip_jax.models import XClip
+from xclip_jax.models.config import HEADS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +65,7 @@ def test_sizes_are_inferred_from_shapes(tmp_path):
         "layers": 3,
         "heads": 1,
     }
-    assert a["temporal"] == {"type": "transformer", "layers": 2, "heads": 1, "residual": "yes"}
+    assert a["temporal"] == {"type": "transformer", "layers": 2, "heads": 1, "residual": True}
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,10 @@ def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     known = {"preset": "paper", "head": "mean_pooling", "activation": "quick_gelu"}
     a = importing.infer(tensors, known, {})
-    assert (a["text"]["heads"], a["vision"]["heads"], a["max_words"]) == (text_heads, heads, 77)
-    assert a["vision"]["image_size"] == sizes["side"]
+    assert (a.text.heads, a.vision.heads, a.max_words) == (text_heads, heads, 77)
+    assert a.vision.image_size == sizes["side"]
     assert shapes["clip.visual.positional_embedding"][0] == positions
-    template = jax.eval_shape(lambda: init_params(build_model(a), a, 0))
+    template = jax.eval_shape(lambda: init_params(XClip(a), 0))
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(template):
         name, stacked = mapping.torch_name(path)

@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 import tiny
 
-from xclip_jax.models import build_model, resolve
-from xclip_jax.search.funnel import Funnel, make_example_funnel, make_example_query
+from xclip_jax.models import XClip, read_model_config
+from xclip_jax.search.funnel import (
+    Funnel,
+    frame_attention,
+    make_example_funnel,
+    make_example_query,
+)
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
@@ -27,9 +32,8 @@ def make_model(**fields):
     c = tiny.make_config("").model
     c.text.vocab_size = 100
     c.update(fields)
-    architecture = resolve(c.to_dict())
-    model = build_model(architecture)
-    return model, tiny.make_params(model, architecture)
+    model = XClip(read_model_config(c))
+    return model, tiny.make_params(model)
 
 
 def unit(x):
@@ -152,7 +156,7 @@ def test_best_frame_is_the_most_similar_real_frame(snapshot, head):
     frames[0, 2] = text.sentence[0]
     video = video.replace(frames=frames, mask=np.array([[True, True, True, False]]))
     text = text.replace(words=np.broadcast_to(text.sentence[:, None], text.words.shape))
-    weights = np.asarray(tiny.apply(model, params, text, video, method="frame_attention"))
+    weights = np.asarray(tiny.apply(model, params, text, video, method=frame_attention))
     assert weights[0].argmax() == 2
     assert weights[0, 3] == 0
 
@@ -160,7 +164,7 @@ def test_best_frame_is_the_most_similar_real_frame(snapshot, head):
 def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
     model, params = make_model()
     text, video = make_text(), snapshot.features(np.arange(5))
-    weights = np.asarray(tiny.apply(model, params, text, video, method="frame_attention"))
+    weights = np.asarray(tiny.apply(model, params, text, video, method=frame_attention))
     shares = np.asarray(tiny.apply(model, params, text, video, method="word_frame_attention"))
     cosines = np.where(video.mask, video.frames @ text.sentence[0], -np.inf)
     by_sentence = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)

@@ -1,7 +1,6 @@
-"""Presets, heads, learned matrices and pair-wise Transformers: what each computes, by hand."""
+"""Presets, heads, learned matrices and Transformers over pairs."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,21 @@ import tiny
 from xclip_jax.config import get_config
 from xclip_jax.inference import similarity_in_blocks
 from xclip_jax.loss import contrastive_loss
-from xclip_jax.models import HEADS, build_model, resolve
-from xclip_jax.similarity import Competition, TextFeatures, VideoFeatures, granular_similarity
+from xclip_jax.models import XClip, read_model_config
+from xclip_jax.models.config import HEADS
+from xclip_jax.similarity import (
+    TextFeatures,
+    VideoFeatures,
+    aosm_frames,
+    aosm_words,
+    granular_similarity,
+)
 
 WORDS, FRAMES, DIM = 5, 4, 8
 
 
-def architecture(**changes):
-    """A tiny model; `changes` set fields of config.model, dotted with __."""
+def model_config(**changes):
+    """Returns a tiny ModelConfig; `changes` set fields of config.model, with __ for dots."""
     c = get_config().model
     c.update(embed_dim=DIM, max_words=WORDS, max_frames=FRAMES)
     c.vision.update(image_size=4, patch_size=2, width=8, layers=1, heads=2)
@@ -32,7 +38,7 @@ def architecture(**changes):
         for parent in parents:
             group = group[parent]
         group[last] = value
-    return resolve(json.loads(c.to_json()))
+    return read_model_config(c)
 
 
 def batch(texts=3, videos=2, seed=0):
@@ -44,27 +50,25 @@ def batch(texts=3, videos=2, seed=0):
 
 
 def make(seed=0, **changes):
-    a = architecture(**changes)
-    model = build_model(a)
-    fresh = tiny.make_params(model, a, seed)
+    model = XClip(model_config(**changes))
+    fresh = tiny.make_params(model, seed)
     keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(fresh)))
     noise = jax.tree.unflatten(jax.tree.structure(fresh), list(keys))
     return model, jax.tree.map(lambda x, k: x + 0.2 * jax.random.normal(k, x.shape), fresh, noise)
 
 
-def test_presets_fill_in_what_is_left_open():
-    paper, official = architecture(), architecture(preset="official")
-    switches = ("frame_features", "words", "padding", "matrices")
-    assert [paper[s] for s in switches] == ["temporal", "word_tokens", "masked", "none"]
-    assert [official[s] for s in switches] == ["clip", "all_tokens", "competes", "learned"]
-    assert (paper["temporal"]["layers"], official["temporal"]["layers"]) == (3, 4)
-    assert official["temporal"]["residual"] == "yes"
-    mixed = architecture(preset="official", matrices="none", temporal__layers=2)
-    assert (mixed["matrices"], mixed["temporal"]["layers"], mixed["padding"]) == (
-        *("none", 2),
-        "competes",
-    )
-    assert resolve(mixed) == mixed
+def test_preset_determines_fields_that_are_not_set():
+    paper, official = model_config(), model_config(preset="official")
+    fields = ("frame_features", "words", "padding", "matrices")
+    assert [getattr(paper, f) for f in fields] == ["temporal", "word_tokens", "masked", False]
+    assert [getattr(official, f) for f in fields] == ["clip", "all_tokens", "competes", True]
+    assert (paper.temporal.layers, official.temporal.layers) == (3, 4)
+    assert (paper.temporal.residual, official.temporal.residual) == (False, True)
+    mixed = model_config(preset="official", matrices=False, temporal__layers=2)
+    assert (mixed.matrices, mixed.temporal.layers, mixed.padding) == (False, 2, "competes")
+    unset = model_config(preset="official", temporal__residual=False)
+    assert not unset.temporal.residual
+    assert mixed.resolve() == mixed
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
@@ -78,7 +82,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch(head, preset):
     np.testing.assert_allclose(alone[0, 0], sim_TxV[2, 1], atol=1e-4)
 
 
-def test_baselines_are_cosines_of_sentence_and_video():
+def test_clip4clip_heads_are_cosines_of_sentence_and_video():
     for head in ("mean_pooling", "seq_lstm", "seq_transformer"):
         model, params = make(head=head, preset="official")
         ids, words, frames, mask = batch()
@@ -92,15 +96,14 @@ def test_baselines_are_cosines_of_sentence_and_video():
 
 
 def test_residual_adds_the_clip_frames():
-    model, params = make(temporal__residual="yes", frame_features="temporal")
-    plain = build_model(architecture(temporal__residual="no"))
+    model, params = make(temporal__residual=True, frame_features="temporal")
+    plain = XClip(model_config(temporal__residual=False))
     _, _, frames, mask = batch()
 
     def raw(m):
         def method(m, frames, mask):
-            images = frames.reshape(-1, *frames.shape[2:])
-            clip = m.clip.encode_image(images).reshape(*mask.shape, -1)
-            return clip, m._encode_time(clip, mask)
+            clip = m.encode_frames(frames, mask)
+            return clip, m.relate_frames(clip, mask)
 
         return tiny.apply(m, params, frames, mask, method=method)
 
@@ -123,7 +126,7 @@ def features(seed=0, texts=3, videos=2):
     )
 
 
-def test_what_competes():
+def test_special_tokens_and_padding_take_part_if_configured():
     mask = np.array([[True, True, True, True, False]])
     for special, padding, expected in [
         (False, False, [0, 1, 1, 0, 0]),
@@ -131,13 +134,14 @@ def test_what_competes():
         (False, True, [0, 1, 1, 0, 1]),
         (True, True, [1, 1, 1, 1, 1]),
     ]:
-        found = Competition(special, padding).words(mask)[0]
+        found = aosm_words(mask, special_tokens=special, padding=padding)[0]
         assert np.asarray(found).tolist() == list(map(bool, expected))
-    assert np.asarray(Competition(padding=True).frames(mask)).all()
+    assert np.asarray(aosm_frames(mask, padding=True)).all()
+    np.testing.assert_array_equal(aosm_frames(mask), mask)
 
 
-def test_learned_matrices_worked_out_by_loops():
-    """Weights softmax(s / tau) @ M along the attended axis, in float64."""
+def test_learned_matrices_match_loops():
+    """The weights are softmax(s / tau) @ M along the attended axis."""
     text, video = features()
     rng, tau = np.random.default_rng(1), 0.1
     sizes = {"video_sentence": DIM, "frame_word": DIM}
@@ -146,9 +150,9 @@ def test_learned_matrices_worked_out_by_loops():
     sizes |= {f"frame_word_frames{n}": FRAMES for n in ("", "_2")}
     m = {name: rng.normal(size=(n, n)) for name, n in sizes.items()}
     single = {name: x.astype(np.float32) for name, x in m.items()}
-    found = granular_similarity(
-        text, video, tau=tau, competition=Competition(True, True), matrices=single
-    )
+    everything = np.ones_like(text.mask), np.ones_like(video.mask)
+    masks = dict(zip(("words_TxW", "frames_VxF"), everything, strict=True))
+    found = granular_similarity(text, video, tau=tau, matrices=single, **masks)
 
     def attend(scores, matrix):
         weights = np.exp(scores / tau) / np.exp(scores / tau).sum()
@@ -177,18 +181,18 @@ def test_identity_matrices_change_nothing():
     model, params = make(preset="official")
     identities = jax.tree.map(lambda x: np.eye(len(x)), params["aggregation_matrices"])
     params = {**params, "aggregation_matrices": identities}
-    without = build_model(architecture(preset="official", matrices="none"))
+    without = XClip(model_config(preset="official", matrices=False))
     plain = {name: x for name, x in params.items() if name != "aggregation_matrices"}
     inputs = batch()
     found = tiny.apply(model, params, *inputs)
     np.testing.assert_allclose(found, tiny.apply(without, plain, *inputs), atol=1e-4)
-    fresh = tiny.make_params(model, architecture(preset="official"))["aggregation_matrices"]
+    fresh = tiny.make_params(model)["aggregation_matrices"]
     assert len(fresh) == 8
     assert all(np.array_equal(x, np.eye(len(x))) for x in fresh.values())
 
 
 @pytest.mark.parametrize("options", [{"head": "tight_transformer"}, {"fusion": "transformer"}])
-def test_pairwise_transformers_ignore_padding(options):
+def test_transformers_over_pairs_ignore_padding(options):
     model, params = make(**options)
     text, video = features()
     apply = functools.partial(tiny.apply, model, params, method="similarity")
@@ -204,7 +208,7 @@ def test_pairwise_transformers_ignore_padding(options):
     np.testing.assert_allclose(blocks, sim_TxV, atol=1e-5)
 
 
-def test_tight_transformer_sees_raw_features():
+def test_tight_transformer_uses_raw_features():
     model, params = make(head="tight_transformer")
     ids, words, frames, mask = batch()
     text = tiny.apply(model, params, ids, words, method="encode_text")

@@ -6,18 +6,18 @@ import pytest
 
 from xclip_jax import inference
 from xclip_jax.inference import block_shape, encode_texts, encode_videos, similarity_in_blocks
-from xclip_jax.models.clip import TextConfig, VisionConfig
+from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 
-MODEL = XClip(
-    VisionConfig(image_size=4, patch_size=2, width=6, layers=1, heads=2),
-    TextConfig(vocab_size=20, context_length=6, width=6, layers=1, heads=2),
+CONFIG = ModelConfig(
+    vision=VisionConfig(image_size=4, patch_size=2, width=6, layers=1, heads=2),
+    text=TextConfig(vocab_size=20, context_length=6, width=6, layers=1, heads=2),
+    temporal=TemporalConfig(layers=1, heads=2),
     embed_dim=6,
     max_words=6,
     max_frames=3,
-    temporal_layers=1,
-    temporal_heads=2,
 )
+MODEL = XClip(CONFIG.resolve())
 NUM_TEXTS, NUM_VIDEOS = 11, 7
 rng = np.random.default_rng(0)
 TEXT_MASK = np.arange(6) < rng.integers(3, 7, NUM_TEXTS)[:, None]

@@ -16,8 +16,8 @@ from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.initialization import interpolate_positions, start_from_clip
-from xclip_jax.models import build_model
-from xclip_jax.train import resolve_architecture
+from xclip_jax.models import XClip
+from xclip_jax.train import configure_model
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def make_config(clip, data="", **model):
 
 def start(config, tokenizer=None):
     tokenizer = tokenizer or learn_tokenizer(["red and then green", "first blue, then grey"])
-    architecture = resolve_architecture(config.model, tokenizer)
-    fresh = tiny.make_params(build_model(architecture), architecture)
-    params, rows = start_from_clip(fresh, architecture, config.init.clip)
+    model_config = configure_model(config.model, tokenizer)
+    fresh = tiny.make_params(XClip(model_config))
+    params, rows = start_from_clip(fresh, model_config, config.init.clip)
     assert jax.tree.structure(params) == jax.tree.structure(fresh)
     assert sum(row[1] for row in rows) == sum(x.size for x in jax.tree.leaves(params))
     return fresh, params, {row[0]: row[2] for row in rows}

@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from xclip_jax.models.clip import TextConfig, VisionConfig
+from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 from xclip_jax.optimizer import (
     OPTIMIZERS,
@@ -26,14 +26,13 @@ from xclip_jax.optimizer import (
 
 def params_of(temporal, layers=1):
     """The shapes of a small X-CLIP's parameters."""
-    model = XClip(
-        VisionConfig(image_size=4, patch_size=2, width=4, layers=layers, heads=1),
-        TextConfig(vocab_size=5, context_length=4, width=4, layers=layers, heads=1),
+    config = ModelConfig(
+        vision=VisionConfig(image_size=4, patch_size=2, width=4, layers=layers, heads=1),
+        text=TextConfig(vocab_size=5, context_length=4, width=4, layers=layers, heads=1),
+        temporal=TemporalConfig(temporal, layers=1, heads=1),
         embed_dim=4,
-        temporal=temporal,
-        temporal_layers=1,
-        temporal_heads=1,
     )
+    model = XClip(config.resolve())
     ids, frames = np.ones((1, 4), np.int32), np.zeros((1, 2, 4, 4, 3), np.uint8)
     masks = np.ones((1, 4), bool), np.ones((1, 2), bool)
     inputs = ids, masks[0], frames, masks[1]

@@ -4,6 +4,7 @@ Small reference models lie in tests/data. Larger ones, where a folder `shared` l
 project, run under `-m slow`.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import xclip_jax
 from xclip_jax import train
 from xclip_jax.convert import mapping
 from xclip_jax.convert.importing import convert
-from xclip_jax.loss import contrastive_loss
-from xclip_jax.models import build_model
+from xclip_jax.loss import LOSS_SCALES, contrastive_loss
+from xclip_jax.models import XClip
 from xclip_jax.optimizer import make_optimizer
 
 SMALL = Path(__file__).parent / "data" / "goldens_small"
@@ -88,7 +89,7 @@ def training_step(retriever, settings):
 
 
 def official_loss(sim_TxV):
-    return contrastive_loss(jnp.asarray(sim_TxV), scale=train.LOSS_SCALES["official"])
+    return contrastive_loss(jnp.asarray(sim_TxV), scale=LOSS_SCALES["official"])
 
 
 def inputs(golden):
@@ -109,7 +110,7 @@ def outputs(model, ids, mask_TxW, frames, mask_VxF):
     images = frames.reshape(-1, *frames.shape[2:])
     clip_VxFxD = model.clip.encode_image(images).reshape(*mask_VxF.shape, -1)
     found = {"text": text, "video": video, "similarity": model.similarity(text, video)}
-    found |= {"clip": clip_VxFxD, "temporal": model._encode_time(clip_VxFxD, mask_VxF)}
+    found |= {"clip": clip_VxFxD, "temporal": model.relate_frames(clip_VxFxD, mask_VxF)}
     if model.fusion == "mean":
         found["granular"] = model.granular_similarity(text, video)
     return found
@@ -226,7 +227,7 @@ def test_hugging_face_heads_come_from_config(tmp_path):
 
 
 def assert_bfloat16_near(retriever, golden):
-    low = build_model({**retriever.config, "dtype": "bfloat16"})
+    low = XClip(dataclasses.replace(retriever.model.config, dtype="bfloat16"))
     found = tiny.apply(retriever.model, retriever.params, *inputs(golden), method=outputs)
     exact = np.asarray(found["similarity"])
     approximate = tiny.apply(low, retriever.params, *inputs(golden))

@@ -107,8 +107,8 @@ def test_mistakes_are_named(retriever, call, message):
 
 
 def test_a_model_without_tokenizer_says_how_to_add_one(folder, tmp_path, retriever):
-    architecture, _, params, _ = load_model(folder)
-    save_model(tmp_path / "model", architecture, params)
+    _, model, params, _ = load_model(folder)
+    save_model(tmp_path / "model", model.config, params)
     without = xclip_jax.load(tmp_path)  # a work directory
     assert without.encode_video([frames(2)]).mask.sum() == 2
     with pytest.raises(InputError, match=r"--vocab"):

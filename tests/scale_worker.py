@@ -1,9 +1,9 @@
-"""Trains the tiny model and prints its losses: one process of those that scale_test.py starts.
+"""Trains the tiny model and prints its losses; scale_test.py starts one or more of these.
 
     python tests/scale_worker.py '{"data": PATH, "devices": 8, "steps": 20, "cases": [FIELDS, ...]}'
 
-With "coordinator", "num_processes" and "process_id" it is one of several. Each case sets fields of
-the config; the output's last line is JSON, a list of losses a case.
+With "coordinator", "num_processes" and "process_id" it is one of several processes. Each case sets
+fields of the config; the last line of output is JSON, a list of losses per case.
 """
 
 import json
@@ -17,12 +17,12 @@ from xclip_jax.train import set_up
 
 
 def losses(request, fields):
-    """The losses of the first steps, as train.train makes them."""
+    """Returns the losses of the first steps of training."""
     config = tiny.make_config(request["data"], epochs=100)
     config.update_from_flattened_dict(fields)
     setup = set_up(config)
     model, mesh = setup.model, setup.mesh
-    state = train.init_state(model, setup.architecture, setup.optimizer, config.seed, mesh)
+    state = train.init_state(model, setup.optimizer, config.seed, mesh)
     step = train.compile_step(model, setup.optimizer, config, mesh, state)
     batches, found = setup.batches(0), []
     for _ in range(request["steps"]):

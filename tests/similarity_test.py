@@ -1,4 +1,4 @@
-"""The four granularities and AOSM, against plain float64 loops over the paper's equations."""
+"""The four granularities and AOSM, compared with float64 loops over the paper's equations."""
 
 import functools
 import math
@@ -14,22 +14,23 @@ from xclip_jax.similarity import (
     TextFeatures,
     VideoFeatures,
     aggregate_matrix,
+    aosm_words,
     attend,
-    fuse,
     granular_similarity,
     word_frame_attention,
-    word_mask,
 )
 
 TEXT_LENGTHS = (6, 3, 5)  # tokens, start and end included: 4, 1 and 3 words
 VIDEO_LENGTHS = (4, 1, 3, 2)  # frames
 
-_compiled = jax.jit(granular_similarity, static_argnums=(2, 3, 4))
+OPTIONS = ("granularities", "aggregation", "tau")
+_compiled = jax.jit(granular_similarity, static_argnames=OPTIONS)
 
 
 def similarities(text, video, granularities=GRANULARITIES, aggregation="attention", tau=0.05):
-    """granular_similarity, compiled, as NumPy arrays."""
-    found = _compiled(text, video, granularities, aggregation, tau)
+    """Returns granular_similarity, compiled, as NumPy arrays."""
+    options = dict(zip(OPTIONS, (granularities, aggregation, tau), strict=True))
+    found = _compiled(text, video, **options)
     return {name: np.asarray(found[name]) for name in found}
 
 
@@ -39,7 +40,7 @@ def unit(rng, *shape):
 
 
 def features(seed, texts=TEXT_LENGTHS, videos=VIDEO_LENGTHS, words=6, frames=4, dim=6):
-    """Normalised features of texts and videos of the given lengths; padding is filled too."""
+    """Returns normalised features of these lengths; padding is not 0."""
     rng = np.random.default_rng(seed)
     text_mask = np.arange(words) < np.array(texts)[:, None]
     video_mask = np.arange(frames) < np.array(videos)[:, None]
@@ -51,7 +52,7 @@ def features(seed, texts=TEXT_LENGTHS, videos=VIDEO_LENGTHS, words=6, frames=4, 
 
 
 def loop_attention(scores, tau):
-    """Eq. 7 and 8 of a list of numbers."""
+    """Returns Eq. 7 and 8 of a list of numbers."""
     peak = max(scores)
     weights = [math.exp((s - peak) / tau) for s in scores]
     return sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
@@ -64,7 +65,7 @@ def loop_operation(scores, name, tau):
 
 
 def loop_matrix(rows, aggregation, tau):
-    """Eq. 9-13 of one matrix, a list of words, each a list of its scores with the frames."""
+    """Returns Eq. 9-13 of one matrix: a list of words, each a list of its scores with frames."""
     outer, inner = (aggregation.split("-") * 2)[:2]
     over_words = loop_operation([loop_operation(row, inner, tau) for row in rows], outer, tau)
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -73,7 +74,7 @@ def loop_matrix(rows, aggregation, tau):
 
 
 def loop_similarities(text, video, text_lengths, video_lengths, aggregation, tau):
-    """Eq. 3-13 pair by pair; words are the tokens between the first and the last real one."""
+    """Returns Eq. 3-13 pair by pair; words are the tokens between the first and the last."""
     outer = aggregation.split("-")[0]
     found = {name: np.zeros((len(text_lengths), len(video_lengths))) for name in GRANULARITIES}
 
@@ -96,15 +97,15 @@ def loop_similarities(text, video, text_lengths, video_lengths, aggregation, tau
     return found
 
 
-def test_attention_of_a_vector_worked_out_by_hand():
-    # softmax of (0, ln 3) is (1/4, 3/4); a masked third score has no say.
+def test_attention_of_a_vector_matches_hand_calculation():
+    # softmax of (0, ln 3) is (1/4, 3/4); the third score is masked.
     scores, mask = jnp.array([0.0, math.log(3), 9.0]), jnp.array([True, True, False])
     assert attend(scores, mask, 0, 1.0) == pytest.approx(0.75 * math.log(3), rel=1e-6)
     assert attend(scores / 10, mask, 0, 0.1) == pytest.approx(0.075 * math.log(3), rel=1e-6)
 
 
-def test_four_by_four_matrix():
-    """A hand-made matrix: one word matches frame 2 strongly, the others weakly; ragged masks."""
+def test_attention_of_a_matrix_matches_loops():
+    """Four words and frames, and masks that leave fewer of them."""
     scores_WxF = [
         [0.30, 0.10, 0.90, 0.20],
         [0.25, 0.25, 0.35, 0.10],
@@ -112,17 +113,18 @@ def test_four_by_four_matrix():
         [0.95, 0.99, 0.97, 0.98],
     ]
     wide = jnp.array(scores_WxF)[:, None, :, None]
-    compiled = jax.jit(aggregate_matrix, static_argnums=(3, 4))
+    compiled = jax.jit(aggregate_matrix, static_argnames=("aggregation", "tau"))
     for words, frames in ((4, 4), (3, 4), (3, 2), (1, 3), (2, 1)):
         real_words, real_frames = jnp.arange(4)[:, None] < words, jnp.arange(4)[:, None] < frames
         for tau in (0.01, 0.3):
-            found = compiled(wide, real_words, real_frames, "attention", tau)
+            options = {"aggregation": "attention", "tau": tau}
+            found = compiled(wide, real_words, real_frames, **options)
             cropped = [row[:frames] for row in scores_WxF[:words]]
             assert found.item() == pytest.approx(loop_matrix(cropped, "attention", tau), abs=2e-6)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_all_granularities_equal_the_loops(aggregation):
+def test_granularities_match_loops(aggregation):
     for seed in range(2):
         text, video = features(seed)
         lengths = TEXT_LENGTHS, VIDEO_LENGTHS
@@ -133,12 +135,10 @@ def test_all_granularities_equal_the_loops(aggregation):
             assert found[name].dtype == np.float32
             np.testing.assert_allclose(found[name], expected[name], atol=2e-6, err_msg=name)
             assert np.abs(found[name]).max() <= 1 + 1e-6
-        fused = sum(expected.values()) / 4  # Eq. 14
-        np.testing.assert_allclose(fuse(found), fused, atol=2e-6)
 
 
-def test_table_7_is_named_outer_inner():
-    """Two words, two frames: mean-max is the mean of maxima, max-mean the maximum of means."""
+def test_aggregations_are_named_outer_inner():
+    """mean-max is the mean of maxima, max-mean the maximum of means."""
     scores = jnp.array([[0.9, 0.1], [0.3, 0.5]])[:, None, :, None]
     real = jnp.ones((2, 1), bool)
     by_hand = {
@@ -148,19 +148,19 @@ def test_table_7_is_named_outer_inner():
         "max-mean": (0.5 + 0.6) / 2,  # words: means 0.5, 0.4; frames: 0.6, 0.3
     }
     for aggregation, expected in by_hand.items():
-        found = aggregate_matrix(scores, real, real, aggregation, 0.01).item()
+        options = {"aggregation": aggregation, "tau": 0.01}
+        found = aggregate_matrix(scores, real, real, **options).item()
         assert found == pytest.approx(expected, rel=1e-6), aggregation
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_gradient_of_attention(axis):
-    """The hand-written gradient equals autodiff of the plain formula and finite differences."""
+def test_gradient_of_attention_matches_autodiff_and_finite_differences(axis):
     rng = np.random.default_rng(axis)
     scores = rng.uniform(-1, 1, (3, 4, 5)).astype(np.float32)
     mask = rng.random((3, 4, 5)) < 0.7
     mask[0, 0, 0] = True
     upstream = rng.normal(size=np.delete(scores.shape, axis)).astype(np.float32)
-    upstream = np.where(mask.any(axis), upstream, 0)  # the plain formula is NaN where all is masked
+    upstream = np.where(mask.any(axis), upstream, 0)  # `plain` is NaN where all is masked
     tau = 0.2
 
     def plain(scores):
@@ -187,7 +187,7 @@ def test_gradient_of_attention(axis):
         assert found[place] == pytest.approx(slope, abs=2e-4)
 
 
-def test_broadcast_mask_has_the_same_gradient():
+def test_gradient_is_the_same_with_a_broadcast_mask():
     scores = jnp.array(np.random.default_rng(3).normal(size=(4, 2, 3)), jnp.float32)
     mask = jnp.array([True, False, True, True])[:, None, None]
     gradients = [
@@ -203,7 +203,7 @@ def _gradients(floats, masks, aggregation, tau):
     def total(floats):
         text = TextFeatures(floats["sentence"], floats["words"], masks[0])
         video = VideoFeatures(floats["video"], floats["frames"], masks[1])
-        found = granular_similarity(text, video, GRANULARITIES, aggregation, tau)
+        found = granular_similarity(text, video, aggregation=aggregation, tau=tau)
         weights = {name: (k + 1.0) for k, name in enumerate(GRANULARITIES)}
         return sum(jnp.sum(weights[name] * jnp.sin(3 * found[name])) for name in found)
 
@@ -211,7 +211,7 @@ def _gradients(floats, masks, aggregation, tau):
 
 
 def gradients_of(text, video, aggregation, tau=0.05):
-    """Value and gradients of a sum over the similarities, by the four arrays of features."""
+    """Returns a sum over the similarities and its gradients by the four arrays of features."""
     floats = {
         "sentence": text.sentence,
         "words": text.words,
@@ -222,10 +222,10 @@ def gradients_of(text, video, aggregation, tau=0.05):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_padding_has_no_influence(aggregation):
-    """Garbage in padded places changes no bit of values and gradients; its own gradient is 0."""
+def test_content_of_padding_has_no_influence(aggregation):
+    """It changes no bit of values and gradients, and its own gradient is 0."""
     text, video = features(0)
-    words = np.asarray(word_mask(text.mask))
+    words = np.asarray(aosm_words(text.mask))
     garbage_text = text.replace(words=np.where(words[..., None], text.words, 1e4))
     garbage_video = video.replace(frames=np.where(video.mask[..., None], video.frames, -1e4))
     clean, garbage = (
@@ -245,7 +245,7 @@ def test_padding_has_no_influence(aggregation):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_more_padding_changes_nothing(aggregation):
+def test_amount_of_padding_does_not_matter(aggregation):
     text, video = features(1)
     more = [(0, 0), (0, 2), (0, 0)]
     long_text = text.replace(
@@ -261,8 +261,8 @@ def test_more_padding_changes_nothing(aggregation):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_nothing_real_gives_zero_and_zero_gradient(aggregation):
-    """A text without words (start, end alone; nothing at all) and a video without frames."""
+def test_empty_text_or_video_gives_zero_and_zero_gradient(aggregation):
+    """A text of start and end alone, an empty one, and a video without frames."""
     text, video = features(2, texts=(5, 2, 0), videos=(0, 3, 4, 1))
     found = similarities(text, video, GRANULARITIES, aggregation, 0.05)
     value, gradients = gradients_of(text, video, aggregation)
@@ -277,7 +277,7 @@ def test_nothing_real_gives_zero_and_zero_gradient(aggregation):
     assert found["frame_word"][0, 1] != 0
 
 
-def test_one_frame_and_one_word_give_plain_dot_products():
+def test_one_frame_and_one_word_give_inner_products():
     text, video = features(3, texts=(3,), videos=(1,))
     found = {}
     for aggregation in AGGREGATIONS:
@@ -293,7 +293,7 @@ def test_one_frame_and_one_word_give_plain_dot_products():
             assert found[name].item() == pytest.approx(value, abs=1e-6), (aggregation, name)
 
 
-def test_permuting_the_batch_permutes_the_matrix():
+def test_permuting_the_batch_permutes_the_similarities():
     text, video = features(4)
     rows, columns = np.array([2, 0, 1]), np.array([3, 1, 0, 2])
     before = similarities(text, video)
@@ -304,8 +304,8 @@ def test_permuting_the_batch_permutes_the_matrix():
         np.testing.assert_allclose(after[name], before[name][rows][:, columns], atol=1e-6)
 
 
-def test_what_is_switched_off_is_not_computed():
-    """NaN in features that are not asked for goes nowhere, and there is one product a kind."""
+def test_disabled_granularities_are_not_computed():
+    """NaN in features they need has no influence, and each granularity has one product."""
     used = {
         "video_sentence": ("sentence", "video"),
         "video_word": ("words", "video"),
@@ -330,16 +330,16 @@ def test_what_is_switched_off_is_not_computed():
         found = similarities(broken_text, broken_video, (name,))
         assert list(found) == [name]
         everything = similarities(text, video)
-        np.testing.assert_allclose(fuse(found), everything[name], atol=1e-6)
+        np.testing.assert_allclose(found[name], everything[name], atol=1e-6)
         assert products((name,)) == 1
     assert products(GRANULARITIES) == 4
     assert products(("frame_word", "video_sentence")) == 2
 
 
-def test_words_are_what_lies_between_start_and_end():
+def test_words_are_the_tokens_between_start_and_end():
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
     expected = [[0, 1, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(word_mask(mask), np.array(expected, bool))
+    np.testing.assert_array_equal(aosm_words(mask), np.array(expected, bool))
 
 
 def test_extreme_temperatures_stay_finite():
@@ -359,7 +359,7 @@ def test_extreme_temperatures_stay_finite():
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
 
 
-def test_half_precision_features_are_compared_in_float32():
+def test_bfloat16_features_are_compared_in_float32():
     text, video = features(7)
     half = jax.tree.map(
         lambda x: x if x.dtype == bool else jnp.asarray(x, jnp.bfloat16), (text, video)
@@ -371,9 +371,9 @@ def test_half_precision_features_are_compared_in_float32():
         np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
 
 
-def test_word_frame_attention_explains_the_similarity():
+def test_word_frame_attention_weighs_the_scores_to_the_similarity():
     text, video = features(8)
-    words = np.asarray(word_mask(text.mask))
+    words = np.asarray(aosm_words(text.mask))
     explain = jax.jit(functools.partial(word_frame_attention, tau=0.05))
     expected = similarities(text, video)["frame_word"]
     for t in range(len(words)):

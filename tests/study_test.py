@@ -74,8 +74,7 @@ def test_variants_are_valid_configs_with_distinct_runs_or_options(base, studies)
 def trace_program(config):
     """Returns the traced training step of a config, its first batch, its pairs and its length."""
     setup = set_up(config)
-    parts = setup.model, setup.architecture, setup.optimizer
-    state = train.state_shapes(*parts, setup.mesh)
+    state = train.state_shapes(setup.model, setup.optimizer, setup.mesh)
     batch = next(setup.batches(0))
     data = [batch["ids"].tobytes(), batch["video"].tobytes()]
     batch.pop("truncated")

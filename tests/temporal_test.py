@@ -1,32 +1,37 @@
-"""The temporal encoders: frames know of one another, and of nothing else."""
+"""The temporal encoders: dependence between frames, padding, numeric types."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xclip_jax.models.clip import TextConfig, VisionConfig
-from xclip_jax.models.temporal import TEMPORAL_ENCODERS, TemporalLstm, TemporalTransformer
+from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from xclip_jax.models.temporal import TemporalLSTM, TemporalTransformer
 from xclip_jax.models.xclip import XClip
 
 DIM = 12
 FRAMES = np.random.default_rng(0).normal(size=(3, 5, DIM)).astype(np.float32)
 MASK = np.arange(5) < np.array([[5], [2], [1]])
-ENCODERS = {
-    "transformer": TemporalTransformer(layers=2, heads=3, positions=9),
-    "lstm": TemporalLstm(),
-}
+CONFIG = ModelConfig(
+    vision=VisionConfig(image_size=4, patch_size=2, width=6, layers=1, heads=1),
+    text=TextConfig(vocab_size=5, context_length=9, width=4, layers=1, heads=1),
+    temporal=TemporalConfig(layers=2, heads=3),
+    embed_dim=DIM,
+)
+ENCODERS = {"transformer": TemporalTransformer(CONFIG), "lstm": TemporalLSTM(CONFIG)}
 
 
 def randomized(params):
-    """Every parameter drawn anew, so that none is too small to matter."""
+    """Returns parameters of the same shapes, all of them large enough to matter."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
 def encoder(request):
-    """(name, frames, mask -> encoded frames), compiled."""
+    """Returns a name and a compiled function (frames, mask) -> encoded frames."""
     model = ENCODERS[request.param]
     params = jax.eval_shape(model.init, jax.random.key(0), FRAMES, MASK)["params"]
     variables = {"params": randomized(params)}
@@ -49,7 +54,7 @@ def test_padded_frames_do_not_influence_real_ones(encoder):
     assert np.abs(gradient[MASK]).min() > 0
 
 
-def test_more_padding_and_fewer_frames_give_the_same(encoder):
+def test_amount_of_padding_does_not_matter(encoder):
     _, encode = encoder
     clean = encode(FRAMES, MASK)
     longer = encode(np.pad(FRAMES, [(0, 0), (0, 3), (0, 0)]), np.pad(MASK, [(0, 0), (0, 3)]))
@@ -58,8 +63,8 @@ def test_more_padding_and_fewer_frames_give_the_same(encoder):
     np.testing.assert_allclose(alone[0], clean[1, :2], atol=2e-6)
 
 
-def test_which_frames_see_which(encoder):
-    """Gradients: the transformer looks both ways, the LSTM back only; videos stay apart."""
+def test_transformer_attends_both_ways_and_lstm_backwards(encoder):
+    """Checked by gradients, which are 0 between videos."""
     name, encode = encoder
 
     def frame_sums(frames):
@@ -71,7 +76,7 @@ def test_which_frames_see_which(encoder):
     assert not influence[0, :, 1:].any()
 
 
-def test_lstm_equals_a_plain_one():
+def test_lstm_matches_loop_in_numpy():
     """PyTorch's nn.LSTM: gates in the order input, forget, candidate, output, two biases."""
     rng = np.random.default_rng(2)
     params = {
@@ -83,7 +88,7 @@ def test_lstm_equals_a_plain_one():
         "hidden_bias": rng.normal(size=4 * DIM),
     }
     single = jax.tree.map(lambda x: x.astype(np.float32), params)
-    found = jax.jit(TemporalLstm().apply)({"params": single}, FRAMES, MASK)
+    found = jax.jit(TemporalLSTM(CONFIG).apply)({"params": single}, FRAMES, MASK)
 
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
@@ -96,21 +101,14 @@ def test_lstm_equals_a_plain_one():
             i, forget, g, o = (gates[k * DIM : (k + 1) * DIM] for k in range(4))
             cell = sigmoid(forget) * cell + sigmoid(i) * np.tanh(g)
             hidden = sigmoid(o) * np.tanh(cell)
-            # As of a packed sequence: nothing comes out of padding.
+            # The output for padding is 0, as with a packed sequence in PyTorch.
             np.testing.assert_allclose(found[v, f], hidden * MASK[v, f], atol=2e-6)
 
 
-@pytest.mark.parametrize("temporal", TEMPORAL_ENCODERS)
-def test_order_of_frames(temporal):
-    """The video vector knows the order of the frames, unless there is no temporal encoder."""
-    model = XClip(
-        VisionConfig(image_size=4, patch_size=2, width=6, layers=1, heads=1),
-        TextConfig(vocab_size=5, context_length=6, width=4, layers=1, heads=1),
-        embed_dim=DIM,
-        temporal=temporal,
-        temporal_layers=1,
-        temporal_heads=2,
-    )
+@pytest.mark.parametrize("temporal", ["none", *ENCODERS])
+def test_order_of_frames_matters_only_with_temporal_encoder(temporal):
+    config = dataclasses.replace(CONFIG, temporal=TemporalConfig(temporal, layers=1, heads=2))
+    model = XClip(config.resolve())
     images = np.random.default_rng(3).normal(size=(1, 4, 4, 4, 3)).astype(np.float32)
     mask = np.array([[True, True, True, False]])
     params = jax.eval_shape(
@@ -127,10 +125,8 @@ def test_order_of_frames(temporal):
 
 
 def test_bfloat16_keeps_float32_parameters():
-    for model in (
-        TemporalTransformer(layers=1, heads=3, positions=9, dtype=jnp.bfloat16),
-        TemporalLstm(dtype=jnp.bfloat16),
-    ):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    for model in (TemporalTransformer(config), TemporalLSTM(config)):
         half = jnp.asarray(FRAMES, jnp.bfloat16)
         found, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), half, MASK)
         assert found.dtype == jnp.bfloat16

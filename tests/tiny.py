@@ -11,8 +11,8 @@ from xclip_jax.data import rendered
 from xclip_jax.data.builder import DatasetSettings, PendingRecord, write_dataset
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.data.video import encode_jpeg
-from xclip_jax.models import build_model
-from xclip_jax.train import resolve_architecture
+from xclip_jax.models import XClip
+from xclip_jax.train import configure_model
 
 SIDE = 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (90,) * 3}
@@ -65,9 +65,9 @@ def apply(model, params, *inputs, method=None):
     return model.apply({"params": params}, *inputs, method=method)
 
 
-def make_params(model, architecture, seed=0):
-    """init_params as one program."""
-    return jax.jit(lambda: init_params(model, architecture, seed))()
+def make_params(model, seed=0):
+    """Runs init_params as one program."""
+    return jax.jit(lambda: init_params(model, seed))()
 
 
 def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
@@ -75,9 +75,9 @@ def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
     tokenizer = learn_tokenizer(list(texts) * 2, max_words=8)
     c = make_config("")
     c.model.update(model)
-    architecture = resolve_architecture(c.model, tokenizer)
-    params = make_params(build_model(architecture), architecture, seed)
-    save_model(path, architecture, params, tokenizer)
+    model_config = configure_model(c.model, tokenizer)
+    params = make_params(XClip(model_config), seed)
+    save_model(path, model_config, params, tokenizer=tokenizer, extra={"step": 0})
     return path
 
 

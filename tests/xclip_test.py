@@ -1,15 +1,14 @@
-"""The whole model's contract: features, masks, logits, and what must not change them."""
+"""Features and logits of the whole model, and their invariances."""
 
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from xclip_jax.loss import contrastive_loss
-from xclip_jax.models.clip import TextConfig, VisionConfig
+from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 from xclip_jax.similarity import GRANULARITIES, TextFeatures, VideoFeatures
 
@@ -26,16 +25,16 @@ FRAMES = rng.integers(0, 256, (2, 3, 4, 4, 3), np.uint8)
 
 
 def xclip(**changes):
-    return XClip(
-        VisionConfig(image_size=4, patch_size=2, width=12, layers=1, heads=2),
-        TextConfig(vocab_size=20, context_length=9, width=10, layers=1, heads=2),
+    config = ModelConfig(
+        vision=VisionConfig(image_size=4, patch_size=2, width=12, layers=1, heads=2),
+        text=TextConfig(vocab_size=20, context_length=9, width=10, layers=1, heads=2),
+        temporal=TemporalConfig(layers=1, heads=2),
         embed_dim=DIM,
         max_words=6,
         max_frames=3,
-        temporal_layers=1,
-        temporal_heads=2,
         **changes,
     )
+    return XClip(config.resolve())
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def params():
 
 
 def apply(params, *inputs, method, model=None):
-    """The model's answer as NumPy arrays."""
+    """Returns the outputs of a method as NumPy arrays."""
     return jax.tree.map(np.asarray, tiny.apply(model or xclip(), params, *inputs, method=method))
 
 
@@ -64,7 +63,7 @@ def features(params):
     return encode(params)
 
 
-def test_features(features):
+def test_features_have_their_shapes_and_unit_norm(features):
     text, video = features
     assert isinstance(text, TextFeatures)
     assert isinstance(video, VideoFeatures)
@@ -79,7 +78,7 @@ def test_features(features):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-6)
 
 
-def test_sentence_is_the_end_token(features):
+def test_sentence_is_the_vector_of_the_end_token(features):
     text, _ = features
     np.testing.assert_array_equal(text.sentence, text.words[np.arange(3), TEXT_LENGTHS - 1])
 
@@ -91,8 +90,7 @@ def test_video_is_the_mean_of_its_real_frames(features):
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_logits_are_texts_by_videos(params, features):
-    """T x V; the mean of the granularities; and the same as calling the model at once."""
+def test_similarity_is_the_scaled_mean_of_the_granularities(params, features):
     sim_TxV = apply(params, *features, method="similarity")
     assert sim_TxV.shape == (3, 2)
     assert sim_TxV.dtype == np.float32
@@ -110,7 +108,7 @@ def test_logits_are_texts_by_videos(params, features):
 @pytest.mark.parametrize(
     "enabled", [("frame_word",), ("frame_word", "video_sentence"), GRANULARITIES[:3]]
 )
-def test_granularities_switched_off(params, features, enabled):
+def test_disabled_granularities_do_not_count(params, features, enabled):
     everything = apply(params, *features, method="granular_similarity")
     model = xclip(granularities=enabled)
     parts = apply(params, *features, method="granular_similarity", model=model)
@@ -122,7 +120,7 @@ def test_granularities_switched_off(params, features, enabled):
     np.testing.assert_allclose(found, mean, atol=1e-4)
 
 
-def test_aggregation_and_tau_reach_the_similarity(params, features):
+def test_aggregation_and_tau_change_the_similarity(params, features):
     default = apply(params, *features, method="similarity")
     for change in ({"aggregation": "mean-mean"}, {"tau": 0.5}):
         changed = apply(params, *features, method="similarity", model=xclip(**change))
@@ -140,7 +138,7 @@ def test_logits_are_clamped_at_a_scale_of_100(params, features):
     np.testing.assert_allclose(logits(9), 100 * unscaled, rtol=1e-5)
 
 
-def test_permuting_the_batch_permutes_the_matrix(params, features):
+def test_permuting_the_batch_permutes_the_logits(params, features):
     rows, columns = np.array([2, 0, 1]), np.array([1, 0])
     permuted = encode(params, IDS[rows], TEXT_MASK[rows], FRAMES[columns], FRAME_MASK[columns])
     before = apply(params, *features, method="similarity")
@@ -148,8 +146,8 @@ def test_permuting_the_batch_permutes_the_matrix(params, features):
     np.testing.assert_allclose(after, before[rows][:, columns], atol=1e-4)
 
 
-def test_padding_changes_nothing(params, features):
-    """More padded words and frames, and garbage in them, end to end: 1e-6 of the logits' scale."""
+def test_padding_does_not_change_the_logits(params, features):
+    """More padding, with arbitrary content: within 1e-6 of the logits' scale."""
     expected = apply(params, *features, method="similarity")
     wider = [(0, 0), (0, 3)]
     ids = np.where(np.pad(TEXT_MASK, wider), np.pad(IDS, wider), 7)
@@ -162,8 +160,7 @@ def test_padding_changes_nothing(params, features):
     np.testing.assert_allclose(found, expected, rtol=0, atol=50 * 1e-6)
 
 
-def test_one_frame_and_one_word(params):
-    """Then the frame is the video, and each similarity a plain product."""
+def test_one_frame_and_one_word_give_inner_products(params):
     text, video = encode(params, IDS[1:2], TEXT_MASK[1:2], FRAMES[1:], FRAME_MASK[1:])
     np.testing.assert_allclose(video.video, video.frames[:, 0], atol=1e-6)
     parts = apply(params, text, video, method="granular_similarity")
@@ -172,8 +169,7 @@ def test_one_frame_and_one_word(params):
         np.testing.assert_allclose(parts[name], 50 * expected, atol=1e-4, err_msg=name)
 
 
-def test_an_empty_video_does_no_harm(params):
-    """A video without real frames has finite logits, and the loss finite gradients, everywhere."""
+def test_video_without_real_frames_keeps_loss_and_gradients_finite(params):
     ids = np.array([[18, 3, END, 0], [18, 5, 7, END]])
     inputs = ids, ids > 0, FRAMES[:, :2], np.array([[True, True], [False, False]])
 
@@ -190,12 +186,11 @@ def test_an_empty_video_does_no_harm(params):
     assert np.isfinite(sim_TxV).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert np.abs(gradients["clip"]["visual"]["patch"]["kernel"]).max() > 0
-    # Nothing of it is real, so all it is compared by is 0.
     np.testing.assert_allclose(sim_TxV[:, 1], 0, atol=1e-6)
 
 
 def test_bfloat16_features_are_float32_and_close(params, features):
-    text = apply(params, IDS, TEXT_MASK, method="encode_text", model=xclip(dtype=jnp.bfloat16))
+    text = apply(params, IDS, TEXT_MASK, method="encode_text", model=xclip(dtype="bfloat16"))
     assert text.words.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(text.words, axis=-1), 1, atol=1e-6)
     assert 0 < np.abs(text.words - features[0].words).max() < 0.05

@@ -1,5 +1,6 @@
 """Training checkpoints by Orbax: asynchronous, the newest two and the best one kept."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ from xclip_jax.cli import InputError
 from xclip_jax.config import FREE_FIELDS
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
-from xclip_jax.models import build_model
+from xclip_jax.models import XClip, read_model_config
+from xclip_jax.models.config import upgrade_value
 
 # Checkpoints between evaluations have no score; Orbax would warn of each.
 logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in str(record.msg))
@@ -205,20 +207,22 @@ def partial_folder(directory):
     return partial
 
 
-def save_model(directory, architecture, params, tokenizer=None, unread=None):
+def save_model(directory, config, params, *, tokenizer=None, unread=None, extra=None):
     """Writes a model directory whole or not at all, in place of an older one.
 
     Args:
-        architecture: plain dict, see xclip_jax.models.build_model.
+        config: the model's ModelConfig.
         params: the parameters' pytree.
         tokenizer: a Tokenizer, or None.
         unread: official name -> array, kept for the way back to PyTorch.
+        extra: more entries of model.json.
     """
     directory = Path(directory).absolute()
     if not is_first_process():
         return
     partial = partial_folder(directory)
-    (partial / "model.json").write_text(json.dumps(architecture, indent=2) + "\n")
+    described = dataclasses.asdict(config) | (extra or {})
+    (partial / "model.json").write_text(json.dumps(described, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "tokenizer")
     if unread:
@@ -234,27 +238,27 @@ def load_model(directory):
     """Reads a model directory.
 
     Returns:
-        (architecture, model, params, tokenizer): params on the default device; tokenizer None if
-        the directory holds none.
+        (described, model, params, tokenizer): model.json as a dict; the linen module; params on
+        the default device; tokenizer None if the directory holds none.
 
     Raises:
         InputError: it is missing or damaged.
     """
     directory = Path(directory).absolute()
     try:
-        architecture = json.loads((directory / "model.json").read_text())
+        described = json.loads((directory / "model.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: looked for model.json") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{directory / 'model.json'}: not valid JSON: {error}") from None
     try:
-        model = build_model(architecture)
-    except (KeyError, TypeError) as error:
+        model = XClip(read_model_config(described))
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{directory / 'model.json'} does not describe a model: {error}") from None
     try:
         with own_checkpointer() as checkpointer:
             # Told to be NumPy, so that they load whatever devices they were saved from.
-            shapes = jax.eval_shape(lambda: init_params(model, architecture, 0))
+            shapes = jax.eval_shape(lambda: init_params(model, 0))
             like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes)
             params = checkpointer.restore(directory / "params", like)
     except Exception as error:  # Orbax has no one type for a damaged checkpoint
@@ -263,8 +267,8 @@ def load_model(directory):
     _check_shapes(directory, params, shapes)
     params = jax.device_put(params)
     folder = directory / "tokenizer"
-    tokenizer = load_tokenizer(folder, model.max_words) if folder.is_dir() else None
-    return architecture, model, params, tokenizer
+    tokenizer = load_tokenizer(folder, model.config.max_words) if folder.is_dir() else None
+    return described, model, params, tokenizer
 
 
 def _check_shapes(directory, params, expected):
@@ -280,10 +284,10 @@ def _check_shapes(directory, params, expected):
             )
 
 
-def init_params(model, architecture, seed):
+def init_params(model, seed):
     """Fresh parameters."""
-    side = architecture["vision"]["image_size"]
-    words, frames = (1, model.max_words), (1, model.max_frames)
+    c, side = model.config, model.config.vision.image_size
+    words, frames = (1, c.max_words), (1, c.max_frames)
     return model.init(
         jax.random.key(seed),
         np.zeros(words, np.int32),
@@ -325,8 +329,9 @@ def check_same_run(workdir, config, dataset):
     """Raises InputError if a work directory's config.json is damaged or of another run."""
     path, fixed = workdir / "config.json", fixed_fields(config, dataset)
     try:
-        before = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        before = json.loads(path.read_text())
+        before = {field: upgrade_value(field, value) for field, value in before.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {error}; choose another --workdir") from None
     changed = [k for k in fixed if k not in before or before[k] != fixed[k]]
     if changed:

@@ -8,7 +8,7 @@ model of CLIP's size takes minutes.
 """
 
 import collections
-import json
+import dataclasses
 import math
 import os
 import re
@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from xclip_jax import sharding
 from xclip_jax.cli import InputError
-from xclip_jax.models import build_model, resolve
+from xclip_jax.models import XClip, read_model_config
 from xclip_jax.train import check_batch_sizes, compile_step, configured_optimizer, state_shapes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
@@ -42,12 +42,14 @@ def compile_only(config, topology=""):
     devices = _devices(topology) if topology else None
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch_sizes(config.train, mesh)
-    architecture = resolve(json.loads(config.model.to_json()))
-    assumed = not architecture["text"]["vocab_size"]
-    architecture["text"]["vocab_size"] = architecture["text"]["vocab_size"] or CLIP_VOCABULARY
-    model = build_model(architecture)
+    model_config = read_model_config(config.model)
+    assumed = not model_config.text.vocab_size
+    if assumed:
+        text = dataclasses.replace(model_config.text, vocab_size=CLIP_VOCABULARY)
+        model_config = dataclasses.replace(model_config, text=text)
+    model = XClip(model_config)
     _, optimizer = configured_optimizer(config.optimizer, SCHEDULE_STEPS)
-    state = state_shapes(model, architecture, optimizer, mesh)
+    state = state_shapes(model, optimizer, mesh)
     step = compile_step(model, optimizer, config, mesh, state)
     traced = step.trace(state, batch_shapes(config, mesh))
     compiled = traced.lower().compile()

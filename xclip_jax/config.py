@@ -1,22 +1,41 @@
 """Every field of a run with its default; the files in configs/ change only what differs.
 
-`validate` is called once at the start and answers a mistake with the field, its value and what is
-allowed. Defaults are the paper's settings for MSR-VTT with ViT-B/32
-(https://arxiv.org/abs/2207.07285, Sec. 4).
+Fields are declared once, in the dataclasses below: `get_config` makes the ConfigDict of the command
+line from them, and `validate` checks it against their types. Defaults are the paper's settings for
+MSR-VTT with ViT-B/32 (https://arxiv.org/abs/2207.07285, Sec. 4).
 """
 
-import json
+import dataclasses
+import functools
 import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.benchmarks import DATASETS
-from xclip_jax.models import HEADS, PRESETS, resolve
-from xclip_jax.models.clip import ACTIVATIONS, REMAT
-from xclip_jax.models.temporal import TEMPORAL_ENCODERS
-from xclip_jax.optimizer import OPTIMIZERS
-from xclip_jax.similarity import AGGREGATIONS, GRANULARITIES
+from xclip_jax.models.config import (
+    PRESETS,
+    ModelConfig,
+    Natural,
+    Positive,
+    PositiveFloat,
+    Rule,
+    Size,
+    read_model_config,
+)
 
 # A run may be resumed with other values of these: they do not change the course of training.
 FREE_FIELDS = (
@@ -31,231 +50,182 @@ FREE_FIELDS = (
     "loss.block_cells",
     "model.remat",
 )
+NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
+Fraction = Annotated[float, Rule(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 
 
-def get_config():
-    """The default configuration, locked: an unknown field is an error."""
-    c = ConfigDict()
-    c.name = "xclip"  # of the run: its work directory is runs/NAME
-    c.mode = "train"  # train (and evaluate) | eval: only evaluate the selected weights
-    c.seed = 0  # initial weights and the order of the data
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Prepared data and its splits."""
 
-    c.model = model = ConfigDict()
-    model.preset = "paper"  # which reading of X-CLIP: paper | official (the PyTorch release)
-    # xclip | CLIP4Clip's mean_pooling, seq_lstm, seq_transformer, tight_transformer
-    model.head = "xclip"
-    model.embed_dim = 512  # D, width of the joint space
-    model.activation = "quick_gelu"  # of every transformer: quick_gelu | gelu
-    model.max_words = 32  # W, tokens a text, start and end included; longer texts are cut
-    model.max_frames = 12  # F, frames a video; more are thinned out uniformly
-    model.granularities = GRANULARITIES  # which similarities are averaged (Table 6)
-    model.aggregation = (
-        "attention"  # attention | max-max | mean-mean | mean-max | max-mean (Table 7)
-    )
-    model.tau = 0.01  # temperature of AOSM (Table 9)
-    model.fusion = "mean"  # of the granularities (Eq. 14), or transformer (Table 14)
-    # The next four: "" as the preset says.
-    model.frame_features = ""  # frames that texts are compared with: temporal (Eq. 1) | clip
-    model.words = ""  # word_tokens | all_tokens: start and end tokens count as words too
-    model.padding = ""  # masked | competes: padded words and frames take part in AOSM
-    model.matrices = ""  # none | learned: the release's eight matrices, tied to the lengths
-    model.dtype = "float32"  # compute type of the towers: float32 | bfloat16
-    # Less memory, more time: none | layers (computed again in the backward pass) | dots (but for
-    # their matrix products)
-    model.remat = "none"
-    model.vision = vision = ConfigDict()
-    vision.image_size = 224  # S, side of a frame in pixels
-    vision.patch_size = 32  # side of a patch in pixels
-    vision.width = 768  # E of the image tower
-    vision.layers = 12  # L of the image tower
-    vision.heads = 12  # N of the image tower
-    model.text = text = ConfigDict()
-    text.vocab_size = 49408  # CLIP's byte-level BPE; 0: the size of the data set's tokenizer
-    text.context_length = 77  # positions the text tower and the temporal encoder have
-    text.width = 512  # E of the text tower
-    text.layers = 12  # L of the text tower
-    text.heads = 8  # N of the text tower
-    model.temporal = temporal = ConfigDict()
-    temporal.type = "transformer"  # none | transformer | lstm (Table 8)
-    temporal.layers = 0  # of the transformer, also of heads and fusions; 0: as the preset says
-    temporal.heads = 8  # of the transformer, also of heads and fusions
-    temporal.residual = ""  # yes | no: CLIP's frames are added to the output; "": by the preset
-
-    c.data = data = ConfigDict()
-    data.path = ""  # folder that xclip_jax.prepare wrote
-    data.dataset = ""  # what it must hold: a --dataset of xclip_jax.prepare; "": anything
-    data.variant = ""  # and which --split of it; "": any
-    data.rendered = 0  # training scenes of the demo, rendered and prepared there if it is missing
-    data.train_split = "train"  # split to train on
-    data.val_split = "val"  # split to validate on, if the data set has it; "": none
-    data.test_split = "test"  # split of the final table, if the data set has it; else train_split
-    data.max_videos = 0  # train on so many videos, drawn once for all seeds; 0: on all
-    data.captions = "all"  # all: each caption its own pair | random: one a video and epoch
-
-    c.train = train = ConfigDict()
-    train.batch_size = 300  # B, pairs a step, over all devices
-    train.micro_batch = 0  # pairs the towers see at once (gradient caching); 0: the batch
-    train.epochs = 3  # passes over the pairs; 0: the weights it starts from are evaluated
-    # Which weights are kept: val (the best on val_split; the last where there is none) | last |
-    # test (the best on test_split, as the PyTorch release does; the results say so).
-    train.select = "val"
-    train.eval_every = 0  # steps between validations; 0: once an epoch
-    train.checkpoint_every = 500  # steps between checkpoints besides those of the evaluations
-
-    c.loss = loss = ConfigDict()
-    loss.same_video = "negative"  # two captions of a video in a batch: negative | ignore
-    loss.block_cells = 0  # word-frame cells a device holds at once in the loss; 0: 2^26
-    loss.scale = 0.0  # factor of Eq. 17; 0: as the preset says, 1 (paper) or 0.5 (official)
-
-    c.init = init = ConfigDict()
-    init.clip = ""  # model directory whose CLIP towers training starts from; "": random weights
-
-    c.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # adamw | bert_adam (the release's)
-    optimizer.freeze_layers = -1  # of CLIP: -1 none; 0 the embeddings; n also the first n blocks
-    optimizer.lr = 1e-4  # peak learning rate of what is new
-    optimizer.encoder_lr = 1e-7  # peak learning rate of CLIP's towers and the logit scale
-    optimizer.warmup = 0.1  # share of the steps with rising rate; then a cosine to 0
-    optimizer.weight_decay = 0.2  # decoupled (AdamW), matrices only; 0: plain Adam
-    optimizer.b1 = 0.9  # Adam's decay of the gradient's mean
-    optimizer.b2 = 0.98  # Adam's decay of the gradient's square
-    optimizer.eps = 1e-6  # Adam's epsilon
-    optimizer.clip_norm = 1.0  # largest global norm of the gradient
-
-    c.eval = evaluation = ConfigDict()
-    evaluation.batch_size = 64  # texts or videos encoded at once
-    evaluation.dual_softmax = False  # also print the metrics with dual softmax
-    evaluation.qb_norm = 0  # and with QB-Norm by a bank of so many training captions; 0: without
-    evaluation.block_cells = 0  # word-frame cells computed at once; 0: what suits the device
-
-    c.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices along which only the batch is split; -1: as many as there are
-    mesh.fsdp = 1  # devices along which large parameters and their optimizer state are split too
-
-    c.log = log = ConfigDict()
-    log.every = 10  # steps between lines of metrics.jsonl
-    log.profile_from = 0  # first step of a profile for TensorBoard; 0: none
-    log.profile_to = 0  # its last step
-    log.tensorboard = True  # write TensorBoard files too
-
-    c.report = report = ConfigDict()
-    report.attention_pairs = 4  # word-by-frame heat maps in the report
-    return c.lock()
+    path: str = ""  # folder that xclip_jax.prepare wrote
+    dataset: str = ""  # the --dataset it was prepared with; "": any
+    variant: str = ""  # the --split it was prepared with; "": any
+    rendered: Natural = 0  # training scenes of the demo, rendered if `path` does not exist
+    train_split: str = "train"  # split to train on
+    val_split: str = "val"  # split to validate on, if the data set has it; "": none
+    test_split: str = "test"  # split of the final table, if the data set has it; else train_split
+    max_videos: Natural = 0  # videos to train on, drawn once for all seeds; 0: all
+    # all: each caption of a video is a pair of its own; random: one pair per video and epoch
+    captions: Literal["all", "random"] = "all"
 
 
-def validate(c):
-    """Raises InputError naming the field, its value and what is allowed, for the first mistake."""
-    _types(c, get_config())
-    _one_of(c, "mode", ("train", "eval"))
-    _one_of(c, "model.preset", PRESETS)
-    _one_of(c, "model.head", HEADS)
-    _one_of(c, "model.fusion", ("mean", "transformer"))
-    for field, allowed in _BY_PRESET.items():
-        _one_of(c, field, ("", *allowed))
-    _one_of(c, "model.activation", ACTIVATIONS)
-    _one_of(c, "model.aggregation", AGGREGATIONS)
-    _one_of(c, "model.dtype", ("float32", "bfloat16"))
-    _one_of(c, "model.remat", ("none", *REMAT))
-    _one_of(c, "model.temporal.type", TEMPORAL_ENCODERS)
-    _one_of(c, "data.captions", ("all", "random"))
-    _one_of(c, "data.dataset", ("", *DATASETS))
-    _one_of(c, "data.variant", ("", *(DATASETS[c.data.dataset].variants if c.data.dataset else ())))
-    _one_of(c, "train.select", ("val", "last", "test"))
-    _one_of(c, "loss.same_video", ("negative", "ignore"))
-    _one_of(c, "optimizer.name", OPTIMIZERS)
-    _check(c, "optimizer.freeze_layers", lambda x: x >= -1, "-1 or a number of layers")
-    _check(c, "loss.scale", lambda x: 0 <= x < math.inf, "a number of at least 0")
-    _granularities(c)
-    for field in _POSITIVE_INTEGERS:
-        _check(c, field, lambda x: x >= 1, "a whole number of at least 1")
-    for field in _NATURAL_NUMBERS:
-        _check(c, field, lambda x: x >= 0, "a whole number of at least 0")
-    for field in ("model.tau", "optimizer.lr", "optimizer.encoder_lr", "optimizer.eps"):
-        _check(c, field, lambda x: 0 < x < math.inf, "a number above 0")
-    _check(c, "optimizer.clip_norm", lambda x: x > 0, "a number above 0")
-    _check(c, "optimizer.weight_decay", lambda x: 0 <= x < math.inf, "a number of at least 0")
-    for field in ("optimizer.b1", "optimizer.b2", "optimizer.warmup"):
-        _check(c, field, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-    for field in _WIDTHS:
-        _check(c, field, lambda x: x <= 2**16, "at most 65536")
-    _check(c, "mesh.data", lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
-    at_least = f"at least log.profile_from = {c.log.profile_from}"
-    both = "at least 1 where log.profile_to is set"
-    _check(c, "log.profile_from", lambda x: x > 0 or not c.log.profile_to, both)
-    _check(c, "log.profile_to", lambda x: x >= c.log.profile_from, at_least)
-    _sizes(c.model)
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of training and selection of weights."""
+
+    batch_size: Size = 300  # B, pairs per step, over all devices
+    micro_batch: Natural = 0  # pairs encoded at once (gradient caching); 0: the whole batch
+    epochs: Natural = 3  # passes over the pairs; 0: the initial weights are evaluated
+    # val: best on val_split, the last where there is none; last; test: best on test_split, as in
+    # the PyTorch release, which the results report.
+    select: Literal["val", "last", "test"] = "val"
+    eval_every: Natural = 0  # steps between validations; 0: once per epoch
+    checkpoint_every: Positive = 500  # steps between checkpoints besides those at validations
 
 
-_BY_PRESET = {
-    "model.frame_features": ("temporal", "clip"),
-    "model.words": ("word_tokens", "all_tokens"),
-    "model.padding": ("masked", "competes"),
-    "model.matrices": ("none", "learned"),
-    "model.temporal.residual": ("yes", "no"),
-}
-_POSITIVE_INTEGERS = (
-    *(f"model.{name}" for name in ("embed_dim", "max_frames")),
-    *(f"model.vision.{name}" for name in ("image_size", "patch_size", "width", "layers", "heads")),
-    *(f"model.text.{name}" for name in ("context_length", "width", "layers", "heads")),
-    "model.temporal.heads",
-    "mesh.fsdp",
-    *(f"train.{name}" for name in ("batch_size", "checkpoint_every")),
-    "eval.batch_size",
-    "log.every",
-)
-_WIDTHS = (  # what no memory could hold is refused before it is tried
-    *("model.embed_dim", "model.max_frames", "train.batch_size", "model.vision.image_size"),
-    *("model.vision.width", "model.vision.layers", "model.text.width", "model.text.layers"),
-    *("model.text.context_length", "model.temporal.layers"),
-)
-_NATURAL_NUMBERS = (
-    "seed",
-    "data.max_videos",
-    "train.epochs",
-    "train.eval_every",
-    "train.micro_batch",
-    "loss.block_cells",
-    "model.text.vocab_size",
-    "model.temporal.layers",
-    "eval.block_cells",
-    "eval.qb_norm",
-    "data.rendered",
-    "report.attention_pairs",
-    "log.profile_from",
-    "log.profile_to",
-)
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss."""
+
+    same_video: Literal["negative", "ignore"] = "negative"  # two captions of a video in a batch
+    block_cells: Natural = 0  # word-frame cells a device holds at once; 0: 2^26
+    # factor of Eq. 17; 0: by the preset, 1 (paper) or 0.5 (official)
+    scale: NonNegativeFloat = 0.0
 
 
-def field_value(config, field):
-    """The value of a dotted field such as `model.vision.width`."""
-    for name in field.split("."):
-        config = config[name]
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Initial weights."""
+
+    clip: str = ""  # model directory with the initial CLIP towers; "": random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, learning rates and frozen layers."""
+
+    name: Literal["adamw", "bert_adam"] = "adamw"  # bert_adam: the PyTorch release's
+    # CLIP's layers to freeze; -1: none; 0: the embeddings; n: also the first n blocks
+    freeze_layers: Annotated[int, Rule(lambda x: x >= -1, "-1 or a number of layers")] = -1
+    lr: PositiveFloat = 1e-4  # peak learning rate of new parameters
+    encoder_lr: PositiveFloat = 1e-7  # peak learning rate of CLIP's towers and the logit scale
+    warmup: Fraction = 0.1  # fraction of the steps with rising rate, before a cosine to 0
+    weight_decay: NonNegativeFloat = 0.2  # decoupled (AdamW), matrices only; 0: plain Adam
+    b1: Fraction = 0.9  # Adam's decay of the mean of gradients
+    b2: Fraction = 0.98  # Adam's decay of the mean of squared gradients
+    eps: PositiveFloat = 1e-6  # Adam's epsilon
+    # largest global norm of the gradient
+    clip_norm: Annotated[float, Rule(lambda x: x > 0, "a number above 0")] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation after training, and during it."""
+
+    batch_size: Positive = 64  # texts or videos encoded at once
+    dual_softmax: bool = False  # also print the metrics with dual softmax
+    qb_norm: Natural = 0  # training captions in the bank of QB-Norm; 0: without
+    block_cells: Natural = 0  # word-frame cells computed at once; 0: depends on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh."""
+
+    # devices along which only the batch is split
+    data: Annotated[
+        int, Rule(lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
+    ] = -1
+    fsdp: Positive = 1  # devices along which large parameters are split too
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Logs of training."""
+
+    every: Positive = 10  # steps between lines of metrics.jsonl
+    profile_from: Natural = 0  # first step of a profile for TensorBoard; 0: none
+    profile_to: Natural = 0  # last step of the profile
+    tensorboard: bool = True  # write TensorBoard files too
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """The report on the test split."""
+
+    attention_pairs: Natural = 4  # word-by-frame heat maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All fields of a run."""
+
+    name: str = "xclip"  # the work directory is runs/NAME
+    mode: Literal["train", "eval"] = "train"  # eval: only evaluate the selected weights
+    seed: Natural = 0  # of the initial weights and the order of the data
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
+    init: InitConfig = InitConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+    report: ReportConfig = ReportConfig()
+
+
+# A run's config is a ConfigDict with the fields of Config, which is its type to a type checker.
+if TYPE_CHECKING:
+    RunConfig = Config
+else:
+    RunConfig = ConfigDict
+
+
+def get_config() -> Any:
+    """Returns the default RunConfig, locked: setting an unknown field is an error."""
+    return _to_config_dict(Config()).lock()
+
+
+def _to_config_dict(section: Any) -> ConfigDict:
+    config = ConfigDict()
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            value = _to_config_dict(value)
+        elif value is None:  # a placeholder keeps the type, which the command line needs
+            kind = next(arg for arg in get_args(hint) if arg is not type(None))
+            value = config_dict.placeholder(str if get_origin(kind) is Literal else kind)
+        config[name] = value
     return config
 
 
-def _fail(field, value, allowed):
-    raise InputError(f"config.{field} = {value!r}: must be {allowed}")
+def validate(config: RunConfig) -> None:
+    """Checks the types and values of all fields.
+
+    Raises:
+        InputError: names the first wrong field, its value and what is allowed.
+    """
+    for field, hint in _type_hints(Config):
+        _check_type(config, field, hint)
+    _check(config, "data.dataset", lambda x: x in ("", *DATASETS), _one_of(DATASETS))
+    variants = DATASETS[config.data.dataset].variants if config.data.dataset else ()
+    _check(config, "data.variant", lambda x: x in ("", *variants), _one_of(variants))
+    first, last = config.log.profile_from, config.log.profile_to
+    needed = "at least 1 where log.profile_to is set"
+    _check(config, "log.profile_from", lambda x: x > 0 or not last, needed)
+    at_least = f"at least log.profile_from = {first}"
+    _check(config, "log.profile_to", lambda x: x >= first, at_least)
+    _check_sizes(config)
 
 
-def _check(c, field, test, allowed):
-    value = field_value(c, field)
-    if not test(value):
-        _fail(field, value, allowed)
-
-
-def _one_of(c, field, allowed):
-    _check(c, field, lambda value: value in allowed, f"one of {', '.join(allowed)}")
-
-
-def _types(config, defaults, prefix=""):
-    """Refuses what ml_collections lets pass: None in any field, a bool for a number."""
-    for name, default in defaults.items():
-        value = config[name]
-        is_bool = isinstance(value, bool), isinstance(default, bool)
-        if not isinstance(value, type(default)) or is_bool[0] != is_bool[1]:
-            _fail(prefix + name, value, _TYPES[type(default)])
-        if isinstance(default, ConfigDict):
-            _types(value, default, f"{prefix}{name}.")
+def _type_hints(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted field, type) of all fields, sections before what is in them."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        yield prefix + name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _type_hints(hint, f"{prefix}{name}.")
 
 
 _TYPES = {
@@ -268,61 +238,100 @@ _TYPES = {
 }
 
 
-def _granularities(c):
-    names = c.model.granularities
-    known = all(name in GRANULARITIES for name in names)
-    if not (names and known and len(set(names)) == len(names)):
-        _fail("model.granularities", names, f"one or more of {', '.join(GRANULARITIES)}")
+def _check_type(config: RunConfig, field: str, hint: Any) -> None:
+    """Raises InputError if a field does not have its declared type."""
+    value, suffix, rules = field_value(config, field), "", ()
+    if get_origin(hint) in (Union, types.UnionType):  # X | None
+        if value is None:
+            return
+        hint, suffix = get_args(hint)[0], " (or None: by the preset)"
+    if get_origin(hint) is Annotated:
+        hint, *rules = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            _fail(field, value, _one_of(get_args(hint)) + suffix)
+        return
+    kind = ConfigDict if dataclasses.is_dataclass(hint) else get_origin(hint) or hint
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        _fail(field, value, _TYPES[kind] + suffix)
+    for rule in rules:
+        _check(config, field, rule.is_valid, rule.allowed + suffix)
 
 
-def _sizes(m):
-    """Checks how the sizes of the model fit together."""
-    if m.vision.image_size % m.vision.patch_size:
-        _fail("model.vision.patch_size", m.vision.patch_size, f"a divisor of {m.vision.image_size}")
-    towers = {"vision": m.vision.width, "text": m.text.width}
-    head = resolve(json.loads(m.to_json()))
-    pairwise = "transformer" in (head["fusion"], head["temporal"]["type"])
-    if pairwise or m.head == "tight_transformer":
-        towers["temporal"] = m.embed_dim
-    for tower, width in towers.items():
-        if width % m[tower].heads:
-            _fail(f"model.{tower}.heads", m[tower].heads, f"a divisor of the width {width}")
-    if head["matrices"] == "learned" and m.aggregation != "attention":
-        _fail("model.aggregation", m.aggregation, "attention where model.matrices are learned")
-    if not 3 <= m.max_words <= m.text.context_length:
-        allowed = f"from 3 to model.text.context_length = {m.text.context_length}"
-        _fail("model.max_words", m.max_words, allowed)
-    if m.max_frames > m.text.context_length:
-        allowed = f"at most model.text.context_length = {m.text.context_length}"
-        _fail("model.max_frames", m.max_frames, allowed)
+def _one_of(choices: Any) -> str:
+    return f"one of {', '.join(choices)}"
+
+
+def field_value(config: RunConfig, field: str) -> Any:
+    """Returns the value of a dotted field such as `model.vision.width`."""
+    return functools.reduce(getattr, field.split("."), config)
+
+
+def _fail(field: str, value: Any, allowed: str) -> NoReturn:
+    raise InputError(f"config.{field} = {value!r}: must be {allowed}")
+
+
+def _check(config: RunConfig, field: str, is_valid: Callable[[Any], Any], allowed: str) -> None:
+    value = field_value(config, field)
+    if not is_valid(value):
+        _fail(field, value, allowed)
+
+
+def _check_sizes(config: RunConfig) -> None:
+    """Checks that the sizes of the model fit together."""
+    m = read_model_config(config.model)
+    side = m.vision.image_size
+    _check(config, "model.vision.patch_size", lambda x: side % x == 0, f"a divisor of {side}")
+    widths = {"vision": m.vision.width, "text": m.text.width}
+    if m.temporal.type == "transformer" or not m.has_granularities:
+        widths["temporal"] = m.embed_dim
+    for tower, width in widths.items():
+        allowed = f"a divisor of the width {width}"
+        _check(config, f"model.{tower}.heads", lambda x, width=width: width % x == 0, allowed)
+    if m.matrices and m.aggregation != "attention":
+        _fail("model.aggregation", m.aggregation, "attention where model.matrices = True")
+    longest, where = m.text.context_length, "model.text.context_length"
+    allowed = f"from 3 to {where} = {longest}"
+    _check(config, "model.max_words", lambda x: 3 <= x <= longest, allowed)
+    _check(config, "model.max_frames", lambda x: x <= longest, f"at most {where} = {longest}")
 
 
 BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size
 
 
-def benchmark(dataset, arguments, paper, official, official_b16, max_words=32, max_frames=12):
-    """The config of a benchmark.
+def benchmark(
+    dataset: str,
+    arguments: str,
+    *,
+    paper: tuple[int, int],
+    official: tuple[int, int],
+    official_b16: tuple[int, int],
+    max_words: int = 32,
+    max_frames: int = 12,
+) -> Any:
+    """Returns the RunConfig of a benchmark.
 
     Args:
         dataset: a --dataset of xclip_jax.prepare.
-        arguments: words after the config file's name, with commas between them: a backbone, a
-            preset, a variant of the data set; e.g. "vit_b16,official". Defaults: the first of each.
-        paper, official, official_b16: (batch size, epochs) of the paper, and of the release's
-            scripts for each backbone.
-        max_words, max_frames: lengths.
+        arguments: words after the config file's name, separated by commas: a backbone, a preset, a
+            variant of the data set, e.g. "vit_b16,official". Defaults: the first of each.
+        paper: batch size and epochs of the paper.
+        official: batch size and epochs of the PyTorch release's script.
+        official_b16: the same with ViT-B/16.
+        max_words: tokens of a text.
+        max_frames: frames of a video.
 
     Raises:
         InputError: an unknown word, or two of a kind.
     """
     kinds = tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].variants
     backbone, preset, variant = chosen = _choose(arguments, kinds)
-    unusual = [
-        word for word, kind in zip(chosen, kinds, strict=True) if word not in ("", *kind[:1])
-    ]
+    defaults = ["", *(kind[0] for kind in kinds if kind)]
+    changed = [word for word in chosen if word not in defaults]
     c = get_config()
-    c.name = "_".join([dataset, *unusual])
+    c.name = "_".join([dataset, *changed])
     c.data.dataset, c.data.variant = dataset, variant
-    c.data.path = f"data/{dataset}" + (f"_{variant}" if variant in unusual else "")
+    c.data.path = f"data/{dataset}" + (f"_{variant}" if variant in changed else "")
     c.init.clip = f"models/clip_{backbone.removeprefix('vit_')}"
     c.model.vision.patch_size = BACKBONES[backbone]
     c.model.update(max_words=max_words, max_frames=max_frames)
@@ -335,15 +344,13 @@ def benchmark(dataset, arguments, paper, official, official_b16, max_words=32, m
     return c
 
 
-def _choose(arguments, kinds):
-    """For each kind the word that is given, or its first (or ""), whatever the words' order."""
+def _choose(arguments: str, kinds: Sequence[Sequence[str]]) -> list[str]:
+    """Returns for each kind the word in `arguments`, or its first (or "")."""
     words = [word for word in arguments.split(",") if word]
-    known = [word for kind in kinds for word in kind]
     chosen = [[word for word in words if word in kind] for kind in kinds]
-    if not set(words) <= set(known) or any(len(few) > 1 for few in chosen):
+    if sum(map(len, chosen)) < len(words) or any(len(group) > 1 for group in chosen):
         raise InputError(
             f"--config=FILE:{arguments}: after the colon, at most one of each of "
             + "; ".join(", ".join(kind) for kind in kinds if kind)
         )
-    defaults = [kind[0] if kind else "" for kind in kinds]
-    return [few[0] if few else default for few, default in zip(chosen, defaults, strict=True)]
+    return [(*group, *kind, "")[0] for group, kind in zip(chosen, kinds, strict=True)]

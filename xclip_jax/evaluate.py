@@ -74,7 +74,7 @@ def evaluate_split(config, model, params, dataset, split, tokenizer):
 
     def encoded(bar):
         part = slice(first, end)
-        batches = evaluation_batches(clips, size, model.max_frames, dataset.image_size, part)
+        batches = evaluation_batches(clips, size, model.config.max_frames, dataset.image_size, part)
         for frames, masks, batch_captions, batch_names in batches:
             yield encode_videos(model, params, frames, masks, size)
             captions.extend(caption for several in batch_captions for caption in several)
@@ -130,10 +130,10 @@ def evaluate(config, workdir):
         InputError: there is no model yet, or it does not fit the data.
     """
     workdir = Path(workdir)
-    architecture, model, params, tokenizer = load_model(workdir / "model")
+    described, model, params, tokenizer = load_model(workdir / "model")
     params = on_local_devices(params)
     dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
-    check_image_size(dataset, architecture)
+    check_image_size(dataset, model.config)
     split = config.data.test_split
     on_training = split == "test" and split not in dataset.captions_per_clip
     if on_training:
@@ -144,15 +144,17 @@ def evaluate(config, workdir):
     counts = retrieval_counts(found.sim_TxV, found.text_video)
     normalized = _normalized(config, model, params, dataset, found, tokenizer)
     results = {
-        "step": architecture["step"],
+        "step": described["step"],
         "split": split,
         **protocol(dataset, split, found),
-        "selected_on": architecture.get("selected_on"),
+        "selected_on": described.get("selected_on"),
         **_summarized(counts),
         "normalized": {option: _summarized(both) for option, both in normalized.items()},
         "eval": json.loads(config.eval.to_json()),
         "paper": (
-            paper_results(dataset.name, dataset.variant, model.vision) if split == "test" else {}
+            paper_results(dataset.name, dataset.variant, model.config.vision)
+            if split == "test"
+            else {}
         ),
         "truncated_captions": found.truncated,
     }
@@ -177,7 +179,7 @@ def evaluate(config, workdir):
     print(f"\n{format_table(results)}")
     if found.truncated:
         whole = f"of {len(found.captions):,} texts {found.truncated:,}"
-        print(f"{whole} cut to model.max_words = {model.max_words} tokens")
+        print(f"{whole} cut to model.max_words = {model.config.max_words} tokens")
     print(f"\nreport: {index}")
     return results
 
@@ -241,7 +243,8 @@ def _normalized(config, model, params, dataset, found, tokenizer):
         with progress(len(ids) * len(found.clip_names), "comparing with the bank", "pair") as bar:
             block = config.eval.block_cells
             bank_BxV = similarity_in_blocks(model, params, bank, found.video, block, bar)
-        scale = float(np.exp(params["clip"]["logit_scale"])) if model.fusion == "mean" else 1.0
+        scaled = model.config.has_granularities
+        scale = float(np.exp(params["clip"]["logit_scale"])) if scaled else 1.0
         normalised_TxV = qb_norm(sim_TxV / scale, bank_BxV / scale)
         # The bank holds no videos to normalise the other way by.
         found_first = {"text_to_video": rank_counts(normalised_TxV, text_video)}
@@ -257,9 +260,9 @@ def _querybank(dataset, split, size):
     return [record["captions"][caption].decode() for record, _, caption in items]
 
 
-def check_image_size(dataset, architecture):
+def check_image_size(dataset, model_config):
     """Raises InputError if the data set's frames are not of the model's size."""
-    side = architecture["vision"]["image_size"]
+    side = model_config.vision.image_size
     if dataset.image_size != side:
         raise InputError(
             f"config.model.vision.image_size = {side}: must be {dataset.image_size}, the size of "
@@ -268,12 +271,14 @@ def check_image_size(dataset, architecture):
 
 
 def _write_report(config, workdir, found, results, clips, tokenizer, model, params):
+    c = model.config
+
     def frames_of(video):
-        frames, mask = load_frames(clips[video], model.max_frames, model.vision.image_size)
+        frames, mask = load_frames(clips[video], c.max_frames, c.vision.image_size)
         return frames[mask]
 
     pairs = []
-    if model.fusion == "mean" and "frame_word" in model.granularities:
+    if c.has_granularities and "frame_word" in c.granularities:
         count = min(config.report.attention_pairs, len(found.captions))
         for text in np.linspace(0, len(found.captions) - 1, count).astype(int):
             attention = functools.partial(_attention, found, text, clips[found.text_video[text]])
@@ -303,7 +308,7 @@ def _attention(found, text, record, tokenizer, model, params, frames_of):
     return WordFrameAttention(
         words=words,
         weights_WxF=np.asarray(weights_WxF)[words_W][:, one_video.mask[0]],
-        times=times[choose_frames(len(times), model.max_frames)].tolist(),
+        times=times[choose_frames(len(times), model.config.max_frames)].tolist(),
         caption=found.captions[text],
         frames_FxSxSx3=frames_of(video),
         clip=found.clip_names[video],
@@ -312,6 +317,6 @@ def _attention(found, text, record, tokenizer, model, params, frames_of):
 
 def words_of(model, tokenizer, caption, mask_W):
     """(tokens, mask W) of what counts as a word in a caption; padding never does here."""
-    words_W = np.asarray(model.competition.words(mask_W[None])[0]) & mask_W
+    words_W = np.asarray(model.aosm_words(mask_W[None])[0]) & mask_W
     tokens = ["start", *tokenizer.tokens(caption)[: mask_W.sum() - 2], "end"]
     return [token for token, shown in zip(tokens, words_W, strict=False) if shown], words_W

@@ -82,7 +82,7 @@ def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
 
 def block_plan(model, text, video, block_cells=0):
     """(texts, videos) that `similarity_in_blocks` compares at once."""
-    cells_a_pair = model.pair_cells(text.mask.shape[1], video.mask.shape[1])
+    cells_a_pair = model.config.cells_per_pair(text.mask.shape[1], video.mask.shape[1])
     texts, videos = block_shape(cells_a_pair, block_cells or default_block_cells())
     return min(texts, _round_up(len(text.mask))), min(videos, _round_up(len(video.mask)))
 

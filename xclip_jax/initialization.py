@@ -4,6 +4,8 @@ As the PyTorch release does: both towers from CLIP; the temporal encoder's (or t
 from the first blocks of CLIP's text tower, its positions from the text positions.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -19,12 +21,12 @@ _VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e
 _SIZES = {"vision": ("patch_size", "width", "layers", "heads"), "text": None}  # None: all
 
 
-def start_from_clip(params, architecture, directory):
+def start_from_clip(params, model_config, directory):
     """Parameters with CLIP's weights where they fit.
 
     Args:
         params: fresh parameters of the model to train.
-        architecture: its plain dict.
+        model_config: its ModelConfig.
         directory: model directory that `xclip_jax.convert` wrote.
 
     Returns:
@@ -33,14 +35,15 @@ def start_from_clip(params, architecture, directory):
     Raises:
         InputError: there is no model, or its towers are of other sizes; all are named.
     """
-    theirs, _, source, _ = load_model(model_folder(directory))
-    _check_sizes(architecture, theirs, directory)
+    _, model, source, _ = load_model(model_folder(directory))
+    theirs = model.config
+    _check_sizes(model_config, theirs, directory)
     clip = source["clip"]
     visual = clip["visual"]
     origin = "CLIP"
-    side, size = theirs["vision"]["image_size"], architecture["vision"]["image_size"]
+    side, size = theirs.vision.image_size, model_config.vision.image_size
     if side != size:
-        grid = size // architecture["vision"]["patch_size"]
+        grid = size // model_config.vision.patch_size
         visual = {**visual, "positions": interpolate_positions(visual["positions"], grid)}
         origin = f"CLIP, positions interpolated from {side} to {size} pixels"
     started = {**params, "clip": {**clip, "visual": visual}}
@@ -75,10 +78,11 @@ def _check_sizes(ours, theirs, directory):
             problems.append(f"config.model.{field} = {a!r}: must be {b!r}")
 
     for tower, fields in _SIZES.items():
-        for field in fields or theirs[tower]:
-            compare(f"{tower}.{field}", ours[tower][field], theirs[tower][field])
+        ours_of, theirs_of = (dataclasses.asdict(getattr(c, tower)) for c in (ours, theirs))
+        for field in fields or theirs_of:
+            compare(f"{tower}.{field}", ours_of[field], theirs_of[field])
     for field in ("embed_dim", "activation"):
-        compare(field, ours[field], theirs[field])
+        compare(field, getattr(ours, field), getattr(theirs, field))
     if problems:
         raise InputError(f"the CLIP of config.init.clip = {directory}: {'; '.join(problems)}")
 

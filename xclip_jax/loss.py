@@ -1,29 +1,36 @@
-"""The contrastive loss of X-CLIP (https://arxiv.org/abs/2207.07285, Eq. 15-17)."""
+"""The contrastive loss of X-CLIP (https://arxiv.org/abs/2207.07285, Eq. 15-17) and its gradient."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
+from xclip_jax.models import XClip
 from xclip_jax.sharding import AXES, constrain, replicated
-from xclip_jax.similarity import TextFeatures, VideoFeatures
+from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
+
+LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
+BLOCK_CELLS = 1 << 26  # word-frame cells a device holds at once: 256 MiB per tensor
+Features = tuple[Array, Array, Array, Array]  # sentences, words, videos, frames
 
 
-def contrastive_loss(sim_TxV, video_B=None, scale=1.0):
-    """Symmetric InfoNCE over a batch of matching pairs: scale x (L_v2t + L_t2v), Eq. 17.
+def contrastive_loss(
+    sim_TxV: Float[AnyArray, "B B"],
+    video_B: Int[AnyArray, " B"] | None = None,
+    *,
+    scale: float = 1.0,
+) -> Float[Array, ""]:
+    """Returns the symmetric InfoNCE loss of matching pairs: scale x (L_v2t + L_t2v), Eq. 17.
 
     Args:
-        sim_TxV: B x B logits; text i belongs to video i.
-        video_B: optional int[B] naming each pair's video. Two captions of one video are then left
-            out of each other's denominator; without it they count as negatives, as in the paper.
-        scale: 1 as in the paper; the PyTorch release has 0.5.
-
-    Returns:
-        The scalar loss.
+        sim_TxV: logits; text i belongs to video i.
+        video_B: the video of each pair. Two captions of one video are left out of each other's
+            denominator; without it they count as negatives, as in the paper.
+        scale: 1 in the paper, 0.5 in the PyTorch release.
     """
     targets = jnp.arange(len(sim_TxV))
     if video_B is not None:
@@ -35,118 +42,137 @@ def contrastive_loss(sim_TxV, video_B=None, scale=1.0):
     return scale * (video_to_text + text_to_video)
 
 
-BLOCK_CELLS = 1 << 26  # word-frame cells a device holds at once: 256 MiB a tensor
+def loss_and_grad(
+    model: XClip,
+    params: Any,
+    batch: dict[str, AnyArray],
+    *,
+    same_video: Literal["negative", "ignore"] = "negative",
+    scale: float = 1.0,
+    micro_batch: int = 0,
+    block_cells: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Any]:
+    """Returns ((loss, accuracy), gradient) of a batch.
 
+    Accuracy is the fraction of texts whose most similar video in the batch is their own.
 
-@dataclasses.dataclass(frozen=True)
-class Contrast:
-    """How the loss of a batch is computed.
-
-    Attributes:
+    Args:
         model: the linen module.
-        same_video, loss_scale: see losses.py; same_video is "negative" or "ignore".
-        micro_batch: pairs the towers see at once, over all devices; 0: all.
+        params: its parameters.
+        batch: see xclip_jax.data.pipeline; its leading axes may be split over devices.
+        same_video: `ignore` leaves two captions of a video out of each other's denominator.
+        scale: factor of Eq. 17.
+        micro_batch: pairs encoded at once, over all devices (gradient caching, Gao et al., 2021,
+            https://arxiv.org/abs/2101.06983); 0: all.
         block_cells: word-frame cells a device holds at once; 0: BLOCK_CELLS.
-        mesh: the mesh the program runs on; None: one device.
+        mesh: the mesh of the program; None: one device.
     """
+    params = constrain(params, mesh and replicated(mesh))
+    inputs = {name: batch[name] for name in ("ids", "text_mask", "frames", "frame_mask")}
+    encode = functools.partial(encode_batch, model)
 
-    model: Callable
-    same_video: str = "negative"
-    loss_scale: float = 1.0
-    micro_batch: int = 0
-    block_cells: int = 0
-    mesh: Mesh | None = None
+    def compare(params: Any, features: Features) -> tuple[Array, Array]:
+        options = {"same_video": same_video, "scale": scale, "block_cells": block_cells}
+        return loss_of_features(model, params, features, batch, mesh=mesh, **options)
 
-    def value_and_grad(self, params, batch):
-        """((loss, accuracy), gradient) of a batch as data/pipeline.py gives it.
+    if micro_batch in (0, len(batch["ids"])):
+        return jax.value_and_grad(lambda p: compare(p, encode(p, inputs)), has_aux=True)(params)
 
-        accuracy: share of texts whose best video in the batch is theirs, in whichever of its pairs.
-        """
-        params = constrain(params, self.mesh and replicated(self.mesh))
-        if self.micro_batch in (0, len(batch["ids"])):
-            return jax.value_and_grad(
-                lambda p: self._loss(p, self._encode(p, batch), batch), has_aux=True
-            )(params)
-        return self._cached(params, batch)
+    # Gradient caching: encode all, differentiate the loss by the features, then encode each part
+    # again and pull the gradients of its features back to the parameters.
+    parts = jax.tree.map(lambda x: _split(x, micro_batch, mesh), inputs)
+    parts_of_features = jax.lax.map(functools.partial(encode, params), parts)
+    features = jax.tree.map(lambda x: _join(x, mesh), parts_of_features)
+    result, (by_params, by_features) = jax.value_and_grad(compare, argnums=(0, 1), has_aux=True)(
+        params, features
+    )
 
-    def _cached(self, params, batch):
-        """Embeds all, takes the loss on the features, runs the towers again with its gradients."""
-        parts = {name: self._split(batch[name]) for name in _INPUTS}
-        features = jax.lax.map(functools.partial(self._encode, params), parts)
-        (loss, gradients) = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)(
-            params, jax.tree.map(self._join, features), batch
-        )
-        by_params, by_features = gradients
+    def add_part(
+        total: Any, part: tuple[dict[str, AnyArray], tuple[Array, ...]]
+    ) -> tuple[Any, None]:
+        inputs, cotangents = part
+        _, pull_back = jax.vjp(lambda p: encode(p, inputs), params)
+        return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
 
-        def add(total, part):
-            inputs, cotangents = part
-            _, pull_back = jax.vjp(lambda p: self._encode(p, inputs), params)
-            return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
-
-        cotangents = jax.tree.map(self._split, by_features)
-        return loss, jax.lax.scan(add, by_params, (parts, cotangents))[0]
-
-    def _encode(self, params, inputs):
-        """(sentences, words, videos, frames) of a batch: all that has a gradient."""
-        apply = functools.partial(self.model.apply, {"params": params})
-        text = apply(inputs["ids"], inputs["text_mask"], method="encode_text")
-        video = apply(inputs["frames"], inputs["frame_mask"], method="encode_video")
-        return text.sentence, text.words, video.video, video.frames
-
-    def _loss(self, params, features, batch):
-        """(loss, accuracy) of features."""
-        sentence, words, video, frames = features
-        text = TextFeatures(sentence, words, batch["text_mask"])
-        video = VideoFeatures(video, frames, batch["frame_mask"])
-        sim_TxV = self.similarity(params, text, video)
-        ignored = batch["video"] if self.same_video == "ignore" else None
-        right = batch["video"][jnp.argmax(sim_TxV, 1)] == batch["video"]
-        return contrastive_loss(sim_TxV, ignored, self.loss_scale), jnp.mean(right)
-
-    def similarity(self, params, text, video):
-        """T x V logits, block by block of texts where they are too many; exact in either case."""
-
-        def compare(block):
-            return self.model.apply({"params": params}, block, video, method="similarity")
-
-        rows = self._block_rows(text, video)
-        if rows == len(text.mask):
-            return compare(text)
-        text = constrain(text, self.mesh and replicated(self.mesh))
-        blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), text)
-        sim_TxV = jax.lax.map(jax.checkpoint(compare), blocks)
-        return sim_TxV.reshape(len(text.mask), -1)
-
-    def _block_rows(self, text, video):
-        """Texts a block: the most that divide them and keep within the cells."""
-        num_texts, num_words = text.mask.shape
-        num_videos, num_frames = video.mask.shape
-        devices = self.mesh.size if self.mesh else 1
-        a_row = self.model.pair_cells(num_words, num_frames) * num_videos // devices
-        most = max(1, (self.block_cells or BLOCK_CELLS) // a_row)
-        return max(
-            rows for rows in range(1, num_texts + 1) if num_texts % rows == 0 and rows <= most
-        )
-
-    def _split(self, x):
-        """B x ... -> micro-batches x pairs x ...; each device cuts up its own share."""
-        devices = self.mesh.size if self.mesh else 1
-        count = len(x) // self.micro_batch
-        x = x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1)
-        return self._spread(x.reshape(count, self.micro_batch, *x.shape[3:]), 1)
-
-    def _join(self, x):
-        """The inverse of `_split`."""
-        devices = self.mesh.size if self.mesh else 1
-        x = x.reshape(len(x), devices, -1, *x.shape[2:]).swapaxes(0, 1)
-        return self._spread(x.reshape(-1, *x.shape[3:]), 0)
-
-    def _spread(self, x, axis):
-        """Keeps the pairs, on this axis, split over the devices."""
-        if self.mesh is None:
-            return x
-        spec = PartitionSpec(*[None] * axis, AXES)
-        return constrain(x, NamedSharding(self.mesh, spec))
+    cotangents = jax.tree.map(lambda x: _split(x, micro_batch, mesh), by_features)
+    return result, jax.lax.scan(add_part, by_params, (parts, cotangents))[0]
 
 
-_INPUTS = ("ids", "text_mask", "frames", "frame_mask")
+def encode_batch(model: XClip, params: Any, batch: dict[str, AnyArray]) -> Features:
+    """Returns sentences, words, videos and frames of a batch: the features that have a gradient."""
+    apply: Any = functools.partial(model.apply, {"params": params})
+    text = apply(batch["ids"], batch["text_mask"], method="encode_text")
+    video = apply(batch["frames"], batch["frame_mask"], method="encode_video")
+    return text.sentence, text.words, video.video, video.frames
+
+
+def loss_of_features(
+    model: XClip,
+    params: Any,
+    features: Features,
+    batch: dict[str, AnyArray],
+    *,
+    same_video: Literal["negative", "ignore"] = "negative",
+    scale: float = 1.0,
+    block_cells: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns (loss, accuracy) of encoded pairs; arguments as of `loss_and_grad`."""
+    sentence, words, video, frames = features
+    text = TextFeatures(sentence, words, batch["text_mask"])
+    video = VideoFeatures(video, frames, batch["frame_mask"])
+    sim_TxV = _similarity_in_blocks(model, params, text, video, block_cells, mesh)
+    correct = batch["video"][jnp.argmax(sim_TxV, 1)] == batch["video"]
+    video_B = batch["video"] if same_video == "ignore" else None
+    return contrastive_loss(sim_TxV, video_B, scale=scale), jnp.mean(correct)
+
+
+def _similarity_in_blocks(
+    model: XClip,
+    params: Any,
+    text: TextFeatures,
+    video: VideoFeatures,
+    block_cells: int,
+    mesh: Mesh | None,
+) -> Float[Array, "T V"]:
+    """Returns logits, computed in blocks of texts if a device would hold too many cells."""
+
+    apply: Any = functools.partial(model.apply, {"params": params}, method="similarity")
+
+    def compare(block: TextFeatures) -> Array:
+        return apply(block, video)
+
+    num_texts, num_words = text.mask.shape
+    num_videos, num_frames = video.mask.shape
+    cells_per_text = model.config.cells_per_pair(num_words, num_frames) * num_videos
+    limit = max(1, (block_cells or BLOCK_CELLS) // (cells_per_text // _num_devices(mesh)))
+    rows = max(n for n in range(1, num_texts + 1) if num_texts % n == 0 and n <= limit)
+    if rows == num_texts:
+        return compare(text)
+    text = constrain(text, mesh and replicated(mesh))
+    blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), text)
+    sim_TxV = jax.lax.map(jax.checkpoint(compare), blocks)
+    return sim_TxV.reshape(num_texts, num_videos)
+
+
+def _num_devices(mesh: Mesh | None) -> int:
+    return mesh.size if mesh else 1
+
+
+def _split(x: Array, micro_batch: int, mesh: Mesh | None) -> Array:
+    """Reshapes B x ... to micro-batches x pairs x ...; each device splits its own shard."""
+    count = len(x) // micro_batch
+    x = x.reshape(_num_devices(mesh), count, -1, *x.shape[1:]).swapaxes(0, 1)
+    return _split_over_devices(x.reshape(count, micro_batch, *x.shape[3:]), 1, mesh)
+
+
+def _join(x: Array, mesh: Mesh | None) -> Array:
+    """Inverts `_split`."""
+    x = x.reshape(len(x), _num_devices(mesh), -1, *x.shape[2:]).swapaxes(0, 1)
+    return _split_over_devices(x.reshape(-1, *x.shape[3:]), 0, mesh)
+
+
+def _split_over_devices(x: Array, axis: int, mesh: Mesh | None) -> Array:
+    spec = PartitionSpec(*[None] * axis, AXES)
+    return constrain(x, mesh and NamedSharding(mesh, spec))

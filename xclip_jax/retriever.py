@@ -119,7 +119,7 @@ class Retriever:
 
     def _frames(self, video):
         """(F x S x S x 3, mask F) of one path or array, F = max_frames; as float if given float."""
-        side, most = self.model.vision.image_size, self.model.max_frames
+        side, most = self.model.config.vision.image_size, self.model.config.max_frames
         if isinstance(video, str | os.PathLike):
             try:
                 images = read_frames(video, side).frames

@@ -2,45 +2,49 @@
 
 Equations are those of X-CLIP, Ma et al., ACM MM 2022, https://arxiv.org/abs/2207.07285.
 Rows are texts, columns are videos. Word-frame scores are laid out W x T x F x V: softmax and sums
-then run over outer axes while the innermost, the videos, stays contiguous, which is what vector
-units want (twice as fast on CPU as T x V x W x F).
+run over outer axes and the innermost, the videos, is contiguous, which is twice as fast on CPU as
+T x V x W x F.
 """
 
-import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jaxtyping import Array, Bool, Float
 
-GRANULARITIES = ("video_sentence", "video_word", "frame_sentence", "frame_word")
-# Table 7, named outer-inner: the inner operation takes the matrix to a vector, the outer one the
+AnyArray = jax.Array | np.ndarray
+Granularity = Literal["video_sentence", "video_word", "frame_sentence", "frame_word"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+# Table 7, named outer-inner: the inner operation reduces the matrix to a vector, the outer one the
 # vector to a scalar.
-AGGREGATIONS = {
-    "attention": ("attention", "attention"),
-    "max-max": ("max", "max"),
-    "mean-mean": ("mean", "mean"),
-    "mean-max": ("mean", "max"),
-    "max-mean": ("max", "mean"),
-}
+Aggregation = Literal["attention", "max-max", "mean-mean", "mean-max", "max-mean"]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+Operation = Literal["attention", "max", "mean"]
+Matrices = Mapping[str, Array]  # see xclip_jax.models.heads.AggregationMatrices
 _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays finite
 
 
+@no_type_check  # JAX also builds it of placeholders that are no arrays
 @struct.dataclass
 class TextFeatures:
     """Features of T texts, L2-normalised.
 
     Attributes:
         sentence: T x D.
-        words: T x W x D, one vector a position; padding included.
+        words: T x W x D, one vector per position, padding included.
         mask: T x W bool, True from the start token to the end token, both included.
     """
 
-    sentence: jax.Array
-    words: jax.Array
-    mask: jax.Array
+    sentence: AnyArray
+    words: AnyArray
+    mask: AnyArray
 
 
+@no_type_check
 @struct.dataclass
 class VideoFeatures:
     """Features of V videos, L2-normalised.
@@ -51,65 +55,81 @@ class VideoFeatures:
         mask: V x F bool, True = a real frame.
     """
 
-    video: jax.Array
-    frames: jax.Array
-    mask: jax.Array
+    video: AnyArray
+    frames: AnyArray
+    mask: AnyArray
 
 
-@dataclasses.dataclass(frozen=True)
-class Competition:
-    """What takes part in AOSM.
+def aosm_words(
+    mask_TxW: Bool[AnyArray, "T W"], *, special_tokens: bool = False, padding: bool = False
+) -> Bool[Array, "T W"]:
+    """Returns a mask of the positions that take part in AOSM as words, True = takes part.
 
-    Attributes:
-        special_tokens: whether the start and end tokens count as words.
-        padding: whether padded words and frames compete like real ones.
+    Args:
+        mask_TxW: True from the start token to the end token.
+        special_tokens: include the start and end tokens; the paper has words alone (Sec. 3.1).
+        padding: include padded positions, as the PyTorch release does.
     """
-
-    special_tokens: bool = False
-    padding: bool = False
-
-    def words(self, mask_TxW):
-        """T x W bool, True = takes part."""
-        words_TxW = mask_TxW if self.special_tokens else word_mask(mask_TxW)
-        return words_TxW | ~mask_TxW if self.padding else words_TxW
-
-    def frames(self, mask_VxF):
-        """V x F bool, True = takes part."""
-        return jnp.ones_like(mask_VxF) if self.padding else mask_VxF
+    mask_TxW = jnp.asarray(mask_TxW)
+    words_TxW = mask_TxW
+    if not special_tokens:
+        has_successor = jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
+        words_TxW = (mask_TxW & has_successor).at[:, 0].set(False)
+    return words_TxW | ~mask_TxW if padding else words_TxW
 
 
-def word_mask(mask_TxW):
-    """Mask of the word tokens alone: the text mask without its start and end tokens (Sec. 3.1)."""
-    has_successor = jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
-    return (mask_TxW & has_successor).at[:, 0].set(False)
+def aosm_frames(mask_VxF: Bool[AnyArray, "V F"], *, padding: bool = False) -> Bool[Array, "V F"]:
+    """Returns a mask of the frames that take part in AOSM, True = takes part."""
+    mask_VxF = jnp.asarray(mask_VxF)
+    return jnp.ones_like(mask_VxF) if padding else mask_VxF
 
 
-def attention_weights(scores, mask, axis, tau):
-    """Eq. 7, softmax(scores / tau) along `axis` over the places where `mask` is True; else 0."""
+def compute_weights(
+    scores: Float[Array, "*S"],
+    mask: Bool[Array, "..."],
+    axis: int,
+    tau: float,
+    matrix: Float[AnyArray, "N N"] | None = None,
+) -> Float[Array, "*S"]:
+    """Returns the attention weights softmax(scores / tau) along `axis` (Eq. 7), 0 where masked.
+
+    Args:
+        scores: cosine similarities.
+        mask: broadcastable to `scores`, True = takes part.
+        axis: of length N.
+        tau: temperature.
+        matrix: multiplied with the weights along `axis`, as in the PyTorch release.
+    """
     scores = jnp.where(mask, scores, _MASKED)
     exps = jnp.exp((scores - jnp.max(scores, axis, keepdims=True)) / tau)
     exps = jnp.where(mask, exps, 0)
     total = jnp.sum(exps, axis, keepdims=True)
-    return exps / jnp.where(total > 0, total, 1)
+    weights = exps / jnp.where(total > 0, total, 1)
+    if matrix is None:
+        return weights
+    mixed = jnp.tensordot(weights, matrix, (axis, 0), precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(mask, jnp.moveaxis(mixed, -1, axis), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def attend(scores, mask, axis, tau):
-    """AOSM of a vector, sum_i softmax(s / tau)_i s_i (Eq. 7, 8), along `axis`.
+def attend(
+    scores: Float[Array, "..."], mask: Bool[Array, "..."], axis: int, tau: float
+) -> Float[Array, "..."]:
+    """Returns sum_i softmax(s / tau)_i s_i (Eq. 7, 8) along `axis`; all masked: 0, gradient 0."""
 
-    Where everything is masked the result is 0, and so is its gradient.
+    def reduce(scores: Array, mask: Array) -> Array:
+        return jnp.sum(compute_weights(scores, mask, axis, tau) * scores, axis)
+
+    unrolled = functools.partial(_attend_unrolled, axis=axis, tau=tau)
+    return jax.lax.platform_dependent(scores, mask, cpu=unrolled, default=reduce)
+
+
+def _attend_unrolled(scores: Array, mask: Array, axis: int, tau: float) -> Array:
+    """Computes `attend` with one term per position.
+
+    XLA makes one vectorised loop of it, on CPU five times as fast as reductions. Compilers for
+    other devices would take minutes.
     """
-
-    def reduced(scores, mask):
-        return jnp.sum(attention_weights(scores, mask, axis, tau) * scores, axis)
-
-    written_out = functools.partial(_attend_written_out, axis=axis, tau=tau)
-    return jax.lax.platform_dependent(scores, mask, cpu=written_out, default=reduced)
-
-
-def _attend_written_out(scores, mask, axis, tau):
-    """`attend`, a term for each place: XLA makes one vectorised loop of it, on CPU five times as
-    fast as reductions. Other compilers would take minutes over it."""
     cells = list(zip(jnp.unstack(scores, axis=axis), jnp.unstack(mask, axis=axis), strict=True))
     peak = functools.reduce(jnp.maximum, [jnp.where(real, s, _MASKED) for s, real in cells])
     total = weighted = 0.0
@@ -119,39 +139,42 @@ def _attend_written_out(scores, mask, axis, tau):
     return weighted / jnp.where(total > 0, total, 1)
 
 
-def _attend_forward(scores, mask, axis, tau):
-    result = attend(scores, mask, axis, tau)
+def _attend_forward(
+    scores: Array, mask: Array, axis: int, tau: float
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    result: Any = attend(scores, mask, axis, tau)
     return result, (scores, mask, result)
 
 
-def _attend_backward(axis, tau, residuals, gradient):
+def _attend_backward(
+    axis: int, tau: float, residuals: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, None]:
     """With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau)."""
     scores, mask, result = residuals
     slope = 1 + (scores - jnp.expand_dims(result, axis)) / tau
-    weights = attention_weights(scores, mask, axis, tau)
+    weights = compute_weights(scores, mask, axis, tau)
     return jnp.expand_dims(gradient, axis) * weights * slope, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def mixed_weights(scores, mask, axis, tau, matrix):
-    """The attention weights times a learned matrix along `axis`, as the PyTorch release has it."""
-    weights = attention_weights(scores, mask, axis, tau)
-    if matrix is None:
-        return weights
-    mixed = jnp.tensordot(weights, matrix, (axis, 0), precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(mask, jnp.moveaxis(mixed, -1, axis), 0)
+def aggregate(
+    scores: Float[Array, "..."],
+    mask: Bool[Array, "..."],
+    axis: int,
+    *,
+    operation: Operation,
+    tau: float,
+    matrix: Float[AnyArray, "N N"] | None = None,
+) -> Float[Array, "..."]:
+    """Returns scores reduced along `axis`, over the positions where `mask` is True.
 
-
-def aggregate(scores, mask, axis, operation, tau, matrix=None):
-    """Takes scores to one number along `axis`, over the places where `mask` (broadcast) is True.
-
-    `attention` is AOSM; `max` and `mean` are its rivals in Table 7. All masked: 0, gradient 0.
-    `matrix`: optional learned n x n that the attention's weights pass through.
+    `attention` is AOSM, `max` and `mean` are the alternatives in Table 7. Where everything is
+    masked the result and its gradient are 0. For the other arguments see `compute_weights`.
     """
     if operation == "attention" and matrix is not None:
-        return jnp.sum(mixed_weights(scores, mask, axis, tau, matrix) * scores, axis)
+        return jnp.sum(compute_weights(scores, mask, axis, tau, matrix) * scores, axis)
     if operation == "attention":
         return attend(scores, mask, axis, tau)
     if operation == "max":
@@ -161,117 +184,134 @@ def aggregate(scores, mask, axis, operation, tau, matrix=None):
     return jnp.sum(jnp.where(mask, scores, 0), axis) / jnp.maximum(count, 1)
 
 
-def aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, aggregation, tau, matrices=None):
-    """AOSM of the word-frame matrices (Eq. 9-13): both orders of reduction, averaged. T x V."""
-    outer, inner = AGGREGATIONS[aggregation]
-    words = words_WxT[:, :, None, None]
-    frames = frames_FxV[None, None]
+def aggregate_matrix(
+    scores_WxTxFxV: Float[Array, "W T F V"],
+    words_WxT: Bool[Array, " W #T"],
+    frames_FxV: Bool[Array, " F #V"],
+    *,
+    aggregation: Aggregation,
+    tau: float,
+    matrices: Matrices | None = None,
+) -> Float[Array, "T V"]:
+    """Returns the word-frame similarities (Eq. 9-13): both orders of reduction, averaged."""
+    outer, inner = _operations(aggregation)
+    words, frames = words_WxT[:, :, None, None], frames_FxV[None, None]
     learned = (matrices or {}).get
-    by_word_WxTxV = aggregate(  # Eq. 9
-        scores_WxTxFxV, frames, 2, inner, tau, learned("frame_word_frames")
-    )
-    by_frame_TxFxV = aggregate(  # Eq. 10
-        scores_WxTxFxV, words, 0, inner, tau, learned("frame_word_words")
-    )
-    over_words_TxV = aggregate(  # Eq. 11
-        by_word_WxTxV, words[:, :, 0], 0, outer, tau, learned("frame_word_words_2")
-    )
-    over_frames_TxV = aggregate(  # Eq. 12
-        by_frame_TxFxV, frames[0], 1, outer, tau, learned("frame_word_frames_2")
-    )
+
+    def reduce(scores: Array, mask: Array, axis: int, operation: Operation, name: str) -> Array:
+        matrix = learned(f"frame_word_{name}")
+        return aggregate(scores, mask, axis, operation=operation, tau=tau, matrix=matrix)
+
+    by_word_WxTxV = reduce(scores_WxTxFxV, frames, 2, inner, "frames")  # Eq. 9
+    by_frame_TxFxV = reduce(scores_WxTxFxV, words, 0, inner, "words")  # Eq. 10
+    over_words_TxV = reduce(by_word_WxTxV, words[:, :, 0], 0, outer, "words_2")  # Eq. 11
+    over_frames_TxV = reduce(by_frame_TxFxV, frames[0], 1, outer, "frames_2")  # Eq. 12
     return (over_words_TxV + over_frames_TxV) / 2  # Eq. 13
 
 
-def granular_similarity(
-    text,
-    video,
-    granularities=GRANULARITIES,
-    aggregation="attention",
-    tau=0.01,
-    competition=Competition(),
-    matrices=None,
-):
-    """Similarities of every text with every video at the asked granularities.
+def _operations(aggregation: Aggregation) -> list[Any]:
+    """Returns the outer and the inner operation."""
+    return (aggregation.split("-") * 2)[:2]
 
-    A vector of scores takes the outer operation of `aggregation` (the paper's Table 7 leaves this
-    open). What is not asked for is not computed.
+
+def granular_similarity(
+    text: TextFeatures,
+    video: VideoFeatures,
+    *,
+    granularities: tuple[Granularity, ...] = GRANULARITIES,
+    aggregation: Aggregation = "attention",
+    tau: float = 0.01,
+    words_TxW: Bool[AnyArray, "T W"] | None = None,
+    frames_VxF: Bool[AnyArray, "V F"] | None = None,
+    matrices: Matrices | None = None,
+) -> dict[Granularity, Float[Array, "T V"]]:
+    """Returns the similarities of T texts with V videos at each of `granularities`.
+
+    A vector of scores is reduced with the outer operation of `aggregation`, which the paper's
+    Table 7 leaves open. Granularities that are not listed are not computed.
 
     Args:
-        text: TextFeatures of T texts.
-        video: VideoFeatures of V videos.
-        granularities: names out of GRANULARITIES.
-        aggregation: a key of AGGREGATIONS.
+        text: features of T texts.
+        video: features of V videos.
+        granularities: some of GRANULARITIES.
+        aggregation: one of AGGREGATIONS.
         tau: temperature of the attention, > 0.
-        competition: what counts as a word and a frame; default: word tokens and real frames.
-        matrices: the release's learned matrices, see xclip_jax.models.heads.AggregationMatrices.
+        words_TxW: words that take part in AOSM; default: the word tokens.
+        frames_VxF: frames that take part in AOSM; default: the real frames.
+        matrices: the PyTorch release's learned matrices.
 
     Returns:
-        dict of name -> T x V float32; cosines, in [-1, 1], where there are no learned matrices.
+        dict of name -> T x V float32; cosines, in [-1, 1], unless there are learned matrices.
     """
-    words_WxT, frames_FxV = competition.words(text.mask).T, competition.frames(video.mask).T
-    outer, _ = AGGREGATIONS[aggregation]
+    words_WxT = jnp.asarray(aosm_words(text.mask) if words_TxW is None else words_TxW).T
+    frames_FxV = jnp.asarray(aosm_frames(video.mask) if frames_VxF is None else frames_VxF).T
     matrices = matrices or {}
+    reduce = functools.partial(aggregate, operation=_operations(aggregation)[0], tau=tau)
 
-    def learned(name, x):  # x times a D x D matrix
+    def transform(name: str, x: AnyArray) -> AnyArray:
         return x if name not in matrices else _dot("...d,de->...e", x, matrices[name])
 
-    def video_sentence():  # Eq. 3
-        return _dot("td,vd->tv", learned("video_sentence", text.sentence), video.video)
+    def video_sentence() -> Array:  # Eq. 3
+        return _dot("td,vd->tv", transform("video_sentence", text.sentence), video.video)
 
-    def video_word():  # Eq. 4, 8
+    def video_word() -> Array:  # Eq. 4, 8
         scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
-        mask, matrix = words_WxT[:, :, None], matrices.get("video_word")
-        return aggregate(scores_WxTxV, mask, 0, outer, tau, matrix)
+        return reduce(scores_WxTxV, words_WxT[:, :, None], 0, matrix=matrices.get("video_word"))
 
-    def frame_sentence():  # Eq. 5, 8
+    def frame_sentence() -> Array:  # Eq. 5, 8
         scores_TxFxV = _dot("td,vfd->tfv", text.sentence, video.frames)
-        mask, matrix = frames_FxV[None], matrices.get("frame_sentence")
-        return aggregate(scores_TxFxV, mask, 1, outer, tau, matrix)
+        return reduce(scores_TxFxV, frames_FxV[None], 1, matrix=matrices.get("frame_sentence"))
 
-    def frame_word():  # Eq. 6, 9-13
-        scores_WxTxFxV = _dot("twd,vfd->wtfv", learned("frame_word", text.words), video.frames)
-        return aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, aggregation, tau, matrices)
+    def frame_word() -> Array:  # Eq. 6, 9-13
+        scores_WxTxFxV = _dot("twd,vfd->wtfv", transform("frame_word", text.words), video.frames)
+        options = {"aggregation": aggregation, "tau": tau, "matrices": matrices}
+        return aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, **options)
 
     functions = (video_sentence, video_word, frame_sentence, frame_word)
     computed = dict(zip(GRANULARITIES, functions, strict=True))
     return {name: computed[name]() for name in GRANULARITIES if name in granularities}
 
 
-def fuse(similarities):
-    """Eq. 14: the mean of the enabled granularities, T x V."""
-    return sum(similarities.values()) / len(similarities)
+def word_frame_attention(
+    words_WxD: Float[AnyArray, "W D"],
+    frames_FxD: Float[AnyArray, "F D"],
+    words_W: Bool[AnyArray, " W"],
+    frames_F: Bool[AnyArray, " F"],
+    *,
+    tau: float = 0.01,
+    matrices: Matrices | None = None,
+) -> Float[Array, "W F"]:
+    """Returns the weight of each word-frame cell of one pair in AOSM (Eq. 9-13).
 
-
-def word_frame_attention(words_WxD, frames_FxD, words_W, frames_F, tau=0.01, matrices=None):
-    """The share of AOSM's attention that each word-frame cell of one pair gets.
-
-    The weights with which Eq. 9-13 add up the cells of the word-frame matrix, so that the sum of
-    weights x scores is the pair's word-frame similarity.
+    The sum of weights x scores is the pair's word-frame similarity.
 
     Args:
-        words_WxD, frames_FxD: normalised features of one text and one video.
-        words_W, frames_F: bool masks, True = takes part.
+        words_WxD: normalised words of one text.
+        frames_FxD: normalised frames of one video.
+        words_W: True = takes part.
+        frames_F: True = takes part.
         tau: temperature.
-        matrices: the release's learned matrices, if the model has them.
+        matrices: the PyTorch release's learned matrices.
 
     Returns:
-        W x F weights; in [0, 1] and summing to 1 where there are no learned matrices.
+        Weights in [0, 1] that sum to 1, unless there are learned matrices.
     """
     learned = (matrices or {}).get
-    if learned("frame_word") is not None:
-        words_WxD = _dot("wd,de->we", words_WxD, learned("frame_word"))
+    transform = learned("frame_word")
+    if transform is not None:
+        words_WxD = _dot("wd,de->we", words_WxD, transform)
     scores_WxF = _dot("wd,fd->wf", words_WxD, frames_FxD)
-    words, frames = words_W[:, None], frames_F[None]
-    in_word_WxF = mixed_weights(scores_WxF, frames, 1, tau, learned("frame_word_frames"))
-    in_frame_WxF = mixed_weights(scores_WxF, words, 0, tau, learned("frame_word_words"))
+    words, frames = jnp.asarray(words_W)[:, None], jnp.asarray(frames_F)[None]
+    in_word_WxF = compute_weights(scores_WxF, frames, 1, tau, learned("frame_word_frames"))
+    in_frame_WxF = compute_weights(scores_WxF, words, 0, tau, learned("frame_word_words"))
     by_word_Wx1 = jnp.sum(in_word_WxF * scores_WxF, 1, keepdims=True)
     by_frame_1xF = jnp.sum(in_frame_WxF * scores_WxF, 0, keepdims=True)
-    over_words_Wx1 = mixed_weights(by_word_Wx1, words, 0, tau, learned("frame_word_words_2"))
-    over_frames_1xF = mixed_weights(by_frame_1xF, frames, 1, tau, learned("frame_word_frames_2"))
+    over_words_Wx1 = compute_weights(by_word_Wx1, words, 0, tau, learned("frame_word_words_2"))
+    over_frames_1xF = compute_weights(by_frame_1xF, frames, 1, tau, learned("frame_word_frames_2"))
     return (over_words_Wx1 * in_word_WxF + over_frames_1xF * in_frame_WxF) / 2
 
 
-def _dot(equation, a, b):
-    """Inner products in full float32, whatever the compute type of the towers."""
+def _dot(equation: str, a: AnyArray, b: AnyArray) -> Array:
+    """Returns inner products in full float32, whatever the compute type of the towers."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)

@@ -4,21 +4,21 @@ import collections
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from ml_collections import ConfigDict
 
 from xclip_jax import sharding
 from xclip_jax.checkpoint import Checkpoints, claim_workdir, init_params, model_folder, save_model
 from xclip_jax.cli import InputError
+from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
 from xclip_jax.data.text import Tokenizer, load_tokenizer
@@ -26,12 +26,10 @@ from xclip_jax.distributed import PREEMPTED, Preemption, print_once, shutdown, w
 from xclip_jax.evaluate import check_image_size, evaluate_split
 from xclip_jax.inference import on_local_devices
 from xclip_jax.initialization import how_to_convert, start_from_clip
-from xclip_jax.loss import Contrast
-from xclip_jax.models import build_model, resolve
+from xclip_jax.loss import LOSS_SCALES, loss_and_grad
+from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.monitor import Monitor
 from xclip_jax.optimizer import make_optimizer
-
-LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
 
 
 @struct.dataclass
@@ -43,15 +41,36 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def train_step(state, batch, contrast, optimizer):
-    """One update. Pure: (state, batch) -> (state, metrics).
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: XClip,
+    optimizer: optax.GradientTransformation,
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the updated state and the metrics of one step.
 
     Args:
-        batch: see data/pipeline.py; its leading axes may be split over devices, the contrast is
-            over the whole batch all the same.
-        contrast: a Contrast, which says how the loss is computed.
+        state: the state before the step.
+        batch: see xclip_jax.data.pipeline; its leading axes may be split over devices, but the
+            contrast is always over the whole batch.
+        model: the linen module.
+        optimizer: see xclip_jax.optimizer.
+        config: its sections `loss` and `train` are read.
+        mesh: the mesh of the program.
     """
-    (loss, accuracy), gradients = contrast.value_and_grad(state.params, batch)
+    (loss, accuracy), gradients = loss_and_grad(
+        model,
+        state.params,
+        batch,
+        same_video=config.loss.same_video,
+        scale=config.loss.scale or LOSS_SCALES[config.model.preset],
+        micro_batch=config.train.micro_batch,
+        block_cells=config.loss.block_cells,
+        mesh=mesh,
+    )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = clamp_logit_scale(optax.apply_updates(state.params, updates))
     metrics = {
@@ -80,7 +99,7 @@ def train(config, workdir):
     setup = set_up(config)
     claim_workdir(workdir, config, setup.dataset)
     model, mesh, total_steps = setup.model, setup.mesh, setup.total_steps
-    state = init_state(model, setup.architecture, setup.optimizer, config.seed, mesh)
+    state = init_state(model, setup.optimizer, config.seed, mesh)
     print_once(
         f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, "
         f"{len(setup.pairs)} pairs, {total_steps} steps of {config.train.batch_size} pairs "
@@ -94,7 +113,7 @@ def train(config, workdir):
         state = restored[1]
         print_once(f"resuming from step {restored[0]} of {total_steps}")
     elif config.init.clip:
-        state = _start_from_clip(state, setup.architecture, config.init.clip)
+        state = _start_from_clip(state, model.config, config.init.clip)
     if not total_steps and not restored:
         checkpoints.save(0, state)
 
@@ -106,14 +125,14 @@ def train(config, workdir):
     checkpoints.close()
     on_last = config.train.select == "last" or not setup.selected_on
     chosen = "last step" if on_last else setup.selected_on
-    described = {**setup.architecture, "step": best, "selected_on": chosen}
-    save_model(workdir / "model", described, params, setup.tokenizer)
+    extra = {"step": best, "selected_on": chosen}
+    save_model(workdir / "model", model.config, params, tokenizer=setup.tokenizer, extra=extra)
     wait_for_all("the model directory")
 
 
-def _start_from_clip(state, architecture, directory):
+def _start_from_clip(state, model_config, directory):
     """The state with CLIP's weights in it; prints a table of what came from where."""
-    params, rows = start_from_clip(state.params, architecture, directory)
+    params, rows = start_from_clip(state.params, model_config, directory)
     for name, number, origin in rows:
         print_once(f"  {name:22}{number / 1e6:9.2f} M  {origin}")
     return state.replace(params=jax.tree.map(_like, params, state.params))
@@ -126,15 +145,9 @@ def _like(value, array):
 
 def compile_step(model, optimizer, config, mesh, state):
     """`train_step` jitted over the mesh; the state passed in is given up for the new one."""
-    contrast = Contrast(
-        model,
-        config.loss.same_video,
-        config.loss.scale or LOSS_SCALES[config.model.preset],
-        config.train.micro_batch,
-        config.loss.block_cells,
-        mesh,
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, config=config, mesh=mesh
     )
-    step = functools.partial(train_step, contrast=contrast, optimizer=optimizer)
     shardings = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
@@ -190,23 +203,23 @@ def _validate(config, setup, params, monitor, step):
     )
 
 
-def init_state(model, architecture, optimizer, seed, mesh):
+def init_state(model, optimizer, seed, mesh):
     """A fresh TrainState, the same for the same seed, laid out on the mesh."""
-    init = functools.partial(_init, model, architecture, optimizer, seed)
+    init = functools.partial(_init, model, optimizer, seed)
     return jax.jit(init, out_shardings=sharding.state_shardings(jax.eval_shape(init), mesh))()
 
 
-def state_shapes(model, architecture, optimizer, mesh):
+def state_shapes(model, optimizer, mesh):
     """The shapes of a TrainState and where its arrays live; nothing is allocated."""
-    shapes = jax.eval_shape(functools.partial(_init, model, architecture, optimizer, 0))
+    shapes = jax.eval_shape(functools.partial(_init, model, optimizer, 0))
     shardings = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 
-def _init(model, architecture, optimizer, seed):
-    params = init_params(model, architecture, seed)
+def _init(model, optimizer, seed):
+    params = init_params(model, seed)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -223,8 +236,7 @@ class Setup:
     dataset: Dataset
     pairs: TrainingPairs
     tokenizer: Tokenizer
-    architecture: dict
-    model: nn.Module
+    model: XClip
     schedule: Callable
     optimizer: optax.GradientTransformation
     epoch_steps: int
@@ -247,18 +259,17 @@ def set_up(config):
         dataset, config.data.train_split, config.data.captions, config.data.max_videos
     )
     tokenizer = load_tokenizer(_tokenizer_folder(config, dataset), config.model.max_words)
-    architecture = resolve_architecture(config.model, tokenizer)
-    check_image_size(dataset, architecture)
+    model = XClip(configure_model(config.model, tokenizer))
+    check_image_size(dataset, model.config)
     epoch_steps = steps_per_epoch(pairs, config.train.batch_size)
     total_steps = config.train.epochs * epoch_steps
-    model = build_model(architecture)
 
     def batches(start_step):
         return training_batches(
             pairs,
             tokenizer,
             config.train.batch_size,
-            model.max_frames,
+            model.config.max_frames,
             dataset.image_size,
             config.seed,
             start_step=start_step,
@@ -271,7 +282,6 @@ def set_up(config):
         dataset,
         pairs,
         tokenizer,
-        architecture,
         model,
         schedule,
         optimizer,
@@ -332,18 +342,17 @@ def configured_optimizer(o, total_steps):
     return make_optimizer(o.name, *rates, o.b1, o.b2, o.eps, o.clip_norm, o.freeze_layers)
 
 
-def resolve_architecture(model_config, tokenizer):
-    """config.model as a plain dict, with the vocabulary's size filled in where it is 0.
+def configure_model(fields: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
+    """Returns the ModelConfig of config.model, with the tokenizer's vocabulary size where it is 0.
 
     Raises:
         InputError: the tokenizer has more ids than the vocabulary.
     """
-    architecture = resolve(json.loads(model_config.to_json()))
-    text = architecture["text"]
-    text["vocab_size"] = text["vocab_size"] or tokenizer.vocab_size
-    if tokenizer.vocab_size > text["vocab_size"]:
+    config = read_model_config(fields)
+    size = config.text.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > size:
         raise InputError(
-            f"config.model.text.vocab_size = {text['vocab_size']}: must be at least the "
+            f"config.model.text.vocab_size = {size}: must be at least the "
             f"{tokenizer.vocab_size} ids of the tokenizer (or 0: its size)"
         )
-    return architecture
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=size))

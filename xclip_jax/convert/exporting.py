@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
 from xclip_jax.convert.mapping import to_hugging_face, to_tensors
 from xclip_jax.convert.torch_archive import write_archive
+from xclip_jax.models.config import ModelConfig, TextConfig, VisionConfig
 
 
 def export(directory: str | Path, output: str | Path) -> None:
@@ -21,19 +22,19 @@ def export(directory: str | Path, output: str | Path) -> None:
         InputError: `directory` holds no model.
     """
     directory, output = model_folder(directory), Path(output)
-    architecture, model, params, tokenizer = load_model(directory)
+    _, model, params, tokenizer = load_model(directory)
     partial = partial_folder(output)
     (partial / "clip").mkdir()
     towers = to_hugging_face(to_tensors({"clip": params["clip"]}))
-    unsupported = unsupported_feature(architecture)
+    unsupported = unsupported_feature(model.config)
     if unsupported is None:
         unread = directory / UNREAD_FILE
         extra = load_file(unread) if unread.is_file() else {}
         write_archive(partial / "pytorch_model.bin", to_tensors(params) | extra)
     save_file(towers, partial / "clip" / "model.safetensors", {"format": "pt"})
-    end = architecture["text"]["vocab_size"] - 1 if tokenizer is None else tokenizer.end
+    end = model.config.text.vocab_size - 1 if tokenizer is None else tokenizer.end
     start = end - 1 if tokenizer is None else tokenizer.start
-    config = clip_config(architecture, model.activation, start, end)
+    config = clip_config(model.config, start, end)
     (partial / "clip" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "clip")
@@ -45,63 +46,61 @@ def export(directory: str | Path, output: str | Path) -> None:
         print(f"no official state dict: the official code does not support {unsupported}")
 
 
-def unsupported_feature(architecture: dict[str, Any]) -> str | None:
+def unsupported_feature(config: ModelConfig) -> str | None:
     """Returns the first feature the official X-CLIP and CLIP4Clip do not support, or None."""
-    a = architecture
     official = {"frame_features": "clip", "words": "all_tokens", "padding": "competes"}
-    official |= {"matrices": "learned", "fusion": "mean", "aggregation": "attention"}
-    if a["head"] != "xclip":
+    official |= {"matrices": True, "fusion": "mean", "aggregation": "attention"}
+    if config.head != "xclip":
         official = {}
     for field, value in official.items():
-        if a[field] != value:
-            return f"model.{field} = {a[field]}"
-    if a["head"] == "xclip" and len(a["granularities"]) < 4:
-        return f"model.granularities = {', '.join(a['granularities'])}"
-    if a["temporal"]["type"] != "none" and a["temporal"]["residual"] != "yes":
-        return "model.temporal.residual = no"
+        if getattr(config, field) != value:
+            return f"model.{field} = {getattr(config, field)}"
+    if config.head == "xclip" and len(config.granularities) < 4:
+        return f"model.granularities = {', '.join(config.granularities)}"
+    if config.temporal.type != "none" and not config.temporal.residual:
+        return "model.temporal.residual = False"
     # The rest are constants of the official code, which its checkpoints do not store.
-    towers = {"vision": a["vision"]["width"], "text": a["text"]["width"]}
-    if a["temporal"]["type"] == "transformer" or a["head"] == "tight_transformer":
-        towers["temporal"] = a["embed_dim"]
+    towers = {"vision": config.vision.width, "text": config.text.width}
+    if config.temporal.type == "transformer" or config.head == "tight_transformer":
+        towers["temporal"] = config.embed_dim
     for name, width in towers.items():
-        if a[name]["heads"] != max(1, width // 64):
-            return f"model.{name}.heads = {a[name]['heads']} (must be width / 64)"
-    if a["activation"] != "quick_gelu":
-        return f"model.activation = {a['activation']}"
-    if a["head"] == "xclip" and a["tau"] != 0.01:
-        return f"model.tau = {a['tau']}"
+        heads = getattr(config, name).heads
+        if heads != max(1, width // 64):
+            return f"model.{name}.heads = {heads} (must be width / 64)"
+    if config.activation != "quick_gelu":
+        return f"model.activation = {config.activation}"
+    if config.head == "xclip" and config.tau != 0.01:
+        return f"model.tau = {config.tau}"
     return None
 
 
-def clip_config(
-    architecture: dict[str, Any], activation: str, start: int, end: int
-) -> dict[str, Any]:
+def clip_config(config: ModelConfig, start: int, end: int) -> dict[str, Any]:
     """Returns the config.json of a `CLIPModel` with `start` and `end` as token ids."""
 
-    def tower(sizes: dict[str, int], **more: Any) -> dict[str, Any]:
+    def tower(sizes: VisionConfig | TextConfig, **more: Any) -> dict[str, Any]:
         return {
-            "hidden_size": sizes["width"],
-            "intermediate_size": 4 * sizes["width"],
-            "num_hidden_layers": sizes["layers"],
-            "num_attention_heads": sizes["heads"],
-            "hidden_act": activation,
-            "projection_dim": architecture["embed_dim"],
+            "hidden_size": sizes.width,
+            "intermediate_size": 4 * sizes.width,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "hidden_act": config.activation,
+            "projection_dim": config.embed_dim,
             "layer_norm_eps": 1e-5,
             **more,
         }
 
-    vision, text = architecture["vision"], architecture["text"]
-    image = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    vision, text = config.vision, config.text
+    image = {"image_size": vision.image_size, "patch_size": vision.patch_size}
     words = {
-        "vocab_size": text["vocab_size"],
-        "max_position_embeddings": text["context_length"],
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
         "bos_token_id": start,
         "eos_token_id": end,
     }
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "projection_dim": architecture["embed_dim"],
+        "projection_dim": config.embed_dim,
         "text_config": tower(text, **words, model_type="clip_text_model"),
         "vision_config": tower(vision, **image, model_type="clip_vision_model"),
     }

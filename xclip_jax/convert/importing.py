@@ -1,6 +1,6 @@
 """Imports a PyTorch checkpoint into a model directory."""
 
-import json
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -12,11 +12,10 @@ import numpy as np
 
 from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.cli import InputError
-from xclip_jax.config import get_config
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, to_params
 from xclip_jax.convert.sources import Source, read_source
 from xclip_jax.data.text import Tokenizer, load_tokenizer
-from xclip_jax.models import build_model, resolve
+from xclip_jax.models import ModelConfig, XClip, read_model_config
 
 _MATRICES = {
     "max_words": ("word_logit_weight", "word_mat_weight", "word_mat_weight2"),
@@ -78,24 +77,24 @@ def convert(
         raise InputError("--crop_matrices requires --max_words or --max_frames")
     _set_lengths(tensors, {"max_words": max_words, "max_frames": max_frames}, crop_matrices)
     known = {"activation": read.activation, **_kind(read, head)}
-    architecture = infer(tensors, known, read.heads, max_words, max_frames)
+    config = infer(tensors, known, read.heads, max_words, max_frames)
     weights = {name: array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}
-    params, unused = to_params(weights, _template(architecture))
+    params, unused = to_params(weights, _template(config))
     unread = {name: unused.pop(name) for name in UNREAD if name in unused}
     if unused:
         raise InputError(f"{source}: unknown weights: {', '.join(sorted(unused))}")
-    tokenizer = _tokenizer(vocab, read.tokenizer, architecture)
-    save_model(output, architecture, params, tokenizer, unread)
+    tokenizer = _tokenizer(vocab, read.tokenizer, config)
+    extra = {"step": 0}
+    save_model(output, config, params, tokenizer=tokenizer, unread=unread, extra=extra)
     skipped = [name.removeprefix("clip.") for name in tensors if name not in weights]
     notes = {"kept unread": list(unread), "skipped": skipped}
-    _print_summary(read, architecture, params, tokenizer, notes=notes)
+    _print_summary(read, config, params, tokenizer, notes=notes)
     print(f"wrote {output}")
 
 
-def _template(architecture: dict[str, Any]) -> Any:
+def _template(config: ModelConfig) -> Any:
     """Returns the parameters' pytree of ShapeDtypeStructs."""
-    model = build_model(architecture)
-    return jax.eval_shape(lambda: init_params(model, architecture, 0))
+    return jax.eval_shape(lambda: init_params(XClip(config), 0))
 
 
 def infer(
@@ -104,8 +103,8 @@ def infer(
     heads: Mapping[str, int],
     max_words: int | None = None,
     max_frames: int | None = None,
-) -> dict[str, Any]:
-    """Returns the model.json of a checkpoint, from the names and shapes of its tensors.
+) -> ModelConfig:
+    """Returns the ModelConfig of a checkpoint, from the names and shapes of its tensors.
 
     Args:
         tensors: official name -> array.
@@ -116,7 +115,7 @@ def infer(
     Raises:
         InputError: sizes are missing or do not fit together.
     """
-    model = json.loads(get_config().to_json())["model"] | dict(known)
+    model = dataclasses.asdict(ModelConfig()) | dict(known)
     model["vision"], model["text"], model["embed_dim"] = _towers(tensors, heads)
     temporal = model["temporal"]
     temporal["type"] = "none"
@@ -136,7 +135,7 @@ def infer(
                 f"--{name}={size}: must be from {minimum} to {context}, the text tower's positions"
             )
         model[name] = size
-    return {**resolve(model), "step": 0}
+    return read_model_config(model)
 
 
 def _kind(read: Source, head: str | None) -> dict[str, str]:
@@ -213,7 +212,7 @@ def _set_lengths(
 
 
 def _tokenizer(
-    vocab: str | Path | None, folder: Path | None, architecture: dict[str, Any]
+    vocab: str | Path | None, folder: Path | None, config: ModelConfig
 ) -> Tokenizer | None:
     """Returns the tokenizer at `vocab`, else the source's, else None."""
     if vocab is None and folder is not None:
@@ -221,8 +220,8 @@ def _tokenizer(
         vocab = folder if any((folder / name).is_file() for name in names) else None
     if vocab is None:
         return None
-    tokenizer = load_tokenizer(vocab, architecture["max_words"])
-    size = architecture["text"]["vocab_size"]
+    tokenizer = load_tokenizer(vocab, config.max_words)
+    size = config.text.vocab_size
     if tokenizer.vocab_size > size:
         raise InputError(f"{vocab} has {tokenizer.vocab_size} ids, but the text tower has {size}")
     return tokenizer
@@ -230,28 +229,28 @@ def _tokenizer(
 
 def _print_summary(
     read: Source,
-    architecture: dict[str, Any],
+    config: ModelConfig,
     params: Any,
     tokenizer: Tokenizer | None,
     *,
     notes: Mapping[str, list[str]],
 ) -> None:
-    a, vision, text = architecture, architecture["vision"], architecture["text"]
-    temporal = a["temporal"]["type"]
-    layers = f", {a['temporal']['layers']} layers" if temporal == "transformer" else ""
+    vision, text, temporal = config.vision, config.text, config.temporal.type
+    layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{read.kind}: {total / 1e6:.1f} M parameters")
-    print(f"  activation   {a['activation']}")
+    print(f"  activation   {config.activation}")
     print(
-        f"  image tower  {vision['image_size']} px, patch {vision['patch_size']}, "
-        f"width {vision['width']}, {vision['layers']} layers, {vision['heads']} heads"
+        f"  image tower  {vision.image_size} px, patch {vision.patch_size}, "
+        f"width {vision.width}, {vision.layers} layers, {vision.heads} heads"
     )
     print(
-        f"  text tower   {text['vocab_size']} ids, {text['context_length']} positions, "
-        f"width {text['width']}, {text['layers']} layers, {text['heads']} heads"
+        f"  text tower   {text.vocab_size} ids, {text.context_length} positions, "
+        f"width {text.width}, {text.layers} layers, {text.heads} heads"
     )
-    print(f"  head         {a['head']} (preset {a['preset']}; temporal encoder {temporal}{layers})")
-    print(f"  lengths      {a['max_words']} words, {a['max_frames']} frames")
+    preset = f"preset {config.preset}; temporal encoder {temporal}{layers}"
+    print(f"  head         {config.head} ({preset})")
+    print(f"  lengths      {config.max_words} words, {config.max_frames} frames")
     reasons = {"kept unread": "saved by the release, never used", "skipped": "no weights"}
     for note, names in notes.items():
         if names:

@@ -1,20 +1,22 @@
 """CLIP's two towers (Radford et al., 2021, https://arxiv.org/abs/2103.00020).
 
-Architecture and parameter shapes follow https://github.com/openai/CLIP; layers are stacked along a
-leading axis and scanned. Parameters are float32; `dtype` is the compute type.
+Architecture and parameter shapes follow https://github.com/openai/CLIP. Layers are stacked along a
+leading axis and scanned. Parameters are float32.
 """
 
-import dataclasses
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from xclip_jax.models.config import ModelConfig
+from xclip_jax.similarity import AnyArray
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]: CLIP's preprocessing
 STD = (0.26862954, 0.26130258, 0.27577711)
-# What of a layer is kept for the backward pass, the rest is computed again: nothing, or the results
-# of its matrix products.
+# What the backward pass keeps of a layer: nothing, or the results of its matrix products.
 REMAT = {
     "layers": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -25,240 +27,187 @@ ACTIVATIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the image tower. `image_size` and `patch_size` in pixels."""
-
-    image_size: int = 224
-    patch_size: int = 32
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Sizes of the text tower. `context_length` in tokens."""
-
-    vocab_size: int = 49408
-    context_length: int = 77
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-
-
 class LayerNorm(nn.Module):
-    """Layer normalisation in float32, handed back in the type it came in."""
+    """Layer normalisation computed in float32, returned in the type of its input."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
         return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")(x).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, x: B x L x E, mask: broadcastable to B x 1 x L x L, True = see."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; mask: True = attend."""
 
     heads: int
-    dtype: jnp.dtype
-    output_scale: float
+    dtype: str
+    output_scale: float  # factor of the initial output weights
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N #L #L"] | None
+    ) -> Float[Array, "B L E"]:
         width = x.shape[-1]
         init = nn.initializers.normal(width**-0.5)
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads), dtype=self.dtype, kernel_init=init, name="qkv"
-        )(x)
-        query, key, value = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
-        y = _attend(query, key, value, mask)
+        shape = 3, self.heads, width // self.heads
+        qkv = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask)
         init = nn.initializers.normal(width**-0.5 * self.output_scale)
         return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
 
 
-def _attend(query_BxLxNxK, key_BxLxNxK, value_BxLxNxK, mask):
-    """Scaled dot-product attention, softmax in float32; finite where a row sees nothing."""
-    scale = query_BxLxNxK.shape[-1] ** -0.5
-    scores = jnp.einsum("bqnk,bsnk->bnqs", query_BxLxNxK, key_BxLxNxK).astype(jnp.float32) * scale
-    if mask is not None:
-        scores = jnp.where(mask, scores, -1e6)
-    weights = jax.nn.softmax(scores).astype(value_BxLxNxK.dtype)
-    return jnp.einsum("bnqs,bsnk->bqnk", weights, value_BxLxNxK)
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block; (x, mask) -> (x, None), the form that nn.scan wants."""
+    """Pre-norm transformer block in the form of a scan's body: (x, mask) -> (x, None)."""
 
+    config: ModelConfig
+    layers: int  # number of layers of the whole transformer
     heads: int
-    activation: str
-    dtype: jnp.dtype
-    layers: int
 
     @nn.compact
-    def __call__(self, x, mask):
-        width = x.shape[-1]
-        depth = (2 * self.layers) ** -0.5  # CLIP's initialisation keeps the residual stream level
-        x = x + Attention(self.heads, self.dtype, depth, name="attention")(
-            LayerNorm(name="ln_1")(x), mask
-        )
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N #L #L"] | None
+    ) -> tuple[Float[Array, "B L E"], None]:
+        c, width = self.config, x.shape[-1]
+        depth = (2 * self.layers) ** -0.5  # keeps the scale of the residual stream, as in CLIP
+        attention = SelfAttention(self.heads, c.dtype, depth, name="attention")
+        x = x + attention(LayerNorm(name="ln_1")(x), mask)
         init = nn.initializers.normal((2 * width) ** -0.5)
-        y = nn.Dense(4 * width, dtype=self.dtype, kernel_init=init, name="fc")(
+        y = nn.Dense(4 * width, dtype=c.dtype, kernel_init=init, name="fc")(
             LayerNorm(name="ln_2")(x)
         )
         init = nn.initializers.normal(width**-0.5 * depth)
-        y = nn.Dense(width, dtype=self.dtype, kernel_init=init, name="proj")(
-            ACTIVATIONS[self.activation](y)
+        y = nn.Dense(width, dtype=c.dtype, kernel_init=init, name="proj")(
+            ACTIVATIONS[c.activation](y)
         )
         return x + y, None
 
 
 class Transformer(nn.Module):
-    """`layers` blocks, scanned: parameters carry a leading layer axis."""
+    """`layers` scanned blocks; activation, compute type and recomputation as in `config`."""
 
+    config: ModelConfig
     layers: int
     heads: int
-    activation: str = "quick_gelu"
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, mask=None):
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N #L #L"] | None = None
+    ) -> Float[Array, "B L E"]:
         block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
+        if self.config.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.layers,
         )
-        return blocks(self.heads, self.activation, self.dtype, self.layers, name="blocks")(x, mask)[
-            0
-        ]
+        return blocks(self.config, self.layers, self.heads, name="blocks")(x, mask)[0]
 
 
-def normalize_frames(frames, mask):
-    """Pixels as CLIP wants them.
+def normalize_frames(
+    frames_VxFxSxSx3: AnyArray, mask_VxF: Bool[AnyArray, "V F"]
+) -> Float[Array, "V F S S 3"]:
+    """Normalises pixels as CLIP does and sets masked frames to 0.
 
     Args:
-        frames: V x F x S x S x 3, uint8 raw RGB, or float already normalised.
-        mask: V x F bool; masked frames become 0 after normalisation.
+        frames_VxFxSxSx3: uint8 raw RGB, or float already normalised.
+        mask_VxF: True = a real frame.
     """
+    frames = frames_VxFxSxSx3
     if frames.dtype == jnp.uint8:
         frames = (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
-    return jnp.where(mask[..., None, None, None], frames, 0)
+    return jnp.where(mask_VxF[..., None, None, None], frames, 0)
 
 
 class PatchEmbedding(nn.Module):
-    """Square patches, row by row, through one linear map: N x S x S x 3 -> N x patches x width.
+    """Linear map of square patches, row by row.
 
-    A convolution with stride = size, written as the matrix product it is: several times as fast on
-    CPU, forward and backward.
+    Equals a convolution with stride = size; as a matrix product it is several times as fast on CPU,
+    forward and backward.
     """
 
     size: int
     width: int
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images_NxSxSx3):
-        number, side = images_NxSxSx3.shape[:2]
+    def __call__(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B L E"]:
+        number, side = images_BxSxSx3.shape[:2]
         grid, size = side // self.size, self.size
         init = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
         kernel = self.param("kernel", init, (size, size, 3, self.width))
-        patches = images_NxSxSx3.reshape(number, grid, size, grid, size, 3)
+        patches = images_BxSxSx3.reshape(number, grid, size, grid, size, 3)
         patches = patches.swapaxes(2, 3).reshape(number, grid * grid, size * size * 3)
-        return patches @ kernel.astype(self.dtype).reshape(-1, self.width)
+        return patches @ kernel.astype(patches.dtype).reshape(-1, self.width)
 
 
 class VisionTower(nn.Module):
-    """ViT: N x S x S x 3 normalised images -> N x D, the projected class token."""
+    """ViT whose output is the projected class token."""
 
-    config: VisionConfig
-    embed_dim: int
-    activation: str
-    dtype: jnp.dtype
-    remat: str
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, images_NxSxSx3):
-        c = self.config
-        scale = nn.initializers.normal(c.width**-0.5)
-        embed = PatchEmbedding(c.patch_size, c.width, self.dtype, name="patch")
-        x = embed(images_NxSxSx3.astype(self.dtype))
-        class_token = self.param("class_token", scale, (c.width,)).astype(self.dtype)
+    def __call__(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
+        c, dtype = self.config.vision, self.config.dtype
+        init = nn.initializers.normal(c.width**-0.5)
+        embed = PatchEmbedding(c.patch_size, c.width, name="patch")
+        x = embed(images_BxSxSx3.astype(dtype))
+        class_token = self.param("class_token", init, (c.width,)).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, c.width)), x], 1)
-        x = x + self.param("positions", scale, x.shape[1:]).astype(self.dtype)
+        x = x + self.param("positions", init, x.shape[1:]).astype(dtype)
         x = LayerNorm(name="ln_pre")(x)
-        x = Transformer(c.layers, c.heads, self.activation, self.dtype, self.remat, name="encoder")(
-            x
-        )
+        x = Transformer(self.config, c.layers, c.heads, name="encoder")(x)
         x = LayerNorm(name="ln_post")(x[:, 0])
-        project = nn.Dense(
-            self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=scale, name="projection"
-        )
-        return project(x)
+        return _projection(self.config, init)(x)
 
 
 class TextTower(nn.Module):
-    """Causal transformer: T x W ids -> T x W x D, every position normalised and projected."""
+    """Causal transformer whose output is every position, normalised and projected."""
 
-    config: TextConfig
-    embed_dim: int
-    activation: str
-    dtype: jnp.dtype
-    remat: str
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, ids_TxW):
-        c = self.config
-        embed = nn.Embed(
-            c.vocab_size, c.width, embedding_init=nn.initializers.normal(0.02), name="tokens"
-        )
-        positions = self.param(
-            "positions", nn.initializers.normal(0.01), (c.context_length, c.width)
-        )
+    def __call__(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:
+        c = self.config.text
+        init = nn.initializers.normal(0.02)
+        embed = nn.Embed(c.vocab_size, c.width, embedding_init=init, name="tokens")
+        init = nn.initializers.normal(0.01)
+        positions = self.param("positions", init, (c.context_length, c.width))
         num_words = ids_TxW.shape[1]
-        x = (embed(ids_TxW) + positions[:num_words]).astype(self.dtype)
-        causal = jnp.tril(jnp.ones((num_words, num_words), bool))
-        x = Transformer(c.layers, c.heads, self.activation, self.dtype, self.remat, name="encoder")(
-            x, causal
+        x = (embed(ids_TxW) + positions[:num_words]).astype(self.config.dtype)
+        causal = jnp.tril(jnp.ones((1, 1, num_words, num_words), bool))
+        x = Transformer(self.config, c.layers, c.heads, name="encoder")(x, causal)
+        return _projection(self.config, nn.initializers.normal(c.width**-0.5))(
+            LayerNorm(name="ln_final")(x)
         )
-        project = nn.Dense(
-            self.embed_dim,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(c.width**-0.5),
-            name="projection",
-        )
-        return project(LayerNorm(name="ln_final")(x))
 
 
-class Clip(nn.Module):
+def _projection(config: ModelConfig, init: nn.initializers.Initializer) -> nn.Dense:
+    """Returns the linear map to the joint embedding space."""
+    dim, dtype = config.embed_dim, config.dtype
+    return nn.Dense(dim, use_bias=False, dtype=dtype, kernel_init=init, name="projection")
+
+
+class CLIP(nn.Module):
     """Both towers and the learned logit scale."""
 
-    vision: VisionConfig
-    text: TextConfig
-    embed_dim: int
-    activation: str = "quick_gelu"
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
+    config: ModelConfig
 
-    def setup(self):
-        shared = (self.embed_dim, self.activation, self.dtype, self.remat)
-        self.visual = VisionTower(self.vision, *shared)
-        self.textual = TextTower(self.text, *shared)
+    def setup(self) -> None:
+        self.visual = VisionTower(self.config)
+        self.textual = TextTower(self.config)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
-    def encode_image(self, images_NxSxSx3):
-        """N x D projected image vectors, not normalised; pixels as from `normalize_frames`."""
-        return self.visual(images_NxSxSx3)
+    def encode_image(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
+        """Returns projected image vectors, not normalised; pixels as from `normalize_frames`."""
+        return self.visual(images_BxSxSx3)
 
-    def encode_words(self, ids_TxW):
-        """T x W x D projected token vectors, not normalised."""
+    def encode_words(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:
+        """Returns projected token vectors, not normalised."""
         return self.textual(ids_TxW)
 
-    def scale(self):
-        """exp(logit_scale), at most 100 (Radford et al., Sec. 2.5)."""
-        limit = math.log(100)  # where CLIP's weights start; the gradient there must not be cut off
+    def scale(self) -> Float[Array, ""]:
+        """Returns exp(logit_scale), at most 100 (Radford et al., Sec. 2.5)."""
+        limit = math.log(100)  # CLIP's weights start here: minimum() would halve the gradient
         return jnp.exp(jnp.where(self.logit_scale > limit, limit, self.logit_scale))

@@ -1,71 +1,70 @@
-"""What turns features into scores besides plain AOSM: learned matrices, pair-wise Transformers."""
+"""Alternatives and additions to plain AOSM: learned matrices, Transformers over each pair."""
+
+from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from xclip_jax.models.clip import ACTIVATIONS, LayerNorm, Transformer
+from xclip_jax.models.config import ModelConfig
+from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
 
 
 class AggregationMatrices(nn.Module):
-    """The learned matrices of the PyTorch X-CLIP, identities at the start; not in the paper.
+    """Learned matrices of the PyTorch X-CLIP, initialised to identity; not in the paper.
 
-    They weigh the joint space (D x D), or the attention over words (W x W) and frames (F x F), and
-    so tie a model to its lengths. A dict of name -> square matrix, for the enabled granularities.
+    They transform the joint space (D x D) or the attention over words (W x W) and frames (F x F),
+    which ties a model to its lengths. The output is a dict of name -> square matrix.
     """
 
-    words: int
-    frames: int
-    dim: int
-    granularities: tuple[str, ...]
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> dict[str, Array]:
+        c = self.config
         sizes = {
-            "video_sentence": {"video_sentence": self.dim},
-            "video_word": {"video_word": self.words},
-            "frame_sentence": {"frame_sentence": self.frames},
+            "video_sentence": {"video_sentence": c.embed_dim},
+            "video_word": {"video_word": c.max_words},
+            "frame_sentence": {"frame_sentence": c.max_frames},
             "frame_word": {
-                "frame_word": self.dim,
-                "frame_word_words": self.words,
-                "frame_word_frames": self.frames,
-                "frame_word_words_2": self.words,
-                "frame_word_frames_2": self.frames,
+                "frame_word": c.embed_dim,
+                "frame_word_words": c.max_words,
+                "frame_word_frames": c.max_frames,
+                "frame_word_words_2": c.max_words,
+                "frame_word_frames_2": c.max_frames,
             },
         }
 
-        def identity(_, shape):
-            return jnp.eye(shape[0], dtype=jnp.float32)
+        def identity(key: Array, size: int) -> Array:
+            del key
+            return jnp.eye(size, dtype=jnp.float32)
 
         return {
-            name: self.param(name, identity, (size, size))
-            for granularity in self.granularities
+            name: self.param(name, identity, size)
+            for granularity in c.granularities
             for name, size in sizes[granularity].items()
         }
 
 
 class TightTransformer(nn.Module):
-    """CLIP4Clip's tight head (https://arxiv.org/abs/2104.08860): a Transformer for every pair.
+    """CLIP4Clip's tight head (https://arxiv.org/abs/2104.08860): a Transformer for each pair.
 
-    Sees the raw sentence vector followed by the raw frame vectors; gives T x V scores.
+    Its input is the raw sentence vector followed by the raw frame vectors.
     """
 
-    layers: int
-    heads: int
-    positions: int
-    activation: str = "quick_gelu"
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, text, video):
-        tokens, mask = _pairs([text.sentence[:, None]], [video.frames], None, video.mask)
+    def __call__(self, text: TextFeatures, video: VideoFeatures) -> Float[Array, "T V"]:
+        c = self.config
+        tokens, mask = _pair([text.sentence[:, None]], [video.frames], None, video.mask)
         init = nn.initializers.normal(0.01)
-        positions = self.param("positions", init, (self.positions, tokens.shape[-1]))
-        x = tokens.astype(self.dtype) + positions[: tokens.shape[1]].astype(self.dtype)
-        encoder = Transformer(
-            self.layers, self.heads, self.activation, self.dtype, self.remat, name="encoder"
-        )
-        first = LayerNorm(name="ln_pool")(encoder(x, mask))[:, 0].astype(jnp.float32)
+        positions = self.param("positions", init, (c.text.context_length, tokens.shape[-1]))
+        x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
+        x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
+        first = LayerNorm(name="ln_pool")(x)[:, 0].astype(jnp.float32)
         pooled = ACTIVATIONS["quick_gelu"](nn.Dense(first.shape[-1], name="pool")(first))
         scores = nn.Dense(1, name="score")(pooled)
         return scores.reshape(len(text.mask), len(video.mask))
@@ -74,54 +73,58 @@ class TightTransformer(nn.Module):
 class FusionTransformer(nn.Module):
     """Our reading of Table 14 and Fig. 6, which the paper draws but does not specify.
 
-    A pre-norm Transformer over a pair's sentence, word, video and frame vectors, told apart by a
-    learned vector a kind; a linear layer takes the sentence's output to the score. T x V.
-    `competition` says which words and frames are seen.
+    A pre-norm Transformer over the sentence, word, video and frame vectors of a pair, each plus a
+    learned vector for its kind. A linear layer maps the sentence's output to the score. The masks
+    are those of AOSM.
     """
 
-    layers: int
-    heads: int
-    activation: str = "quick_gelu"
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, text, video, competition):
+    def __call__(
+        self,
+        text: TextFeatures,
+        video: VideoFeatures,
+        words_TxW: Bool[Array, "T W"],
+        frames_VxF: Bool[Array, "V F"],
+    ) -> Float[Array, "T V"]:
+        c = self.config
         dim = text.sentence.shape[-1]
         kinds = self.param("kinds", nn.initializers.normal(dim**-0.5), (4, dim))
-        tokens, mask = _pairs(
+        tokens, mask = _pair(
             [text.sentence[:, None] + kinds[0], text.words + kinds[1]],
             [video.video[:, None] + kinds[2], video.frames + kinds[3]],
-            competition.words(text.mask),
-            competition.frames(video.mask),
+            words_TxW,
+            frames_VxF,
         )
-        encoder = Transformer(
-            self.layers, self.heads, self.activation, self.dtype, self.remat, name="encoder"
-        )
-        first = LayerNorm(name="ln")(encoder(tokens.astype(self.dtype), mask))[:, 0]
-        scores = nn.Dense(1, name="score")(first.astype(jnp.float32))
-        return scores.reshape(len(text.mask), len(video.mask))
+        x = tokens.astype(c.dtype)
+        x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
+        first = LayerNorm(name="ln")(x)[:, 0].astype(jnp.float32)
+        scores = nn.Dense(1, name="score")(first)
+        return scores.reshape(len(words_TxW), len(frames_VxF))
 
 
-def _pairs(of_texts, of_videos, words_TxW, frames_VxF):
-    """Every text's vectors followed by every video's: (TV x L x D, mask TV x 1 x 1 x L).
+def _pair(
+    text_parts: Sequence[AnyArray],
+    video_parts: Sequence[AnyArray],
+    words_TxW: AnyArray | None,
+    frames_VxF: AnyArray,
+) -> tuple[Array, Array]:
+    """Returns each text's vectors followed by each video's, TV x L x D, and their attention mask.
 
-    The first part of each side is always seen, the masks say which of the rest.
+    The first part of each side is always attended to, the masks apply to the second.
     """
-    texts, videos = len(of_texts[0]), len(of_videos[0])
-    of_texts, of_videos = jnp.concatenate(of_texts, 1), jnp.concatenate(of_videos, 1)
+    text, video = jnp.concatenate(text_parts, 1), jnp.concatenate(video_parts, 1)
 
-    def seen(mask, length, count):
-        mask = jnp.ones((count, 0), bool) if mask is None else mask
-        return jnp.pad(mask, ((0, 0), (length - mask.shape[1], 0)), constant_values=True)
+    def extend(mask: AnyArray | None, x: Array) -> Array:
+        mask = jnp.ones((len(x), 0), bool) if mask is None else mask
+        return jnp.pad(mask, ((0, 0), (x.shape[1] - mask.shape[1], 0)), constant_values=True)
 
-    def pair(a, b):
-        shape = (texts, videos)
+    def combine(a: Array, b: Array) -> Array:
+        shape = len(text), len(video)
         a = jnp.broadcast_to(a[:, None], (*shape, *a.shape[1:]))
         b = jnp.broadcast_to(b[None], (*shape, *b.shape[1:]))
-        return jnp.concatenate([a, b], 2).reshape(texts * videos, -1, *a.shape[3:])
+        return jax.lax.collapse(jnp.concatenate([a, b], 2), 0, 2)
 
-    mask = pair(
-        seen(words_TxW, of_texts.shape[1], texts), seen(frames_VxF, of_videos.shape[1], videos)
-    )
-    return pair(of_texts, of_videos), mask[:, None, None, :]
+    mask = combine(extend(words_TxW, text), extend(frames_VxF, video))
+    return combine(text, video), mask[:, None, None, :]

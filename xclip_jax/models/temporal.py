@@ -1,55 +1,53 @@
-"""The temporal encoder: frame features that know of one another (Eq. 1; ablated in Table 8)."""
+"""Temporal encoders, which relate the frames of a video (Eq. 1; ablated in Table 8)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from xclip_jax.models.clip import Transformer
-
-TEMPORAL_ENCODERS = ("none", "transformer", "lstm")
+from xclip_jax.models.config import ModelConfig
+from xclip_jax.similarity import AnyArray
 
 
 class TemporalTransformer(nn.Module):
-    """V = TransEnc(Vbar + P) over V x F x D frames, mask V x F True = real (Eq. 1)."""
+    """V = TransEnc(Vbar + P) (Eq. 1); mask: True = a real frame."""
 
-    layers: int
-    heads: int
-    positions: int
-    activation: str = "quick_gelu"
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, frames_VxFxD, mask_VxF):
+    def __call__(
+        self, frames_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
+    ) -> Float[Array, "V F D"]:
         _, num_frames, dim = frames_VxFxD.shape
+        c = self.config
         init = nn.initializers.normal(0.3)
-        positions = self.param("positions", init, (self.positions, dim))
-        x = frames_VxFxD + positions[:num_frames].astype(self.dtype)
-        encoder = Transformer(
-            self.layers, self.heads, self.activation, self.dtype, self.remat, name="encoder"
-        )
-        return encoder(x, mask_VxF[:, None, None, :])
+        positions = self.param("positions", init, (c.text.context_length, dim))
+        x = frames_VxFxD + positions[:num_frames].astype(c.dtype)
+        encoder = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")
+        return encoder(x, jnp.asarray(mask_VxF)[:, None, None, :])
 
 
-class TemporalLstm(nn.Module):
-    """One LSTM layer over V x F x D frames, D cells; gates and both biases as PyTorch's nn.LSTM.
+class TemporalLSTM(nn.Module):
+    """One LSTM layer of D cells, with the gates and both biases of PyTorch's nn.LSTM.
 
-    Written here because flax's cell has one bias where PyTorch's checkpoints carry two.
+    flax's own cell has one bias, but PyTorch checkpoints contain two. The output for padding is 0.
     """
 
-    dtype: jnp.dtype = jnp.float32
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, frames_VxFxD, mask_VxF):
+    def __call__(
+        self, frames_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
+    ) -> Float[Array, "V F D"]:
         num_videos, _, dim = frames_VxFxD.shape
+        dtype = self.config.dtype
         init = _uniform(dim**-0.5)
-        project = nn.Dense(
-            4 * dim, dtype=self.dtype, kernel_init=init, bias_init=init, name="input"
-        )
-        kernel_Dx4D = self.param("hidden_kernel", init, (dim, 4 * dim)).astype(self.dtype)
-        bias_4D = self.param("hidden_bias", init, (4 * dim,)).astype(self.dtype)
+        project = nn.Dense(4 * dim, dtype=dtype, kernel_init=init, bias_init=init, name="input")
+        kernel_Dx4D = self.param("hidden_kernel", init, (dim, 4 * dim)).astype(dtype)
+        bias_4D = self.param("hidden_bias", init, (4 * dim,)).astype(dtype)
 
-        def step(carry, gates_Vx4D):
+        def step(carry: tuple[Array, Array], gates_Vx4D: Array) -> tuple[tuple, Array]:
             hidden, cell = carry
             gates_Vx4D = gates_Vx4D + hidden @ kernel_Dx4D + bias_4D
             entry, forget, candidate, output = jnp.split(gates_Vx4D, 4, -1)
@@ -57,15 +55,15 @@ class TemporalLstm(nn.Module):
             hidden = jax.nn.sigmoid(output) * jnp.tanh(cell)
             return (hidden, cell), hidden
 
-        zeros = jnp.zeros((num_videos, dim), self.dtype)
+        zeros = jnp.zeros((num_videos, dim), dtype)
         inputs_FxVx4D = jnp.swapaxes(project(frames_VxFxD), 0, 1)
         _, hidden_FxVxD = jax.lax.scan(step, (zeros, zeros), inputs_FxVx4D)
-        # It runs forward: real frames come first and never see the padding, whose output is 0.
+        # Real frames come first, so padding cannot influence them.
         return jnp.where(mask_VxF[..., None], jnp.swapaxes(hidden_FxVxD, 0, 1), 0)
 
 
-def _uniform(bound):
-    """U(-bound, bound), how PyTorch initialises an LSTM."""
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    """Returns the initialiser U(-bound, bound), PyTorch's for an LSTM."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )

@@ -1,214 +1,183 @@
 """X-CLIP: CLIP's towers, a temporal encoder and multi-grained similarity fused by AOSM."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from xclip_jax.models.clip import Clip, TextConfig, VisionConfig, normalize_frames
+from xclip_jax.models.clip import CLIP, normalize_frames
+from xclip_jax.models.config import ModelConfig
 from xclip_jax.models.heads import AggregationMatrices, FusionTransformer, TightTransformer
-from xclip_jax.models.temporal import TemporalLstm, TemporalTransformer
+from xclip_jax.models.temporal import TemporalLSTM, TemporalTransformer
 from xclip_jax.similarity import (
-    GRANULARITIES,
-    Competition,
+    AnyArray,
     TextFeatures,
     VideoFeatures,
-    fuse,
+    aosm_frames,
+    aosm_words,
     granular_similarity,
-    mixed_weights,
     word_frame_attention,
 )
 
 
 class XClip(nn.Module):
-    """The model of https://arxiv.org/abs/2207.07285; by default its `paper` preset.
+    """The model of https://arxiv.org/abs/2207.07285, or a baseline, for a resolved config."""
 
-    Attributes:
-        max_words, max_frames: the lengths it was made for.
-        temporal: temporal encoder, `none`, `transformer` or `lstm`.
-        temporal_residual: whether the CLIP frames are added to its output (the release).
-        frame_features: what frame-sentence and frame-word see: `temporal`, the temporal encoder's
-            output (Eq. 1), or `clip`, what goes into it (the release).
-        words: what counts as a word: `word_tokens`, or `all_tokens`, start and end too.
-        padding: `masked`, or `competes`: padded words and frames take part in AOSM (the release).
-        matrices: whether learned matrices weigh the aggregation (the release).
-        granularities, aggregation, tau: as in xclip_jax.similarity.
-        fusion: how scores come about: `mean` of the granularities (Eq. 14), `transformer`
-            (Table 14) or `tight_transformer` (CLIP4Clip's head).
-    """
+    config: ModelConfig
 
-    vision: VisionConfig
-    text: TextConfig
-    embed_dim: int
-    activation: str = "quick_gelu"
-    max_words: int = 32
-    max_frames: int = 12
-    temporal: str = "transformer"
-    temporal_layers: int = 3
-    temporal_heads: int = 8
-    temporal_residual: bool = False
-    frame_features: str = "temporal"
-    words: str = "word_tokens"
-    padding: str = "masked"
-    matrices: bool = False
-    granularities: tuple[str, ...] = GRANULARITIES
-    aggregation: str = "attention"
-    tau: float = 0.01
-    fusion: str = "mean"
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
+    def setup(self) -> None:
+        c = self.config
+        self.clip = CLIP(c)
+        if c.temporal.type != "none":
+            encoders = {"transformer": TemporalTransformer, "lstm": TemporalLSTM}
+            self.temporal_encoder = encoders[c.temporal.type](c)
+        if c.matrices:
+            self.aggregation_matrices = AggregationMatrices(c)
+        if not c.has_granularities:
+            tight = c.head == "tight_transformer"
+            pair_encoder: Any = TightTransformer(c) if tight else FusionTransformer(c)
+            self.pair_encoder = pair_encoder
 
-    def setup(self):
-        options = (self.activation, self.dtype, self.remat)
-        sizes = (self.temporal_layers, self.temporal_heads)
-        positions = self.text.context_length
-        self.clip = Clip(self.vision, self.text, self.embed_dim, *options)
-        if self.temporal == "transformer":
-            self.temporal_encoder = TemporalTransformer(*sizes, positions, *options)
-        elif self.temporal == "lstm":
-            self.temporal_encoder = TemporalLstm(self.dtype)
-        if self.matrices:
-            lengths = (self.max_words, self.max_frames, self.embed_dim)
-            self.aggregation_matrices = AggregationMatrices(*lengths, self.granularities)
-        if self.fusion == "tight_transformer":
-            self.pair_encoder = TightTransformer(*sizes, positions, *options)
-        elif self.fusion == "transformer":
-            self.pair_encoder = FusionTransformer(*sizes, *options)
-
-    def __call__(self, ids_TxW, text_mask_TxW, frames, frame_mask_VxF):
-        """T x V logits of every text with every video."""
+    def __call__(
+        self,
+        ids_TxW: Int[AnyArray, "T W"],
+        text_mask_TxW: Bool[AnyArray, "T W"],
+        frames_VxFxSxSx3: AnyArray,
+        frame_mask_VxF: Bool[AnyArray, "V F"],
+    ) -> Float[Array, "T V"]:
+        """Returns the logits of every text with every video."""
         text = self.encode_text(ids_TxW, text_mask_TxW)
-        return self.similarity(text, self.encode_video(frames, frame_mask_VxF))
+        return self.similarity(text, self.encode_video(frames_VxFxSxSx3, frame_mask_VxF))
 
-    def encode_text(self, ids_TxW, mask_TxW):
-        """TextFeatures of T x W int ids; mask True from the start token to the end token."""
+    def encode_text(
+        self, ids_TxW: Int[AnyArray, "T W"], mask_TxW: Bool[AnyArray, "T W"]
+    ) -> TextFeatures:
+        """Returns the features of texts; mask: True from the start token to the end token."""
         words_TxWxD = self.clip.encode_words(ids_TxW).astype(jnp.float32)
-        if self.fusion != "tight_transformer":
-            words_TxWxD = _normalize(words_TxWxD)
+        if self.config.head != "tight_transformer":
+            words_TxWxD = normalize(words_TxWxD)
         end_T = jnp.maximum(jnp.sum(mask_TxW, 1) - 1, 0)
         sentence_TxD = jnp.take_along_axis(words_TxWxD, end_T[:, None, None], 1)[:, 0]
         return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW)
 
-    def encode_video(self, frames, mask_VxF):
-        """VideoFeatures of V x F x S x S x 3 frames, uint8 raw or float normalised; True = real."""
-        images = normalize_frames(frames, mask_VxF)
-        flat_VFxD = self.clip.encode_image(images.reshape(-1, *images.shape[2:]))
-        clip_VxFxD = flat_VFxD.reshape(*mask_VxF.shape, -1)
-        if self.fusion == "tight_transformer":
+    def encode_video(
+        self, frames_VxFxSxSx3: AnyArray, mask_VxF: Bool[AnyArray, "V F"]
+    ) -> VideoFeatures:
+        """Returns the features of videos.
+
+        Args:
+            frames_VxFxSxSx3: uint8 raw RGB, or float already normalised.
+            mask_VxF: True = a real frame.
+        """
+        clip_VxFxD = self.encode_frames(frames_VxFxSxSx3, mask_VxF)
+        if self.config.head == "tight_transformer":
             clip_VxFxD = clip_VxFxD.astype(jnp.float32)
             count_Vx1 = jnp.maximum(jnp.sum(mask_VxF, 1, keepdims=True), 1)
             mean_VxD = _masked_sum(clip_VxFxD, mask_VxF) / count_Vx1
             return VideoFeatures(mean_VxD, clip_VxFxD, mask_VxF)
-        temporal_VxFxD = _normalize(self._encode_time(clip_VxFxD, mask_VxF))
-        # Eq. 2: normalised again, so the sum does for the mean.
-        video_VxD = _normalize(_masked_sum(temporal_VxFxD, mask_VxF))
-        before = self.frame_features == "clip"
-        return VideoFeatures(
-            video_VxD, _normalize(clip_VxFxD) if before else temporal_VxFxD, mask_VxF
-        )
+        temporal_VxFxD = normalize(self.relate_frames(clip_VxFxD, mask_VxF))
+        # Eq. 2: the result is normalised, so the sum serves as the mean.
+        video_VxD = normalize(_masked_sum(temporal_VxFxD, mask_VxF))
+        from_clip = self.config.frame_features == "clip"
+        frames_VxFxD = normalize(clip_VxFxD) if from_clip else temporal_VxFxD
+        return VideoFeatures(video_VxD, frames_VxFxD, mask_VxF)
 
-    def _encode_time(self, clip_VxFxD, mask_VxF):
-        """Eq. 1, with or without the release's residual."""
-        if self.temporal == "none":
+    def encode_frames(
+        self, frames_VxFxSxSx3: AnyArray, mask_VxF: Bool[AnyArray, "V F"]
+    ) -> Float[Array, "V F D"]:
+        """Returns CLIP's vectors of frames, not normalised."""
+        images = normalize_frames(frames_VxFxSxSx3, mask_VxF)
+        flat_VFxD = self.clip.encode_image(jax.lax.collapse(images, 0, 2))
+        return flat_VFxD.reshape(*mask_VxF.shape, -1)
+
+    def relate_frames(
+        self, clip_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
+    ) -> Float[Array, "V F D"]:
+        """Returns the temporal encoder's output (Eq. 1), with or without the release's residual."""
+        if self.config.temporal.type == "none":
             return clip_VxFxD
         encoded_VxFxD = self.temporal_encoder(clip_VxFxD, mask_VxF)
-        return encoded_VxFxD + clip_VxFxD if self.temporal_residual else encoded_VxFxD
+        return encoded_VxFxD + clip_VxFxD if self.config.temporal.residual else encoded_VxFxD
 
-    def granular_similarity(self, text, video):
-        """dict of the enabled granularities' scaled T x V logits; their mean is `similarity`.
+    def similarity(self, text: TextFeatures, video: VideoFeatures) -> Float[Array, "T V"]:
+        """Returns logits: the mean of the enabled granularities (Eq. 14), scaled."""
+        if self.config.head == "tight_transformer":
+            return self.pair_encoder(text, video)
+        if self.config.fusion == "transformer":
+            masks = self.aosm_words(text.mask), self.aosm_frames(video.mask)
+            return self.pair_encoder(text, video, *masks)
+        parts = self.granular_similarity(text, video)
+        return functools.reduce(jnp.add, parts.values()) / len(parts)
+
+    def granular_similarity(
+        self, text: TextFeatures, video: VideoFeatures
+    ) -> dict[str, Float[Array, "T V"]]:
+        """Returns the scaled logits of each enabled granularity.
 
         Raises:
-            ValueError: the model has no granularities but a Transformer for every pair.
+            ValueError: the model scores pairs with a Transformer, or its learned matrices are for
+                other lengths than those of the features.
         """
-        if self.fusion != "mean":
-            raise ValueError(f"a model with {self.fusion} fusion has no granularities")
-        self._check_lengths(text, video)
+        c = self.config
+        if not c.has_granularities:
+            raise ValueError("a model that scores pairs with a Transformer has no granularities")
+        lengths = text.mask.shape[1], video.mask.shape[1]
+        if c.matrices and lengths != (c.max_words, c.max_frames):
+            raise ValueError(
+                f"features of {lengths[0]} words and {lengths[1]} frames: the learned matrices are "
+                f"for {c.max_words} and {c.max_frames}"
+            )
         similarities = granular_similarity(
             text,
             video,
-            self.granularities,
-            self.aggregation,
-            self.tau,
-            self.competition,
-            self.aggregation_matrices() if self.matrices else None,
+            granularities=c.granularities,
+            aggregation=c.aggregation,
+            tau=c.tau,
+            words_TxW=self.aosm_words(text.mask),
+            frames_VxF=self.aosm_frames(video.mask),
+            matrices=self.matrices(),
         )
         return {name: self.clip.scale() * value for name, value in similarities.items()}
 
-    def similarity(self, text, video):
-        """T x V logits: the scaled mean of the enabled granularities (Eq. 14)."""
-        if self.fusion == "tight_transformer":
-            return self.pair_encoder(text, video)
-        if self.fusion == "transformer":
-            return self.pair_encoder(text, video, self.competition)
-        return fuse(self.granular_similarity(text, video))
+    def word_frame_attention(
+        self, text: TextFeatures, video: VideoFeatures
+    ) -> Float[Array, "V W F"]:
+        """Returns AOSM's weights of the word-frame cells of one text (T = 1) with V videos."""
+        words_W = self.aosm_words(text.mask)[0]
+        matrices = self.matrices()
 
-    def word_frame_attention(self, text, video):
-        """V x W x F: of one text (T = 1) and V videos, see xclip_jax.similarity."""
-        words_W, frames_VxF = (
-            self.competition.words(text.mask)[0],
-            self.competition.frames(video.mask),
-        )
-        matrices = self.aggregation_matrices() if self.matrices else None
+        def weigh(frames_FxD: AnyArray, frames_F: AnyArray) -> Array:
+            inputs = text.words[0], frames_FxD, words_W, frames_F
+            return word_frame_attention(*inputs, tau=self.config.tau, matrices=matrices)
 
-        def of_video(frames_FxD, frames_F):
-            return word_frame_attention(
-                text.words[0], frames_FxD, words_W, frames_F, self.tau, matrices
-            )
+        return jax.vmap(weigh)(video.frames, self.aosm_frames(video.mask))
 
-        return jax.vmap(of_video)(video.frames, frames_VxF)
+    def aosm_words(self, mask_TxW: Bool[AnyArray, "T W"]) -> Bool[Array, "T W"]:
+        """Returns which words take part in AOSM."""
+        c = self.config
+        options = {"special_tokens": c.words == "all_tokens", "padding": c.padding == "competes"}
+        return aosm_words(mask_TxW, **options)
 
-    def frame_attention(self, text, video):
-        """V x F: how much AOSM looks at each frame of V videos for one text (T = 1).
+    def aosm_frames(self, mask_VxF: Bool[AnyArray, "V F"]) -> Bool[Array, "V F"]:
+        """Returns which frames take part in AOSM."""
+        return aosm_frames(mask_VxF, padding=self.config.padding == "competes")
 
-        The mean of its weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), of those of
-        them that the model has; one that has neither looks where the sentence's cosine is largest.
-        Masked frames get 0.
-        """
-        matrices = self.aggregation_matrices() if self.matrices else {}
-        names = self.granularities if self.fusion == "mean" else ()
-        found = []
-        if "frame_word" in names:
-            found.append(jnp.sum(self.word_frame_attention(text, video), 1))
-        if "frame_sentence" in names or not found:
-            frames_VxFxD = _normalize(video.frames)
-            scores_VxF = frames_VxFxD @ _normalize(text.sentence[0])
-            mask_VxF = self.competition.frames(video.mask)
-            matrix = matrices.get("frame_sentence")
-            found.append(mixed_weights(scores_VxF, mask_VxF, 1, self.tau, matrix))
-        return jnp.where(video.mask, sum(found) / len(found), 0)
-
-    def search_vector(self, text):
-        """T x D: its inner product with a video's vector is their similarity (Eq. 3), unscaled."""
-        if self.matrices and "video_sentence" in self.granularities:
-            return text.sentence @ self.aggregation_matrices()["video_sentence"]
-        return _normalize(text.sentence)
-
-    @property
-    def competition(self):
-        """Which words and frames take part in AOSM."""
-        return Competition(self.words == "all_tokens", self.padding == "competes")
-
-    def pair_cells(self, num_words, num_frames):
-        """Working memory of one text-video pair in numbers, roughly: blocks are cut by it."""
-        if self.fusion == "mean":
-            return num_words * num_frames
-        tokens = num_frames + (1 if self.fusion == "tight_transformer" else 2 + num_words)
-        return 8 * self.embed_dim * tokens
-
-    def _check_lengths(self, text, video):
-        found = text.mask.shape[1], video.mask.shape[1]
-        if self.matrices and found != (self.max_words, self.max_frames):
-            raise ValueError(
-                f"{found[0]} words and {found[1]} frames, but the model's learned matrices are "
-                f"for {self.max_words} and {self.max_frames}"
-            )
+    def matrices(self) -> dict[str, Array]:
+        """Returns the learned matrices by name; empty if the model has none."""
+        return self.aggregation_matrices() if self.config.matrices else {}
 
 
-def _masked_sum(frames_VxFxD, mask_VxF):
+def _masked_sum(
+    frames_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
+) -> Float[Array, "V D"]:
     return jnp.sum(jnp.where(mask_VxF[..., None], frames_VxFxD, 0), 1)
 
 
-def _normalize(x):
-    """L2-normalised float32 vectors; zero vectors stay zero, their gradients finite."""
-    x = x.astype(jnp.float32)
+def normalize(x: Float[AnyArray, "*B D"]) -> Float[Array, "*B D"]:
+    """Returns L2-normalised float32 vectors; zero vectors stay zero and their gradients finite."""
+    x = jnp.asarray(x, jnp.float32)
     square = jnp.sum(x * x, -1, keepdims=True)
     return x * jnp.where(square > 0, jnp.maximum(square, 1e-24), 1) ** -0.5

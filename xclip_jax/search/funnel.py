@@ -16,14 +16,15 @@ from typing import Any
 
 import faiss
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from xclip_jax.inference import apply_model, similarity_in_blocks
-from xclip_jax.models.xclip import XClip
+from xclip_jax.models.xclip import XClip, normalize
 from xclip_jax.search.store import Snapshot, unit_vectors
-from xclip_jax.similarity import TextFeatures, VideoFeatures
+from xclip_jax.similarity import TextFeatures, VideoFeatures, compute_weights
 
 STAGES = ("sentence-video", "video-word", "reading", "all")
 MIN_ATTENTION_BATCH = 16  # segments whose best frames are computed in one call, padded
@@ -116,11 +117,12 @@ class Funnel:
     @functools.cached_property
     def word_model(self) -> XClip | None:
         """The model with only the granularities that need no frames, or None without video-word."""
-        if self.model.fusion != "mean" or "video_word" not in self.model.granularities:
+        config = self.model.config
+        if not config.has_granularities or "video_word" not in config.granularities:
             return None
         names = ("video_sentence", "video_word")
-        granularities = tuple(name for name in names if name in self.model.granularities)
-        return self.model.clone(granularities=granularities)
+        granularities = tuple(name for name in names if name in config.granularities)
+        return XClip(dataclasses.replace(config, granularities=granularities))
 
     def search(
         self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
@@ -195,7 +197,7 @@ class Funnel:
         self, snapshot: Snapshot, text: TextFeatures, width: int, allowed: RowMask | None
     ) -> Rows:
         """Returns the rows of largest sentence-video similarity, best first."""
-        vector = apply_model(self.params, text, model=self.model, method="search_vector")
+        vector = apply_model(self.params, text, model=self.model, method=sentence_vector)
         options = {}
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
@@ -214,7 +216,7 @@ class Funnel:
         width: int,
     ) -> Scores:
         """Returns the scores of the granularities without frames."""
-        mask = np.ones((width, word_model.max_frames), bool)
+        mask = np.ones((width, word_model.config.max_frames), bool)
         video = VideoFeatures(_pad(vectors, width), np.zeros((*mask.shape, 0), np.float32), mask)
         scores = apply_model(self.params, text, video, model=word_model, method="similarity")
         return np.asarray(scores)[0, : len(vectors)]
@@ -234,7 +236,7 @@ class Funnel:
         count = len(video.mask)
         width = max(MIN_ATTENTION_BATCH, 1 << (count - 1).bit_length())
         video = jax.tree.map(lambda x: _pad(x, width), video)
-        weights = apply_model(self.params, text, video, model=self.model, method="frame_attention")
+        weights = apply_model(self.params, text, video, model=self.model, method=frame_attention)
         return np.asarray(weights)[:count].argmax(1)
 
 
@@ -243,9 +245,41 @@ def make_example_funnel(funnel: Funnel) -> Funnel:
 
     Its vector is compared with videos and frames as a sentence's is (Eq. 3, 5, 8), for every head.
     """
-    granularities = ("video_sentence", "frame_sentence")
-    model = funnel.model.clone(granularities=granularities, fusion="mean", matrices=False)
-    return dataclasses.replace(funnel, model=model, normalize=True)
+    config = dataclasses.replace(
+        funnel.model.config,
+        head="xclip",
+        granularities=("video_sentence", "frame_sentence"),
+        fusion="mean",
+        matrices=False,
+    )
+    return dataclasses.replace(funnel, model=XClip(config), normalize=True)
+
+
+def sentence_vector(model: XClip, text: TextFeatures) -> Float[jax.Array, "T D"]:
+    """Returns vectors whose inner products with those of videos are Eq. 3, not scaled."""
+    matrix = model.matrices().get("video_sentence")
+    return normalize(text.sentence) if matrix is None else text.sentence @ matrix
+
+
+def frame_attention(
+    model: XClip, text: TextFeatures, video: VideoFeatures
+) -> Float[jax.Array, "V F"]:
+    """Returns AOSM's weights of the frames of V videos for one text (T = 1), 0 where masked.
+
+    The mean of the weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), as far as the
+    model has them. Without either: softmax of the cosines with the sentence.
+    """
+    config = model.config
+    granularities = config.granularities if config.has_granularities else ()
+    weights = []
+    if "frame_word" in granularities:
+        weights.append(jnp.sum(model.word_frame_attention(text, video), 1))
+    if "frame_sentence" in granularities or not weights:
+        scores_VxF = normalize(video.frames) @ normalize(text.sentence[0])
+        matrix = model.matrices().get("frame_sentence")
+        mask_VxF = model.aosm_frames(video.mask)
+        weights.append(compute_weights(scores_VxF, mask_VxF, 1, config.tau, matrix))
+    return jnp.where(video.mask, sum(weights) / len(weights), 0)
 
 
 def make_example_query(vector_D: Float[np.ndarray, " D"], max_words: int) -> TextFeatures:

@@ -118,8 +118,8 @@ class Index:
         about = {
             "model": _absolute_model_folder(model),
             "fingerprint": fingerprint(retriever),
-            "max_frames": retriever.model.max_frames,
-            "embed_dim": retriever.model.embed_dim,
+            "max_frames": retriever.model.config.max_frames,
+            "embed_dim": retriever.model.config.embed_dim,
             "segment_seconds": segment_seconds,
             "shots": shots,
             "precision": precision,
@@ -281,7 +281,8 @@ class Index:
         Raises InputError if the model has no word-frame similarity, KeyError for an unknown id.
         """
         model, params = self.retriever.model, self.retriever.params
-        if model.fusion != "mean" or "frame_word" not in model.granularities:
+        config = model.config
+        if not config.has_granularities or "frame_word" not in config.granularities:
             raise InputError("no heat map: this model does not compare words with frames")
         snapshot = self._snapshot
         row = snapshot.row(segment_id)
@@ -338,7 +339,7 @@ class Index:
     def _search_example(
         self, vector_D: Float[np.ndarray, " D"], k: int, filters: Filters
     ) -> Answer:
-        text = make_example_query(vector_D, self.retriever.model.max_words)
+        text = make_example_query(vector_D, self.retriever.model.config.max_words)
         return self._search(make_example_funnel(self._funnel), text, k, filters)
 
     def _search(self, funnel: Funnel, text: TextFeatures, k: int, filters: Filters) -> Answer:

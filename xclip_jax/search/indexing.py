@@ -133,8 +133,8 @@ class _Writer:
             SegmentJob(
                 path=path,
                 frames_file=folder / str(number),
-                image_size=model.vision.image_size,
-                max_frames=model.max_frames,
+                image_size=model.config.vision.image_size,
+                max_frames=model.config.max_frames,
                 segment_seconds=about["segment_seconds"],
                 shots=about["shots"],
             )
@@ -197,7 +197,7 @@ class _Writer:
         if not self.batch:
             return
         model = self.retriever.model
-        shape = (self.batch_size, model.max_frames, *self.batch[0][1].shape[1:])
+        shape = (self.batch_size, model.config.max_frames, *self.batch[0][1].shape[1:])
         frames, mask = np.zeros(shape, np.uint8), np.zeros(shape[:2], bool)
         for index, (_, frames_FxSxSx3) in enumerate(self.batch):
             count = len(frames_FxSxSx3)

@@ -24,7 +24,7 @@ from xclip_jax.cli import InputError, progress
 from xclip_jax.config import field_value, validate
 from xclip_jax.data.builder import Dataset
 from xclip_jax.evaluate import RANKS_FILE
-from xclip_jax.models import resolve
+from xclip_jax.models import read_model_config
 from xclip_jax.monitor import read_metrics
 from xclip_jax.report.page import DIRECTIONS
 from xclip_jax.study import Study
@@ -181,7 +181,7 @@ def _effective_overrides(base: Any, overrides: Mapping[str, Any], where: str) ->
 def _resolve_config(config: Any) -> dict[str, Any]:
     """Returns a config as a dict, with the fields filled in that its preset and head decide."""
     plain = json.loads(config.to_json())
-    return {**plain, "model": resolve(plain["model"])}
+    return {**plain, "model": read_model_config(plain["model"])}
 
 
 def folder_name(overrides: Mapping[str, Any]) -> str:

@@ -1,0 +1,181 @@
+"""The contrastive loss compared with float64 loops, and ways to compute it in less memory."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from xclip_jax import sharding
+from xclip_jax.loss import contrastive_loss, loss_and_grad
+from xclip_jax.models import XClip, read_model_config
+
+VIDEOS = np.array([7, 3, 7, 5, 3, 7])  # of six pairs: one video three times, one twice
+B, W, F = 12, 5, 3
+CELLS = W * F * B  # word-frame cells of one text with every video
+
+
+def logits(seed, scale=5.0):
+    return (scale * np.random.default_rng(seed).normal(size=(6, 6))).astype(np.float32)
+
+
+def loop_loss(sim, video=None):
+    """Returns Eq. 15-17, without pairs of the same video in the denominator."""
+    size, directions = len(sim), []
+    for matrix in (sim, sim.T):
+        losses = []
+        for i in range(size):
+            negatives = [j for j in range(size) if video is None or j == i or video[j] != video[i]]
+            peak = max(float(matrix[i, j]) for j in negatives)
+            total = sum(math.exp(float(matrix[i, j]) - peak) for j in negatives)
+            losses.append(peak + math.log(total) - float(matrix[i, i]))
+        directions.append(sum(losses) / size)
+    return sum(directions)
+
+
+def test_loss_adds_both_directions():
+    assert contrastive_loss(jnp.zeros((6, 6))) == pytest.approx(2 * math.log(6))
+    # Text 0 is equally similar to both videos; each video is most similar to its text.
+    sim = jnp.array([[0.0, 0.0], [-1e4, 0.0]])
+    assert contrastive_loss(sim) == pytest.approx(math.log(2) / 2 + math.log(2) / 2)
+    assert contrastive_loss(100 * jnp.eye(6)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("video", [None, VIDEOS, np.arange(6)])
+def test_loss_matches_loops(video):
+    for seed in range(3):
+        sim = logits(seed, 30.0)
+        expected = loop_loss(sim.astype(np.float64), video)
+        found = contrastive_loss(sim, None if video is None else jnp.array(video))
+        assert found.dtype == jnp.float32
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_ignored_pairs_have_neither_influence_nor_gradient():
+    ignored = (VIDEOS[:, None] == VIDEOS) & ~np.eye(6, dtype=bool)
+    assert ignored.sum() == 8
+    sim = logits(4)
+    gradient = np.asarray(jax.grad(contrastive_loss)(sim, jnp.array(VIDEOS)))
+    assert not gradient[ignored].any()
+    assert (gradient[~ignored] != 0).all()
+    louder = np.where(ignored, 90.0, sim).astype(np.float32)
+    assert contrastive_loss(louder, jnp.array(VIDEOS)) == contrastive_loss(sim, jnp.array(VIDEOS))
+
+
+@pytest.mark.parametrize("video", [None, VIDEOS])
+def test_gradient_matches_finite_differences(video):
+    sim = logits(5, 2.0)
+    gradient = jax.grad(contrastive_loss)(sim, None if video is None else jnp.array(video))
+    for place in np.ndindex(6, 6):
+        step = np.zeros((6, 6))
+        step[place] = 1e-5
+        slope = (loop_loss(sim + step, video) - loop_loss(sim - step, video)) / 2e-5
+        assert gradient[place] == pytest.approx(slope, abs=1e-5)
+
+
+def make(**fields):
+    config = tiny.make_config("")
+    config.model.text.vocab_size = 50
+    config.model.update({"max_words": W, "max_frames": F, **fields})
+    model = XClip(read_model_config(config.model))
+    return model, tiny.make_params(model)
+
+
+def compiled(model, **options):
+    """Returns loss_and_grad with these options, jitted: (params, batch) -> value and gradient."""
+    return jax.jit(functools.partial(loss_and_grad, model, **options))
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    return {
+        "ids": rng.integers(1, 50, (B, W), np.int32),
+        "text_mask": np.arange(W) < rng.integers(3, W + 1, (B, 1)),
+        "frames": rng.integers(0, 256, (B, F, tiny.SIDE, tiny.SIDE, 3), np.uint8),
+        "frame_mask": np.arange(F) < rng.integers(1, F + 1, (B, 1)),
+        "video": np.arange(B, dtype=np.int32) // 2,
+    }
+
+
+def dense_loss(model, params, batch, same_video):
+    """Returns the loss by one call of the model on the whole batch."""
+    inputs = (batch["ids"], batch["text_mask"], batch["frames"], batch["frame_mask"])
+    sim = model.apply({"params": params}, *inputs)
+    return contrastive_loss(sim, batch["video"] if same_video == "ignore" else None, scale=0.5)
+
+
+def assert_same(found, expected):
+    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 * scale)
+    jax.tree.map(close, jax.device_get(found), jax.device_get(expected))
+
+
+WAYS = {
+    "none": {},
+    "blocks": {"block_cells": 3 * CELLS},
+    "micro-batches": {"micro_batch": 4},
+    "both": {"block_cells": CELLS, "micro_batch": 6},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "same_video", "ways"),
+    [
+        ({}, "ignore", WAYS),
+        ({"preset": "official"}, "negative", ["both"]),
+        ({"head": "tight_transformer"}, "ignore", ["both"]),
+    ],
+)
+def test_blocks_and_micro_batches_keep_value_and_gradient(fields, same_video, ways):
+    model, params = make(**fields)
+    batch = make_batch()
+    expected = jax.jit(jax.value_and_grad(functools.partial(dense_loss, model)), static_argnums=2)
+    value, gradient = expected(params, batch, same_video)
+    sim = tiny.apply(model, params, *(batch[k] for k in list(batch)[:4]))
+    right = batch["video"][np.argmax(sim, 1)] == batch["video"]
+    for way in ways:
+        options = {"same_video": same_video, "scale": 0.5, **WAYS[way]}
+        (loss, accuracy), found = compiled(model, **options)(params, batch)
+        assert float(loss) == pytest.approx(float(value), abs=1e-5)
+        assert_same(found, gradient)
+        assert float(accuracy) == pytest.approx(right.mean())
+
+
+def test_two_devices_give_the_same_value_and_gradient():
+    model, params = make()
+    batch, mesh = make_batch(), sharding.make_mesh(2)
+    (value, _), gradient = compiled(model)(params, batch)
+    placed = sharding.shard_batch(batch, mesh)
+    (loss, _), found = compiled(model, mesh=mesh, **WAYS["both"])(params, placed)
+    assert float(loss) == pytest.approx(float(value), abs=1e-5)
+    assert_same(found, gradient)
+
+
+def shapes_in(text, *shapes):
+    return [shape for shape in shapes if shape in text]
+
+
+def test_blocks_avoid_the_word_frame_tensor_of_the_batch():
+    model, params = make()
+    whole, block = f"f32[{W},{B},{F},{B}]", f"f32[{W},3,{F},{B}]"
+
+    def program(**way):
+        lowered = compiled(model, **way).lower(params, make_batch())
+        return lowered.compiler_ir(dialect="hlo").as_hlo_text()
+
+    assert shapes_in(program(), whole, block) == [whole]
+    assert shapes_in(program(**WAYS["blocks"]), whole, block) == [block]
+
+
+def test_micro_batches_take_less_memory():
+    """Only one micro-batch's activations of the towers exist at a time."""
+    model, params = make()
+
+    def temporary(**way):
+        lowered = compiled(model, **way).lower(params, make_batch())
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(micro_batch=2) < 0.5 * temporary()

@@ -1,0 +1,184 @@
+"""Fields of a model: the config's `model` section and model.json are both made from ModelConfig."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from xclip_jax.similarity import GRANULARITIES, Aggregation, Granularity
+
+
+class Rule(NamedTuple):
+    """Constraint on the value of a config field, attached to its type with `Annotated`."""
+
+    is_valid: Callable[[Any], bool]
+    allowed: str  # completes "must be ..."
+
+
+Natural = Annotated[int, Rule(lambda x: x >= 0, "a whole number of at least 0")]
+Positive = Annotated[int, Rule(lambda x: x >= 1, "a whole number of at least 1")]
+# Rejects sizes that fit no memory before anything is allocated.
+Size = Annotated[int, Rule(lambda x: 1 <= x <= 2**16, "a whole number from 1 to 65536")]
+PositiveFloat = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
+Granularities = Annotated[
+    tuple[Granularity, ...],
+    Rule(
+        lambda names: names and all(names.count(n) == 1 and n in GRANULARITIES for n in names),
+        f"one or more of {', '.join(GRANULARITIES)}",
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the image tower."""
+
+    image_size: Size = 224  # S, side of a frame in pixels
+    patch_size: Positive = 32  # side of a patch in pixels
+    width: Size = 768  # E of the image tower
+    layers: Size = 12  # L of the image tower
+    heads: Positive = 12  # N of the image tower
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text tower."""
+
+    vocab_size: Natural = 49408  # CLIP's byte-level BPE; 0: size of the data set's tokenizer
+    context_length: Size = 77  # positions of the text tower and of the temporal encoder
+    width: Size = 512  # E of the text tower
+    layers: Size = 12  # L of the text tower
+    heads: Positive = 8  # N of the text tower
+
+
+@dataclasses.dataclass(frozen=True)
+class TemporalConfig:
+    """The temporal encoder; its sizes also apply to the Transformers of heads and fusion."""
+
+    type: Literal["none", "transformer", "lstm"] = "transformer"  # Table 8
+    # L of the transformer; 0: by the preset
+    layers: Annotated[int, Rule(lambda x: 0 <= x <= 2**16, "a whole number from 0 to 65536")] = 0
+    heads: Positive = 8  # N of the transformer
+    residual: bool | None = None  # add CLIP's frame features to the output; None: by the preset
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of an X-CLIP model (https://arxiv.org/abs/2207.07285) or of a baseline."""
+
+    preset: Literal["paper", "official"] = "paper"  # the paper or its PyTorch release
+    # xclip, or a head of CLIP4Clip (https://arxiv.org/abs/2104.08860)
+    head: Literal["xclip", "mean_pooling", "seq_lstm", "seq_transformer", "tight_transformer"] = (
+        "xclip"
+    )
+    embed_dim: Size = 512  # D, width of the joint embedding space
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of every transformer
+    max_words: int = 32  # W, tokens of a text, start and end included; longer texts are truncated
+    max_frames: Size = 12  # F, frames of a video; longer videos are sampled uniformly
+    granularities: Granularities = GRANULARITIES  # similarities that are averaged (Table 6)
+    aggregation: Aggregation = "attention"  # AOSM or an alternative to it (Table 7)
+    tau: PositiveFloat = 0.01  # temperature of AOSM (Table 9)
+    fusion: Literal["mean", "transformer"] = "mean"  # of the granularities (Eq. 14, Table 14)
+    # None in the next four: by the preset.
+    # Frames that texts are compared with: the temporal encoder's output (Eq. 1) or CLIP's.
+    frame_features: Literal["temporal", "clip"] | None = None
+    words: Literal["word_tokens", "all_tokens"] | None = None  # all_tokens: also start and end
+    padding: Literal["masked", "competes"] | None = None  # competes: padding takes part in AOSM
+    matrices: bool | None = None  # the release's eight learned matrices, tied to the lengths
+    dtype: Literal["float32", "bfloat16"] = "float32"  # compute type of the towers
+    # Recomputation in the backward pass: of whole layers, or of all but their matrix products.
+    remat: Literal["none", "layers", "dots"] = "none"
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    temporal: TemporalConfig = TemporalConfig()
+
+    @property
+    def has_granularities(self) -> bool:
+        """True if scores are means of granularities, not outputs of a Transformer for each pair."""
+        return self.fusion == "mean" and self.head != "tight_transformer"
+
+    def resolve(self) -> "ModelConfig":
+        """Returns this config with the fields that its preset and its head determine filled in."""
+        config = _replace(self, PRESETS[self.preset], only_unset=True)
+        return _replace(config, HEADS[self.head])
+
+    def cells_per_pair(self, num_words: int, num_frames: int) -> int:
+        """Returns the approximate working memory of one text-video pair, in numbers."""
+        if self.has_granularities:
+            return num_words * num_frames
+        tokens = num_frames + (1 if self.head == "tight_transformer" else 2 + num_words)
+        return 8 * self.embed_dim * tokens
+
+
+# The paper's text and what its PyTorch release computes (docs/paper-vs-code.md).
+PRESETS = {
+    "paper": {
+        "frame_features": "temporal",
+        "words": "word_tokens",
+        "padding": "masked",
+        "matrices": False,
+        "temporal": {"layers": 3, "residual": False},
+    },
+    "official": {
+        "frame_features": "clip",
+        "words": "all_tokens",
+        "padding": "competes",
+        "matrices": True,
+        "temporal": {"layers": 4, "residual": True},
+    },
+}
+# CLIP4Clip's heads: the cosine of sentence and video, except the tight transformer, which scores
+# each pair with a Transformer.
+_COSINE = {"granularities": ("video_sentence",), "fusion": "mean", "matrices": False}
+HEADS = {
+    "xclip": {},
+    "mean_pooling": {**_COSINE, "temporal": {"type": "none"}},
+    "seq_lstm": {**_COSINE, "temporal": {"type": "lstm", "residual": True}},
+    "seq_transformer": {**_COSINE, "temporal": {"type": "transformer", "residual": True}},
+    "tight_transformer": {**_COSINE, "temporal": {"type": "none"}},
+}
+_FORMER_VALUES = {
+    "model.frame_features": {"": None},
+    "model.words": {"": None},
+    "model.padding": {"": None},
+    "model.matrices": {"": None, "none": False, "learned": True},
+    "model.temporal.residual": {"": None, "no": False, "yes": True},
+}
+
+
+def upgrade_value(field: str, value: Any) -> Any:
+    """Returns the current form of a value in an earlier config.json or model.json."""
+    return _FORMER_VALUES[field].get(value, value) if field in _FORMER_VALUES else value
+
+
+def read_model_config(fields: Any) -> ModelConfig:
+    """Returns the ModelConfig of config.model or of model.json.
+
+    It is resolved: no field is None. Entries that are not fields of ModelConfig are ignored.
+
+    Raises:
+        KeyError, TypeError: a field is missing, or a section has an unknown one.
+    """
+    sections = {"vision": VisionConfig, "text": TextConfig, "temporal": TemporalConfig}
+    values = {}
+    for field in dataclasses.fields(ModelConfig):
+        name, value = field.name, fields[field.name]
+        if name in sections:
+            upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in value.items()}
+            values[name] = sections[name](**upgraded)
+        else:
+            values[name] = upgrade_value(f"model.{name}", value)
+    values["granularities"] = tuple(values["granularities"])
+    return ModelConfig(**values).resolve()
+
+
+def _replace(config: Any, values: Mapping[str, Any], *, only_unset: bool = False) -> Any:
+    """Returns `config` with other values, in sections too, optionally only where None or 0."""
+    changes = {}
+    for name, value in values.items():
+        current = getattr(config, name)
+        if isinstance(value, Mapping):
+            changes[name] = _replace(current, value, only_unset=only_unset)
+        elif not only_unset or current is None or current == 0 and current is not False:
+            changes[name] = value
+    return dataclasses.replace(config, **changes)
