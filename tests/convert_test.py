@@ -123,13 +123,13 @@ def test_open_clip_checkpoints_and_buffers_are_recognized(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "activation   gelu" in printed
     assert "skipped      attn_mask" in printed
-    assert xclip_jax.load(tmp_path / "gelu").model.activation == "gelu"
+    assert xclip_jax.load(tmp_path / "gelu").model.config.activation == "gelu"
     custom = checkpoints.clip()
     text = ("positional_embedding", "text_projection", "token", "ln_final", "transformer")
     custom = {f"text.{n}" if n.startswith(text) else n: x for n, x in custom.items()}
     convert(write(tmp_path / "b.pt", custom), tmp_path / "custom")
     assert "open_clip" in capsys.readouterr().out
-    assert xclip_jax.load(tmp_path / "custom").model.activation == "gelu"
+    assert xclip_jax.load(tmp_path / "custom").model.config.activation == "gelu"
 
 
 def hugging_face(folder, tensors, shards=1, **config):

@@ -107,11 +107,10 @@ def inputs(golden):
 def outputs(model, ids, mask_TxW, frames, mask_VxF):
     """The features, similarities and inner frame vectors of a batch, as one program."""
     text, video = model.encode_text(ids, mask_TxW), model.encode_video(frames, mask_VxF)
-    images = frames.reshape(-1, *frames.shape[2:])
-    clip_VxFxD = model.clip.encode_image(images).reshape(*mask_VxF.shape, -1)
+    clip_VxFxD = model.encode_frames(frames, mask_VxF)
     found = {"text": text, "video": video, "similarity": model.similarity(text, video)}
     found |= {"clip": clip_VxFxD, "temporal": model.relate_frames(clip_VxFxD, mask_VxF)}
-    if model.fusion == "mean":
+    if model.config.has_granularities:
         found["granular"] = model.granular_similarity(text, video)
     return found
 
