@@ -138,7 +138,7 @@ def hugging_face(folder, tensors, shards=1, **config):
     known = {"preset": "paper", "head": "mean_pooling", "activation": "gelu"}
     named = {f"clip.{name}": array for name, array in tensors.items()}
     a = importing.infer(named, known, {"vision": 4, "text": 2})
-    description = exporting.clip_config(a, "gelu", 58, 59) | config
+    description = exporting.clip_config(a, 58, 59) | config
     (folder / "config.json").write_text(json.dumps(description))
     weights = mapping.to_hugging_face(named)
     if shards == 1:
