@@ -241,6 +241,10 @@ def test_missing_misshapen_and_unknown_weights_are_named(tmp_path):
             "unknown weights: strange.weight",
         ),
         "sizes": (change(good, clip__visual__proj=None), "clip.visual.proj is missing"),
+        "huge image": (
+            change(good, clip__visual__positional_embedding=np.zeros((10**6 + 1, 1), np.float32)),
+            "images of 8000 px: must be 1 to 4096",
+        ),
         "no text": (change(good, clip__text_projection=None), "text_projection is missing"),
     }.values():
         path = write(tmp_path / "a.bin", tensors)
@@ -313,14 +317,19 @@ def test_invalid_hugging_face_folders_are_refused(tmp_path):
         folder = hugging_face(tmp_path / str(number), tensors, **config)
         with pytest.raises(InputError, match=message):
             convert(folder, tmp_path / "model")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
-        convert(folder, tmp_path / "model")
+    for text in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match="not valid JSON"):
+            convert(folder, tmp_path / "model")
     with pytest.raises(InputError, match=r"pass the folder that also holds config.json"):
         convert(folder / "model.safetensors", tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"not one")
     (folder / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(InputError, match="not a complete safetensors file"):
+        convert(folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(InputError, match="not a valid index of shards"):
         convert(folder, tmp_path / "model")
 
 

@@ -27,6 +27,7 @@ _HEADS = {  # by prefix of a tensor; the last that occurs counts
     "cross.transformer.": "tight_transformer",
     "global_mat_weight": "xclip",
 }
+MAX_IMAGE_SIZE = 4096  # in pixels, far above any CLIP: limits what a corrupted file allocates
 _LENGTHS = {"max_words": 32, "max_frames": 12}  # in the release's scripts
 
 
@@ -166,6 +167,8 @@ def _towers(
     width, _, patch, _ = shape("visual.conv1.weight", 4)
     grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
     text_width, embed_dim = shape("text_projection", 2)
+    if not 0 < grid * patch <= MAX_IMAGE_SIZE:
+        raise InputError(f"images of {grid * patch} px: must be 1 to {MAX_IMAGE_SIZE}")
     vision = {
         "image_size": grid * patch,
         "patch_size": patch,

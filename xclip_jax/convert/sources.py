@@ -92,7 +92,7 @@ def _read_folder(folder: Path) -> Source:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} holds no config.json and is not a Hugging Face model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") != "clip":
         kind = config.get("model_type") if isinstance(config, dict) else None
@@ -133,9 +133,10 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError, TypeError):
+                shards = [folder / Path(name).name for name in sorted(names)]
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 raise InputError(f"{index}: not a valid index of shards") from None
-            return load([folder / Path(name).name for name in sorted(names)])
+            return load(shards)
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
