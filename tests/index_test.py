@@ -17,7 +17,7 @@ from PIL import Image
 
 import xclip_jax
 from xclip_jax.cli import InputError
-from xclip_jax.data.video import read_frames, still
+from xclip_jax.data.video import read_frames, read_still
 from xclip_jax.search import Index, indexing, store
 from xclip_jax.search.store import Store
 
@@ -209,7 +209,7 @@ def test_segment_and_thumbnail_by_id(index, videos):
     segment = index.segment(hit.id)
     assert (segment.path, segment.start, segment.end) == (hit.path, hit.start, hit.end)
     assert index.thumbnail(hit.id)[:3] == b"\xff\xd8\xff"
-    assert still(hit.path, hit.second)[:3] == b"\xff\xd8\xff"
+    assert read_still(hit.path, hit.second)[:3] == b"\xff\xd8\xff"
     for lookup in (index.segment, index.thumbnail, index.like):
         with pytest.raises(KeyError):
             lookup("0123456789abcdef")

@@ -118,11 +118,11 @@ def test_truncated_file_is_used_with_a_note(tmp_path):
 def test_still_is_the_frame_at_that_second(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(5, 45), g="10")
     for second in (0, 1, 4.2, 8.8, 100):
-        image = np.asarray(Image.open(io.BytesIO(video.still(path, second))))
+        image = np.asarray(Image.open(io.BytesIO(video.read_still(path, second))))
         assert round((image.mean() - 20) / 4) == min(round(second * 5), 44)
 
 
 def test_still_at_an_impossible_second_is_an_error(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(5, 10))
     with pytest.raises(video.VideoError, match="no picture"):
-        video.still(path, 1e300)
+        video.read_still(path, 1e300)

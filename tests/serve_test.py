@@ -226,13 +226,13 @@ def test_attention_of_a_sentence(client):
 def test_stills_fall_back_to_the_thumbnail(client, monkeypatch):
     stills = []
 
-    def still(path, second, longest):
+    def read_still(path, second, longest):
         stills.append((os.path.basename(path), second))
         if second > 15:
             raise serve.video.VideoError("no picture")
         return jpeg("green")
 
-    monkeypatch.setattr(serve.video, "still", still)
+    monkeypatch.setattr(serve.video, "read_still", read_still)
     pictures = [client.get(f"/still/{segment(1)}?second={second}") for second in (12.5, 16)]
     assert [picture.content for picture in pictures] == [jpeg("green"), jpeg("red")]
     assert stills == [("dog.mp4", 12.5), ("dog.mp4", 16.0)]

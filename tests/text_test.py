@@ -143,7 +143,12 @@ def test_ids_and_mask_of_short_and_long_texts(tokenizer):
     assert mask_TxW.sum(1).tolist() == [5, 2, 12, 12]
     assert (np.diff(mask_TxW.astype(int)) <= 0).all()
     assert ball not in ids_TxW
-    assert [tokenizer.truncated(t) for t in (short, "", exact, long)] == [False, False, False, True]
+    assert [tokenizer.is_truncated(t) for t in (short, "", exact, long)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert len(tokenizer.encode(long)) == 12  # never cut
 
 

@@ -263,7 +263,7 @@ def test_colour_matrix_and_range_are_applied(pixel_format, matrix, full_range):
             dtype = np.uint16 if scale == 4 else np.uint8
             plane.update(np.full(plane.buffer_size // dtype().nbytes, level * scale + 0.5, dtype))
         frame.colorspace, frame.color_range = matrix, 2 if full_range else 1
-        got = video._Converter(None)(frame).square(32)[16, 16]
+        got = video._Converter(None)(frame).to_square(32)[16, 16]
         assert got.tolist() == pytest.approx(rgb.tolist(), abs=1 if scale == 4 else 3)
 
 
@@ -278,7 +278,7 @@ def test_ten_bit_video_is_read(tmp_path):
 @pytest.mark.parametrize("pixel_format", ["gray", "yuva420p", "bgra", "rgb565le", "rgb24", "gbrp"])
 def test_any_pixel_format_becomes_rgb(pixel_format):
     frame = av.VideoFrame.from_ndarray(grey(20), format="rgb24").reformat(format=pixel_format)
-    array = video._Converter(None)(frame).square(32)
+    array = video._Converter(None)(frame).to_square(32)
     assert array.shape == (32, 32, 3)
     assert abs(array.mean() - 100) < 3
 

@@ -140,7 +140,7 @@ def training_batches(
             "frames": frames,
             "frame_mask": frame_mask,
             "video": np.int32(video),
-            "truncated": np.bool_(tokenizer.truncated(text)),
+            "truncated": np.bool_(tokenizer.is_truncated(text)),
         }
 
     steps = steps_per_epoch(pairs, batch_size)

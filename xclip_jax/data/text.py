@@ -75,7 +75,7 @@ class Tokenizer:
             mask_TxW[row, : len(ids)] = True
         return ids_TxW, mask_TxW
 
-    def truncated(self, text: str) -> bool:
+    def is_truncated(self, text: str) -> bool:
         """Returns True if `text` is too long for max_words."""
         return len(self.encode(text)) > self.max_words - 2
 

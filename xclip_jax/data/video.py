@@ -80,7 +80,7 @@ def read_frames(
       VideoError: no frame could be read.
     """
     reader = VideoReader(path, start=start, end=end)
-    pairs = [(picture.square(image_size), time) for time, picture in reader]
+    pairs = [(picture.to_square(image_size), time) for time, picture in reader]
     return Frames([frame for frame, _ in pairs], [time for _, time in pairs], reader.note)
 
 
@@ -130,13 +130,13 @@ class Picture:
         self.image, self.pixel_aspect = image, pixel_aspect
         self._square: dict[int, UInt8[np.ndarray, "S S 3"]] = {}
 
-    def square(self, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
+    def to_square(self, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
         """Returns the frame as `preprocess` makes it, cached by size."""
         if image_size not in self._square:
             self._square[image_size] = preprocess(self.image, image_size, self.pixel_aspect)
         return self._square[image_size]
 
-    def thumbnail(self, longest: int) -> bytes:
+    def encode_thumbnail(self, longest: int) -> bytes:
         """Returns a JPEG of the uncropped picture, at most `longest` pixels long."""
         width, height = self.image.width * self.pixel_aspect, self.image.height
         scale = min(1, longest / max(width, height))
@@ -145,7 +145,7 @@ class Picture:
         return simplejpeg.encode_jpeg(np.array(small), quality=80, colorspace="RGB")
 
 
-def still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
+def read_still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
     """Returns a JPEG of the picture shown `second` seconds after the first frame, by seeking.
 
     Fast, but inexact on files with invalid time stamps or indices: for display only.
@@ -166,7 +166,7 @@ def still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
             raise VideoError(f"no picture at {second} s: {_reason(error)}") from error
         if frame is None:
             raise VideoError(f"no picture at {second} s")
-        return _Converter(stream.sample_aspect_ratio)(frame).thumbnail(longest)
+        return _Converter(stream.sample_aspect_ratio)(frame).encode_thumbnail(longest)
 
 
 def _seek(

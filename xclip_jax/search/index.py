@@ -332,7 +332,7 @@ class Index:
 
     def _note(self, text: str) -> str | None:
         tokenizer = self.retriever.tokenizer
-        if not tokenizer.truncated(text):
+        if not tokenizer.is_truncated(text):
             return None
         return f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
 

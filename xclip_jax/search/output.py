@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xclip_jax.cli import InputError, progress
-from xclip_jax.data.video import VideoError, still
+from xclip_jax.data.video import VideoError, read_still
 from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, ignore_missing_glyphs
 from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.index import Index
@@ -145,7 +145,7 @@ def _draw_hit(
 
 def _read_picture(hit: Hit, thumbnail: Callable[[str], bytes]) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        jpeg = still(hit.path, hit.second)
+        jpeg = read_still(hit.path, hit.second)
     except (VideoError, OSError):
         jpeg = thumbnail(hit.id)
     with Image.open(io.BytesIO(jpeg)) as image:

@@ -147,8 +147,8 @@ def _cut(
             yield start, first_second, frames
             start, first_second, frames = change, second, []
         offset = len(frames) % length
-        thumbnail = picture.thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
-        frames.append((picture.square(image_size), thumbnail))
+        thumbnail = picture.encode_thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
+        frames.append((picture.to_square(image_size), thumbnail))
         if 2 * len(frames) >= 3 * length and len(frames) > length:
             yield start, first_second, frames[:length]
             first_second, frames = first_second + length, frames[length:]

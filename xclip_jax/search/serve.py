@@ -229,7 +229,7 @@ class _Api:
 
         def read() -> bytes:
             try:
-                return video.still(segment.path, second, STILL_SIDE)
+                return video.read_still(segment.path, second, STILL_SIDE)
             except (video.VideoError, OSError):
                 return self.index.thumbnail(segment.id)
 
