@@ -116,7 +116,7 @@ def infer(
     Raises:
         InputError: sizes are missing or do not fit together.
     """
-    model = dataclasses.asdict(ModelConfig()) | dict(known)
+    model: dict[str, Any] = dataclasses.asdict(ModelConfig()) | dict(known)
     model["vision"], model["text"], model["embed_dim"] = _towers(tensors, heads)
     temporal = model["temporal"]
     temporal["type"] = "none"
