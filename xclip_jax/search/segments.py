@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import av.logging
@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.video import VideoError, VideoReader
+from xclip_jax.data.video import Picture, VideoError, VideoReader
 
 THUMBNAIL_SIDE = 320  # pixels, the longer side
 MIN_SHOT_FRAMES = 2  # a shorter shot is merged into the previous one
@@ -129,7 +129,10 @@ def load_frames(
 
 
 def _cut(
-    reader: VideoReader, image_size: int, length: int, shot_changes: Sequence[float]
+    pictures: Iterable[tuple[float, Picture]],
+    image_size: int,
+    length: int,
+    shot_changes: Sequence[float],
 ) -> Iterator[tuple[float, int, list[SampledFrame]]]:
     """Yields (start, second of the first frame, frames of each second) of every segment.
 
@@ -139,7 +142,7 @@ def _cut(
     """
     start, first_second, frames = 0.0, 0, []
     changes = collections.deque(shot_changes)
-    for second, (_, picture) in enumerate(reader):
+    for second, (_, picture) in enumerate(pictures):
         change = None
         while changes and changes[0] <= second:
             change = changes.popleft()
