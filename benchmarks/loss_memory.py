@@ -79,7 +79,7 @@ def measure_step(pairs: int, micro_batch: int) -> results.Row:
     config, model = default_model()
     config.train.update(batch_size=pairs, micro_batch=micro_batch)
     mesh = sharding.make_mesh(1)
-    _, optimizer = configured_optimizer(config.optimizer, SCHEDULE_STEPS)
+    _, optimizer = configured_optimizer(config, SCHEDULE_STEPS)
     state = state_shapes(model, optimizer, mesh)
     step = compile_step(model, optimizer, config, mesh, state)
     compiled = step.lower(state, compile_only.batch_shapes(config, mesh)).compile()

@@ -34,7 +34,7 @@ import search_vectors
 from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import progress
 from xclip_jax.config import get_config
-from xclip_jax.inference import encode_texts, encode_videos, on_local_devices
+from xclip_jax.inference import copy_to_local_devices, encode_texts, encode_videos
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
@@ -101,7 +101,7 @@ def measure(
         count: number of measured queries.
     """
     model = build_b32()  # only its similarity is used
-    params = on_local_devices({"clip": {"logit_scale": np.float32(np.log(100))}})
+    params = copy_to_local_devices({"clip": {"logit_scale": np.float32(np.log(100))}})
     compilations, memory_before, rows, answers = [], results.peak_mib(), [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compilations.append(name) if name == COMPILATION_EVENT else None
@@ -167,7 +167,7 @@ def text_tower_milliseconds(repeats: int = 50) -> float:
     words = search_vectors.WORDS
     ids, mask = np.ones((1, words), np.int32), np.arange(words)[None] < 12
     params = jax.jit(lambda: init_params(model, 0))()
-    encode = functools.partial(encode_texts, model, on_local_devices(params), ids, mask)
+    encode = functools.partial(encode_texts, model, copy_to_local_devices(params), ids, mask)
     encode()
     return 1000 * statistics.median(results.measure_seconds(encode)[0] for _ in range(repeats))
 
@@ -194,7 +194,7 @@ def measure_search(args: argparse.Namespace, folder: str) -> None:
 def measure_indexing(args: argparse.Namespace) -> None:
     """Indexes videos and does the unavoidable work alone, alternately."""
     model = build_b32()
-    params = on_local_devices(jax.jit(lambda: init_params(model, 0))())
+    params = copy_to_local_devices(jax.jit(lambda: init_params(model, 0))())
     retriever = Retriever(dataclasses.asdict(model.config), model, params)
     files, rows = find_videos(args.indexing), []
     about = describe_index(model, "", "float32")

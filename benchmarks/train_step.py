@@ -68,8 +68,8 @@ class JaxStep:
 
     def __init__(self, config: Any, model: XClip, batch: dict[str, np.ndarray]) -> None:
         mesh = sharding.make_mesh()
-        check_batch_sizes(config.train, mesh)
-        _, optimizer = configured_optimizer(config.optimizer, SCHEDULE_STEPS)
+        check_batch_sizes(config, mesh)
+        _, optimizer = configured_optimizer(config, SCHEDULE_STEPS)
         self.state = init_state(model, optimizer, 0, mesh)
         self.batch = sharding.shard_batch(batch, mesh)
         step = compile_step(model, optimizer, config, mesh, self.state)

@@ -1,8 +1,11 @@
 """Any number of texts and videos: the same numbers in batches and blocks, few compilations."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from xclip_jax import inference
 from xclip_jax.inference import block_shape, encode_texts, encode_videos, similarity_in_blocks
@@ -111,25 +114,15 @@ def test_nothing_to_encode_is_an_error(params):
         encode_texts(MODEL, params, IDS[:0], TEXT_MASK[:0])
 
 
-class Bar:
-    """Counts like a progress bar."""
-
-    def __init__(self):
-        self.done = 0
-
-    def update(self, count):
-        self.done += count
-
-
 @pytest.mark.parametrize("pairs", [1, 12, 10**6])
 def test_blocks_equal_the_whole(params, features, direct, pairs):
     """T and V are primes: no block but the smallest and the largest divides them."""
-    bar = Bar()
+    bar = tqdm(file=io.StringIO())
     found = similarity_in_blocks(MODEL, params, *features, block_cells=18 * pairs, bar=bar)
     assert found.shape == (NUM_TEXTS, NUM_VIDEOS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, direct[2], atol=2e-5)
-    assert bar.done == NUM_TEXTS * NUM_VIDEOS
+    assert bar.n == NUM_TEXTS * NUM_VIDEOS
 
 
 def test_any_number_of_pairs_needs_few_compilations(params, features, compilations):

@@ -142,6 +142,6 @@ def test_clip_without_a_tokenizer_is_refused(clip, tmp_path):
     convert(tmp_path / "clip.pt", tmp_path / "model")
     config = make_config(tmp_path / "model", tiny.make_dataset(tmp_path / "data"))
     with pytest.raises(
-        InputError, match=r"no model with a tokenizer there, looked for .*; fetch .*--vocab"
+        InputError, match=r"no tokenizer in .*; download .*--vocab"
     ):
         train.train(config, tmp_path / "run")

@@ -47,10 +47,10 @@ def test_ties_by_hand():
             [0.8, 0.3, 0.3],  # one better, one level: rank 2.5, no hit
         ]
     )
-    better, equal = rank_counts(sim_TxV, [0, 1, 2])
+    better, equal = rank_counts(sim_TxV, np.arange(3))
     assert better.tolist() == [0, 0, 1]
     assert equal.tolist() == [0, 2, 1]
-    metrics = retrieval_metrics(sim_TxV, [0, 1, 2])
+    metrics = retrieval_metrics(sim_TxV, np.arange(3))
     assert metrics["text_to_video"] == pytest.approx(
         {"R@1": 100 * (1 + 1 / 3) / 3, "R@5": 100, "R@10": 100, "MdR": 2, "MnR": 5.5 / 3}
     )
@@ -61,7 +61,7 @@ def test_ties_by_hand():
 
 
 def test_recall_counts_the_chance_of_a_hit():
-    """g = 3 better, e = 3 level: R@1 0, R@5 (5 - 3) / 4, R@10 1; rank 1 + 3 + 3 / 2."""
+    """G = 3 better, e = 3 level: R@1 0, R@5 (5 - 3) / 4, R@10 1; rank 1 + 3 + 3 / 2."""
     found = summarize(np.array([3]), np.array([3]))
     assert found == pytest.approx({"R@1": 0, "R@5": 50, "R@10": 100, "MdR": 5.5, "MnR": 5.5})
 
@@ -111,7 +111,7 @@ def test_perfect_and_worst():
 
 
 def test_one_pair():
-    for direction in retrieval_metrics([[0.3]], [0]).values():
+    for direction in retrieval_metrics(np.array([[0.3]]), np.array([0])).values():
         assert direction == {"R@1": 100, "R@5": 100, "R@10": 100, "MdR": 1, "MnR": 1}
 
 
@@ -126,7 +126,7 @@ def test_scores_must_be_finite(bad):
 @pytest.mark.parametrize("text_video", [[0, 1, 1], [0, 1, 3], [-1, 1, 2]])
 def test_every_video_needs_a_caption(text_video):
     with pytest.raises(ValueError, match="every video needs a caption"):
-        retrieval_metrics(np.eye(3), text_video)
+        retrieval_metrics(np.eye(3), np.array(text_video))
 
 
 def test_paragraphs_and_single_captions_are_one_text_a_video():
@@ -134,7 +134,7 @@ def test_paragraphs_and_single_captions_are_one_text_a_video():
     sim_TxV = np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 4.0], [0.0, 9.0, 8.0]])
     # Texts: first; one better, one level; one better. Videos: one better (5 > 3); two
     # (9 > 4, then 1 below): one better; first (8).
-    metrics = retrieval_metrics(sim_TxV, [0, 1, 2])
+    metrics = retrieval_metrics(sim_TxV, np.arange(3))
     assert metrics["text_to_video"] == pytest.approx(
         {"R@1": 100 / 3, "R@5": 100, "R@10": 100, "MdR": 2, "MnR": (1 + 2.5 + 2) / 3}
     )
@@ -146,7 +146,7 @@ def test_paragraphs_and_single_captions_are_one_text_a_video():
 def test_many_captions_by_hand():
     """Three captions of video 0, one of video 1, with a tie between captions of both."""
     sim_TxV = np.array([[2.0, 3.0], [7.0, 5.0], [4.0, 4.0], [6.0, 5.0]])
-    metrics = retrieval_metrics(sim_TxV, [0, 0, 0, 1])
+    metrics = retrieval_metrics(sim_TxV, np.array([0, 0, 0, 1]))
     # Each caption alone: second; first; level (1.5, half a hit); second.
     assert metrics["text_to_video"] == pytest.approx(
         {"R@1": 100 * 1.5 / 4, "R@5": 100, "R@10": 100, "MdR": 1.75, "MnR": 6.5 / 4}

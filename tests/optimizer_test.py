@@ -226,7 +226,7 @@ def random_tree(seed, scale=1.0):
 
 
 def to_torch(tree):
-    """dict of PyTorch's names -> its tensors."""
+    """Dict of PyTorch's names -> its tensors."""
     tensors = {}
     for name, value in flatten(tree).items():
         torch_name = TORCH_NAMES[name]

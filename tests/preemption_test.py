@@ -68,7 +68,7 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     run.wait_until(lambda: run.steps() >= 4)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.end() == [75, 75], run.said()[-3000:]
-    assert "the same command goes on" in run.said()
+    assert "the same command resumes" in run.said()
 
     run = start()
     run.wait_until(lambda: kills.in_mid_save(run))
@@ -83,7 +83,7 @@ def test_two_processes_stopped_in_every_way(folder, whole):
 
     run = start()
     assert run.end() == [0, 0], run.said()[-3000:]
-    assert f"checkpoint {damaged} is damaged, going on from" in run.said()
+    assert f"checkpoint {damaged} is corrupted, resuming from" in run.said()
     assert "Traceback" not in run.said()
     assert_same(run.workdir, whole)
 

@@ -92,8 +92,8 @@ def test_search_ranks_by_similarity(retriever, clip):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: r.encode_text("a dog"), "list of at least one text"),
-        (lambda r: r.encode_text([]), "list of at least one text"),
+        (lambda r: r.encode_text("a dog"), "list of at least one str"),
+        (lambda r: r.encode_text([]), "list of at least one str"),
         (lambda r: r.encode_video("dog.mp4"), "list of at least one path"),
         (lambda r: r.encode_video(["nothing.mp4"]), "nothing.mp4: "),
         (lambda r: r.encode_video([frames(2)[0]]), "must be F x H x W x 3"),
@@ -116,7 +116,7 @@ def test_a_model_without_tokenizer_says_how_to_add_one(folder, tmp_path, retriev
 
 
 def test_a_missing_or_damaged_model_is_named(folder, tmp_path):
-    with pytest.raises(InputError, match=r"looked for model\.json"):
+    with pytest.raises(InputError, match=r"model\.json is missing"):
         xclip_jax.load(tmp_path)
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):

@@ -182,7 +182,7 @@ def test_finished_runs_are_skipped_and_unfinished_ones_printed(complete, run_stu
     ("option", "message"),
     [
         ("--only=nothing", "--only=nothing: no such variant, choose from hot, too long, dual"),
-        ("--config.model.tau=0.5", "model.tau = 0.01 then, 0.5 now"),
+        ("--config.model.tau=0.5", "model.tau was 0.01, is 0.5"),
     ],
 )
 def test_input_errors_are_one_line(run_study, option, message):

@@ -107,13 +107,13 @@ class Killed(Exception):
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch, kill_after):
     config, whole = finished
 
-    def killing(self, step, metrics, truncated, original=train.Monitor.step):
+    def killing(self, step, metrics, truncated, original=train.Monitor.log_step):
         original(self, step, metrics, truncated)
         if step == kill_after:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Monitor, "step", killing)
+        patch.setattr(train.Monitor, "log_step", killing)
         with pytest.raises(Killed):
             train.train(config, tmp_path)
     train.train(config, tmp_path)
@@ -128,7 +128,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     shutil.rmtree(tmp_path / "checkpoints" / str(steps[-1]) / "state" / "d")
     train.train(config, tmp_path)
-    assert f"checkpoint {steps[-1]} is damaged" in caplog.text
+    assert f"checkpoint {steps[-1]} is corrupted" in caplog.text
     assert_same(params_of(whole), params_of(tmp_path))
 
 
@@ -143,7 +143,7 @@ def test_checkpoints_of_another_model_are_refused_and_kept(finished, tmp_path):
         train.train(other, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == steps
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config.json is damaged: "):
+    with pytest.raises(InputError, match=r"config.json is corrupted: "):
         train.train(config, tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_damage_gives_way_to_a_whole_checkpoint(tmp_path, damage, caplog):
     checkpoints = Checkpoints(tmp_path)
     step, found = checkpoints.restore_newest(state)
     assert (step, found["x"][0]) == (1, 1)
-    assert "checkpoint 2 is damaged" in caplog.text
+    assert "checkpoint 2 is corrupted" in caplog.text
     checkpoints.close()
 
 
@@ -184,7 +184,7 @@ def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next(tmp_path, caplo
     checkpoints.wait()
     step, found = checkpoints.restore_best(state)
     assert (step, found["x"][0]) == (3, 3)
-    assert "checkpoint 1 is damaged, taking the next best: it holds NaN" in caplog.text
+    assert "checkpoint 1 is corrupted, trying the next best: it contains NaN" in caplog.text
     checkpoints.close()
 
 
@@ -210,7 +210,7 @@ def test_a_work_directory_of_another_config_is_refused_by_field(finished, field,
     config, workdir = finished
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({field: value})
-    with pytest.raises(InputError, match=rf"{re.escape(field)} = .* then, {value!r} now"):
+    with pytest.raises(InputError, match=rf"{re.escape(field)} was .*, is {value!r}"):
         train.train(changed, workdir)
 
 
@@ -254,7 +254,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_names_those_that_do():
     ("fields", "message"),
     [
         ({"train.micro_batch": 3}, r"micro_batch = 3: must be a multiple of the 2 devices"),
-        ({"train.micro_batch": 6}, r"micro_batch = 6: must divide batch_size = 8; .* 2, 4, 8"),
+        ({"train.micro_batch": 6}, r"micro_batch = 6: must divide batch_size = 8 .*: 2, 4, 8"),
         ({"mesh.fsdp": 3}, r"mesh.fsdp = 3: must divide the 2 devices"),
         ({"mesh.data": 2, "mesh.fsdp": 2}, r"together they must be at most the 2 devices"),
     ],

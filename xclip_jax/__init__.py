@@ -7,9 +7,16 @@ sim_TxV = retriever.similarity(
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xclip_jax.cli import InputError
+    from xclip_jax.data.text import load_tokenizer
+    from xclip_jax.retriever import Retriever, load
+    from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 __version__ = "0.1.0"
-_WHERE = {
+_MODULES = {
     "load": "retriever",
     "Retriever": "retriever",
     "load_tokenizer": "data.text",
@@ -20,8 +27,8 @@ _WHERE = {
 __all__ = ["InputError", "Retriever", "TextFeatures", "VideoFeatures", "load", "load_tokenizer"]
 
 
-def __getattr__(name):
-    """Imports on first use: `xclip_jax.prepare` starts its workers without loading JAX."""
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"xclip_jax.{_WHERE[name]}"), name)
+def __getattr__(name: str) -> Any:
+    """Imports public names on first use, so the workers of `prepare` start without JAX."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"xclip_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'xclip_jax' has no attribute {name!r}")

@@ -1,163 +1,182 @@
-"""Training checkpoints by Orbax: asynchronous, the newest two and the best one kept."""
+"""Files of a run: training checkpoints (Orbax), model directories and work directories."""
 
+import asyncio
 import dataclasses
 import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 from safetensors.numpy import save_file
 
 from xclip_jax.cli import InputError
-from xclip_jax.config import FREE_FIELDS
-from xclip_jax.data.text import load_tokenizer
+from xclip_jax.config import FREE_FIELDS, RunConfig
+from xclip_jax.data.builder import Dataset
+from xclip_jax.data.text import Tokenizer, load_tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
-from xclip_jax.models import XClip, read_model_config
+from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.models.config import upgrade_value
 
-# Checkpoints between evaluations have no score; Orbax would warn of each.
-logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in str(record.msg))
-
-
-def own_checkpointer():
-    """Reads and writes whole arrays for this process alone, whatever the others do."""
-    own = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
+UNSCORED = -1.0  # score of a checkpoint without validation: below every recall
+UNREAD_FILE = "unread.safetensors"
+PyTree = Any
 
 
 class Checkpoints:
-    """The checkpoints of a work directory.
+    """The checkpoints of a work directory: the newest two and the best one are kept.
 
-    A step that was cut short while being written or deleted is never taken for whole: restoring
-    tries the newest first and falls back, saying so. Bits that changed on the disk are noticed if
-    a file cannot be read any more or holds NaN or infinite numbers.
+    An incomplete or corrupted checkpoint is never restored: the next one is tried, with a warning.
+    Changed bits are detected if a file becomes unreadable or contains NaN or infinite numbers.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path) -> None:
         _delete_unreadable(Path(directory))
-        _silence_late_reads()
-        policies = [keep.LatestN(2), keep.BestN(get_metric_fn=_score, n=1, **_UNSCORED)]
+        _ignore_reads_after_failure()
+        policies = [
+            preservation_policy.LatestN(2),
+            preservation_policy.BestN(
+                get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy(policies),
-            best_fn=_score,  # without it Orbax drops the metrics
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_score,  # Orbax writes metrics only if this is set
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
-    def save(self, step, state, score=None):
-        """Starts writing `state`; `score` is the validation score (higher is better), if any."""
-        metrics = None if score is None else {"score": float(score)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+    def save(self, step: int, state: PyTree, score: float | None = None) -> None:
+        """Starts writing a checkpoint.
+
+        Args:
+            step: number of steps done.
+            state: tree of arrays.
+            score: validation score, higher is better; None without validation.
+        """
+        metrics = {"score": UNSCORED if score is None else float(score)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
         if not self._manager.save(step, args=args, metrics=metrics, force=True):
             raise RuntimeError(f"Orbax did not save step {step}")
 
-    def restore_newest(self, like):
-        """(step, state) of the newest whole checkpoint, or None; damaged newer ones are deleted.
+    def restore_newest(self, like: PyTree) -> tuple[int, PyTree] | None:
+        """Returns (step, state) of the newest intact checkpoint, or None if there are none.
+
+        Newer corrupted ones are deleted.
 
         Args:
-            like: the state's pytree of arrays or ShapeDtypeStructs with the wanted shardings.
+            like: the state's tree of arrays or ShapeDtypeStructs with the shardings to restore to.
 
         Raises:
-            InputError: there are checkpoints, but none can be restored; they are left as they are.
+            InputError: no checkpoint can be restored; all remain on disk.
         """
-        damaged = {}
+        corrupted = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = self._damage(step, like)
-            if reason:
-                damaged[step] = reason
+            if reason := self._find_corruption(step, like):
+                corrupted[step] = reason
                 continue
-            found = step, self.restore(step, like)
-            for newer, reason in damaged.items():
-                logging.warning(
-                    "checkpoint %d is damaged, going on from %d: %s", newer, step, reason
-                )
+            state = self._restore(step, like)
+            for newer, reason in corrupted.items():
+                text = "checkpoint %d is corrupted, resuming from %d: %s"
+                logging.warning(text, newer, step, reason)
                 self._manager.delete(newer)
-            return found
-        if damaged:
-            step, reason = next(iter(damaged.items()))
+            return step, state
+        if corrupted:
+            step, reason = next(iter(corrupted.items()))
             raise InputError(
-                f"no checkpoint in {self._manager.directory} can be restored; they are damaged or "
-                f"of another model: choose another --workdir or delete it ({step}: {reason})"
+                f"no checkpoint in {self._manager.directory} can be restored: they are corrupted "
+                f"or of another model; delete it or choose another --workdir ({step}: {reason})"
             )
         return None
 
-    def _damage(self, step, like):
-        """Why a checkpoint cannot be restored; None if it can. All processes come to one answer.
+    def restore_best(self, like: PyTree) -> tuple[int, PyTree]:
+        """Returns (step, state) of the best intact checkpoint, the newest of equal ones.
 
-        Only the first process tries, by itself: were one of several to fail in the middle of
-        restoring, the others would wait for it.
+        Raises:
+            InputError: no checkpoint can be restored.
+        """
+        self.wait()
+        scores = {}
+        for step in self._manager.all_steps():
+            scores[step] = (self._manager.metrics(step) or {}).get("score", UNSCORED)
+        for step in sorted(scores, key=lambda s: (scores[s], s), reverse=True):
+            if not (reason := self._find_corruption(step, like)):
+                return step, self._restore(step, like)
+            logging.warning("checkpoint %d is corrupted, trying the next best: %s", step, reason)
+        raise InputError(f"no checkpoint in {self._manager.directory} can be restored")
+
+    def _restore(self, step: int, like: PyTree) -> PyTree:
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
+        return self._manager.restore(step, args=args)["state"]
+
+    def _find_corruption(self, step: int, like: PyTree) -> str | None:
+        """Returns why a checkpoint cannot be restored, or None.
+
+        The result is the same in all processes. Only the first one reads, because a
+        process that fails in the middle of a joint restore would leave the others waiting.
         """
         reason = None
         if is_first_process():
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+            folder = Path(self._manager.directory) / str(step) / "state"
             try:
-                folder = self._manager.directory / str(step) / "state"
                 for path in folder.glob("array_metadatas/*"):
                     json.loads(path.read_text())
-                with own_checkpointer() as checkpointer:
+                with local_checkpointer() as checkpointer:
                     arrays = jax.tree.leaves(checkpointer.restore(folder, like))
                 if not all(np.isfinite(array).all() for array in arrays):
-                    reason = "it holds NaN or infinite numbers"
-            except Exception as error:  # Orbax has no one type for a damaged checkpoint
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    reason = "it contains NaN or infinite numbers"
+            except Exception as error:  # Orbax has no common type for corrupted checkpoints
+                reason = _first_line(error)
         return gather_objects(reason)[0]
 
-    def restore(self, step, like):
-        """The state saved at `step`."""
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return self._manager.restore(step, args=args)["state"]
-
-    def restore_best(self, like):
-        """(step, state) with the highest validation score; the newest if none was ever scored.
-
-        One that is damaged gives way to the next, with a warning.
-
-        Raises:
-            InputError: none can be restored.
-        """
-        self._manager.wait_until_finished()
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scores = {step: found["score"] if found else -np.inf for step, found in metrics.items()}
-        # The latest of equals, which is the one that BestN keeps.
-        for step in sorted(scores, key=lambda s: (scores[s], s), reverse=True):
-            reason = self._damage(step, like)
-            if not reason:
-                return step, self.restore(step, like)
-            logging.warning("checkpoint %d is damaged, taking the next best: %s", step, reason)
-        raise InputError(f"no checkpoint in {self._manager.directory} can be restored")
-
-    def wait(self):
-        """Returns when everything is on disk."""
+    def wait(self) -> None:
+        """Waits until all checkpoints are on disk."""
         self._manager.wait_until_finished()
 
-    def close(self):
-        """Waits and lets go of the directory."""
+    def close(self) -> None:
+        """Waits until all checkpoints are on disk and releases the directory."""
         self._manager.close()
 
 
-def _delete_unreadable(directory):
-    """Deletes steps whose metrics cannot be read, unless all are such: Orbax would open none."""
+def local_checkpointer() -> ocp.StandardCheckpointer:
+    """Returns a checkpointer by which this process reads and writes unsharded arrays alone."""
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _delete_unreadable(directory: Path) -> None:
+    """Deletes steps with unreadable metrics, which Orbax cannot open, unless all steps are."""
     if is_first_process():
         steps = [path for path in directory.glob("*") if path.name.isdigit()]
-        broken = [path for path in steps if not _is_readable(path / "metrics" / "metrics")]
-        for path in broken if len(broken) < len(steps) else []:
-            logging.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
+        corrupted = [path for path in steps if not _is_readable(path / "metrics" / "metrics")]
+        for path in corrupted if len(corrupted) < len(steps) else []:
+            logging.warning("checkpoint %s is corrupted: its metrics cannot be read", path.name)
             shutil.rmtree(path)
-    wait_for_all("whole checkpoints")
+    wait_for_all("readable checkpoints")
 
 
-def _is_readable(path):
-    """Whether a JSON file can be read, or is not there, as where nothing was validated."""
+def _is_readable(path: Path) -> bool:
+    """Returns True for a valid JSON file and for a missing one."""
     try:
         json.loads(path.read_text())
     except FileNotFoundError:
@@ -167,39 +186,31 @@ def _is_readable(path):
     return True
 
 
-def _silence_late_reads():
-    """After one read failed, the others report to Orbax's closed event loop, a traceback each."""
+def _ignore_reads_after_failure() -> None:
+    """Suppresses the tracebacks of pending reads after a failed restore closed its event loop."""
     report = sys.unraisablehook
+    closed_loop = asyncio.BaseEventLoop.call_soon_threadsafe.__code__
 
-    def report_others(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
+    def report_others(unraisable: Any) -> None:
+        where = unraisable.exc_traceback
+        if where is None or where.tb_frame.f_code is not closed_loop:
             report(unraisable)
 
     sys.unraisablehook = report_others
 
 
-def _score(metrics):
-    return metrics["score"]
-
-
-_UNSCORED = {"keep_checkpoints_without_metrics": False}
-
-
-UNREAD_FILE = "unread.safetensors"
-
-
-def model_folder(directory):
-    """The model directory at `directory`, which may be a work directory (then: its `model`)."""
+def model_folder(directory: str | os.PathLike) -> Path:
+    """Returns the model directory at `directory`, or its `model` if it is a work directory."""
     directory = Path(directory)
     if not (directory / "model.json").is_file() and (directory / "model").is_dir():
         return directory / "model"
     return directory
 
 
-def partial_folder(directory):
-    """A new folder beside `directory`, to be filled and then renamed to it.
+def partial_folder(directory: str | Path) -> Path:
+    """Returns a new folder next to `directory`, to be filled and then renamed to it.
 
-    It has its own unmistakable name; what a killed run of the same name left is removed.
+    Its name is unique to this purpose: one left by a killed process is removed first.
     """
     partial = Path(directory).with_name(f".{Path(directory).name}.xclip_jax-partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -207,85 +218,95 @@ def partial_folder(directory):
     return partial
 
 
-def save_model(directory, config, params, *, tokenizer=None, unread=None, extra=None):
-    """Writes a model directory whole or not at all, in place of an older one.
+def save_model(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    params: PyTree,
+    *,
+    tokenizer: Tokenizer | None = None,
+    unread: Mapping[str, np.ndarray] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model directory atomically, replacing an older one.
 
     Args:
-        config: the model's ModelConfig.
-        params: the parameters' pytree.
-        tokenizer: a Tokenizer, or None.
-        unread: official name -> array, kept for the way back to PyTorch.
-        extra: more entries of model.json.
+        directory: the model directory.
+        config: architecture of the model.
+        params: tree of parameters.
+        tokenizer: saved too, if any.
+        unread: arrays of the PyTorch checkpoint that the model does not use, by official name; the
+            export to PyTorch writes them back.
+        extra: further entries of model.json.
     """
-    directory = Path(directory).absolute()
     if not is_first_process():
         return
+    directory = Path(directory).absolute()
     partial = partial_folder(directory)
-    described = dataclasses.asdict(config) | (extra or {})
+    described = dataclasses.asdict(config) | dict(extra or {})
     (partial / "model.json").write_text(json.dumps(described, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "tokenizer")
     if unread:
-        save_file(unread, partial / UNREAD_FILE)
-    with own_checkpointer() as checkpointer:
+        save_file(dict(unread), partial / UNREAD_FILE)
+    with local_checkpointer() as checkpointer:
         checkpointer.save(partial / "params", jax.tree.map(np.asarray, params))
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
 
 
-def load_model(directory):
+def load_model(
+    directory: str | os.PathLike,
+) -> tuple[dict[str, Any], XClip, PyTree, Tokenizer | None]:
     """Reads a model directory.
 
     Returns:
-        (described, model, params, tokenizer): model.json as a dict; the linen module; params on
-        the default device; tokenizer None if the directory holds none.
+        (described, model, params, tokenizer): the content of model.json, the linen module, its
+        parameters on the default device, the tokenizer or None if the directory has none.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the directory is missing or corrupted.
     """
     directory = Path(directory).absolute()
+    file = directory / "model.json"
     try:
-        described = json.loads((directory / "model.json").read_text())
+        described = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"no model in {directory}: looked for model.json") from None
+        raise InputError(f"no model in {directory}: model.json is missing") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{directory / 'model.json'}: not valid JSON: {error}") from None
+        raise InputError(f"{file}: not valid JSON: {error}") from None
     try:
         model = XClip(read_model_config(described))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{directory / 'model.json'} does not describe a model: {error}") from None
-    try:
-        with own_checkpointer() as checkpointer:
-            # Told to be NumPy, so that they load whatever devices they were saved from.
-            shapes = jax.eval_shape(lambda: init_params(model, 0))
-            like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes)
-            params = checkpointer.restore(directory / "params", like)
-    except Exception as error:  # Orbax has no one type for a damaged checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{directory / 'params'} cannot be read: {reason}") from None
-    _check_shapes(directory, params, shapes)
-    params = jax.device_put(params)
+        raise InputError(f"{file} does not describe a model: {error}") from None
+    shapes = jax.eval_shape(lambda: init_params(model, 0))
+    params = _read_params(directory / "params", shapes)
     folder = directory / "tokenizer"
     tokenizer = load_tokenizer(folder, model.config.max_words) if folder.is_dir() else None
-    return described, model, params, tokenizer
+    return described, model, jax.device_put(params), tokenizer
 
 
-def _check_shapes(directory, params, expected):
-    """Orbax hands back an array of another shape than asked for without a word."""
-    for (path, found), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected), strict=True
-    ):
-        if found.shape != wanted.shape:
-            name = "/".join(entry.key for entry in path)
+def _read_params(folder: Path, shapes: PyTree) -> PyTree:
+    """Reads parameters and checks their shapes, because Orbax returns other shapes silently."""
+    try:
+        with local_checkpointer() as checkpointer:  # NumPy arrays load on any set of devices
+            like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+            params = checkpointer.restore(folder, like)
+    except Exception as error:  # Orbax has no common type for corrupted checkpoints
+        raise InputError(f"{folder} cannot be read: {_first_line(error)}") from None
+    leaves = jax.tree.leaves_with_path(params)
+    for (path, array), expected in zip(leaves, jax.tree.leaves(shapes), strict=True):
+        if array.shape != expected.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise InputError(
-                f"{directory / 'params'} do not fit model.json: {name} has shape {found.shape}, "
-                f"must be {wanted.shape}"
+                f"{folder} does not fit model.json: {name} has shape {array.shape}, must be "
+                f"{expected.shape}"
             )
+    return params
 
 
-def init_params(model, seed):
-    """Fresh parameters."""
+def init_params(model: XClip, seed: int) -> PyTree:
+    """Returns fresh parameters."""
     c, side = model.config, model.config.vision.image_size
     words, frames = (1, c.max_words), (1, c.max_frames)
     return model.init(
@@ -297,20 +318,20 @@ def init_params(model, seed):
     )["params"]
 
 
-def claim_workdir(workdir, config, dataset):
-    """Makes the work directory and its config.json, or checks that it belongs to this run.
+def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
+    """Creates a work directory with its config.json, or checks that it belongs to this run.
 
     Raises:
-        InputError: it cannot be written, or was made with a config or data that change the course
-            of training; the fields are named.
+        InputError: it cannot be written, or belongs to a run whose config or data differ in ways
+            that change training; the message names the fields.
     """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first_process() and not path.exists():
             partial = path.with_suffix(".part")
-            described = flatten(json.loads(config.to_json())) | fixed_fields(config, dataset)
-            partial.write_text(json.dumps(described, indent=1) + "\n")
+            fields = flatten(plain_fields(config)) | _fixed_fields(config, dataset)
+            partial.write_text(json.dumps(fields, indent=1) + "\n")
             os.replace(partial, path)
     except OSError as error:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
@@ -318,32 +339,37 @@ def claim_workdir(workdir, config, dataset):
     check_same_run(workdir, config, dataset)
 
 
-def fixed_fields(config, dataset):
-    """{dotted field: value} of all that changes the course of training, the data's content too."""
-    flat = flatten(json.loads(config.to_json()))
-    fixed = {k: v for k, v in flat.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
-    return fixed | {"data.fingerprint": dataset.fingerprint}
-
-
-def check_same_run(workdir, config, dataset):
-    """Raises InputError if a work directory's config.json is damaged or of another run."""
-    path, fixed = workdir / "config.json", fixed_fields(config, dataset)
+def check_same_run(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
+    """Raises InputError if a work directory's config.json is corrupted or of another run."""
+    path, fields = workdir / "config.json", _fixed_fields(config, dataset)
     try:
-        before = json.loads(path.read_text())
-        before = {field: upgrade_value(field, value) for field, value in before.items()}
+        saved = json.loads(path.read_text())
+        saved = {field: upgrade_value(field, value) for field, value in saved.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {error}; choose another --workdir") from None
-    changed = [k for k in fixed if k not in before or before[k] != fixed[k]]
+        raise InputError(f"{path} is corrupted: {error}; choose another --workdir") from None
+    changed = [k for k in fields if k not in saved or saved[k] != fields[k]]
     if changed:
-        named = ", ".join(f"{k} = {before.get(k)!r} then, {fixed[k]!r} now" for k in changed)
+        values = ", ".join(f"{k} was {saved.get(k)!r}, is {fields[k]!r}" for k in changed)
         raise InputError(
-            f"{workdir} was made by a run with another config: {named}; "
-            "go on with the same config or choose another --workdir"
+            f"{workdir} belongs to a run with another config: {values}; "
+            "use the same config or choose another --workdir"
         )
 
 
-def flatten(tree, prefix=""):
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+def _fixed_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """Returns {field: value} of everything that changes training, also the data's content."""
+    fields = flatten(plain_fields(config))
+    fixed = {k: v for k, v in fields.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
+    return fixed | {"data.fingerprint": dataset.fingerprint}
+
+
+def plain_fields(section: Any) -> dict[str, Any]:
+    """Returns a config, or a section of it, as nested dicts and lists of plain values."""
+    return json.loads(section.to_json())
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"a.b": 1} for {"a": {"b": 1}}."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -353,6 +379,6 @@ def flatten(tree, prefix=""):
     return flat
 
 
-def is_below(field, parent):
-    """Whether a dotted field is `parent` or lies below it."""
+def is_below(field: str, parent: str) -> bool:
+    """Returns True if a dotted field is `parent` or one of its sub-fields."""
     return field == parent or field.startswith(parent + ".")

@@ -73,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def parse_with_config(
     parser: CommandParser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, ConfigDict, dict[str, Any]]:
+) -> tuple[argparse.Namespace, Any, dict[str, Any]]:
     """Parses a command line with --config=FILE and any number of --config.FIELD=VALUE.
 
     Returns:
@@ -170,7 +170,7 @@ def disable_progress() -> None:
 
 
 def progress(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
-    """Returns a tqdm bar with rate and remaining time; the unit "B" is scaled to kB, MB, ..."""
+    """Returns a tqdm bar with rate and remaining time (unit "B": scaled to kB, MB, ...)."""
     tqdm.set_lock(_progress_lock)
     interval = 0.2 if sys.stderr.isatty() else 30
     return tqdm(

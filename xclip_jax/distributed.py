@@ -27,7 +27,7 @@ CLUSTER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects to the other processes, if any; must precede every other use of JAX.
+    """Connects to the other processes, if any, before every other use of JAX.
 
     Args:
         coordinator: HOST:PORT of the first process, the same for all processes. None: detected on
@@ -86,7 +86,7 @@ def wait_for_all(name: str) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Returns the `value` of every process, in process order; values must be picklable."""
+    """Returns the picklable `value` of every process, in process order."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -127,7 +127,7 @@ class Preemption:
         self._received = True
 
     def reached(self, step: int) -> bool:
-        """Returns True if the run must save and stop after this step; call it after each step."""
+        """Returns True if the run must save and stop after this step (call it after each step)."""
         return self._received or multihost_utils.reached_preemption_sync_point(step)
 
 

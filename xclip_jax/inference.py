@@ -1,152 +1,189 @@
 """Encoding and similarity of any number of texts and videos in bounded memory.
 
-Batches are padded to a few sizes, so that nothing is compiled twice for the same model.
+Batches are padded to a few sizes, so each model is compiled only a few times.
 """
 
 import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int, Shaped
+from tqdm import tqdm
+
+from xclip_jax.models import XClip
+from xclip_jax.similarity import TextFeatures, VideoFeatures
+
+PyTree = Any
+Tree = TypeVar("Tree")
 
 
-def on_local_devices(params):
-    """Parameters, wherever they are, whole on each device of this process.
+def copy_to_local_devices(params: PyTree) -> PyTree:
+    """Returns parameters replicated on every device of this process.
 
-    What is encoded or compared with them is then spread over these devices.
+    Batches that are applied to them are then split over these devices.
     """
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
-    whole = jax.tree.map(_whole, params)
-    return jax.device_put(whole, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(jax.tree.map(_gather, params), NamedSharding(mesh, PartitionSpec()))
 
 
-def _whole(x):
+def _gather(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
-def _spread(tree, params):
-    """The tree on the devices of the parameters, split along its leading axis if that divides."""
+def _split_like(tree: Tree, params: PyTree) -> Tree:
+    """Splits a batch over the parameters' devices, or replicates it if it does not divide."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return tree
-    mesh = sharding.mesh
-    size = len(jax.tree.leaves(tree)[0])
+    mesh, size = sharding.mesh, len(jax.tree.leaves(tree)[0])
     spec = PartitionSpec(mesh.axis_names) if size % mesh.size == 0 else PartitionSpec()
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
-def apply_model(params, *args, model, method):
-    """`method` of the model with these parameters, compiled once for each shape."""
-    return model.apply({"params": params}, *args, method=method)
+def apply_model(params: PyTree, *inputs: Any, model: XClip, method: str) -> Any:
+    """Returns `method` of a model applied to parameters and inputs, jitted."""
+    return model.apply({"params": params}, *inputs, method=method)
 
 
-def encode_texts(model, params, ids_TxW, mask_TxW, batch_size=64):
-    """TextFeatures (NumPy) of any number of texts."""
-    return _in_batches(model, params, "encode_text", batch_size, ids_TxW, mask_TxW)
+def encode_texts(
+    model: XClip,
+    params: PyTree,
+    ids_TxW: Int[np.ndarray, "T W"],
+    mask_TxW: Bool[np.ndarray, "T W"],
+    batch_size: int = 64,
+) -> TextFeatures:
+    """Returns the features of any number of texts as NumPy arrays."""
+    return _encode(model, params, "encode_text", (ids_TxW, mask_TxW), batch_size=batch_size)
 
 
-def encode_videos(model, params, frames_VxFxSxSx3, mask_VxF, batch_size=64):
-    """VideoFeatures (NumPy) of any number of videos."""
-    return _in_batches(model, params, "encode_video", batch_size, frames_VxFxSxSx3, mask_VxF)
+def encode_videos(
+    model: XClip,
+    params: PyTree,
+    frames_VxFxSxSx3: Shaped[np.ndarray, "V F S S 3"],
+    mask_VxF: Bool[np.ndarray, "V F"],
+    batch_size: int = 64,
+) -> VideoFeatures:
+    """Returns the features of any number of videos as NumPy arrays."""
+    inputs = frames_VxFxSxSx3, mask_VxF
+    return _encode(model, params, "encode_video", inputs, batch_size=batch_size)
 
 
-def similarity_in_blocks(model, params, text, video, block_cells=0, bar=None):
-    """T x V float32 logits on the host, computed block by block on the device.
+def _encode(
+    model: XClip,
+    params: PyTree,
+    method: str,
+    arrays: tuple[np.ndarray, ...],
+    *,
+    batch_size: int,
+) -> Any:
+    total = len(arrays[0])
+    if not total:
+        raise ValueError("nothing to encode")
 
-    Memory besides the features and the result is that of one block, whatever T and V are.
+    def encode_batches() -> Iterator[PyTree]:
+        for start in range(0, total, batch_size):
+            batch = slice_rows(arrays, start, batch_size)
+            size = len(batch[0])
+            padded = _pad(batch, min(batch_size, _next_power_of_two(size)))
+            inputs = _split_like(padded, params)
+            features = apply_model(params, *inputs, model=model, method=method)
+            yield slice_rows(jax.tree.map(np.asarray, features), 0, size)
+
+    return concatenate_features(encode_batches(), total)
+
+
+def similarity_in_blocks(
+    model: XClip,
+    params: PyTree,
+    text: TextFeatures,
+    video: VideoFeatures,
+    *,
+    block_cells: int = 0,
+    bar: tqdm | None = None,
+) -> Float[np.ndarray, "T V"]:
+    """Returns T x V float32 logits, computed block by block on the device.
 
     Args:
-        text, video: TextFeatures and VideoFeatures, NumPy.
-        block_cells: word-frame cells a block; 0: what suits the device.
-        bar: optional progress bar, moved on by the pairs done.
+        model: the linen module.
+        params: its parameters.
+        text: NumPy features of T texts.
+        video: NumPy features of V videos.
+        block_cells: word-frame cells of a block; 0: chosen for the device.
+        bar: progress bar, advanced by the number of pairs.
     """
     num_texts, num_videos = len(text.mask), len(video.mask)
-    height, columns = block_plan(model, text, video, block_cells)
+    height, width = plan_blocks(model, text, video, block_cells)
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
-    for j in range(0, num_videos, columns):
-        block_video = _spread(_pad(slice_rows(video, j, columns), columns), params)
+    for j in range(0, num_videos, width):
+        block_video = _split_like(_pad(slice_rows(video, j, width), width), params)
         for i in range(0, num_texts, height):
             block_text = _pad(slice_rows(text, i, height), height)
             block = apply_model(params, block_text, block_video, model=model, method="similarity")
-            part = sim_TxV[i : i + height, j : j + columns]
+            part = sim_TxV[i : i + height, j : j + width]
             part[:] = np.asarray(block)[: part.shape[0], : part.shape[1]]
             if bar is not None:
                 bar.update(part.size)
     return sim_TxV
 
 
-def block_plan(model, text, video, block_cells=0):
-    """(texts, videos) that `similarity_in_blocks` compares at once."""
-    cells_a_pair = model.config.cells_per_pair(text.mask.shape[1], video.mask.shape[1])
-    texts, videos = block_shape(cells_a_pair, block_cells or default_block_cells())
-    return min(texts, _round_up(len(text.mask))), min(videos, _round_up(len(video.mask)))
+def plan_blocks(
+    model: XClip, text: TextFeatures, video: VideoFeatures, block_cells: int = 0
+) -> tuple[int, int]:
+    """Returns the numbers of texts and videos in a block of `similarity_in_blocks`."""
+    if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
+        block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
+    cells_per_pair = model.config.cells_per_pair(text.mask.shape[1], video.mask.shape[1])
+    texts, videos = block_shape(cells_per_pair, block_cells)
+    num_texts, num_videos = len(text.mask), len(video.mask)
+    return min(texts, _next_power_of_two(num_texts)), min(videos, _next_power_of_two(num_videos))
 
 
-def default_block_cells():
-    """On CPU a block that stays in the cache, elsewhere one that fills the device."""
-    return 1 << (20 if jax.default_backend() == "cpu" else 26)
-
-
-def block_shape(cells_a_pair, block_cells):
-    """(texts, videos) of a block: more videos than texts, the videos being the vectorised axis."""
-    pairs = max(1, block_cells // cells_a_pair)
+def block_shape(cells_per_pair: int, block_cells: int) -> tuple[int, int]:
+    """Returns (texts, videos) of a block, more videos than texts: they are the vectorised axis."""
+    pairs = max(1, block_cells // cells_per_pair)
     videos = max(1, min(pairs, 1 << ((pairs.bit_length() + 4) // 2)))
     return max(1, pairs // videos), videos
 
 
-def concatenate_features(parts, total):
-    """Joins features along the leading axis, whose length is `total`.
+def concatenate_features(parts: Iterable[Tree], total: int) -> Tree:
+    """Concatenates features along the leading axis, which has `total` rows.
 
-    `parts` is an iterator: no more than one of them is in memory besides the whole.
+    Only one part at a time is in memory besides the result.
     """
-    whole, start = None, 0
+    result: Any = None
+    end = 0
     for part in parts:
-        if whole is None:
-            whole = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
-        for array, some in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
-            array[start : start + len(some)] = some
-        start += len(jax.tree.leaves(part)[0])
-    if start != total:
-        raise ValueError(f"{start} rows where there should be {total}")
-    return whole
+        if result is None:
+            result = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
+        start, end = end, end + len(jax.tree.leaves(part)[0])
+        for array, rows in zip(jax.tree.leaves(result), jax.tree.leaves(part), strict=True):
+            array[start:end] = rows
+    if end != total:
+        raise ValueError(f"{end} rows of features, expected {total}")
+    return result
 
 
-def _in_batches(model, params, method, batch_size, *arrays):
-    """Applies an encoder to chunks of at most batch_size, each padded to a power of two."""
-    total = len(arrays[0])
-    if not total:
-        raise ValueError("nothing to encode")
-
-    def encoded():
-        for start in range(0, total, batch_size):
-            chunk = slice_rows(arrays, start, batch_size)
-            size = len(chunk[0])
-            padded = _spread(_pad(chunk, min(batch_size, _round_up(size))), params)
-            features = apply_model(params, *padded, model=model, method=method)
-            yield slice_rows(jax.tree.map(np.asarray, features), 0, size)
-
-    return concatenate_features(encoded(), total)
-
-
-def _round_up(size):
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()
-
-
-def slice_rows(tree, start, count):
-    """`count` rows of every array of the tree, from row `start` on."""
+def slice_rows(tree: Tree, start: int, count: int = 1) -> Tree:
+    """Returns `count` rows of every array of a tree, from row `start` on."""
     return jax.tree.map(lambda array: array[start : start + count], tree)
 
 
-def _pad(tree, size):
-    """Pads the leading axis with zeros (masks with False) up to `size`."""
+def _next_power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
-    def pad(array):
+
+def _pad(tree: Tree, size: int) -> Tree:
+    """Pads the leading axis of every array with zeros (False in masks) to `size`."""
+
+    def pad(array: np.ndarray) -> np.ndarray:
         missing = size - len(array)
         return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 

@@ -1,16 +1,19 @@
-"""Starting from CLIP: which parameters come from where.
+"""Initialisation from CLIP, as in the PyTorch release.
 
-As the PyTorch release does: both towers from CLIP; the temporal encoder's (or tight head's) blocks
-from the first blocks of CLIP's text tower, its positions from the text positions.
+Both towers come from CLIP. The blocks of the temporal encoder (or of the tight head) are the first
+blocks of CLIP's text tower, and its positions are the text positions.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from xclip_jax.checkpoint import load_model, model_folder
 from xclip_jax.cli import InputError
+from xclip_jax.models import ModelConfig
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _FILES = {  # patch size -> OpenAI's weights of width 768
@@ -18,80 +21,83 @@ _FILES = {  # patch size -> OpenAI's weights of width 768
     16: "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
 }
 _VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
-_SIZES = {"vision": ("patch_size", "width", "layers", "heads"), "text": None}  # None: all
+PyTree = Any
 
 
-def start_from_clip(params, model_config, directory):
-    """Parameters with CLIP's weights where they fit.
+def start_from_clip(
+    params: PyTree, config: ModelConfig, directory: str
+) -> tuple[PyTree, list[tuple[str, int, str]]]:
+    """Returns parameters with CLIP's weights, and the source of each part.
 
     Args:
         params: fresh parameters of the model to train.
-        model_config: its ModelConfig.
-        directory: model directory that `xclip_jax.convert` wrote.
+        config: its architecture.
+        directory: a model directory written by `xclip_jax.convert`.
 
     Returns:
-        (params, rows): rows of (part, number of parameters, where they come from).
+        (params, rows): a row is (part, number of parameters, source).
 
     Raises:
-        InputError: there is no model, or its towers are of other sizes; all are named.
+        InputError: there is no model, or its towers have other sizes; all differences are named.
     """
     _, model, source, _ = load_model(model_folder(directory))
-    theirs = model.config
-    _check_sizes(model_config, theirs, directory)
+    _check_sizes(config, model.config, directory)
     clip = source["clip"]
-    visual = clip["visual"]
-    origin = "CLIP"
-    side, size = theirs.vision.image_size, model_config.vision.image_size
-    if side != size:
-        grid = size // model_config.vision.patch_size
+    visual, visual_source = clip["visual"], "CLIP"
+    clip_side, side = model.config.vision.image_size, config.vision.image_size
+    if clip_side != side:
+        grid = side // config.vision.patch_size
         visual = {**visual, "positions": interpolate_positions(visual["positions"], grid)}
-        origin = f"CLIP, positions interpolated from {side} to {size} pixels"
-    started = {**params, "clip": {**clip, "visual": visual}}
-    rows = [("clip/visual", visual, origin)]
-    rows += [("clip/textual", clip["textual"], "CLIP"), ("clip/logit_scale", [0], "CLIP")]
+        visual_source = f"CLIP, positions interpolated from {clip_side} to {side} pixels"
+    result = {**params, "clip": {**clip, "visual": visual}}
+    rows = [
+        ("clip/visual", visual, visual_source),
+        ("clip/textual", clip["textual"], "CLIP"),
+        ("clip/logit_scale", clip["logit_scale"], "CLIP"),
+    ]
     for name in params.keys() - {"clip"}:
-        started[name], origin = _from_text_tower(params[name], clip["textual"])
-        if name == "aggregation_matrices":
-            origin = "identity"
-        rows.append((name, started[name], origin))
-    return started, [(name, sum(map(jnp.size, jax.tree.leaves(t))), o) for name, t, o in rows]
+        result[name], text = _take_text_blocks(params[name], clip["textual"])
+        rows.append((name, result[name], "identity" if name == "aggregation_matrices" else text))
+    return result, [(name, sum(map(jnp.size, jax.tree.leaves(x))), text) for name, x, text in rows]
 
 
-def how_to_convert(directory, patch_size):
-    """What to download for the CLIP of a config, and the command that makes its model directory."""
+def how_to_convert(directory: str, patch_size: int) -> str:
+    """Returns what to download for CLIP and the command that makes its model directory."""
     file = _FILES.get(patch_size)
-    fetch = (
+    files = (
         f"{_OPENAI}/{file} and {_VOCABULARY}" if file else "a CLIP checkpoint and its vocabulary"
     )
     name, vocabulary = (file or "CHECKPOINT").split("/")[-1], _VOCABULARY.split("/")[-1]
     return (
-        f"fetch {fetch}, then python -m xclip_jax.convert --input={name} --output={directory} "
-        f"--vocab={vocabulary}"
+        f"download {files}, then run python -m xclip_jax.convert --input={name} "
+        f"--output={directory} --vocab={vocabulary}"
     )
 
 
-def _check_sizes(ours, theirs, directory):
-    problems = []
-
-    def compare(field, a, b):
-        if a != b:
-            problems.append(f"config.model.{field} = {a!r}: must be {b!r}")
-
-    for tower, fields in _SIZES.items():
-        ours_of, theirs_of = (dataclasses.asdict(getattr(c, tower)) for c in (ours, theirs))
-        for field in fields or theirs_of:
-            compare(f"{tower}.{field}", ours_of[field], theirs_of[field])
-    for field in ("embed_dim", "activation"):
-        compare(field, getattr(ours, field), getattr(theirs, field))
+def _check_sizes(config: ModelConfig, clip: ModelConfig, directory: str) -> None:
+    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(clip)
+    fields = [("vision", name) for name in ("patch_size", "width", "layers", "heads")]
+    fields += [("text", name) for name in theirs["text"]]
+    values = {f"{tower}.{k}": (ours[tower][k], theirs[tower][k]) for tower, k in fields}
+    values |= {name: (ours[name], theirs[name]) for name in ("embed_dim", "activation")}
+    problems = [
+        f"config.model.{k} = {a!r}: must be {b!r}" for k, (a, b) in values.items() if a != b
+    ]
     if problems:
-        raise InputError(f"the CLIP of config.init.clip = {directory}: {'; '.join(problems)}")
+        raise InputError(f"config.init.clip = {directory}: {'; '.join(problems)}")
 
 
-def interpolate_positions(positions_LxE, grid):
-    """Position embedding of a class token and a square of patches, for `grid` x `grid` patches.
+def interpolate_positions(positions_LxE: Shaped[Any, "L E"], grid: int) -> Float[Array, "M E"]:
+    """Interpolates position embeddings of a class token and a square of patches.
 
-    Bicubic, as usual when a ViT is taken to another resolution (Dosovitskiy et al.,
-    2021, Sec. 3.2).
+    Bicubic, as usual for a ViT at another resolution (Dosovitskiy et al., 2021, Sec. 3.2).
+
+    Args:
+        positions_LxE: the class token's position, then those of a square of patches.
+        grid: side of the new square, in patches.
+
+    Returns:
+        1 + grid^2 positions.
     """
     token, patches = positions_LxE[:1], positions_LxE[1:]
     side = round(len(patches) ** 0.5)
@@ -100,20 +106,19 @@ def interpolate_positions(positions_LxE, grid):
     return jnp.concatenate([token, resized.reshape(grid * grid, -1)])
 
 
-def _from_text_tower(fresh, textual):
-    """(parameters, origin) of a Transformer: CLIP's first text blocks, if they are of its shape."""
+def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
+    """Returns (parameters, source) of a Transformer: CLIP's first text blocks if shapes match."""
     blocks = fresh.get("encoder", {}).get("blocks")
     if blocks is None:
         return fresh, "random"
     layers = len(jax.tree.leaves(blocks)[0])
-    theirs = jax.tree.map(lambda x: x[:layers], textual["encoder"]["blocks"])
-    same = jax.tree.map(lambda a, b: a.shape == b.shape, blocks, theirs)
-    if not all(jax.tree.leaves(same)):
-        return fresh, "random: CLIP's text blocks are of another size, or fewer"
-    started = {**fresh, "encoder": {"blocks": theirs}}
-    origin = f"the first {layers} blocks of CLIP's text tower"
+    first = jax.tree.map(lambda x: x[:layers], textual["encoder"]["blocks"])
+    if not all(jax.tree.leaves(jax.tree.map(lambda a, b: a.shape == b.shape, blocks, first))):
+        return fresh, "random: CLIP's text tower has blocks of another size, or fewer"
+    result = {**fresh, "encoder": {"blocks": first}}
+    source = f"the first {layers} blocks of CLIP's text tower"
     if "positions" in fresh:
-        started["positions"] = textual["positions"]
-        origin += " and its positions"
-    others = fresh.keys() - {"encoder", "positions"}
-    return started, origin + (f"; {', '.join(sorted(others))} random" if others else "")
+        result["positions"] = textual["positions"]
+        source += " and its positions"
+    others = sorted(fresh.keys() - {"encoder", "positions"})
+    return result, source + (f"; {', '.join(others)} random" if others else "")

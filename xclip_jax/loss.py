@@ -137,7 +137,6 @@ def _similarity_in_blocks(
     mesh: Mesh | None,
 ) -> Float[Array, "T V"]:
     """Returns logits, computed in blocks of texts if a device would hold too many cells."""
-
     apply: Any = functools.partial(model.apply, {"params": params}, method="similarity")
 
     def compare(block: TextFeatures) -> Array:

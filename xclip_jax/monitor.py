@@ -1,64 +1,86 @@
-"""What a run says while it trains, and the watch over its loss."""
+"""Monitoring of training: progress, metrics.jsonl, TensorBoard, profiles, finite losses."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import jax
 from tensorboardX import SummaryWriter
 
 from xclip_jax.cli import InputError, progress
+from xclip_jax.config import RunConfig
 from xclip_jax.distributed import is_first_process
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class Monitor:
-    """Progress bar, metrics.jsonl, TensorBoard, and the watch over the loss.
+    """Reports a training run and stops it if the loss is not finite.
 
-    Metrics are read one step late, so that the devices never wait for the host.
+    Metrics are read one step late, so the devices never wait for the host. A resumed run first
+    drops the lines of metrics.jsonl that come after its checkpoint.
     """
 
-    def __init__(self, config, workdir, schedule, total_steps, start_step):
-        self._config, self._schedule, self._workdir = config, schedule, workdir
-        self._writer = (
-            Writer(workdir, config.log.tensorboard, start_step) if is_first_process() else None
-        )
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        schedule: Callable[..., Any],
+        *,
+        total_steps: int,
+        start: int,
+    ) -> None:
+        self._config, self._workdir, self._schedule = config, workdir, schedule
         self._profiling = False
-        self._bar = progress(total_steps, "training", "step", initial=start_step)
-        self._pending, self._truncated, self._clock = None, 0, (start_step, time.perf_counter())
+        self._bar = progress(total_steps, "training", "step", initial=start)
+        self._pending, self._truncated = None, 0
+        self._last_log = start, time.perf_counter()
+        self._file = self._board = None
+        if is_first_process():
+            path = workdir / METRICS_FILE
+            lines = [line for line in read_metrics(workdir) if line["step"] <= start]
+            partial = path.with_suffix(".part")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(partial, path)
+            self._file = path.open("a")
+            if config.log.tensorboard:
+                self._board = SummaryWriter(str(workdir), purge_step=start + 1)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self._profiling:
-            self._stop_profiling()
-        self._bar.close()
-        if self._writer:
-            self._writer.close()
+            jax.profiler.stop_trace()
+        for resource in (self._bar, self._file, self._board):
+            if resource is not None:
+                resource.close()
 
-    def profile(self, step):
-        """Starts or ends the profile that config.log asks for, before this step."""
-        log = self._config.log
-        if step == log.profile_from and is_first_process():
+    def profile(self, step: int) -> None:
+        """Starts before step config.log.profile_from, stops after config.log.profile_to."""
+        if step == self._config.log.profile_from and is_first_process():
             jax.profiler.start_trace(str(self._workdir))
             self._profiling = True
-        if self._profiling and step > log.profile_to:
-            self._stop_profiling()
+        if self._profiling and step > self._config.log.profile_to:
+            jax.profiler.stop_trace()
+            self._profiling = False
 
-    def _stop_profiling(self):
-        jax.profiler.stop_trace()
-        self._profiling = False
-
-    def step(self, step, metrics, truncated):
-        """Takes the metrics of a step just dispatched and reads those of the one before."""
+    def log_step(self, step: int, metrics: Mapping[str, jax.Array], truncated: int) -> None:
+        """Stores the metrics of a dispatched step and logs those of the previous one."""
         self.flush()
         self._pending = step, metrics
         self._truncated += truncated
 
-    def flush(self):
-        """Reads the metrics that are still on the device."""
+    def flush(self) -> None:
+        """Logs the metrics that are still on the device.
+
+        Raises:
+            InputError: the loss or the gradient is NaN or infinite.
+        """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -74,10 +96,10 @@ class Monitor:
         if step % self._config.log.every == 0:
             self._log(step, values)
 
-    def _log(self, step, values):
-        before, then = self._clock
-        self._clock = step, time.perf_counter()
-        rate = (step - before) * self._config.train.batch_size / (self._clock[1] - then)
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        (last_step, last_time), now = self._last_log, time.perf_counter()
+        self._last_log = step, now
+        rate = (step - last_step) * self._config.train.batch_size / (now - last_time)
         self._bar.set_postfix_str(
             f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}, {rate:.0f} videos/s"
         )
@@ -85,61 +107,35 @@ class Monitor:
         values["truncated_captions"] = self._truncated
         self._write(step, {f"train/{name}": value for name, value in values.items()})
 
-    def _write(self, step, scalars):
-        if self._writer:
-            self._writer.write(step, scalars)
-
-    def validation(self, step, name, metrics):
-        """Writes the metrics of a split; returns the score that selects weights."""
-        flat = {f"{name}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
-        self._write(step, flat)
-        recalls = [metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")]
+    def log_validation(
+        self, step: int, split: str, metrics: Mapping[str, Mapping[str, float]]
+    ) -> float:
+        """Logs the metrics of a split and returns the mean R@1 of both directions, in percent."""
+        scalars = {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
+        self._write(step, scalars)
+        text_to_video, video_to_text = (
+            metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")
+        )
         if is_first_process():
             self._bar.write(
-                f"step {step}: {name} R@1 {recalls[0]:.1f} text to video, "
-                f"{recalls[1]:.1f} video to text"
+                f"step {step}: {split} R@1 {text_to_video:.1f} text to video, "
+                f"{video_to_text:.1f} video to text"
             )
-        self._clock = step, time.perf_counter()
-        return sum(recalls) / 2
+        self._last_log = step, time.perf_counter()
+        return (text_to_video + video_to_text) / 2
 
-
-FILE = "metrics.jsonl"
-
-
-class Writer:
-    """Appends scalars by step; a resumed run first drops what lies after its checkpoint."""
-
-    def __init__(self, workdir, tensorboard, after_step):
-        path = Path(workdir) / FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= after_step]
-        partial = path.with_suffix(".part")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
-        self._board = (
-            SummaryWriter(str(workdir), purge_step=after_step + 1, write_to_disk=True)
-            if tensorboard
-            else None
-        )
-
-    def write(self, step, scalars):
-        """Writes one line: step and scalars, a dict of name -> number."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._file:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
         if self._board:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 
-    def close(self):
-        """Writes out what is buffered."""
-        self._file.close()
-        if self._board:
-            self._board.close()
 
-
-def read_metrics(workdir):
-    """The lines of metrics.jsonl as dicts; a last line cut by a kill is left out."""
-    path = Path(workdir) / FILE
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, without a last line truncated by a kill."""
+    path = Path(workdir) / METRICS_FILE
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:

@@ -128,7 +128,7 @@ class Moments(NamedTuple):
 
 
 def scale_by_uncorrected_adam(b1, b2, eps):
-    """mean / (sqrt(square) + eps): Adam without bias correction, which optax's always has."""
+    """Mean / (sqrt(square) + eps): Adam without bias correction, which optax's always has."""
 
     def init(params):
         return Moments(optax.tree.zeros_like(params), optax.tree.zeros_like(params))

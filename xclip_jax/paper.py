@@ -1,11 +1,10 @@
-"""What X-CLIP's paper reports (https://arxiv.org/abs/2207.07285), to print beside ours.
+"""The results that X-CLIP's paper reports (https://arxiv.org/abs/2207.07285), for comparison."""
 
-None of these numbers is ours.
-"""
+from typing import Any
 
-_METRICS = ("R@1", "R@5", "R@10", "MnR")
-# Text to video, then video to text; R@10 is given for MSR-VTT alone.
-_RESULTS = {
+_METRICS: tuple[str, ...] = ("R@1", "R@5", "R@10", "MnR")
+# Text to video, then video to text; the paper gives R@10 only for MSR-VTT.
+_RESULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("msrvtt", "9k"): {
         "ViT-B/32": ((46.1, 73.0, 83.1, 13.2), (46.8, 73.3, 84.0, 9.1)),
         "ViT-B/16": ((49.3, 75.8, 84.8, 12.2), (48.9, 76.8, 84.5, 8.1)),
@@ -29,25 +28,29 @@ _RESULTS = {
 }
 
 
-def paper_results(dataset, variant, vision):
-    """{backbone: {"text_to_video": metrics, "video_to_text": metrics}}, as in results.json.
+def paper_results(
+    dataset: str, variant: str, vision: Any
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Returns {backbone: {"text_to_video": metrics, "video_to_text": metrics}}.
 
     Args:
-        dataset, variant: of xclip_jax.prepare; what the paper does not report gives {}.
-        vision: of the image tower, with patch_size and width; the rows of both backbones are given
-            for one that is neither.
+        dataset: name of the data set, see xclip_jax.prepare; {} if the paper has no results on it.
+        variant: its variant.
+        vision: sizes of the image tower, with patch_size and width. If it is neither of the
+            paper's backbones, the results of both are returned.
     """
     rows = _RESULTS.get((dataset, variant), {})
-    own = backbone(vision)
-    chosen = {own: rows[own]} if own in rows else rows
-    return {backbone: _named(pair) for backbone, pair in chosen.items()}
+    name = backbone(vision)
+    if name in rows:
+        rows = {name: rows[name]}
+    return {key: _name_metrics(pair) for key, pair in rows.items()}
 
 
-def backbone(vision):
-    """ "ViT-B/32" or "ViT-B/16", as the paper calls them; "" for another image tower."""
+def backbone(vision: Any) -> str:
+    """Returns "ViT-B/32" or "ViT-B/16" as in the paper, or "" for another image tower."""
     return f"ViT-B/{vision.patch_size}" if vision.width == 768 else ""
 
 
-def _named(pair):
-    named = [dict(zip(_METRICS, values, strict=True)) for values in pair]
-    return dict(zip(("text_to_video", "video_to_text"), named, strict=True))
+def _name_metrics(pair: Any) -> dict[str, dict[str, float | None]]:
+    text_to_video, video_to_text = (dict(zip(_METRICS, row, strict=True)) for row in pair)
+    return {"text_to_video": text_to_video, "video_to_text": video_to_text}

@@ -54,7 +54,8 @@ def state_shardings(state, mesh):
 
 def split_spec(shape, fsdp):
     """The rule: an array of at least SPLIT_SIZE numbers is split along its largest axis that
-    `fsdp` divides, the last of equals."""
+    `fsdp` divides, the last of equals.
+    """
     axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or not axes or math.prod(shape) < SPLIT_SIZE:
         return PartitionSpec()

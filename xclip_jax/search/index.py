@@ -18,8 +18,8 @@ from tqdm import tqdm
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError
 from xclip_jax.data.locate import VIDEO_SUFFIXES
-from xclip_jax.evaluate import words_of
-from xclip_jax.inference import apply_model, on_local_devices
+from xclip_jax.evaluate import list_words
+from xclip_jax.inference import apply_model, copy_to_local_devices
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.search.funnel import (
     Answer,
@@ -164,7 +164,7 @@ class Index:
                 f"({self.about['fingerprint']}), not with {self.model_name} ({actual}): vectors of "
                 "different models cannot be compared"
             )
-        retriever.params = on_local_devices(retriever.params)
+        retriever.params = copy_to_local_devices(retriever.params)
         return retriever
 
     def add(self, videos: AnyPath | Iterable[AnyPath], prune: bool = False) -> IndexingSummary:
@@ -290,7 +290,7 @@ class Index:
         video = snapshot.features(np.array([row]))
         method = "word_frame_attention"
         weights_WxF = apply_model(params, sentence, video, model=model, method=method)[0]
-        words, mask_W = words_of(model, self.retriever.tokenizer, text, sentence.mask[0])
+        words, mask_W = list_words(model, self.retriever.get_tokenizer(), text, sentence.mask[0])
         mask_F = video.mask[0]
         weights = np.asarray(weights_WxF)[mask_W][:, mask_F]
         return Attention(words, snapshot.times[row, mask_F].tolist(), weights)
