@@ -441,7 +441,7 @@ def test_crashing_decoder_fails_only_its_clip(tmp_path, monkeypatch, capsys):
     assert found == [(names[n], [20 + 20 * n]) for n in (0, 2, 3, 4)]
 
 
-def test_pool_that_breaks_on_submit_loses_no_job(monkeypatch):
+def test_pool_that_breaks_on_submit_loses_no_job(tmp_path, monkeypatch):
     class Pool(concurrent.futures.Executor):
         """Runs each job immediately and breaks at the fourth."""
 
@@ -461,9 +461,10 @@ def test_pool_that_breaks_on_submit_loses_no_job(monkeypatch):
 
     monkeypatch.setattr(workers, "worker_pool", Pool)
     monkeypatch.setattr(workers.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job))
-    jobs = [f"job {n}" for n in range(9)]
-    assert [outcome.note for outcome in extraction.extract_all(jobs)] == jobs
+    monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job.video))
+    jobs = [extraction.ClipJob(f"job {n}", image_size=32) for n in range(9)]
+    outcomes = extraction.extract_all(jobs, tmp_path)
+    assert [outcome.note for outcome in outcomes] == [job.video for job in jobs]
 
 
 def test_only_corrupted_videos_is_a_one_line_error(tmp_path):
