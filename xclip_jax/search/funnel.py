@@ -225,7 +225,7 @@ class Funnel:
         """Returns the full model's scores of one sentence with n <= `width` videos."""
         count = len(video.mask)
         if self.normalize:
-            vectors, frames = unit_vectors(video.video), unit_vectors(video.frames)
+            vectors, frames = (unit_vectors(np.asarray(x)) for x in (video.video, video.frames))
             video = VideoFeatures(vectors, frames, video.mask)
         video = jax.tree.map(lambda x: _pad(x, width), video)
         scores = apply_model(self.params, text, video, model=self.model, method="similarity")
@@ -258,7 +258,7 @@ def make_example_funnel(funnel: Funnel) -> Funnel:
 def sentence_vector(model: XClip, text: TextFeatures) -> Float[jax.Array, "T D"]:
     """Returns vectors whose inner products with those of videos are Eq. 3, not scaled."""
     matrix = model.matrices().get("video_sentence")
-    return normalize(text.sentence) if matrix is None else text.sentence @ matrix
+    return normalize(text.sentence) if matrix is None else jnp.asarray(text.sentence) @ matrix
 
 
 def frame_attention(

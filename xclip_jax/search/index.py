@@ -254,7 +254,7 @@ class Index:
             raise InputError(f"{file}: the suffix is not that of a video or an image")
         stopwatch = Stopwatch()
         example = _read_image(file) if suffix in _IMAGE_SUFFIXES else file
-        vector_D = self.retriever.encode_video([example]).video[0]
+        vector_D = np.asarray(self.retriever.encode_video([example]).video[0])
         stopwatch.lap("encoding")
         answer = self._search_example(vector_D, k, filters)
         return self._complete(answer, stopwatch)
@@ -262,7 +262,8 @@ class Index:
     def like(self, segment_id: str, k: int = 10) -> Answer:
         """Searches for segments similar to one of the index, or raises KeyError."""
         snapshot, _ = self._select(k, {})
-        vector_D = snapshot.features(np.array([snapshot.row(segment_id)])).video[0]
+        video = snapshot.features(np.array([snapshot.row(segment_id)]))
+        vector_D = np.asarray(video.video[0])
         answer = self._search_example(vector_D, k + 1, {})
         others = [hit for hit in answer if hit.id != segment_id][:k]
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
@@ -332,7 +333,7 @@ class Index:
 
     def _note(self, text: str) -> str | None:
         tokenizer = self.retriever.tokenizer
-        if not tokenizer.is_truncated(text):
+        if tokenizer is None or not tokenizer.is_truncated(text):
             return None
         return f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
 
