@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# What the launch scripts share: sourced by them, never run. Needs bash 4.4.
+# Functions of the launch scripts, which source this file. Needs bash 4.4.
 
-MOUNT=${MOUNT:-/mnt/bucket} # one path everywhere: a run's config.json holds it and must not change
+MOUNT=${MOUNT:-/mnt/bucket} # part of a run's config.json: must not change between restarts
 dry_run=0
-arguments=() # for the program
-program=()   # the whole command, for the scripts that run it
+arguments=() # of the program
+program=()   # the complete command, for scripts that run it
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-parse_arguments() { # --dry-run is ours, every other option is the program's
+parse_arguments() { # every option except --dry-run is the program's
   local argument
   for argument in "$@"; do
     case $argument in
@@ -26,12 +26,12 @@ refuse_arguments() { # for scripts that do not start the program
   ((${#arguments[@]} == 0)) || fail "${arguments[*]}: the only option is --dry-run"
 }
 
-require() { # variables by name; all that are missing in one message
+require() { # checks variables; one message names all that are missing
   local variable missing=()
   for variable in "$@"; do
     [[ -n ${!variable:-} ]] || missing+=("$variable")
   done
-  ((${#missing[@]} == 0)) || fail "set ${missing[*]}: launch/README.md says to what"
+  ((${#missing[@]} == 0)) || fail "set ${missing[*]}: see launch/README.md"
 }
 
 run() {
@@ -43,24 +43,24 @@ run() {
   fi
 }
 
-program_arguments() { # $1: the folder with data, runs and the cache, the same on every process
+program_arguments() { # $1: folder of data, runs and cache, the same for every process
   arguments=(
     "--config=$CONFIG" "--workdir=$1/runs/$NAME" "--config.data.path=$1/$DATA" "${arguments[@]}"
   )
 }
 
-program_command() { # $1 as above; the cache saves recompiling after every restart
+program_command() { # $1 as above; the cache avoids compiling again after restarts
   program_arguments "$1"
-  # shellcheck disable=SC2034 # used where this is sourced
+  # shellcheck disable=SC2034 # used by the scripts that source this
   program=(
     env "JAX_COMPILATION_CACHE_DIR=$1/jax_cache" python -m xclip_jax.main "${arguments[@]}"
   )
 }
 
-tpu() { # a command of gcloud compute tpus in our project and zone
+tpu() { # a command of gcloud compute tpus in PROJECT and ZONE
   run gcloud compute tpus "$@" --zone="$ZONE" --project="$PROJECT"
 }
 
-on_workers() { # every word quoted for the shell at the other end
+on_workers() { # every word is quoted for the remote shell
   tpu tpu-vm ssh "$NAME" --worker=all --command="$(printf '%q ' "$@")"
 }

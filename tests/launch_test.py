@@ -1,4 +1,4 @@
-"""Launch scripts against stand-ins that record: no cloud, no cluster, no network is touched."""
+"""Launch scripts with fake programs that record their calls, without cloud, cluster or network."""
 
 import os
 import re
@@ -55,10 +55,10 @@ WITH_DRY_RUN = [name for name in NEEDS if "worker" not in name]
 
 RECORD = """#!/usr/bin/env bash
 line=$(printf '%q ' "$(basename "$0")" "$@")
-echo "$line" >> "$RECORD/calls"  # in one piece: programs of a pipe run at the same time
-next() { head -n 1 "$RECORD/$1"; sed -i 1d "$RECORD/$1"; }  # of the answers that a test has given
+echo "$line" >> "$RECORD/calls"  # one write: programs of a pipe run concurrently
+next() { head -n 1 "$RECORD/$1"; sed -i 1d "$RECORD/$1"; }  # queued outputs
 """
-STAND_INS = {
+FAKES = {
     "gcloud": """
 case "$*" in
   *" describe "*)
@@ -90,14 +90,14 @@ exit "$(next programs)"
 
 
 class Launcher:
-    """A folder of stand-ins first on PATH, a clean environment, and what has been called."""
+    """A folder of fake programs first on PATH, a clean environment, and a record of the calls."""
 
     def __init__(self, folder):
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
         self.calls_file = folder / "calls"
-        for name, body in STAND_INS.items():
-            self.stand_in(name, body)
+        for name, body in FAKES.items():
+            self.add_fake(name, body)
         self.environment = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(folder),
@@ -107,7 +107,7 @@ class Launcher:
             "PAUSE_SECONDS": "0",
         }
 
-    def stand_in(self, name, body, folder=None):
+    def add_fake(self, name, body, folder=None):
         path = (folder or self.bin) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(RECORD + body)
@@ -142,7 +142,7 @@ class Launcher:
     def wait_for(self, name):
         deadline = time.monotonic() + 10
         while not (self.folder / name).exists():
-            assert time.monotonic() < deadline, f"{name} never came"
+            assert time.monotonic() < deadline, f"{name} was not created"
             time.sleep(0.02)
 
 
@@ -150,7 +150,7 @@ class Launcher:
 def launcher(tmp_path):
     launcher = Launcher(tmp_path)
     yield launcher
-    (tmp_path / "keep_going").unlink(missing_ok=True)  # a test that failed leaves no program behind
+    (tmp_path / "keep_going").unlink(missing_ok=True)  # ends the fake program after a failed test
 
 
 def tpus(*arguments):
@@ -158,7 +158,7 @@ def tpus(*arguments):
 
 
 def program(root, *more):
-    """The words after python, for a folder that holds data and runs."""
+    """Returns the arguments of python for a folder that holds data and runs."""
     return [
         *PROGRAM,
         f"--workdir={root}/runs/msrvtt",
@@ -174,7 +174,7 @@ def program(root, *more):
     not shutil.which("shellcheck"), reason="the program shellcheck is not installed"
 )
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script):
+def test_scripts_pass_shellcheck(script):
     check = subprocess.run(["shellcheck", str(script)], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, check.stdout
 
@@ -183,7 +183,7 @@ def test_shellcheck_finds_nothing(script):
     not shutil.which("shellcheck"), reason="the program shellcheck is not installed"
 )
 @pytest.mark.parametrize("block", ["setup", "run"])
-def test_shellcheck_finds_nothing_in_skypilots_blocks(block):
+def test_skypilot_blocks_pass_shellcheck(block):
     text = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())[block]
     command = ["shellcheck", "--shell=bash", "-"]
     check = subprocess.run(command, input=text, capture_output=True, text=True)
@@ -201,18 +201,18 @@ def test_scripts_are_strict_short_and_executable():
 
 
 @pytest.mark.parametrize("command", NEEDS)
-def test_names_all_variables_that_are_missing(launcher, command):
+def test_missing_variables_are_listed_in_one_message(launcher, command):
     result = launcher.run(*command.split(), variables={})
     assert result.returncode == 2
-    assert result.errors == f"error: set {NEEDS[command]}: launch/README.md says to what\n"
+    assert result.errors == f"error: set {NEEDS[command]}: see launch/README.md\n"
     few = launcher.run(*command.split(), variables=VARIABLES | {"NAME": "", "BUCKET": ""})
     missing = [name for name in NEEDS[command].split() if name in ("NAME", "BUCKET")]
-    assert few.errors == f"error: set {' '.join(missing)}: launch/README.md says to what\n"
+    assert few.errors == f"error: set {' '.join(missing)}: see launch/README.md\n"
     assert launcher.calls() == []
 
 
 @pytest.mark.parametrize("command", WITH_DRY_RUN)
-def test_dry_run_prints_and_runs_nothing(launcher, command):
+def test_dry_run_prints_commands_without_running_them(launcher, command):
     result = launcher.run(*command.split(), "--dry-run")
     assert result.returncode == 0, result.errors
     assert result.output.strip()
@@ -220,7 +220,7 @@ def test_dry_run_prints_and_runs_nothing(launcher, command):
 
 
 @pytest.mark.parametrize("command", ["create.sh", "setup.sh", "run.sh", "teardown.sh"])
-def test_dry_run_prints_exactly_what_would_run(launcher, command):
+def test_dry_run_prints_the_exact_commands(launcher, command):
     printed = launcher.run(f"tpu/{command}", "--dry-run").output
     launcher.calls_file.unlink(missing_ok=True)
     launcher.answers(creates=[0], setups=[0], runs=[0])
@@ -229,7 +229,7 @@ def test_dry_run_prints_exactly_what_would_run(launcher, command):
     assert commands == launcher.calls("gcloud") != []
 
 
-def test_dry_run_of_watch_prints_the_whole_life(launcher):
+def test_dry_run_of_watch_prints_all_steps(launcher):
     printed = launcher.run("tpu/watch.sh", "--dry-run", "--config.train.epochs=1").output
     assert " ".join(steps(map(shlex.split, printed.splitlines()))) == (
         "create describe send unpack setup run delete"
@@ -238,13 +238,13 @@ def test_dry_run_of_watch_prints_the_whole_life(launcher):
 
 
 @pytest.mark.parametrize("script", ["create.sh", "setup.sh", "teardown.sh"])
-def test_refuses_arguments_that_nothing_reads(launcher, script):
+def test_scripts_without_program_refuse_other_arguments(launcher, script):
     result = launcher.run(f"tpu/{script}", "--config.train.epochs=1")
     assert (result.returncode, launcher.calls("gcloud")) == (2, [])
     assert "--config.train.epochs=1: the only option is --dry-run" in result.errors
 
 
-def test_refuses_words_that_are_no_options(launcher):
+def test_arguments_must_start_with_dashes(launcher):
     result = launcher.run("tpu/run.sh", "dry-run")
     assert (result.returncode, launcher.calls("gcloud")) == (2, [])
     assert "dry-run: every option starts with --" in result.errors
@@ -263,7 +263,7 @@ TIERS = {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}
 
 @pytest.mark.parametrize("accelerator", RUNTIMES)
 @pytest.mark.parametrize("tier", TIERS)
-def test_create_asks_for_each_generation_and_tier(launcher, accelerator, tier):
+def test_create_requests_each_generation_and_tier(launcher, accelerator, tier):
     launcher.answers(creates=[0])
     variables = VARIABLES | {"ACCELERATOR_TYPE": accelerator, "PROVISIONING": tier}
     assert launcher.run("tpu/create.sh", variables=variables).returncode == 0
@@ -284,13 +284,13 @@ def test_create_asks_for_each_generation_and_tier(launcher, accelerator, tier):
         ("PROVISIONING", "cheap", "PROVISIONING=cheap: must be spot, reserved or on-demand"),
     ],
 )
-def test_create_refuses_what_does_not_exist(launcher, variable, value, message):
+def test_create_refuses_unknown_values(launcher, variable, value, message):
     result = launcher.run("tpu/create.sh", variables=VARIABLES | {variable: value})
     assert (result.returncode, launcher.calls("gcloud")) == (2, [])
     assert message in result.errors
 
 
-def test_readme_says_what_create_asks_for():
+def test_readme_lists_the_values_that_create_requests():
     rows = [line for line in (LAUNCH / "README.md").read_text().splitlines() if "-N` |" in line]
     for row, (accelerator, runtime) in zip(rows, RUNTIMES.items(), strict=True):
         _, name, counts, version, sixteen_chips, *_ = [
@@ -299,7 +299,7 @@ def test_readme_says_what_create_asks_for():
         prefix = accelerator.partition("-")[0]
         cores = prefix in ("v4", "v5p")
         assert (name, version) == (f"{prefix}-N", runtime)
-        assert counts == ("TensorCores, 2 a chip" if cores else "chips")
+        assert counts == ("TensorCores, 2 per chip" if cores else "chips")
         assert sixteen_chips == f"{prefix}-{32 if cores else 16}"
 
 
@@ -324,7 +324,7 @@ def test_setup_sends_the_commit_and_sets_up_all_workers(launcher):
 
 
 def on_workers(call):
-    """The words of a command for all workers, as the shell at the other end will see them."""
+    """Returns the words of a command for all workers as the remote shell receives them."""
     assert [*call[:6], *call[-2:]] == [*tpus("tpu-vm", "ssh", "msrvtt")[:6], *PLACE]
     assert call[6] == "--worker=all"
     assert call[7].startswith("--command=")
@@ -332,19 +332,19 @@ def on_workers(call):
 
 
 @pytest.mark.parametrize("status", [0, 1, 75, 255])
-def test_run_starts_the_program_on_all_workers_and_ends_with_its_status(launcher, status):
+def test_run_starts_all_workers_and_exits_with_their_status(launcher, status):
     launcher.answers(runs=[status])
-    odd = "--config.name=a 'b' \"$c\" & d"
-    assert launcher.run("tpu/run.sh", odd).returncode == status
+    option = "--config.name=a 'b' \"$c\" & d"
+    assert launcher.run("tpu/run.sh", option).returncode == status
     [call] = launcher.calls("gcloud")
     assert on_workers(call) == [
         *["env", "LOGS=/mnt/bucket/logs/msrvtt", "bash", "xclip_jax/launch/tpu/worker_run.sh"],
         *["1700000000", "env", "JAX_COMPILATION_CACHE_DIR=/mnt/bucket/jax_cache", "python"],
-        *program("/mnt/bucket", odd),
+        *program("/mnt/bucket", option),
     ]
 
 
-def test_teardown_deletes_the_node_too(launcher):
+def test_teardown_also_deletes_the_node(launcher):
     assert launcher.run("tpu/teardown.sh").returncode == 0
     assert launcher.calls("gcloud") == [
         tpus("queued-resources", "delete", "msrvtt", "--quiet", "--force")
@@ -371,22 +371,22 @@ def steps(calls):
 
 
 def watch(launcher, states, runs=(), creates=(), setups=(), **variables):
-    """Its status, what it printed, and what it did besides asking for the state."""
+    """Returns the status of watch.sh, its steps except state requests, and its errors."""
     launcher.answers(states=states, runs=runs, creates=creates, setups=setups or [0] * 5)
     result = launcher.run("tpu/watch.sh", variables=VARIABLES | variables)
     done = [step for step in steps(launcher.calls("gcloud")) if step not in ("send", "unpack")]
-    asked = done.count("describe")
-    assert asked == len(states), result.errors
+    requests = done.count("describe")
+    assert requests == len(states), result.errors
     return result.returncode, [step for step in done if step != "describe"], result.errors
 
 
-def test_watch_waits_trains_and_gives_the_slice_back(launcher):
+def test_watch_waits_trains_and_deletes_the_slice(launcher):
     waiting = ["CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"]
     status, done, _ = watch(launcher, ["NONE", *waiting, "ACTIVE"], runs=[0], creates=[0])
     assert (status, done) == (0, ["create", "setup", "run", "delete"])
 
 
-def test_watch_asks_for_the_state_alone(launcher):
+def test_watch_requests_only_the_state(launcher):
     watch(launcher, ["ACTIVE"], runs=[0])
     assert launcher.calls("gcloud")[0] == tpus(
         "queued-resources", "describe", "msrvtt", "--format=value(state.state)"
@@ -404,10 +404,10 @@ def test_watch_recreates_and_resumes_after_preemption(launcher):
     assert result == 0
     assert done == ["setup", "run", "delete", "create", "setup", "run", "delete"]
     first, second = [call for call in launcher.calls("gcloud") if "worker_run" in call[7]]
-    assert first == second  # what was interrupted is what is resumed
+    assert first == second  # the same command resumes
 
 
-def test_watch_recreates_what_was_suspended_or_failed(launcher):
+def test_watch_recreates_suspended_and_failed_slices(launcher):
     states = ["SUSPENDING", "SUSPENDED", "NONE", "FAILED", "NONE", "ACTIVE"]
     status, done, _ = watch(launcher, states, runs=[0], creates=[0, 0])
     assert status == 0
@@ -415,7 +415,7 @@ def test_watch_recreates_what_was_suspended_or_failed(launcher):
 
 
 @pytest.mark.parametrize("status", [1, 2, 134])
-def test_watch_stops_at_a_real_failure_and_leaves_the_slice(launcher, status):
+def test_watch_stops_at_a_program_failure_and_keeps_the_slice(launcher, status):
     result, done, errors = watch(launcher, ["ACTIVE", "ACTIVE"], runs=[status])
     assert (result, done) == (status, ["setup", "run"])
     assert f"status {status}; the slice is kept and costs money until" in errors
@@ -426,7 +426,7 @@ def test_watch_stops_when_the_package_cannot_be_installed(launcher):
     assert (result, done) == (1, ["setup"])
 
 
-def test_watch_does_not_blame_the_program_for_a_slice_that_went_away(launcher):
+def test_watch_resumes_if_the_slice_was_lost_during_a_failure(launcher):
     states = ["ACTIVE", "SUSPENDING", "SUSPENDED", "NONE", "ACTIVE"]
     status, done, _ = watch(launcher, states, runs=[1, 0], creates=[0])
     assert status == 0
@@ -442,31 +442,31 @@ def test_watch_does_not_blame_the_program_for_a_slice_that_went_away(launcher):
         (["NONE", "FAILED", "OFFLINE"], [1]),
     ],
 )
-def test_watch_gives_up_after_failures_in_a_row(launcher, states, creates):
+def test_watch_stops_after_consecutive_failures(launcher, states, creates):
     status, done, errors = watch(launcher, states, creates=creates, MAX_FAILURES="3")
     assert status == 1
     assert done.count("create") == len(creates)
     assert "failed, 3 in a row of at most 3" in errors
 
 
-def test_watch_gives_up_on_slices_that_cannot_be_reached(launcher):
+def test_watch_stops_if_slices_cannot_be_reached(launcher):
     status, done, _ = watch(launcher, ["ACTIVE"] * 2, setups=[255, 255], MAX_FAILURES="2")
     assert (status, done) == (1, ["setup", "setup"])
 
 
-def test_watch_comes_back_to_a_program_when_only_the_connection_was_lost(launcher):
+def test_watch_reattaches_after_a_lost_connection(launcher):
     status, done, _ = watch(launcher, ["ACTIVE", "ACTIVE"], runs=[255, 0])
     assert (status, done) == (0, ["setup", "run", "setup", "run", "delete"])
 
 
-def test_watch_recreates_a_slice_that_took_the_connection_with_it(launcher):
+def test_watch_recreates_a_slice_lost_with_its_connection(launcher):
     states = ["ACTIVE", "SUSPENDED", "NONE", "ACTIVE"]
     status, done, _ = watch(launcher, states, runs=[255, 0], creates=[0])
     assert status == 0
     assert done == ["setup", "run", "delete", "create", "setup", "run", "delete"]
 
 
-def test_a_slice_that_works_ends_the_row_of_failures(launcher):
+def test_a_working_slice_resets_the_failure_count(launcher):
     states = ["OFFLINE", "NONE", "ACTIVE", "OFFLINE", "NONE", "ACTIVE"]
     status, _, _ = watch(launcher, states, runs=[75, 0], creates=[0, 0], MAX_FAILURES="2")
     assert status == 0
@@ -477,7 +477,7 @@ def test_a_slice_that_works_ends_the_row_of_failures(launcher):
 
 @pytest.fixture
 def worker(launcher):
-    """A copy, as is sent: the clone that is tested may hold a virtual environment."""
+    """A launcher with a copy of the scripts, because the clone may hold a virtual environment."""
     launcher.root = launcher.folder / "xclip_jax"
     shutil.copytree(LAUNCH, launcher.root / "launch")
     return launcher
@@ -495,8 +495,8 @@ def finished(process):
 
 
 @pytest.mark.parametrize("status", [0, 1, 75])
-def test_the_command_for_the_workers_runs_the_program(worker, status):
-    """What gcloud is given, run by a shell, as ssh does."""
+def test_worker_command_runs_the_program_in_a_shell(worker, status):
+    """Runs the command passed to gcloud in a shell, as ssh does."""
     mount = {"MOUNT": str(worker.folder / "bucket")}
     worker.answers(runs=[0], programs=[status])
     worker.run("tpu/run.sh", "--config.name=a 'b' \"$c\"", variables=VARIABLES | mount)
@@ -519,7 +519,7 @@ def test_the_command_for_the_workers_runs_the_program(worker, status):
     assert log.read_text() == result.stdout
 
 
-def test_a_repeated_command_does_not_start_the_program_twice(worker):
+def test_repeated_worker_command_starts_the_program_once(worker):
     worker.answers(programs=[75, 0])
     assert finished(worker_run(worker, "1")) == (75, "training with no cache\n")
     assert finished(worker_run(worker, "1")) == (75, "training with no cache\n")
@@ -528,7 +528,7 @@ def test_a_repeated_command_does_not_start_the_program_twice(worker):
     assert len(worker.calls("python")) == 2
 
 
-def test_the_program_outlives_its_connection_and_is_followed_again(worker):
+def test_program_survives_a_lost_connection(worker):
     (worker.folder / "keep_going").touch()
     worker.answers(programs=[0])
     first = worker_run(worker, "1", start_new_session=True)
@@ -536,33 +536,33 @@ def test_the_program_outlives_its_connection_and_is_followed_again(worker):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = worker_run(worker, "2")
-    said_something, _, _ = select.select([second.stderr], [], [], 10)
+    has_output, _, _ = select.select([second.stderr], [], [], 10)
     (worker.folder / "keep_going").unlink()
-    assert said_something
+    assert has_output
     assert "following attempt 1" in second.stderr.readline()
     assert finished(second) == (0, "training with no cache\n")
     assert len(worker.calls("python")) == 1
 
 
-def test_a_worker_that_is_shut_down_lets_the_program_save(worker):
+def test_worker_shutdown_lets_the_program_save(worker):
     (worker.folder / "keep_going").touch()
     follower = worker_run(worker, "1")
     worker.wait_for("started")
     group = int((worker.folder / "xclip_jax_run/pid").read_text())
-    os.killpg(group, signal.SIGTERM)  # as at shutdown: the shell around the program gets it too
+    os.killpg(group, signal.SIGTERM)  # as at shutdown: the outer shell receives it too
     status, output = finished(follower)
     assert (status, output.splitlines()[-1]) == (75, "saving")
 
 
 def test_worker_setup_installs_and_mounts(worker):
-    worker.stand_in("curl", "")
-    worker.stand_in("lsb_release", "echo jammy")
-    worker.stand_in("mountpoint", "exit 1")
-    worker.stand_in("python3", "")
-    worker.stand_in("python", "", worker.root / ".venv/bin")
+    worker.add_fake("curl", "")
+    worker.add_fake("lsb_release", "echo jammy")
+    worker.add_fake("mountpoint", "exit 1")
+    worker.add_fake("python3", "")
+    worker.add_fake("python", "", worker.root / ".venv/bin")
     install = 'if [[ $1 == tee ]]; then cat > "$RECORD/$(basename "$2")"; fi\n'
     install += 'if [[ $* == *"install -qqy gcsfuse" ]]; then cp "$0" "$(dirname "$0")/gcsfuse"; fi'
-    worker.stand_in("sudo", install)
+    worker.add_fake("sudo", install)
     result = worker.run("tpu/worker_setup.sh", variables={"BUCKET": "my-bucket"}, root=worker.root)
     assert result.returncode == 0, result.errors
     packages = (worker.folder / "gcsfuse.list").read_text()
@@ -579,10 +579,10 @@ def test_worker_setup_installs_and_mounts(worker):
     assert " ".join(install) == "python -m pip install --quiet -e .[tpu] -c constraints.txt"
 
 
-def test_worker_setup_leaves_what_is_mounted(worker):
+def test_worker_setup_keeps_an_existing_mount(worker):
     for name in ("gcsfuse", "sudo", "mountpoint", "python3"):
-        worker.stand_in(name, "")
-    worker.stand_in("python", "", worker.root / ".venv/bin")
+        worker.add_fake(name, "")
+    worker.add_fake("python", "", worker.root / ".venv/bin")
     variables = {"BUCKET": "my-bucket"}
     assert worker.run("tpu/worker_setup.sh", variables=variables, root=worker.root).returncode == 0
     assert worker.calls("gcsfuse") == []
@@ -599,7 +599,7 @@ def slurm(launcher, *arguments, **options):
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
-def test_slurm_requeues_only_what_was_preempted(launcher, status, requeued):
+def test_slurm_requeues_only_preempted_jobs(launcher, status, requeued):
     launcher.answers(programs=[status])
     assert finished(slurm(launcher, "--config.train.epochs=1"))[0] == status
     assert launcher.calls("scontrol") == ([["scontrol", "requeue", "17"]] if requeued else [])
@@ -619,11 +619,11 @@ exit "$status"
 """
 
 
-def test_slurm_trains_as_two_processes_that_find_each_other(launcher, tmp_path):
-    """The real program in the environment that SLURM gives each of two tasks."""
+def test_slurm_tasks_connect_and_train_together(launcher, tmp_path):
+    """Runs the real program in the environment that SLURM sets for each of two tasks."""
     config = kills.write_config(tmp_path, tiny.make_dataset(tmp_path / "data"), epochs=1)
-    launcher.stand_in("srun", TWO_TASKS)
-    launcher.stand_in("python", f'exec "{sys.executable}" "$@"')
+    launcher.add_fake("srun", TWO_TASKS)
+    launcher.add_fake("python", f'exec "{sys.executable}" "$@"')
     variables = {"NAME": "two", "CONFIG": str(config), "DATA": "data", "SHARED": str(tmp_path)}
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "JAX_PLATFORMS": "cpu"}
     job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(ROOT)}
@@ -631,11 +631,11 @@ def test_slurm_trains_as_two_processes_that_find_each_other(launcher, tmp_path):
     output, errors = started.communicate(timeout=150)
     assert started.returncode == 0, errors
     assert "on 2 x cpu" in output
-    assert output.count("report: ") == 1  # one process speaks
+    assert output.count("report: ") == 1  # only one process prints
     assert (tmp_path / "runs/two/results.json").is_file()
 
 
-def test_slurm_hands_the_signal_to_the_tasks_and_waits_for_them(launcher):
+def test_slurm_forwards_the_signal_and_waits_for_the_tasks(launcher):
     (launcher.folder / "keep_going").touch()
     job = slurm(launcher)
     launcher.wait_for("started")
@@ -644,20 +644,20 @@ def test_slurm_hands_the_signal_to_the_tasks_and_waits_for_them(launcher):
     assert status == 75
     assert output == (
         "training with /scratch/me/jax_cache\nsaving\n"
-        "saved; back to the queue (restarts so far: 0)\n"
+        "checkpoint saved; requeued (restarts so far: 0)\n"
     )
     assert launcher.calls("scontrol") == [["scontrol", "requeue", "17"]]
 
 
-def test_slurm_asks_for_one_process_a_gpu_and_a_signal_before_the_end():
+def test_slurm_options_request_one_process_per_gpu_and_a_signal():
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     options = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH ")]
-    wanted = dict(option.partition("=")[::2] for option in options)
-    assert wanted["ntasks-per-node"] == wanted["gpus-per-node"]
-    assert "gpus-per-task" not in wanted  # see the file
-    assert wanted["signal"] == "B:TERM@120"
-    assert "requeue" in wanted
-    assert (wanted["open-mode"], wanted["output"]) == ("append", "%x-%j.log")
+    options = dict(option.partition("=")[::2] for option in options)
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert "gpus-per-task" not in options  # see the file
+    assert options["signal"] == "B:TERM@120"
+    assert "requeue" in options
+    assert (options["open-mode"], options["output"]) == ("append", "%x-%j.log")
     first = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(
         line.startswith("#SBATCH") for line in lines[first:]
@@ -757,7 +757,7 @@ SKYPILOT = {
 
 
 def check(value, schema, path=""):
-    """Every field is known and of its type; "*" stands for names that are the user's."""
+    """Asserts that all fields are in the schema with their types; "*" matches any name."""
     if isinstance(schema, dict):
         assert isinstance(value, dict), f"{path}: {value!r} has no fields"
         for name, field in value.items():
@@ -768,9 +768,9 @@ def check(value, schema, path=""):
         for item in value:
             check(item, schema[0], f"{path}[]")
     else:
-        number = schema is not NUMBER or not isinstance(value, bool)  # which Python calls an int
-        assert number, f"{path}: {value!r} is of a wrong type"
-        assert isinstance(value, schema), f"{path}: {value!r} is of a wrong type"
+        number = schema is not NUMBER or not isinstance(value, bool)  # a bool is an int in Python
+        assert number, f"{path}: {value!r} has the wrong type"
+        assert isinstance(value, schema), f"{path}: {value!r} has the wrong type"
 
 
 def jobset(launcher, kind, *arguments, **variables):
@@ -781,7 +781,7 @@ def jobset(launcher, kind, *arguments, **variables):
 
 
 def parts(manifest):
-    """The job, its pod and its container."""
+    """Returns the job, its pod and its container."""
     [replicated] = manifest["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
@@ -790,7 +790,7 @@ def parts(manifest):
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_jobset_uses_published_fields_and_restarts_what_was_preempted(launcher, kind):
+def test_jobset_fields_are_published_and_preemption_restarts(launcher, kind):
     manifest = jobset(launcher, kind)
     check(manifest, JOBSET)
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -810,11 +810,11 @@ def test_jobset_uses_published_fields_and_restarts_what_was_preempted(launcher, 
         "values": [75],
     }
     assert on_disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy asks for
+    assert pod["restartPolicy"] == "Never"  # required by podFailurePolicy
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_jobset_mounts_the_bucket_where_the_program_looks(launcher, kind):
+def test_jobset_mounts_the_bucket_that_the_program_reads(launcher, kind):
     manifest = jobset(launcher, kind, '--config.name=a "b" \\ & c')
     job, pod, container = parts(manifest)
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
@@ -826,14 +826,14 @@ def test_jobset_mounts_the_bucket_where_the_program_looks(launcher, kind):
     cache = {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/mnt/bucket/jax_cache"}
     assert container["env"] == [cache]
     words = [*container["command"], *container["args"]]
-    own = program("/mnt/bucket", '--config.name=a "b" \\ & c')
-    assert words[: len(own) + 1] == ["python", *own]
+    expected = program("/mnt/bucket", '--config.name=a "b" \\ & c')
+    assert words[: len(expected) + 1] == ["python", *expected]
 
 
 @pytest.mark.parametrize(
     ("topology", "hosts"), [("2x2", 1), ("4x4", 4), ("2x2x2", 2), ("2x2x4", 4)]
 )
-def test_jobset_has_one_pod_for_four_chips(launcher, topology, hosts):
+def test_jobset_has_one_pod_per_four_chips(launcher, topology, hosts):
     job, pod, container = parts(jobset(launcher, "tpu", TOPOLOGY=topology))
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
@@ -851,7 +851,7 @@ def test_jobset_refuses_other_topologies(launcher, topology):
     assert f"TOPOLOGY={topology}: must" in result.errors
 
 
-def test_jobset_for_gpus_tells_each_process_who_it_is(launcher):
+def test_gpu_jobset_passes_the_process_id(launcher):
     job, pod, container = parts(jobset(launcher, "gpu"))
     assert (job["parallelism"], job["completions"]) == (2, 2)
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
@@ -869,7 +869,7 @@ def test_apply_dry_run_prints_the_manifest(launcher):
     assert yaml.safe_load(manifest) == jobset(launcher, "tpu")
 
 
-def test_apply_wants_to_know_which(launcher):
+def test_apply_refuses_an_unknown_kind(launcher):
     result = launcher.run("gke/apply.sh", "cpu")
     assert (result.returncode, result.errors) == (
         2,
@@ -888,7 +888,7 @@ def test_apply_wants_to_know_which(launcher):
         (["spec", "replicatedJobs"], {}),
     ],
 )
-def test_the_schema_refuses_what_jobset_has_not(launcher, path, value):
+def test_jobset_schema_refuses_unknown_fields(launcher, path, value):
     manifest = jobset(launcher, "tpu")
     place = manifest
     for step in path[:-1]:
@@ -915,7 +915,7 @@ def test_skypilot_uses_published_fields():
     ("place", "name"),
     [([], "nodes"), (["resources"], "spot"), (["resources", "job_recovery"], "exit_codes")],
 )
-def test_the_schema_refuses_what_skypilot_has_not(place, name):
+def test_skypilot_schema_refuses_unknown_fields(place, name):
     task = skypilot()
     fields = task
     for step in place:
@@ -926,8 +926,8 @@ def test_the_schema_refuses_what_skypilot_has_not(place, name):
 
 
 @pytest.mark.parametrize("status", [0, 75])
-def test_skypilot_runs_one_process_a_machine(launcher, status):
-    launcher.stand_in("python", STAND_INS["python"], launcher.folder / "venv/bin")
+def test_skypilot_runs_one_process_per_machine(launcher, status):
+    launcher.add_fake("python", FAKES["python"], launcher.folder / "venv/bin")
     launcher.answers(programs=[status])
     cluster = {
         "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",

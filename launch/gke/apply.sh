@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fills in tpu.yaml or gpu.yaml and hands it to kubectl: apply.sh tpu|gpu [--dry-run] [options of
-# the program].
+# Fills in tpu.yaml or gpu.yaml and applies it with kubectl:
+# apply.sh tpu|gpu [--dry-run] [options of the program].
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common.sh"
@@ -22,7 +22,7 @@ if [[ $kind == tpu ]]; then
   HOSTS=$((chips / 4))
 else
   require "${common[@]}" GPU GPUS_PER_HOST HOSTS
-  # Without a cluster that JAX could ask: the set gives its first pod this name.
+  # JAX does not detect this cluster. JobSet gives its first pod this name.
   # shellcheck disable=SC2016 # Kubernetes expands $(...), not the shell
   arguments+=(
     "--coordinator=$NAME-train-0-0.$NAME:8476" "--num_processes=$HOSTS"
@@ -34,7 +34,7 @@ program_arguments "$MOUNT"
 arguments=("${arguments[@]//\\/\\\\}")
 arguments=("${arguments[@]//\"/\\\"}")
 ARGUMENTS=$(printf '", "%s' "${arguments[@]}")
-ARGUMENTS=${ARGUMENTS:4} # a, b -> a", "b: between the quotes of the file's "${ARGUMENTS}"
+ARGUMENTS=${ARGUMENTS:4} # a, b -> a", "b, inside the quotes of "${ARGUMENTS}" in the file
 manifest=$(< "$here/$kind.yaml")
 for name in "${common[@]}" MOUNT HOSTS ARGUMENTS TPU TOPOLOGY GPU GPUS_PER_HOST; do
   manifest=${manifest//"\${$name}"/"${!name:-}"}

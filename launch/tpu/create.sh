@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice: a queued resource with one node, both called NAME.
+# Requests a TPU slice: a queued resource with one node, both named NAME.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 parse_arguments "$@"

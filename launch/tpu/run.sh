@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the program on every worker, shows what it prints, and ends with its status.
-# Options other than --dry-run go to the program.
+# Runs the program on every worker, prints its output and exits with its status.
+# Options other than --dry-run are passed to the program.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 parse_arguments "$@"

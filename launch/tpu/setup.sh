@@ -7,8 +7,8 @@ parse_arguments "$@"
 refuse_arguments
 require NAME PROJECT ZONE BUCKET
 
-# A commit, not the folder: the same code on every worker and after every restart, and no data.
-git -C "$here" diff --quiet HEAD || echo "note: changes that are not committed are not sent" >&2
+# Sends a commit, not the folder: the same code on all workers and after restarts, and no data.
+git -C "$here" diff --quiet HEAD || echo "note: uncommitted changes are not sent" >&2
 archive=${TMPDIR:-/tmp}/$NAME.tar.gz
 run git -C "$here/../.." archive --output="$archive" HEAD
 tpu tpu-vm scp "$archive" "$NAME:xclip_jax.tar.gz" --worker=all

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes the slice and its queued resource; the bucket is not touched.
+# Deletes the slice and its queued resource; keeps the bucket.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 parse_arguments "$@"

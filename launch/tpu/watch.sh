@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole life of a run: gets a slice, trains on it, gets another when it is taken away, and gives
-# it back at the end. Started again, it goes on with the slice that is there.
-# Options other than --dry-run go to the program.
+# A complete run: requests a slice, trains on it, replaces it after preemption and deletes it at the
+# end. A restarted watch.sh continues with the existing slice.
+# Options other than --dry-run are passed to the program.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common.sh"
@@ -9,13 +9,13 @@ parse_arguments "$@"
 require NAME PROJECT ZONE ACCELERATOR_TYPE PROVISIONING BUCKET CONFIG DATA
 MAX_FAILURES=${MAX_FAILURES:-5} PAUSE_SECONDS=${PAUSE_SECONDS:-60} POLL_SECONDS=${POLL_SECONDS:-30}
 readonly PREEMPTED=75 CONNECTION_LOST=255
-failures=0 # in a row; a slice that could be set up ends the row
+failures=0 # consecutive ones; a successful setup resets the count
 
-say() { echo "watch: $*" >&2; }
+log() { echo "watch: $*" >&2; }
 
 describe() { tpu queued-resources describe "$NAME" --format='value(state.state)'; }
 
-slice_state() { # the queued resource's, or NONE, or UNKNOWN if it could not be asked
+slice_state() { # of the queued resource; NONE: missing; UNKNOWN: request failed
   local errors
   errors=$(mktemp)
   if ! describe 2> "$errors"; then
@@ -27,7 +27,7 @@ slice_state() { # the queued resource's, or NONE, or UNKNOWN if it could not be 
 
 failed() {
   failures=$((failures + 1))
-  say "$1 failed, $failures in a row of at most $MAX_FAILURES"
+  log "$1 failed, $failures in a row of at most $MAX_FAILURES"
   ((failures < MAX_FAILURES)) || exit 1
   sleep "$PAUSE_SECONDS"
 }
@@ -46,7 +46,7 @@ train() { # sets status
 }
 
 finish() {
-  say "done"
+  log "done"
   [[ ${KEEP:-0} == 1 ]] || "$here/teardown.sh"
   exit 0
 }
@@ -56,11 +56,11 @@ use_slice() {
   case $status in
     0) finish ;;
     "$PREEMPTED") delete ;;
-    "$CONNECTION_LOST") sleep "$POLL_SECONDS" ;; # the program may still run: the state tells
-    *) # When a worker vanishes the others fail in ways of their own: ask about the slice first.
+    "$CONNECTION_LOST") sleep "$POLL_SECONDS" ;; # the program may still run: check the state
+    *) # If a worker dies the others fail with any status: check the slice first.
       sleep "$POLL_SECONDS"
       if [[ $(slice_state) == ACTIVE ]]; then
-        say "status $status; the slice is kept and costs money until launch/tpu/teardown.sh"
+        log "status $status; the slice is kept and costs money until launch/tpu/teardown.sh"
         exit "$status"
       fi
       ;;
@@ -78,7 +78,7 @@ fi
 
 while true; do
   state=$(slice_state)
-  say "$(date '+%F %T') $state"
+  log "$(date '+%F %T') $state"
   case $state in
     NONE) "$here/create.sh" || failed creation ;;
     ACTIVE) use_slice ;;

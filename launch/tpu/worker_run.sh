@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# On one worker: worker_run.sh ATTEMPT COMMAND... runs the command apart from the connection,
-# follows it and ends with its status. When a connection breaks, gcloud runs this line again; a user
-# may come back too. Both must meet the program that is there: two would fight for the chips.
+# On one worker: worker_run.sh ATTEMPT COMMAND... runs the command independently of the
+# connection, prints its output and exits with its status. If the connection breaks, gcloud or the
+# user runs this line again, which must attach to the running program: only one can use the chips.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 attempt=$1
@@ -13,10 +13,10 @@ is_running() { kill -0 "$(cat "$state/pid")" 2> /dev/null; }
 
 start() {
   rm -f "$state/status"
-  : > "$state/log" # here, not by the shell in the background: tail must find it
+  : > "$state/log" # before tail starts
   echo "$attempt" > "$state/attempt"
-  # A worker that is shut down gives everyone SIGTERM. The trap keeps the outer shell alive until
-  # the program has saved, and unlike ignoring the signal is not inherited by it.
+  # At shutdown every process receives SIGTERM. The trap keeps the outer shell alive until the
+  # program has saved; unlike an ignored signal, a trap is not inherited by the program.
   # shellcheck disable=SC2016 # the inner shell expands
   PATH=$PWD/.venv/bin:$PATH setsid bash -c '
     trap : TERM
@@ -32,7 +32,7 @@ start() {
 if [[ ! -f $state/pid ]]; then
   start "$@"
 elif is_running; then
-  echo "following attempt $(cat "$state/attempt"), which still runs" >&2
+  echo "following attempt $(cat "$state/attempt"), which is still running" >&2
 elif [[ $(cat "$state/attempt") != "$attempt" ]]; then
   start "$@"
 fi

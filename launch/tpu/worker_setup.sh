@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On one worker: mounts the bucket and installs the package. Harmless when run again.
+# On one worker: mounts the bucket and installs the package. Can be run again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/common.sh
@@ -11,18 +11,18 @@ if ! command -v gcsfuse > /dev/null; then
   curl -fsSL "$packages/doc/apt-key.gpg" | sudo tee "$key" > /dev/null
   echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-  # A fresh worker is often still busy with its own updates: wait for the lock.
+  # A fresh worker may still be installing updates: wait for the lock.
   sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
   sudo apt-get -o DPkg::Lock::Timeout=600 install -qqy gcsfuse
 fi
 
 options=(
-  --implicit-dirs # folders that other tools made have no entry of their own
-  # Checkpoints become visible by renaming a folder; the default limit refuses that.
+  --implicit-dirs # folders made by other tools have no entry
+  # A checkpoint is committed by renaming a folder, which the default limit prevents.
   --rename-dir-limit=200000
-  # Workers must see at once what another has written, so nothing about files is remembered ...
+  # Metadata is not cached: workers must see at once what another one wrote.
   --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0
-  # ... but what has been read of them is kept on the disk: records are read in random order.
+  # Content is cached on disk, because records are read in random order.
   --cache-dir="$HOME/gcsfuse_cache" --file-cache-max-size-mb=40000
   --file-cache-cache-file-for-range-read
 )
