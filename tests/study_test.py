@@ -17,8 +17,16 @@ from xclip_jax.cli import InputError
 from xclip_jax.config import validate
 from xclip_jax.study import Study, Variant, chart, load_studies, report
 from xclip_jax.study.runs import Run, execute_runs, folder_name, plan_runs
-from xclip_jax.study.statistics import estimate_difference, estimate_metric, metric_values
-from xclip_jax.study.table import Row, Table, make_table, table_from_json, table_to_json
+from xclip_jax.study.table import (
+    Row,
+    Table,
+    estimate_difference,
+    estimate_metric,
+    make_table,
+    metric_values,
+    table_from_json,
+    table_to_json,
+)
 from xclip_jax.train import set_up
 
 ROOT = Path(__file__).parents[1]

@@ -3,6 +3,7 @@
 Captions are untrusted, so no text is parsed as mathematics: `$` is drawn as a dollar sign.
 """
 
+import bisect
 import contextlib
 import unicodedata
 import warnings
@@ -35,16 +36,10 @@ def ignore_missing_glyphs() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Returns the text on one line, without control, joiner and surrogate code points."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    spaced = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
-    return " ".join("".join(c for c in spaced if not _is_invisible(c)).split())
-
-
-def _is_invisible(character: str) -> bool:
-    """Returns whether a character is a joiner, unassigned, or a variation selector."""
-    is_selector = 0xFE00 <= ord(character) <= 0xFE0F  # chooses emoji or text form
-    return is_selector or unicodedata.category(character) in ("Cf", "Co", "Cs", "Cn")
+    """Returns the text on one line, without control, joiner and variation selector code points."""
+    text = text.encode("utf-8", "replace").decode("utf-8")  # surrogates cannot be drawn
+    hidden = {c for c in text if unicodedata.category(c)[0] == "C" or 0xFE00 <= ord(c) <= 0xFE0F}
+    return " ".join("".join(c for c in text if c.isspace() or c not in hidden).split())
 
 
 class Canvas:
@@ -60,20 +55,15 @@ class Canvas:
         self._axes = self._figure.add_axes((0, 0, 1, 1))
         self._axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
         self._axes.axis("off")
-        self._layer = 0
         installed = set(font_manager.get_font_names())
         self._family = ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
-
-    def _next_layer(self) -> int:
-        self._layer += 1
-        return self._layer
 
     def text(
         self, x: Pixels, y: Pixels, text: str, size: Pixels = 13, color: str = INK, **style: Any
     ) -> Text:
         """Draws one line, vertically centred at y."""
         style |= {"va": "center", "color": color, "parse_math": False, "family": self._family}
-        style |= {"fontsize": size * 72 / UNITS_PER_INCH, "zorder": self._next_layer()}
+        style |= {"fontsize": size * 72 / UNITS_PER_INCH, "zorder": 1}
         return self._axes.text(x, y, text, **style)
 
     def measure_width(self, text: str, size: Pixels, **style: Any) -> Pixels:
@@ -89,26 +79,22 @@ class Canvas:
         """Returns 1 to `lines` lines that fit `width`, the last ending in … where text was cut."""
 
         def fitting_length(line: str, ending: str = "") -> int:  # at least 1
-            low, high = 1, len(line)
-            while low < high:
-                middle = (low + high + 1) // 2
-                fits = self.measure_width(line[:middle] + ending, size, **style) <= width
-                low, high = (middle, high) if fits else (low, middle - 1)
-            return low
+            def width_of(length: int) -> Pixels:
+                return self.measure_width(line[:length] + ending, size, **style)
 
-        rest, result = printable(text)[:1000].strip(), []
+            return max(1, bisect.bisect_right(range(1, len(line) + 1), width, key=width_of))
+
+        rest, result = printable(text)[:1000], []
         while rest and len(result) < lines:
-            length = fitting_length(rest)
-            line = rest[:length]
-            if not rest[length : length + 1].strip():
-                line = line.rstrip()
-            elif " " in line:  # otherwise a long word, or a script without spaces, is broken
+            line = rest[: fitting_length(rest)]
+            is_inside_word = rest[len(line) : len(line) + 1].strip()
+            if is_inside_word and " " in line:  # a script without spaces is broken anywhere
                 line = line.rpartition(" ")[0]
-            result.append(line)
+            result.append(line.rstrip())
             rest = rest[len(line) :].lstrip()
         if rest:
-            length = fitting_length(result[-1], "…")
-            result[-1] = result[-1][:length].rstrip(" ,.;:") + "…"
+            last = result[-1][: fitting_length(result[-1], "…")]
+            result[-1] = last.rstrip(" ,.;:") + "…"
         return result or ["(empty)"]
 
     def paragraph(
@@ -124,19 +110,19 @@ class Canvas:
     ) -> None:
         """Draws a rectangle with rounded corners."""
         style = {"facecolor": PAPER, "edgecolor": LINE, "linewidth": 0.72} | style
-        style |= {"boxstyle": f"round,pad=0,rounding_size={radius}", "zorder": self._next_layer()}
+        style |= {"boxstyle": f"round,pad=0,rounding_size={radius}", "zorder": 1}
         self._axes.add_patch(FancyBboxPatch((x, y), width, height, **style))
 
     def bar(self, x: Pixels, y: Pixels, width: Pixels, height: Pixels, color: str) -> None:
         """Draws a filled rectangle without an edge."""
-        style = {"facecolor": color, "linewidth": 0, "zorder": self._next_layer()}
+        style = {"facecolor": color, "linewidth": 0, "zorder": 1}
         self._axes.add_patch(Rectangle((x, y), width, height, **style))
 
     def image(
         self, pixels: np.ndarray, x: Pixels, y: Pixels, width: Pixels, height: Pixels, **style: Any
     ) -> None:
         """Draws an image stretched to a rectangle."""
-        style |= {"extent": (x, x + width, y + height, y), "zorder": self._next_layer()}
+        style |= {"extent": (x, x + width, y + height, y), "zorder": 1}
         self._axes.imshow(pixels, aspect="auto", **style)
 
     def save(self, path: str | Path) -> None:

@@ -72,17 +72,16 @@ def make_strip(
     """Returns up to six evenly spaced frames in a row, RGBA with transparent gaps."""
     count = len(frames_FxSxSx3)
     shown = np.unique(np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int))
-    strip = np.zeros((FRAME_SIDE, strip_width(len(shown)), 4), np.uint8)
+    strip = Image.new("RGBA", (strip_width(len(shown)), FRAME_SIDE))
     for k, index in enumerate(shown):
-        left = k * (FRAME_SIDE + FRAME_GAP)
-        strip[:, left : left + FRAME_SIDE, :3] = _resize(frames_FxSxSx3[index], FRAME_SIDE)
-        strip[:, left : left + FRAME_SIDE, 3] = 255
-    return strip
+        frame = _resize(frames_FxSxSx3[index], FRAME_SIDE)
+        strip.paste(frame, (k * (FRAME_SIDE + FRAME_GAP), 0))
+    return np.asarray(strip)
 
 
-def _resize(frame_SxSx3: np.ndarray, side: int) -> np.ndarray:
+def _resize(frame_SxSx3: UInt8[np.ndarray, "S S 3"], side: int) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(frame_SxSx3))
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 @ignore_missing_glyphs()
@@ -170,9 +169,9 @@ def draw_attention(path: Path, attention: WordFrameAttention) -> None:
 
     Of a text with more than 30 words, those with the largest shares are shown, in text order.
     """
-    weights_WxF = attention.weights_WxF
-    num_words, columns = weights_WxF.shape
-    shown = np.sort(np.argsort(-weights_WxF.sum(1), kind="stable")[:MAX_WORDS])
+    num_words, columns = attention.weights_WxF.shape
+    shown = np.sort(np.argsort(-attention.weights_WxF.sum(1), kind="stable")[:MAX_WORDS])
+    shown_WxF = attention.weights_WxF[shown]
     thumbnails = min(columns, MAX_THUMBNAILS)  # each the middle frame of a group of columns
     width, height, right = 760, len(shown) * ROW, 140
     cell = min(110, width / columns)
@@ -184,14 +183,13 @@ def draw_attention(path: Path, attention: WordFrameAttention) -> None:
     for k in range(thumbnails):
         index = int((k + 0.5) * columns / thumbnails)
         middle = LABELS + (k + 0.5) * cell * columns / thumbnails
-        frame = _resize(attention.frames_FxSxSx3[index], 2 * FRAME_SIDE)
+        frame = np.asarray(_resize(attention.frames_FxSxSx3[index], 2 * FRAME_SIDE))
         canvas.image(frame, middle - side / 2, 70, side, side)
         seconds = f"{attention.times[index]:.3g} s"
         canvas.text(middle, top - 15, seconds, 11, MUTED, ha="center")
-    shown_WxF, words = weights_WxF[shown], [attention.words[index] for index in shown]
     _draw_heat(canvas, shown_WxF, top, cell)
-    _draw_word_shares(canvas, words, shown_WxF.sum(1), LABELS + cell * columns, top)
-    _draw_frame_shares(canvas, weights_WxF.sum(0), top + height, cell)
+    words, share_F = [attention.words[index] for index in shown], attention.weights_WxF.sum(0)
+    _draw_shares(canvas, words, shown_WxF.sum(1), share_F, top=top, cell=cell)
     notes = [printable(attention.clip)[:60], f"darkest cell {shown_WxF.max():.1%}"]
     if len(shown) < num_words:
         notes.append(f"the {len(shown)} of {num_words} words with the largest shares")
@@ -216,21 +214,23 @@ def _draw_heat(canvas: Canvas, weights_WxF: np.ndarray, top: Pixels, cell: Pixel
         canvas.text(x, y, f"{100 * weight:.1f}", 10.5, color, ha="center")
 
 
-def _draw_word_shares(
-    canvas: Canvas, words: list[str], share_W: np.ndarray, right: Pixels, top: Pixels
+def _draw_shares(
+    canvas: Canvas,
+    words: list[str],
+    share_W: np.ndarray,
+    share_F: np.ndarray,
+    *,
+    top: Pixels,
+    cell: Pixels,
 ) -> None:
-    """Draws the words on the left of the heat map and their shares as bars on its right."""
+    """Draws the words left of the heat map, and the shares as bars right of it and below."""
+    right, bottom = LABELS + cell * len(share_F), top + ROW * len(words)
     for k, (word, share) in enumerate(zip(words, share_W, strict=True)):
         middle, length = top + (k + 0.5) * ROW, 70 * share / share_W.max()
-        canvas.text(
-            LABELS - 10, middle, canvas.wrap(word, LABELS - 36, 1, 13.5)[0], 13.5, ha="right"
-        )
+        label = canvas.wrap(word, LABELS - 36, 1, 13.5)[0]
+        canvas.text(LABELS - 10, middle, label, 13.5, ha="right")
         canvas.bar(right + 10, middle - 5, length, 10, BLUE)
         canvas.text(right + 16 + length, middle, f"{share:.0%}", 11, MUTED)
-
-
-def _draw_frame_shares(canvas: Canvas, share_F: np.ndarray, bottom: Pixels, cell: Pixels) -> None:
-    """Draws the frames' shares as bars below the heat map."""
     canvas.text(LABELS - 10, bottom + 24, "all words", 11, MUTED, ha="right")
     for k, share in enumerate(share_F):
         length, middle = 26 * share / share_F.max(), LABELS + (k + 0.5) * cell
@@ -249,9 +249,8 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, Any]]) -> bool:
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "text.color": INK, "font.size": 9}):
         layout = ConstrainedLayoutEngine(wspace=0.06, w_pad=0.1, h_pad=0.1)
         figure = Figure((4 * len(panels), 3.1), facecolor=PAPER, layout=layout)
-        all_axes = np.ravel(figure.subplots(1, len(panels)))
-        for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
-            _draw_panel(axes, title, series)
+        for k, (title, series) in enumerate(panels.items(), 1):
+            _draw_panel(figure.add_subplot(1, len(panels), k), title, series)
         figure.savefig(path, dpi=DOTS_PER_INCH)
     return True
 

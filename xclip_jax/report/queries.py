@@ -49,20 +49,19 @@ def choose_queries(
     are looked at, so it is fair.
     """
 
-    def first_of_each_video(queries: Iterable[int], excluded: Iterable[int] = ()) -> list[int]:
-        first = {}
+    def pick(queries: Iterable[int], count: int, excluded: Iterable[int] = ()) -> list[int]:
+        videos, picked = {int(video_Q[query]) for query in excluded}, []
         for query in queries:
-            first.setdefault(int(video_Q[query]), query)
-        return [query for video, query in first.items() if video not in excluded]
-
-    def videos_of(queries: Iterable[int]) -> set[int]:
-        return {int(video_Q[query]) for query in queries}
+            if video_Q[query] not in videos and len(picked) < count:
+                videos.add(int(video_Q[query]))
+                picked.append(query)
+        return picked
 
     missed = [q for q in np.argsort(-rank_Q, kind="stable").tolist() if rank_Q[q] > 1]
     order = np.random.default_rng(0).permutation(len(rank_Q)).tolist()
-    drawn = first_of_each_video(order)[: SHOWN - min(WORST, len(missed))]
-    worst = first_of_each_video(missed, videos_of(drawn))[:WORST]
-    drawn = first_of_each_video(order, videos_of(worst))[: SHOWN - len(worst)]
+    drawn = pick(order, SHOWN - min(WORST, len(missed)))
+    worst = pick(missed, WORST, excluded=drawn)
+    drawn = pick(order, SHOWN - len(worst), excluded=worst)
     return [(q, "drawn at random") for q in drawn] + [(q, "one of the worst misses") for q in worst]
 
 
@@ -98,13 +97,13 @@ def _make_queries(
     rank_Q = expected_ranks(*rank_counts(scores_QxV, right_Q))
     queries = []
     for query, reason in choose_queries(rank_Q, right_Q):
-        hits = []
-        for k, video in enumerate(np.argsort(-scores_QxV[query], kind="stable")[:HITS], 1):
-            label, kind = (f"{k} ✓", "right") if video == right_Q[query] else (f"{k}", "wrong")
-            score = float(scores_QxV[query, video])
-            hits.append(RankedItem(label, items_of(query, int(video))[0], score, kind))
         right = int(right_Q[query])
         answers = items_of(query, right)
+        hits = []
+        for k, video in enumerate(np.argsort(-scores_QxV[query], kind="stable")[:HITS].tolist(), 1):
+            label, kind = (f"{k} ✓", "right") if video == right else (f"{k}", "wrong")
+            item, score = items_of(query, video)[0], float(scores_QxV[query, video])
+            hits.append(RankedItem(label, item, score, kind))
         queries.append(
             ShownQuery(
                 item=query,

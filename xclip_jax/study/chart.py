@@ -7,13 +7,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from xclip_jax.report import DIRECTIONS
 from xclip_jax.report.canvas import DOTS_PER_INCH, INK, LINE, MUTED, ignore_missing_glyphs
-from xclip_jax.report.page import DIRECTIONS
-from xclip_jax.study.statistics import Stat
-from xclip_jax.study.table import Table
+from xclip_jax.study.table import Stat, Table
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -27,6 +27,7 @@ _FILLS: tuple[dict[str, Any], ...] = (
     {"facecolor": "#a3adc2"},
     {"facecolor": "white", "hatch": "////"},
 )
+_CAPS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5}  # of the intervals
 # Dashes, marker and shade of each line.
 _LINES = (
     ("-", "o", INK),
@@ -54,7 +55,7 @@ def _draw_bars(table: Table, path: Path) -> None:
         y, stats = np.array([k + shift for k, _ in rows]), [stat for _, stat in rows]
         means = [stat.mean for stat in stats]
         axes.barh(y, means, 0.36, edgecolor=INK, linewidth=0.8, label=label, **fill)
-        _draw_intervals(axes, y, stats, horizontal=True)
+        axes.errorbar(means, y, xerr=_interval_lengths(stats), fmt="none", ecolor=INK, **_CAPS)
         if any(len(stat.seeds) > 1 for stat in stats):
             dots = [(value, k) for k, stat in zip(y, stats, strict=True) for value in stat.seeds]
             axes.plot(*zip(*dots, strict=True), "o", ms=3.2, mfc="white", mec=INK, mew=0.8)
@@ -80,11 +81,10 @@ def _draw_lines(table: Table, path: Path) -> None:
             stats = [row.stats[way]["R@1"] for row in rows]
             shift = 1.012 ** (names.index(name) - len(names) / 2)  # intervals side by side
             x = shift * np.array([float(row.labels[1]) for row in rows])
-            axes.plot(
-                x, [stat.mean for stat in stats], ls=dashes, marker=mark, color=shade, ms=6,
-                mfc="white", mew=1.3, label=name,
-            )  # fmt: skip
-            _draw_intervals(axes, x, stats, horizontal=False, color=shade)
+            means, lengths = [stat.mean for stat in stats], _interval_lengths(stats)
+            style = {"ls": dashes, "marker": mark, "color": shade, "ms": 6, "mfc": "white"}
+            axes.plot(x, means, mew=1.3, label=name, **style)
+            axes.errorbar(x, means, yerr=lengths, fmt="none", ecolor=shade, **_CAPS)
         axes.set_title(label, fontsize=10, color=MUTED)
         axes.set_xscale("log")
         numbers = sorted({float(row.labels[1]) for row in table.rows})
@@ -97,14 +97,9 @@ def _draw_lines(table: Table, path: Path) -> None:
     _finish(figure, list(panels), table, path)
 
 
-def _draw_intervals(
-    axes: Axes, places: np.ndarray, stats: Sequence[Stat], *, horizontal: bool, color: str = INK
-) -> None:
-    means = np.array([stat.mean for stat in stats])
-    ends = np.array([(stat.low, stat.high) for stat in stats]).reshape(-1, 2).T
-    errors: dict[str, Any] = {"xerr" if horizontal else "yerr": abs(ends - means)}
-    x, y = (means, places) if horizontal else (places, means)
-    axes.errorbar(x, y, **errors, fmt="none", ecolor=color, elinewidth=1.1, capsize=2.5)
+def _interval_lengths(stats: Sequence[Stat]) -> Float[np.ndarray, "2 N"]:
+    """Returns the distances of N means to both ends of their intervals."""
+    return np.array([(s.mean - s.low, s.high - s.mean) for s in stats]).reshape(-1, 2).T
 
 
 def _finish(figure: Figure, panels: Sequence[Axes], table: Table, path: Path) -> None:

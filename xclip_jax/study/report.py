@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,19 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from xclip_jax.report.page import DIRECTIONS, render
+from xclip_jax.report import DIRECTIONS, render
 from xclip_jax.study import Study
 from xclip_jax.study.chart import draw_chart
 from xclip_jax.study.runs import Run
-from xclip_jax.study.statistics import STUDY_METRICS, Metric
-from xclip_jax.study.table import Row, Table, make_table, table_from_json, table_to_json
+from xclip_jax.study.table import (
+    STUDY_METRICS,
+    Row,
+    Stat,
+    Table,
+    make_table,
+    table_from_json,
+    table_to_json,
+)
 
 _ARROWS = ("t→v", "v→t")  # of DIRECTIONS
 
@@ -69,22 +77,25 @@ class Grid(NamedTuple):
 
 def metric_grid(table: Table, bold: Callable[[str], str]) -> Grid:
     """Returns means ± standard deviations in the paper's layout, with the best means in bold."""
-
-    def format_cell(row: Row, way: str, metric: Metric) -> str:
-        stat = row.stats.get(way, {}).get(metric)
-        if stat is None:
-            return ""
-        mean = f"{stat.mean:.1f}"
-        if round(stat.mean, 1) == table.best_means[way, metric]:
-            mean = bold(mean)
-        return mean if stat.std is None else mean + f" ± {stat.std:.1f}"
-
-    rows = []
-    for row in table.rows:
-        cells = [format_cell(row, way, metric) for way in DIRECTIONS for metric in STUDY_METRICS]
-        paper = [f"{row.paper:.1f}" if row.paper else ""] if table.has_paper else []
-        rows.append((row, cells + paper if row.stats else []))
+    columns = []
+    for way, metric in itertools.product(DIRECTIONS, STUDY_METRICS):
+        stats = [row.stats.get(way, {}).get(metric) for row in table.rows]
+        means = [round(stat.mean, 1) for stat in stats if stat]
+        best = (min if metric == "MnR" else max)(means, default=None)
+        columns.append([_format_mean(stat, best, bold) for stat in stats])
+    if table.has_paper:
+        columns.append([f"{row.paper:.1f}" if row.paper else "" for row in table.rows])
+    cells = map(list, zip(*columns, strict=True))
+    rows = [(row, c if row.stats else []) for row, c in zip(table.rows, cells, strict=True)]
     return Grid(table.columns, STUDY_METRICS, ("paper",) if table.has_paper else (), rows)
+
+
+def _format_mean(stat: Stat | None, best: float | None, bold: Callable[[str], str]) -> str:
+    if stat is None:
+        return ""
+    mean = f"{stat.mean:.1f}"
+    mean = bold(mean) if round(stat.mean, 1) == best else mean
+    return mean if stat.std is None else mean + f" ± {stat.std:.1f}"
 
 
 def interval_grid(table: Table) -> Grid:
@@ -103,7 +114,7 @@ def interval_grid(table: Table) -> Grid:
 
 def legend(table: Table) -> str:
     """Returns a few sentences on what the numbers mean."""
-    seeds = max(row.num_finished for row in table.rows)
+    seeds = max(list(row.seeds.values()).count(None) for row in table.rows)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     over = "test videos and seeds" if seeds > 1 else "test videos alone"
     sentences = [
@@ -158,9 +169,8 @@ def _markdown_table(grid: Grid) -> str:
     both = [f"{arrow} {name}" for arrow in _ARROWS for name in grid.columns]
     lines = [[*grid.labels, *both, *grid.last]]
     for row, cells in grid.rows:
-        lines.append(
-            [*map(_escape_markdown, row.labels), *(cells or [_escape_markdown(row.problem)])]
-        )
+        labels = map(_escape_markdown, row.labels)
+        lines.append([*labels, *(cells or [_escape_markdown(row.problem)])])
     full = [line for line in lines if len(line) == len(lines[0])]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -184,16 +194,13 @@ def format_csv(table: Table) -> str:
     writer = csv.writer(file, lineterminator="\n")
     for row in table.rows:
         numbers: dict[str, Any] = {}
-        for way in DIRECTIONS:
-            for metric in STUDY_METRICS:
-                stat = row.stats.get(way, {}).get(metric)
-                for part in ("mean", "std", "low", "high"):
-                    numbers[f"{way} {metric} {part}"] = getattr(stat, part, None)
-                numbers[f"{way} {metric} seeds"] = " ".join(map(str, stat.seeds)) if stat else None
-        for way in DIRECTIONS:
-            for part in ("mean", "low", "high"):
-                value = getattr(row.differences.get(way), part, None)
-                numbers[f"{way} difference {part}"] = value
+        for way, metric in itertools.product(DIRECTIONS, STUDY_METRICS):
+            stat = row.stats.get(way, {}).get(metric)
+            for part in ("mean", "std", "low", "high"):
+                numbers[f"{way} {metric} {part}"] = getattr(stat, part, None)
+            numbers[f"{way} {metric} seeds"] = " ".join(map(str, stat.seeds)) if stat else None
+        for way, part in itertools.product(DIRECTIONS, ("mean", "low", "high")):
+            numbers[f"{way} difference {part}"] = getattr(row.differences.get(way), part, None)
         numbers |= {"paper": row.paper, "problem": row.problem}
         if row is table.rows[0]:
             writer.writerow([*table.columns, *numbers])

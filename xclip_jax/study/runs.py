@@ -26,7 +26,7 @@ from xclip_jax.data.builder import Dataset
 from xclip_jax.evaluate import RANKS_FILE
 from xclip_jax.models import read_model_config
 from xclip_jax.monitor import read_metrics
-from xclip_jax.report.page import DIRECTIONS
+from xclip_jax.report import DIRECTIONS
 from xclip_jax.study import Study
 from xclip_jax.workers import start_module
 
