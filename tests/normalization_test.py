@@ -1,4 +1,4 @@
-"""Dual softmax and QB-Norm against their definitions, by hand."""
+"""Tests of dual softmax and QB-Norm on examples computed by hand."""
 
 import numpy as np
 import pytest
@@ -6,27 +6,27 @@ import pytest
 from xclip_jax.metrics import dual_softmax, qb_norm
 
 
-def test_dual_softmax_by_hand():
+def test_dual_softmax_matches_hand_calculation():
     scores_QxG = np.log([[2.0, 6.0], [1.0, 2.0]])
     expected = scores_QxG * [[2 / 3, 6 / 8], [1 / 3, 2 / 8]]  # each column adds up to 1
     np.testing.assert_allclose(dual_softmax(scores_QxG), expected)
 
 
-def test_dual_softmax_keeps_one_query_as_it_is_and_takes_large_logits():
+def test_dual_softmax_leaves_a_single_query_unchanged_and_large_logits_finite():
     scores = np.array([[3.0, 5.0, 1.0]])
     np.testing.assert_allclose(dual_softmax(scores), scores)
     assert np.isfinite(dual_softmax(np.array([[900.0, 1.0], [1.0, 900.0]]))).all()
 
 
-def test_dual_softmax_settles_who_gets_what_two_queries_want():
-    scores_QxG = np.array([[30.0, 28.0], [29.0, 20.0]])  # both want 0, the first more clearly
+def test_dual_softmax_assigns_a_contested_item_to_the_higher_score():
+    scores_QxG = np.array([[30.0, 28.0], [29.0, 20.0]])  # both prefer item 0, query 0 more
     assert scores_QxG.argmax(1).tolist() == [0, 0]
-    scores_QxG = np.array([[30.0, 29.5], [33.0, 20.0]])  # 0 is the second's
+    scores_QxG = np.array([[30.0, 29.5], [33.0, 20.0]])  # item 0 scores higher with query 1
     assert dual_softmax(scores_QxG).argmax(1).tolist() == [1, 0]
 
 
-def test_qb_norm_by_hand():
-    """The bank's only hub is item 0. Query 0 has it first and is normalised, query 1 has not."""
+def test_qb_norm_matches_hand_calculation():
+    """Only item 0 is a hub. It is first for query 0, which is normalised, but not for query 1."""
     bank_BxG = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1]])
     scores_QxG = np.array([[0.6, 0.5, 0.1], [0.2, 0.5, 0.4]])
     beta = 2.0
@@ -38,8 +38,8 @@ def test_qb_norm_by_hand():
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_qb_norm_ranks_alike_whatever_is_added_to_all_of_an_item(shift):
-    """An item that is closer to everything, bank and queries, gains nothing by it."""
+def test_qb_norm_ranking_is_invariant_to_an_offset_of_a_hub(shift):
+    """An offset of all similarities of an item, to bank and queries, does not change its ranks."""
     rng = np.random.default_rng(0)
     bank_BxG, scores_QxG = rng.normal(size=(50, 6)), rng.normal(size=(20, 6))
     added = np.array([shift, 0, 0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch are read to the bit; whatever else a file holds is refused, never run."""
+"""Tests of reading PyTorch checkpoints: bit-identical tensors, no execution of code in files."""
 
 import collections
 import io
@@ -39,7 +39,8 @@ def _limit_processor_time():
     signal.signal(signal.SIGPROF, before)
 
 
-# Checkpoints by hand. `pushed` are instructions that push one object, `program` is a whole pickle.
+# Handmade checkpoints. `pushed` are pickle instructions that push one object; `program` is a
+# complete pickle.
 
 
 def push(*values):
@@ -83,7 +84,7 @@ def program(pushed):
 
 
 def entries_of(data_pkl, script=False):
-    """What a zip checkpoint holds, with two storages of six float32."""
+    """Returns the entries of a zip checkpoint with two storages of six float32 numbers."""
     entries = {"a/data.pkl": data_pkl, "a/byteorder": b"little", "a/data/0": BYTES}
     return entries | {"a/data/1": BYTES[::-1]} | ({"a/constants.pkl": b""} if script else {})
 
@@ -103,7 +104,7 @@ KEYS, STORED = program(push(["0"])), struct.pack("<q", 6) + BYTES
 
 
 def legacy(root, keys=KEYS, data=STORED, little=True):
-    """A file of the format without zip; root, keys: programs."""
+    """Returns a file of the legacy format, which is not a zip file; root, keys: programs."""
     heads = (torch_archive.LEGACY_MAGIC, 1001, {"little_endian": little})
     return b"".join(program(push(head)) for head in heads) + root + keys + data
 
@@ -144,7 +145,7 @@ def only_strings(value):
     return value if isinstance(value, str) else "of"
 
 
-def test_what_is_written_is_read_to_the_bit(tmp_path):
+def test_written_tensors_are_read_bit_identically(tmp_path):
     state = STATE | {str(dtype): np.ones((2, 1), dtype) for dtype in DTYPES.values()}
     write_archive(tmp_path / "w.bin", state)
     archive = read_archive(tmp_path / "w.bin")
@@ -155,7 +156,7 @@ def test_what_is_written_is_read_to_the_bit(tmp_path):
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "w.bin").read_bytes()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_file_is_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "w.bin"
     write_archive(path, {"a": WEIGHTS})
     with pytest.raises(InputError, match="cannot hold b, which is of type complex64"):
@@ -166,7 +167,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert_same(read_archive(path).tensors, {"a": WEIGHTS})
 
 
-def test_strided_and_shared_tensors(tmp_path):
+def test_strided_and_shared_tensors_are_read(tmp_path):
     tensors = {
         "whole": push_tensor(size=(2, 3), stride=(3, 1)),
         "part": push_tensor(offset=1, size=(2, 2), stride=(3, 1)),
@@ -180,7 +181,7 @@ def test_strided_and_shared_tensors(tmp_path):
     assert np.shares_memory(found["whole"], found["part"])
 
 
-def test_a_training_checkpoint_gives_its_weights_alone(tmp_path):
+def test_only_weights_of_a_training_checkpoint_are_read(tmp_path):
     state = {"module.a": push_tensor(), "module.n": push(3)}
     unread = {"exp_avg": push_tensor(key="9", numel=1 << 40, size=(1 << 40,))}
     items = {"epoch": push(3), "state_dict": push_dict(state), "optimizer": push_dict(unread)}
@@ -189,13 +190,13 @@ def test_a_training_checkpoint_gives_its_weights_alone(tmp_path):
     assert (archive.torchscript, archive.nested) == (False, True)
 
 
-def test_a_prefix_of_some_names_stays(tmp_path):
+def test_prefix_of_only_some_names_is_kept(tmp_path):
     items = {"module.a": push_tensor(), "b": push_tensor()}
     archive = read_archive(write_program(tmp_path / "p.pt", program(push_dict(items))))
     assert list(archive.tensors) == ["module.a", "b"]
 
 
-def test_torchscript_modules_are_walked(tmp_path):
+def test_torchscript_modules_are_read_recursively(tmp_path):
     pads = push_global("torch.jit._pickle", "build_intlist") + push([1, 2]) + b"\x85R"
     weight = push_tensor(size=(2, 3), stride=(3, 1))
     layers = push_module({"0": push_module({"weight": weight, "training": push(True)})})
@@ -223,7 +224,7 @@ def test_torchscript_modules_are_walked(tmp_path):
     ],
     ids=only_strings,
 )
-def test_the_format_without_zip(tmp_path, content, message):
+def test_legacy_format_is_read_and_its_errors_reported(tmp_path, content, message):
     path = tmp_path / "l.pt"
     path.write_bytes(legacy(LEGACY))
     assert_same(read_archive(path).tensors, {"a": WEIGHTS.reshape(2, 3).T})
@@ -244,12 +245,12 @@ def test_the_format_without_zip(tmp_path, content, message):
     ],
     ids=only_strings,
 )
-def test_other_files_are_called_what_they_are(tmp_path, content, message):
+def test_error_names_the_type_of_other_files(tmp_path, content, message):
     (tmp_path / "x.pt").write_bytes(content)
     assert_refused(tmp_path / "x.pt", message)
 
 
-def test_what_is_no_file(tmp_path):
+def test_folder_or_missing_file_is_an_error(tmp_path):
     assert_refused(tmp_path, "is not a file")
     with pytest.raises(FileNotFoundError):
         read_archive(tmp_path / "missing.pt")
@@ -269,24 +270,24 @@ def test_what_is_no_file(tmp_path):
     ],
     ids=only_strings,
 )
-def test_zip_files_that_do_not_fit(tmp_path, monkeypatch, entries, message):
+def test_zip_files_of_other_layouts_are_errors(tmp_path, monkeypatch, entries, message):
     monkeypatch.setattr(torch_archive, "MAX_DIRECTORY", 9999)
     assert_refused(write_zip(tmp_path / "z.pt", entries), message)
 
 
-def test_zip_files_that_unfold_to_more_than_they_are(tmp_path):
+def test_compressed_or_overlapping_zip_entries_are_errors(tmp_path):
     path = write_zip(tmp_path / "c.pt", entries_of(PLAIN), compression=zipfile.ZIP_DEFLATED)
     assert_refused(path, "has a compressed entry 'byteorder', must be stored")
     path = write_zip(tmp_path / "o.pt", entries_of(PLAIN))
     data = bytearray(path.read_bytes())
-    for header in re.finditer(b"PK\1\2", data):  # each entry is said to go on to the next ones
+    for header in re.finditer(b"PK\1\2", data):  # declares sizes that reach into the next entries
         data[header.start() + 20 : header.start() + 28] = struct.pack("<2I", 400, 400)
     path.write_bytes(data)
     assert_refused(path, "has entries that overlap")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_two_entries_of_one_name(tmp_path):
+def test_repeated_zip_entry_is_an_error(tmp_path):
     with zipfile.ZipFile(write_program(tmp_path / "d.pt", PLAIN), "a") as archive:
         archive.writestr("a/data.pkl", PLAIN)
     assert_refused(tmp_path / "d.pt", "has two entries of one name")
@@ -381,7 +382,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("case", TENSORS | PLAINS | SCRIPTS)
-def test_malformed_pickles_are_refused_in_little_memory(tmp_path, case):
+def test_malformed_pickles_are_errors_in_bounded_memory(tmp_path, case):
     data = program(push_dict({"a": TENSORS[case]})) if case in TENSORS else (PLAINS | SCRIPTS)[case]
     path = write_program(tmp_path / "m.pt", data, script=case in SCRIPTS)
     tracemalloc.start()
@@ -393,7 +394,7 @@ def test_malformed_pickles_are_refused_in_little_memory(tmp_path, case):
 
 
 class Call:
-    """Pickles as a call of `function`."""
+    """An object whose pickle calls `function`."""
 
     def __init__(self, function, argument):
         self.reduced = (function, (argument,))
@@ -403,7 +404,7 @@ class Call:
 
 
 def attacks(marker):
-    """[(the global that must be refused, a program that makes the file `marker` by it)]."""
+    """Returns [(name of a global, a program that calls it to create the file `marker`)]."""
     found = []
     touch, create = f"touch '{marker}'", f"open({str(marker)!r}, 'w').close()"
     for module, function, argument in (
@@ -419,9 +420,9 @@ def attacks(marker):
             push(module, function) + b"\x93" + argument + b"\x85R",  # STACK_GLOBAL
             b"(" + argument + f"i{module}\n{function}\n".encode(),  # INST
             b"(" + named + argument + b"o",  # OBJ
-            call + b"0}",  # its result dropped
+            call + b"0}",  # with its result discarded
             push_dict({"state_dict": push_dict({"a": push_tensor()}), "optimizer": call}),
-            push_tensor().replace(b")RtR", b")R" + call + b"tR"),  # among a tensor's arguments
+            push_tensor().replace(b")RtR", b")R" + call + b"tR"),  # as an argument of a tensor
         )
         found += [(f"{module}.{function}", program(each)) for each in pushed]
     system, touch = push_global("os", "system"), push(touch)
@@ -433,8 +434,8 @@ def attacks(marker):
     return found + [("posix.system", pickle.dumps(calls, protocol)) for protocol in range(2, 5)]
 
 
-class Naive(pickle.Unpickler):
-    """Plain pickle, in which torch does nothing."""
+class UnsafeUnpickler(pickle.Unpickler):
+    """Unpickler that executes every call except those of torch."""
 
     def persistent_load(self, pid):
         return pid
@@ -443,14 +444,14 @@ class Naive(pickle.Unpickler):
         return (lambda *_: None) if module[:5] == "torch" else super().find_class(module, name)
 
 
-def test_the_attacks_work_on_plain_pickle(tmp_path):
+def test_attacks_succeed_with_plain_pickle(tmp_path):
     for name, data in attacks(tmp_path / "ran"):
-        Naive(io.BytesIO(data)).load()
+        UnsafeUnpickler(io.BytesIO(data)).load()
         assert (tmp_path / "ran").exists(), (name, data)
         (tmp_path / "ran").unlink()
 
 
-def test_attacks_are_named_and_never_run(tmp_path):
+def test_attacks_are_reported_and_not_executed(tmp_path):
     path, marker = tmp_path / "x.pt", tmp_path / "ran"
     for name, data in attacks(marker):
         message = f"refused: its pickle asks for {name!r}"
@@ -462,26 +463,26 @@ def test_attacks_are_named_and_never_run(tmp_path):
         assert not marker.exists()
 
 
-def flip(rng, data):
+def flip_bits(rng, data):
     data = bytearray(data)
     for place in rng.integers(len(data), size=rng.integers(1, 9)):
         data[place] ^= 1 << rng.integers(8)
     return bytes(data)
 
 
-def outcome(path):
+def read_or_error(path):
     try:
         return read_archive(path)
     except InputError as error:
         return error
 
 
-def mutant(rng, how, path, attack):
-    """Writes a damaged checkpoint; returns what must come of it, None if either may."""
+def write_corrupted(rng, how, path, attack):
+    """Writes a corrupted checkpoint, returns the type of the outcome, None if both may occur."""
     data, script = [(PLAIN, False), (SCRIPT, True)][rng.integers(2)]
     entries = entries_of(data, script)
     if how == "pickle flipped":
-        write_zip(path, entries | {"a/data.pkl": flip(rng, data)})
+        write_zip(path, entries | {"a/data.pkl": flip_bits(rng, data)})
     elif how == "pickle shuffled":
         start, end, place = rng.integers(len(data), size=3)
         write_zip(path, entries | {"a/data.pkl": data[:place] + data[start:end] + data[place:]})
@@ -491,15 +492,15 @@ def mutant(rng, how, path, attack):
         write_zip(path, entries | {"a/data.pkl": data[:place] + attack[2:-1] + data[place:]})
         return InputError
     elif how == "weights flipped":
-        write_zip(path, entries | {"a/data/0": flip(rng, BYTES)})
+        write_zip(path, entries | {"a/data/0": flip_bits(rng, BYTES)})
         return Archive
     elif how == "entries swapped":
         one, other = rng.choice(list(entries), 2, replace=False)
         write_zip(path, entries | {one: entries[other], other: entries[one]})
     else:
-        whole = legacy(LEGACY) if rng.integers(2) else write_zip(path, entries).read_bytes()
-        cut = whole[: rng.integers(len(whole))]
-        path.write_bytes(cut if how == "file cut" else flip(rng, whole))
+        content = legacy(LEGACY) if rng.integers(2) else write_zip(path, entries).read_bytes()
+        cut = content[: rng.integers(len(content))]
+        path.write_bytes(cut if how == "file cut" else flip_bits(rng, content))
         return InputError if how == "file cut" else None
     return None
 
@@ -516,13 +517,13 @@ def mutant(rng, how, path, attack):
         "attack inserted",
     ],
 )
-def test_mutants_are_read_or_refused(tmp_path, how):
+def test_corrupted_checkpoints_are_read_or_errors(tmp_path, how):
     path, marker = tmp_path / "m.pt", tmp_path / "ran"
     programs = [data for _, data in attacks(marker)]
     rng = np.random.default_rng(0)
     for number in range(100):
-        expected = mutant(rng, how, path, programs[number % len(programs)])
-        found = outcome(path)
+        expected = write_corrupted(rng, how, path, programs[number % len(programs)])
+        found = read_or_error(path)
         assert isinstance(found, expected or object), (number, found)
         if isinstance(found, Archive):
             size = sum(len(array.tobytes()) for array in found.tensors.values())
@@ -532,7 +533,7 @@ def test_mutants_are_read_or_refused(tmp_path, how):
     assert not marker.exists()
 
 
-# Against PyTorch itself, where it is installed.
+# Comparisons with PyTorch, where it is installed.
 
 
 def to_numpy(torch, state):
@@ -546,7 +547,7 @@ def to_numpy(torch, state):
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
-def test_files_of_torch(tmp_path, options):
+def test_files_saved_by_torch_are_read(tmp_path, options):
     torch = pytest.importorskip("torch")
     base = torch.arange(24.0).reshape(2, 3, 4)
     state = collections.OrderedDict(base=base, turned=base.permute(2, 0, 1), part=base[:, 1:, ::2])
@@ -568,7 +569,7 @@ def test_files_of_torch(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
-def test_state_dicts_of_torch(tmp_path, options):
+def test_state_dicts_saved_by_torch_are_read(tmp_path, options):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     wrapped = torch.nn.Module()
@@ -582,7 +583,7 @@ def test_state_dicts_of_torch(tmp_path, options):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
-def test_torchscript_of_torch(tmp_path):
+def test_torchscript_saved_by_torch_is_read(tmp_path):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4)).half()
     model.register_buffer("input_resolution", torch.tensor(224))
@@ -594,7 +595,7 @@ def test_torchscript_of_torch(tmp_path):
         assert_same(archive.tensors, to_numpy(torch, script.state_dict()))
 
 
-def test_torch_reads_what_is_written(tmp_path):
+def test_torch_loads_written_files(tmp_path):
     torch = pytest.importorskip("torch")
     write_archive(tmp_path / "w.bin", STATE)
     for options in ({}, {"mmap": True}):
@@ -604,7 +605,7 @@ def test_torch_reads_what_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_reference_checkpoints_are_read(tmp_path, path):
+def test_reference_checkpoints_survive_a_round_trip(tmp_path, path):
     archive = read_archive(path)
     assert archive.torchscript == (path.suffix == ".pt")
     prefix = "" if archive.torchscript else "clip."
