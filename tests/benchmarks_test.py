@@ -132,8 +132,12 @@ def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypa
         ("msrvtt.py", {"data.test_split": "dev", "train.epochs": 1}, r"has no split 'dev'"),
         ("msrvtt.py", {"train.select": "test", "data.test_split": "dev"}, r"has no split 'dev'"),
         ("msrvtt.py", {"data.variant": "1k"}, r"data.variant = '1k': must be one of , 9k, 7k"),
-        ("msvd.py:7k", {}, r"--config=FILE:7k: after the colon, at most one of each of vit_b32"),
-        ("msvd.py:paper,official", {}, r"at most one of each"),
+        (
+            "msvd.py:7k",
+            {},
+            r"--config=FILE:7k: after the colon, must be at most one word of each group: vit_b32",
+        ),
+        ("msvd.py:paper,official", {}, r"at most one word of each group"),
     ],
 )
 def test_what_is_absent_or_does_not_fit(

@@ -289,7 +289,9 @@ def test_benchmark_settings_are_those_of_paper_and_release(name):
 
 @pytest.mark.parametrize("arguments", ["vit_l14", "vit_b32,vit_b16", "official,paper", "9k,7k"])
 def test_unknown_or_repeated_argument_is_an_error(arguments):
-    with pytest.raises(InputError, match=f"{arguments}: after the colon, at most one of each of "):
+    with pytest.raises(
+        InputError, match=f"{arguments}: after the colon, must be at most one word of each group: "
+    ):
         load("msrvtt").get_config(arguments)
 
 

@@ -243,7 +243,7 @@ def test_missing_misshapen_and_unknown_weights_are_named(tmp_path):
         "sizes": (change(good, clip__visual__proj=None), "clip.visual.proj is missing"),
         "huge image": (
             change(good, clip__visual__positional_embedding=np.zeros((10**6 + 1, 1), np.float32)),
-            "images of 8000 px: must be 1 to 4096",
+            "image size 8000: must be from 1 to 4096 px",
         ),
         "no text": (change(good, clip__text_projection=None), "text_projection is missing"),
     }.values():

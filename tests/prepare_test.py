@@ -328,7 +328,7 @@ def test_max_failures_is_enforced(broken, in_threads, bound, enough):
         prepare.prepare(annotations, folder, output, image_size=32, max_failures=bound)
     assert str(error.value) == (
         f"3 of 11 clips failed, more than --max_failures={bound:g} allows; the first is 8: "
-        f"empty file (0 bytes); all are in {output / 'failures.jsonl'}"
+        f"empty file (0 bytes); all failures are listed in {output / 'failures.jsonl'}"
     )
     assert len(failures(output)) == 4
     with pytest.raises(InputError, match="no prepared data set"):
@@ -411,7 +411,9 @@ def test_a_changed_video_is_read_again(videos, tmp_path, in_threads):
 
 def test_one_file_with_two_names_is_an_error(videos, tmp_path):
     annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "a.mp4", "start": 1})
-    message = f"videos 'a' and 'a.mp4' are the same file {videos / 'a.mp4'}: use one name for it"
+    message = (
+        f"videos 'a' and 'a.mp4' are the same file {videos / 'a.mp4'}: use the same name for both"
+    )
     with pytest.raises(InputError, match=f"^{message}$"):
         prepare.prepare(annotations, videos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -476,7 +478,7 @@ def test_only_corrupted_videos_is_a_one_line_error(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(
         "error: 1 of 1 clips failed; the first is a: cannot be opened: Invalid data found .*; "
-        f"all are in {output / 'failures.jsonl'}",
+        f"all failures are listed in {output / 'failures.jsonl'}",
         last,
     )
     progress = [line for line in done.stderr.splitlines()[:-1] if line]

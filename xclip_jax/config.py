@@ -1,4 +1,4 @@
-"""Every field of a run with its default; the files in configs/ change only what differs.
+"""Defines all config fields and their defaults, which the files in configs/ override.
 
 Fields are declared once, in the dataclasses below: `get_config` makes the ConfigDict of the command
 line from them, and `validate` checks it against their types. Defaults are the paper's settings for
@@ -72,7 +72,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length of training and selection of weights."""
+    """Batch size, training length, validation and checkpoints."""
 
     batch_size: Size = 300  # B, pairs per step, over all devices
     micro_batch: Natural = 0  # pairs encoded at once (gradient caching); 0: the whole batch
@@ -121,7 +121,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation after training, and during it."""
+    """Evaluation during and after training."""
 
     batch_size: Positive = 64  # texts or videos encoded at once
     dual_softmax: bool = False  # also print the metrics with dual softmax
@@ -221,7 +221,7 @@ def validate(config: RunConfig) -> None:
 
 
 def _type_hints(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted field, type) of all fields, sections before what is in them."""
+    """Yields (dotted field, type) of all fields, each section before its fields."""
     for name, hint in get_type_hints(section, include_extras=True).items():
         yield prefix + name, hint
         if dataclasses.is_dataclass(hint):
@@ -314,7 +314,7 @@ def benchmark(
     Args:
         dataset: a --dataset of xclip_jax.prepare.
         arguments: words after the config file's name, separated by commas: a backbone, a preset, a
-            variant of the data set, e.g. "vit_b16,official". Defaults: the first of each.
+            variant of the data set, e.g. "vit_b16,official". By default the first of each.
         paper: batch size and epochs of the paper.
         official: batch size and epochs of the PyTorch release's script.
         official_b16: the same with ViT-B/16.
@@ -322,7 +322,7 @@ def benchmark(
         max_frames: frames of a video.
 
     Raises:
-        InputError: an unknown word, or two of a kind.
+        InputError: a word is unknown, or two words are of the same kind.
     """
     kinds = tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].variants
     backbone, preset, variant = chosen = _choose(arguments, kinds)
@@ -345,12 +345,12 @@ def benchmark(
 
 
 def _choose(arguments: str, kinds: Sequence[Sequence[str]]) -> list[str]:
-    """Returns for each kind the word in `arguments`, or its first (or "")."""
+    """Returns the word in `arguments` of each kind, by default the kind's first word or ""."""
     words = [word for word in arguments.split(",") if word]
     chosen = [[word for word in words if word in kind] for kind in kinds]
     if sum(map(len, chosen)) < len(words) or any(len(group) > 1 for group in chosen):
         raise InputError(
-            f"--config=FILE:{arguments}: after the colon, at most one of each of "
+            f"--config=FILE:{arguments}: after the colon, must be at most one word of each group: "
             + "; ".join(", ".join(kind) for kind in kinds if kind)
         )
     return [(*group, *kind, "")[0] for group, kind in zip(chosen, kinds, strict=True)]

@@ -28,8 +28,8 @@ def contrastive_loss(
 
     Args:
         sim_TxV: logits; text i belongs to video i.
-        video_B: the video of each pair. Two captions of one video are left out of each other's
-            denominator; without it they count as negatives, as in the paper.
+        video_B: the video of each pair; two captions of one video are left out of each other's
+            denominator. None: they count as negatives, as in the paper.
         scale: 1 in the paper, 0.5 in the PyTorch release.
     """
     targets = jnp.arange(len(sim_TxV))
@@ -66,7 +66,7 @@ def loss_and_grad(
         micro_batch: pairs encoded at once, over all devices (gradient caching, Gao et al., 2021,
             https://arxiv.org/abs/2101.06983); 0: all.
         block_cells: word-frame cells a device holds at once; 0: BLOCK_CELLS.
-        mesh: the mesh of the program; None: one device.
+        mesh: the device mesh; None: one device.
     """
     params = constrain(params, mesh and replicated(mesh))
     inputs = {name: batch[name] for name in ("ids", "text_mask", "frames", "frame_mask")}

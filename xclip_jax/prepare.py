@@ -47,7 +47,7 @@ from xclip_jax.data.text import learn_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """All that the content of a data set depends on, as OUTPUT/request.json stores it.
+    """The inputs that determine a data set, as stored in OUTPUT/request.json.
 
     Attributes:
         dataset, variant, image_size, max_seconds: see `prepare`.
@@ -79,7 +79,7 @@ def prepare(
     Args:
         annotations: the captions file, or the folder of a benchmark's released files.
         videos: folder of the video files, searched with its sub-folders.
-        output: folder to write; a run with the same arguments that was cut short is resumed.
+        output: folder to write; an interrupted run with the same arguments is resumed.
         dataset: key of DATASETS.
         variant: one of its variants; "": the first.
         image_size: S, side of the stored frames in pixels.
@@ -149,7 +149,7 @@ def _digest(value: object) -> str:
 
 
 def _is_prepared(output: Path, request: Request) -> bool:
-    """Returns True if the data set exists, and raises InputError if its request was another."""
+    """Returns True if the data set exists, or raises InputError if its request differs."""
     if not dataset_folder(output).is_dir():
         return False
     path = output / "request.json"
@@ -170,17 +170,17 @@ def _store_request(request: Request, work: Path, output: Path) -> None:
 
 
 def _check_names(clips: Sequence[Clip], paths: Sequence[Path | None]) -> None:
-    """Raises InputError if a file has two names, such as a.mp4 and a: it would be two videos."""
+    """Raises InputError if two names, such as a.mp4 and a, refer to the same file."""
     names: dict[Any, str] = {}
     for clip, path in zip(clips, paths, strict=True):
         name = names.setdefault(path or clip.video, clip.video)
         if name != clip.video:
             both = f"{name!r} and {clip.video!r}"
-            raise InputError(f"videos {both} are the same file {path}: use one name for it")
+            raise InputError(f"videos {both} are the same file {path}: use the same name for both")
 
 
 def _read_annotations(dataset: str, variant: str, annotations: Path) -> tuple[str, Listing]:
-    """Returns the variant, by default the first, and the clips of a data set's annotations."""
+    """Returns the variant, by default the first, and the clips of the annotations."""
     variants = DATASETS[dataset].variants
     if variant and variant not in variants:
         allowed = f"one of {', '.join(variants)}" if variants else "omitted: it has no variants"

@@ -67,7 +67,7 @@ def aosm_words(
 
     Args:
         mask_TxW: True from the start token to the end token.
-        special_tokens: include the start and end tokens; the paper has words alone (Sec. 3.1).
+        special_tokens: include the start and end tokens; the paper uses words only (Sec. 3.1).
         padding: include padded positions, as the PyTorch release does.
     """
     mask_TxW = jnp.asarray(mask_TxW)
@@ -127,8 +127,8 @@ def attend(
 def _attend_unrolled(scores: Array, mask: Array, axis: int, tau: float) -> Array:
     """Computes `attend` with one term per position.
 
-    XLA makes one vectorised loop of it, on CPU five times as fast as reductions. Compilers for
-    other devices would take minutes.
+    XLA compiles it to one vectorised loop, which is five times as fast as reductions on CPU. For
+    other devices, compilation would take minutes.
     """
     cells = list(zip(jnp.unstack(scores, axis=axis), jnp.unstack(mask, axis=axis), strict=True))
     peak = functools.reduce(jnp.maximum, [jnp.where(real, s, _MASKED) for s, real in cells])
@@ -149,7 +149,10 @@ def _attend_forward(
 def _attend_backward(
     axis: int, tau: float, residuals: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, None]:
-    """With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau)."""
+    """Returns the gradient of `attend`.
+
+    With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau).
+    """
     scores, mask, result = residuals
     slope = 1 + (scores - jnp.expand_dims(result, axis)) / tau
     weights = compute_weights(scores, mask, axis, tau)

@@ -1,4 +1,4 @@
-"""Worker processes that leave Ctrl-C to their parent and end when it is killed."""
+"""Worker processes that ignore Ctrl-C and end when their parent process ends."""
 
 import collections
 import contextlib
@@ -44,8 +44,8 @@ class _WorkerContext(SpawnContext):
 def worker_pool(jobs: int) -> Iterator[Executor]:
     """Yields a pool of processes, one per core and at most one per job.
 
-    An exception, such as that of Ctrl-C, ends the jobs at work: they may take long. The processes
-    also end if this one is killed.
+    On an exception such as KeyboardInterrupt the processes are killed, since jobs may take long.
+    They also end if this process is killed.
     """
     workers = max(1, min(os.cpu_count() or 1, jobs))
     with ProcessPoolExecutor(workers, _WorkerContext(), initializer=_end_with_parent) as pool:
@@ -80,7 +80,7 @@ def _run_until_crash(
     todo: collections.deque[int],
     done: Callable[[int, Any], Any],
 ) -> list[int]:
-    """Runs jobs off `todo` and returns those in flight if a process crashed."""
+    """Runs the jobs in `todo` and returns those in flight if a process crashed."""
     in_flight = 2 * (os.cpu_count() or 1)  # more would run far ahead of `done`
     with worker_pool(len(todo)) as pool:
         running: dict[Future, int] = {}

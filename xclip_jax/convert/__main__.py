@@ -64,7 +64,7 @@ _ONLY_IMPORT = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
+    """Runs the command line."""
     args = _parser().parse_args(argv)
     options = {name: getattr(args, name) for name in _ONLY_IMPORT}
     with one_line_errors():

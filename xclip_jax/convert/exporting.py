@@ -16,7 +16,7 @@ def export(directory: str | Path, output: str | Path) -> None:
     """Writes a model as an official state dict and as a `CLIPModel` folder, atomically.
 
     The state dict is `output`/pytorch_model.bin, the CLIP towers are `output`/clip. A model that
-    the official code does not support (preset paper) gives only the towers.
+    the official code does not support (preset paper) is exported as its CLIP towers only.
 
     Raises:
         InputError: `directory` holds no model.

@@ -44,7 +44,7 @@ def convert(
     max_frames: int | None = None,
     crop_matrices: bool = False,
 ) -> None:
-    """Writes a model directory atomically and prints a summary.
+    """Converts a checkpoint to a model directory, atomically, and prints a summary.
 
     Args:
         source: checkpoint file, Hugging Face folder or hub id.
@@ -52,8 +52,8 @@ def convert(
         vocab: tokenizer, as in `load_tokenizer`; default: the source's, if it has one.
         head: head for plain CLIP, by default `mean_pooling`.
         activation, vision_heads, text_heads: settings that only a config.json stores.
-        max_words, max_frames: lengths; learned matrices, if any, must have the same.
-        crop_matrices: cut learned matrices to shorter lengths.
+        max_words, max_frames: lengths, which must match those of the learned matrices, if any.
+        crop_matrices: crop learned matrices to shorter lengths.
 
     Raises:
         InputError: the source cannot be read, is of an unknown kind or does not fit.
@@ -77,7 +77,7 @@ def convert(
     if crop_matrices and not (max_words or max_frames):
         raise InputError("--crop_matrices requires --max_words or --max_frames")
     _set_lengths(tensors, {"max_words": max_words, "max_frames": max_frames}, crop_matrices)
-    known = {"activation": read.activation, **_kind(read, head)}
+    known = {"activation": read.activation, **_infer_kind(read, head)}
     config = infer(tensors, known, read.heads, max_words, max_frames)
     weights = {name: array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}
     params, unused = to_params(weights, _template(config))
@@ -94,7 +94,7 @@ def convert(
 
 
 def _template(config: ModelConfig) -> Any:
-    """Returns the parameters' pytree of ShapeDtypeStructs."""
+    """Returns the parameters' shapes and types as a pytree of ShapeDtypeStructs."""
     return jax.eval_shape(lambda: init_params(XClip(config), 0))
 
 
@@ -117,7 +117,7 @@ def infer(
         InputError: sizes are missing or do not fit together.
     """
     model: dict[str, Any] = dataclasses.asdict(ModelConfig()) | dict(known)
-    model["vision"], model["text"], model["embed_dim"] = _towers(tensors, heads)
+    model["vision"], model["text"], model["embed_dim"] = _infer_towers(tensors, heads)
     temporal = model["temporal"]
     temporal["type"] = "none"
     for name, kind in (("lstm_visual.", "lstm"), ("transformerClip.", "transformer")):
@@ -139,23 +139,23 @@ def infer(
     return read_model_config(model)
 
 
-def _kind(read: Source, head: str | None) -> dict[str, str]:
-    """Returns preset and head, by the tensors besides the towers."""
-    if not read.official:
+def _infer_kind(source: Source, head: str | None) -> dict[str, str]:
+    """Returns preset and head, inferred from the tensors outside the CLIP towers."""
+    if not source.official:
         return {"preset": "paper", "head": head or "mean_pooling"}
     if head:
         raise InputError(f"--head={head}: the checkpoint has its own head: omit --head")
     head = "mean_pooling"
     for prefix, name in _HEADS.items():
-        if any(tensor.startswith(prefix) for tensor in read.tensors):
+        if any(tensor.startswith(prefix) for tensor in source.tensors):
             head = name
     return {"preset": "official", "head": head}
 
 
-def _towers(
+def _infer_towers(
     tensors: Mapping[str, np.ndarray], heads: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, int], int]:
-    """Returns (vision, text, embed_dim), from shapes."""
+    """Returns the sizes of both towers and embed_dim, inferred from the tensors' shapes."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         array = tensors.get(f"clip.{name}")
@@ -168,7 +168,7 @@ def _towers(
     grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
     text_width, embed_dim = shape("text_projection", 2)
     if not 0 < grid * patch <= MAX_IMAGE_SIZE:
-        raise InputError(f"images of {grid * patch} px: must be 1 to {MAX_IMAGE_SIZE}")
+        raise InputError(f"image size {grid * patch}: must be from 1 to {MAX_IMAGE_SIZE} px")
     vision = {
         "image_size": grid * patch,
         "patch_size": patch,
@@ -192,7 +192,7 @@ def _towers(
 
 
 def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
-    """Returns the number of layers: one more than the highest index."""
+    """Returns the number of layers, which is the highest layer index plus 1."""
     pattern = re.compile(rf"{re.escape(prefix)}\.resblocks\.(\d{{1,4}})\.")
     return 1 + max((int(m[1]) for name in tensors if (m := pattern.match(name))), default=-1)
 
@@ -200,14 +200,14 @@ def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
 def _set_lengths(
     tensors: dict[str, np.ndarray], lengths: Mapping[str, int | None], crop: bool
 ) -> None:
-    """Checks lengths against the learned matrices, or cuts these in place."""
+    """Checks lengths against the learned matrices, or crops the matrices in place."""
     for option, names in _MATRICES.items():
         for name in names:
             matrix, size = tensors.get(name), lengths[option]
             if matrix is None or size is None or matrix.shape[0] == size:
                 continue
             if not crop or size > matrix.shape[0]:
-                hint = "; --crop_matrices cuts them" if size < matrix.shape[0] else ""
+                hint = "; --crop_matrices crops them" if size < matrix.shape[0] else ""
                 raise InputError(
                     f"--{option}={size}: the learned matrices are for {matrix.shape[0]}{hint}"
                 )

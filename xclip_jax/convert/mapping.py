@@ -1,8 +1,8 @@
 """Maps parameters to PyTorch names and layouts and back, bit for bit.
 
-The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP's are the same
-without `clip.`. Parameters are stacked over layers along a leading axis; kernels are input x
-output. Hugging Face's names are those of `CLIPModel`.
+The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP has the
+same names without `clip.`. Parameters are stacked over layers along a leading axis; kernels are
+input x output. Hugging Face's names are those of `CLIPModel`.
 """
 
 import re
@@ -113,7 +113,7 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
         template: the parameters' pytree of ShapeDtypeStructs.
 
     Returns:
-        (params, unused): float32 arrays in the template's tree; the tensors it has no place for.
+        (params, unused): float32 arrays in the structure of `template`; tensors not used in it.
 
     Raises:
         InputError: tensors are missing or have another shape; the message lists all of them.
@@ -144,7 +144,7 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:
-    """Returns official name -> float32 array, the inverse of `to_params`.
+    """Returns parameters as official name -> float32 array (the inverse of `to_params`).
 
     Raises:
         InputError: the official code has no such parameters.
@@ -168,7 +168,7 @@ def torch_name(path: Path) -> tuple[str, bool]:
     """Returns (official name with {} for the layer, True if stacked over layers).
 
     Raises:
-        KeyError: it has no official name.
+        KeyError: the parameter has no official name.
     """
     name = _join(path)
     for blocks, official in BLOCKS.items():
@@ -178,7 +178,7 @@ def torch_name(path: Path) -> tuple[str, bool]:
 
 
 def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the PyTorch shape of a parameter, of one layer if it is stacked."""
+    """Returns the PyTorch shape of a parameter, without the layer axis if it is stacked."""
     return _to_torch(path, np.empty(shape, np.bool_)).shape
 
 

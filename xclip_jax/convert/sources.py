@@ -1,4 +1,4 @@
-"""Reads checkpoints of any supported kind into official names, without PyTorch."""
+"""Reads checkpoints of any supported kind under official names, without PyTorch."""
 
 import dataclasses
 import json
@@ -101,8 +101,8 @@ def _read_folder(folder: Path) -> Source:
     for name, tower in towers.items():
         if not isinstance(tower, dict):
             raise InputError(f"{path}: {name}_config must be an object")
-    activation = _common(path, towers, "hidden_act", ("quick_gelu", "gelu"))
-    _common(path, towers, "layer_norm_eps", (1e-5,))
+    activation = _read_shared_field(path, towers, "hidden_act", ("quick_gelu", "gelu"))
+    _read_shared_field(path, towers, "layer_norm_eps", (1e-5,))
     heads = {"vision": 12, "text": 8}  # transformers' defaults, which config.json omits
     heads = {name: towers[name].get("num_attention_heads", heads[name]) for name in heads}
     for name, count in heads.items():
@@ -114,8 +114,8 @@ def _read_folder(folder: Path) -> Source:
     return Source("Hugging Face CLIP", False, tensors, activation, heads, folder)
 
 
-def _common(path: Path, towers: dict[str, dict], field: str, allowed: tuple) -> Any:
-    """Returns the allowed value that both towers have, by default the first."""
+def _read_shared_field(path: Path, towers: dict[str, dict], field: str, allowed: tuple) -> Any:
+    """Returns the value of a field that both towers share, by default the first allowed one."""
     values = {name: tower.get(field, allowed[0]) for name, tower in towers.items()}
     if values["vision"] != values["text"] or values["text"] not in allowed:
         raise InputError(
@@ -160,7 +160,9 @@ def _merge(shards: Iterable[tuple[Path, dict[str, np.ndarray]]]) -> dict[str, np
     tensors = {}
     for path, shard in shards:
         if repeated := tensors.keys() & shard.keys():
-            raise InputError(f"{path}: also in another shard: {', '.join(sorted(repeated))}")
+            raise InputError(
+                f"{path}: these tensors are also in another shard: {', '.join(sorted(repeated))}"
+            )
         tensors |= shard
     return tensors
 

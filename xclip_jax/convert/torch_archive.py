@@ -1,8 +1,8 @@
 """Reads and writes PyTorch checkpoint files without PyTorch.
 
 A checkpoint is a pickle beside raw storages, and a pickle is a program. Before it is loaded, each
-of its instructions is checked against a list. Loading then imports nothing: each global name stands
-for a class of this module, an inert value or an error.
+of its instructions is checked against a list. Loading then imports nothing: each global name is
+replaced by a class of this module or an inert value, or is refused.
 """
 
 import functools
@@ -55,7 +55,7 @@ class Archive:
     """The contents of a checkpoint file.
 
     Attributes:
-        tensors: {name: array}, read-only, strided and sharing memory as they were saved.
+        tensors: {name: array}, read-only, with the strides and shared memory of the saved tensors.
         torchscript: True for a TorchScript archive, such as OpenAI's CLIP.
         nested: True if the weights were under the key `state_dict` of a training checkpoint.
     """
@@ -76,7 +76,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """An unread and unchecked tensor: a checkpoint's optimizer state is never read."""
+    """A tensor that is not yet read or checked, so that optimizer state can be skipped."""
 
     storage: _Storage
     offset: Any
@@ -99,11 +99,11 @@ class _Dict(dict):
         super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
-        """Ignores the state of an OrderedDict, PyTorch's _metadata."""
+        """Ignores the state, which is the _metadata that PyTorch attaches to a state dict."""
 
 
 class _Module(_Dict):
-    """A TorchScript module, as its attributes."""
+    """The attributes of a TorchScript module."""
 
     __slots__ = ()
 
@@ -114,7 +114,7 @@ class _Module(_Dict):
 
 
 class _Call:
-    """A function named in a pickle, which returns a _Tensor or None."""
+    """A stand-in for a function named in a pickle, which returns a _Tensor or None."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -145,14 +145,17 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(self._check(stream)), encoding="utf-8")
 
     def _check(self, stream: io.BytesIO) -> bytes:
-        """Returns the program, with {} as OrderedDict(): the loader hashes any key of a dict."""
+        """Checks the instructions and returns them, with dicts replaced by OrderedDict calls.
+
+        The loader would hash any key of a plain dict; `_Dict` checks keys first.
+        """
         data, program, allowed = stream.getvalue(), bytearray(), set(OPCODES.split())
         for code, arg, place in pickletools.genops(stream):
             if code.name in {"GLOBAL", "INST"}:
                 self.find_class(*str(arg).split(" ", 1))
             huge = code.name == "LONG_BINPUT" and int(arg or 0) > len(data)  # the memo is an array
             if code.name not in allowed or huge:
-                raise InputError("has a pickle with instructions that no checkpoint needs")
+                raise InputError("has a pickle with instructions that are not allowed")
             if code.name == "EMPTY_DICT":
                 program += b"ccollections\nOrderedDict\n)R"
             elif code.name != "FRAME":
@@ -160,7 +163,7 @@ class _Unpickler(pickle.Unpickler):
         return bytes(program)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what stands for a global name: never a function or class from elsewhere."""
+        """Returns the stand-in for a global name, never a function or class of another module."""
         name = f"{module}.{name}".replace("torch.cuda.", "torch.")
         if name in DTYPES:
             return name  # not a dtype, whose state a pickle could set
@@ -170,7 +173,9 @@ class _Unpickler(pickle.Unpickler):
             return _Module
         if name in REBUILD or (name.startswith("torch.jit._pickle.") and self.torchscript):
             return _Call(name)
-        raise InputError(f"refused: its pickle asks for {name!r:.99}, must be plain tensors")
+        raise InputError(
+            f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed"
+        )
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
@@ -182,7 +187,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _BoundedFile(io.BufferedReader):
-    """A file that refuses reads longer than `limit`, once it is set."""
+    """A file that refuses reads of more than `limit` bytes, once `limit` is set."""
 
     limit: int | None = None
 
@@ -197,11 +202,12 @@ class _BoundedFile(io.BufferedReader):
 
 
 def read_archive(path: str | os.PathLike) -> Archive:
-    """Reads a file of torch.save, older ones included, or of torch.jit.save.
+    """Reads a file written by torch.save, in the new or the legacy format, or by torch.jit.save.
 
     Raises:
-        InputError: it is neither, is corrupted or asks for more than tensors; names the file.
-        OSError: it is missing or may not be read.
+        InputError: the file is of another kind, is corrupted or refers to anything but tensors;
+            the message names the file.
+        OSError: the file is missing or cannot be opened.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -221,7 +227,9 @@ def read_archive(path: str | os.PathLike) -> Archive:
             Exception
         ) as error:  # zipfile, pickle and NumPy raise a dozen types on corrupted data
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            raise InputError(f"{path}: is corrupted or no PyTorch checkpoint ({reason})") from None
+            raise InputError(
+                f"{path}: is corrupted or not a PyTorch checkpoint ({reason})"
+            ) from None
 
 
 def _describe_other_file(head: bytes) -> str:
@@ -240,19 +248,21 @@ def _read_zip(file: _BoundedFile) -> Archive:
         file.limit = None
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) < len(archive.infolist()):
-            raise InputError("has two entries of one name")
+            raise InputError("has two entries with the same name")
         if sum(entry.compress_size for entry in entries.values()) > os.fstat(file.fileno()).st_size:
             raise InputError("has entries that overlap")
         roots = [name.split("/")[0] for name in entries if name.split("/")[1:] == ["data.pkl"]]
         if len(roots) != 1:
-            raise InputError("is a zip file, but no PyTorch checkpoint: must hold one */data.pkl")
+            raise InputError(
+                "is a zip file, but not a PyTorch checkpoint: must hold one */data.pkl"
+            )
 
         def read(name: str) -> bytes:
             entry = entries.get(f"{roots[0]}/{name}")
             if entry is None:
                 raise InputError(f"lacks the entry {name!r:.99}")
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                raise InputError(f"has a compressed entry {name!r:.99}, must be stored")
+                raise InputError(f"has a compressed entry {name!r:.99}, must be uncompressed")
             if name == "data.pkl" and entry.file_size > MAX_PICKLE:
                 raise InputError(f"has a pickle of more than {MAX_PICKLE} bytes")
             return archive.read(entry)  # checks the CRC
@@ -269,7 +279,7 @@ def _read_legacy(file: BinaryIO) -> Archive:
     """Reads the format before PyTorch 1.6: five pickles, then each storage's length and bytes."""
     stream = io.BytesIO(file.read(MAX_PICKLE))
     if _Unpickler(stream).load() != LEGACY_MAGIC:
-        raise InputError("is a pickle, but no PyTorch checkpoint")
+        raise InputError("is a pickle, but not a PyTorch checkpoint")
     _, system = _Unpickler(stream).load(), _Unpickler(stream).load()
     if not isinstance(system, _Dict) or system.get("little_endian") is not True:
         raise InputError("is not little-endian")
@@ -288,14 +298,17 @@ def _read_legacy(file: BinaryIO) -> Archive:
     def read(key: str) -> bytes:
         file.seek(places[key] - 8)
         if int.from_bytes(file.read(8), "little") != unpickler.storages[key].numel:
-            raise InputError(f"has a storage {key!r:.99} of another size than its tensors'")
+            raise InputError(f"has a storage {key!r:.99} whose size does not match its tensors")
         return file.read(unpickler.storages[key].nbytes)
 
     return _archive(root, False, read)
 
 
 def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Archive:
-    """Returns the Archive of an unpickled file, with `read` taking a storage's key."""
+    """Returns the Archive of an unpickled file.
+
+    `read` returns the bytes of the storage with a given key.
+    """
     inner = root.get("state_dict") if isinstance(root, _Dict) else None
     nested = isinstance(inner, _Dict) and not torchscript
     unread = _module_tensors(root) if torchscript else _dict_tensors(inner if nested else root)
@@ -308,7 +321,7 @@ def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Arch
 
 
 def _dict_tensors(root: Any) -> dict[str, _Tensor]:
-    """Returns the tensors of a state dict, without numbers and other scalars among them."""
+    """Returns the tensors of a state dict, ignoring its numbers and other scalars."""
     if not isinstance(root, _Dict):
         raise InputError("holds no dict of tensors")
     for name, value in root.items():
@@ -330,7 +343,7 @@ def _module_tensors(root: Any) -> dict[str, _Tensor]:
         for key, value in module.items():
             name = prefix + key
             if len(name) > MAX_NAME or next(visits) > MAX_VISITS:
-                raise InputError("holds modules nested too deep or in a cycle")
+                raise InputError("holds modules nested too deeply or in a cycle")
             if isinstance(value, _Tensor):
                 tensors[name] = value
             elif isinstance(value, _Module):
@@ -350,22 +363,22 @@ def _array(tensor: _Tensor, read: Callable[[str], bytes]) -> np.ndarray:
         raise InputError(f"has a tensor of shape {size!s:.99}, larger than its storage")
     data = read(storage.key)
     if len(data) != storage.nbytes:
-        raise InputError(f"has a storage {storage.key!r:.99} of another size than its tensors'")
+        raise InputError(f"has a storage {storage.key!r:.99} whose size does not match its tensors")
     width = storage.dtype.itemsize
     return np.ndarray(size, storage.dtype, data, offset * width, [step * width for step in stride])
 
 
 def write_archive(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
-    """Writes {name: array} atomically, for torch.load to read as an OrderedDict.
+    """Writes {name: array} atomically to a file that torch.load reads as an OrderedDict.
 
     Raises:
-        InputError: PyTorch has no tensors of an array's type.
+        InputError: an array has a type that PyTorch does not support.
     """
     path = Path(path)
     arrays = {name: np.asarray(array) for name, array in tensors.items()}
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
-            raise InputError(f"{path}: cannot hold {name}, which is of type {array.dtype}")
+            raise InputError(f"{path}: cannot store {name}: PyTorch has no type {array.dtype}")
     partial = path.with_name(path.name + ".part")
     with zipfile.ZipFile(partial, "w") as archive:
 
@@ -396,5 +409,5 @@ def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _values(*values: Any) -> bytes:
-    """Returns the instructions that push plain values: their pickles without PROTO and STOP."""
+    """Returns the pickle instructions that push plain values, without PROTO and STOP."""
     return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)

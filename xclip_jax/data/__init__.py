@@ -1,1 +1,1 @@
-"""Reading and preparing data: videos, annotations, prepared data sets, batches, tokenizers."""
+"""Reads and prepares data: videos, annotations, prepared data sets, batches, tokenizers."""

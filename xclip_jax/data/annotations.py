@@ -1,4 +1,4 @@
-"""Clips with captions as every annotation reader returns them, and strict readers of files."""
+"""Defines the clips that annotation readers return, and strict readers of file formats."""
 
 import collections
 import csv
@@ -29,7 +29,7 @@ SEGMENT = "invalid segment"
 class Clip:
     """A video, or its part from `start` to `end` seconds, with captions.
 
-    `video` is a file's path below the folder of videos, or an id: its path or name without suffix.
+    `video` is a file's path in the folder of videos, or an id: the path or name without suffix.
     """
 
     video: str
@@ -40,7 +40,7 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """The video with its segment, if there is one: unique in a data set."""
+        """Unique id in a data set: the video, followed by its segment if there is one."""
         if not self.start and self.end is None:
             return self.video
         # All digits: two segments an hour into a video may differ by milliseconds.
@@ -58,11 +58,11 @@ class Finding:
 
 
 class Listing:
-    """Clips in the order of the annotations, and the inconsistencies found on the way.
+    """Clips in the order of the annotations, and the inconsistencies found while reading.
 
     Attributes:
-        expected: {split: number of videos in the paper}; empty for one's own captions.
-        paragraphs: True if all captions of a video are joined to one text.
+        expected: {split: number of videos in the paper}; empty for custom captions.
+        paragraphs: True if all captions of a video are joined into one text.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Listing:
     def add(self, split: Split, video: str, captions: Iterable[str]) -> None:
         """Adds a listed video with its captions (or the sentences of its paragraph).
 
-        A repeated video gains the new captions. A video of two splits is kept in the one that
-        comes first in test, val, train.
+        Captions of a repeated video are added to it. A video listed in two splits is kept in the
+        first of test, val, train.
         """
         texts = [normalize_spaces(caption) for caption in captions]
         if "" in texts:
@@ -135,7 +135,7 @@ class Listing:
 
 
 def normalize_spaces(text: str) -> str:
-    """Returns the text on one line, single-spaced, without lone surrogates (JSON may hold them)."""
+    """Returns the text on one line, single-spaced, without lone surrogates."""
     return " ".join(text.encode(errors="ignore").decode().split())
 
 
@@ -158,17 +158,17 @@ class AnnotationFolder:
             raise InputError(f"{path} has no {', '.join(missing)}: {hint}")
 
     def json(self, name: str, kind: type) -> tuple[Path, Any]:
-        """Returns (path, content) of a JSON file whose outermost value is a `kind`."""
+        """Returns (path, content) of a JSON file whose top-level value is a `kind`."""
         path = self.path / name
         return path, require_type(parse_json(_read_text(path), path), kind, path)
 
     def lines(self, name: str) -> list[str]:
-        """Returns the lines of a text file that are not blank, without line ends."""
+        """Returns the non-blank lines of a text file, without line ends."""
         lines = (line.removesuffix("\r") for line in _read_text(self.path / name).split("\n"))
         return [line for line in lines if line.strip()]
 
     def ids(self, name: str) -> list[str]:
-        """Returns the ids of a list, one per line."""
+        """Returns the ids in a text file with one id per line."""
         ids = [line.strip() for line in self.lines(name)]
         for number, line in enumerate(ids, 1):
             if len(line.split()) > 1 or line[0] in "{[":
@@ -209,7 +209,7 @@ class AnnotationFolder:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler of dicts, lists, strings and numbers: no class or function, nothing to call."""
+    """An unpickler of dicts, lists, strings and numbers that rejects classes and functions."""
 
     def find_class(self, module_name: str, global_name: str) -> None:
         raise InputError(f"refers to {module_name}.{global_name}: only plain data is read")

@@ -1,4 +1,4 @@
-"""Apache Beam: work on many machines that see the same folders under the same paths."""
+"""Runs work with Apache Beam, on machines that share folders under the same paths."""
 # pyright: reportMissingImports=false, reportUnusedExpression=false
 
 import functools
@@ -39,12 +39,12 @@ def parse_beam_flags(name: str, options: str) -> BeamRunner:
 def map_on_beam(
     function: Callable[[Any], Any], items: Sequence[Any], folder: Path, beam_runner: BeamRunner
 ) -> list[Any]:
-    """Returns the result of `function`, a JSON value, for every item, in order.
+    """Returns function(item) for every item in order, computed on Apache Beam.
 
     Args:
-        function: is pickled, as the items are.
+        function: returns a JSON value; function and items are pickled.
         items: any number of items.
-        folder: where the workers write their results for this process to read.
+        folder: shared folder where the workers write their results for this process.
         beam_runner: from `parse_beam_flags`.
 
     Raises:

@@ -25,7 +25,7 @@ PathLike = str | os.PathLike
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFormat:
-    """A format of annotations.
+    """The annotation format of a data set.
 
     Attributes:
         read: reads the annotations at a path; takes a variant as well where there are variants.
@@ -115,7 +115,7 @@ def read_msvd(annotations: PathLike) -> Listing:
 
 
 def _join_words(text: str | list[str], where: str) -> str:
-    """Returns a caption, which the pickle holds as a list of words."""
+    """Joins the words of a caption, which the pickle stores as a list."""
     words = text if isinstance(text, list) else [text]
     return " ".join(require_type(word, str, where) for word in words)
 
@@ -131,7 +131,7 @@ def read_lsmdc(annotations: PathLike) -> Listing:
     """Reads LSMDC 2016 (Rohrbach et al., IJCV 2017): clips from films, one sentence each.
 
     A line has a clip id, four times and a sentence, separated by tabs; there is no header. The
-    test split is the list of 1,000 clips; the 7,408 of the validation list select the weights.
+    test split is the list of 1,000 clips, the val split the list of 7,408 clips.
     """
     folder = AnnotationFolder(annotations, LSMDC_FILES.values(), DATASETS["lsmdc"].download)
     listing = Listing({"train": 109673, "val": 7408, "test": 1000})
@@ -195,7 +195,7 @@ def read_activitynet(annotations: PathLike, variant: str = "val_1") -> Listing:
     """Reads ActivityNet Captions (Krishna et al., ICCV 2017): long videos, one paragraph each.
 
     The test split is val_1, as usual, or val_2. A video needs captions and an entry in the list of
-    ids; v_WjEh7acrr5o, v_uTc2-oAxgbc and v_LURZ8QDfowU are corrupted and in no list.
+    ids; v_WjEh7acrr5o, v_uTc2-oAxgbc and v_LURZ8QDfowU are corrupted and not in the lists.
     """
     sources: dict[Split, tuple[str, str]] = {
         "train": ("train_ids.json", "train.json"),

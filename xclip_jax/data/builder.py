@@ -29,7 +29,7 @@ FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 
 
 def dataset_folder(path: str | os.PathLike) -> Path:
-    """Returns the folder of the TFDS files in `path`, which exists once it is complete."""
+    """Returns the folder of the TFDS files in `path`, which exists only if they are complete."""
     return Path(path) / NAME / VERSION
 
 
@@ -41,9 +41,9 @@ class DatasetSettings:
         dataset: prepare's --dataset.
         variant: its --split; "" where there is none.
         image_size: S, side of the stored frames in pixels.
-        paragraphs: True if all captions of a video were joined to one text.
+        paragraphs: True if all captions of a video were joined into one text.
         max_seconds: the last second read of each clip; None: all were read.
-        expected: {split: number of clips there should be}, for a benchmark that of the paper; by
+        expected: {split: expected number of clips}, which is the paper's for a benchmark; by
             default the number of records.
     """
 
@@ -129,7 +129,7 @@ def _features() -> tfds.features.FeaturesDict:
 def _write_split(
     folder: Path, split: str, records: Sequence[PendingRecord], beam_runner: BeamRunner | None
 ) -> tfds.core.SplitInfo:
-    """Writes the records in shards of about SHARD_BYTES, each with one shard in memory."""
+    """Writes the records in shards of about SHARD_BYTES, holding one at a time in memory."""
     shards, size = [], SHARD_BYTES
     for record in records:
         if size >= SHARD_BYTES:

@@ -1,4 +1,4 @@
-"""Reader of one's own captions: JSON, JSON lines or CSV."""
+"""Reads custom captions from JSON, JSON lines or CSV."""
 
 import collections
 import csv
@@ -23,7 +23,7 @@ def read_captions(annotations: str | os.PathLike) -> Listing:
     video and segment are merged.
 
     Raises:
-        InputError: the first mistake, with its file, line (or item) and field.
+        InputError: the file is invalid; the message names the line (or item) and field.
     """
     path = Path(annotations)
     readers = {".json": _json_items, ".jsonl": _jsonl_items, ".csv": _csv_items}
@@ -152,7 +152,7 @@ def _parse_clip(where: str, item: Any) -> Clip:
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Returns True for text that is not blank and has no lone surrogate (JSON may hold one)."""
+    """Returns True for text that is not blank and has no lone surrogate (JSON may contain one)."""
     if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
         return False
     return bool(value.strip())

@@ -1,4 +1,4 @@
-"""Reading of clips into cache files, on all local cores or on Beam, and reports of failures."""
+"""Extracts frames of clips into cache files, locally or on Beam, and reports failures."""
 
 import collections
 import dataclasses
@@ -61,7 +61,7 @@ def make_job(
     start: float | None = None,
     end: float | None = None,
 ) -> ClipJob:
-    """Returns a job whose cache file, below `folder`, is named by all it depends on."""
+    """Returns a job whose cache file in `folder` is named by a hash of all its inputs."""
     if path is None:
         return ClipJob(video, image_size)
     status = path.stat()
@@ -122,7 +122,7 @@ def extract_all(
 ) -> list[Outcome]:
     """Runs `extract` on every job: in worker processes with a progress bar, or on Beam.
 
-    `folder` is one that all machines see.
+    `folder` must be accessible to all machines.
     """
     if beam_runner is not None:
         results = map_on_beam(_extract_as_dict, jobs, folder, beam_runner)
@@ -156,14 +156,14 @@ def report_findings(
     paths: Sequence[Path | None],
     files: Iterable[Path],
 ) -> None:
-    """Writes findings.jsonl and prints numbers of expected and found clips and of findings.
+    """Writes findings.jsonl and prints the numbers of expected clips, found clips and findings.
 
     Args:
         output: folder of findings.jsonl.
         title: of the printed table.
         listing: all clips of the annotations.
         paths: the file of each clip, or None.
-        files: all video files there are.
+        files: all video files in the folder.
     """
     pairs = zip(listing.clips, paths, strict=True)
     absent = [Finding("id without a file", clip.video, clip.split) for clip, p in pairs if not p]
@@ -215,7 +215,7 @@ def report_failures(
         if len(failed) < total:
             message += f", more than --max_failures={max_failures:g} allows"
         message += f"; the first is {failed[0]['id']}: {failed[0]['reason']}"
-        raise InputError(f"{message}; all are in {path}")
+        raise InputError(f"{message}; all failures are listed in {path}")
     # A small split may fail completely within the failures allowed for all.
     totals, failures = listing.counts(), collections.Counter[str]()
     for clip, outcome in zip(clips, outcomes, strict=True):
@@ -227,5 +227,5 @@ def report_failures(
         if count / totals[split] > max_failures:
             raise InputError(
                 f"{count} of {totals[split]} {split} clips failed, more than "
-                f"--max_failures={max_failures:g} allows; all are in {path}"
+                f"--max_failures={max_failures:g} allows; all failures are listed in {path}"
             )

@@ -1,4 +1,4 @@
-"""Lookup of the video file that an annotation refers to, independent of suffix and sub-folder."""
+"""Finds the video file that an annotation refers to, whatever its suffix and sub-folder."""
 
 import os
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ VIDEO_SUFFIXES = (
 
 
 class VideoFolder:
-    """The files below a folder, links followed, by the names an annotation may use.
+    """The files in a folder and its sub-folders, indexed by the names annotations may use.
 
     A video file is found by its path below the folder and by its name, each also without its
     suffix and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with
-    another suffix is found by its full name or path only.
+    another suffix is found by its full name or path only. Symbolic links are followed.
 
     Attributes:
         files: paths of the video files, sorted.
@@ -51,8 +51,8 @@ class VideoFolder:
         """Returns the file that an annotation refers to, or None.
 
         Args:
-            video: an id; the suffix of a video may be another on disk.
-            is_path: True if `video` may be a path below the folder, which then is that file alone.
+            video: an id or file name; the suffix may differ on disk.
+            is_path: True if `video` may be a path in the folder, which then matches that file only.
 
         Raises:
             InputError: several files match; the message names them.
@@ -81,7 +81,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _stems(name: str) -> list[str]:
-    """Returns the name without its suffix, and without further suffixes of videos."""
+    """Returns the name without its suffix, and also without further video suffixes."""
     stems = []
     while name := _without_suffix(name):
         stems.append(name)
@@ -89,6 +89,6 @@ def _stems(name: str) -> list[str]:
 
 
 def _without_suffix(name: str) -> str:
-    """Returns the name without a video's suffix or final dot (in DiDeMo's ids), "" without one."""
+    """Returns the name without its video suffix or final dot (DiDeMo), "" if it has neither."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and (not suffix or f".{suffix.lower()}" in VIDEO_SUFFIXES) else ""

@@ -1,6 +1,6 @@
 """The input pipeline: prepared clips to batches of arrays, by grain.
 
-Batches are deterministic by seed. The global batch of a step is the same for any number of
+Batches depend on the seed only. The global batch of a step is the same for any number of
 processes, and a run resumes by building the pipeline at its step: no iterator state is saved.
 """
 
@@ -22,7 +22,7 @@ _READ_OPTIONS = {"num_threads": 4, "prefetch_buffer_size": 4}
 
 
 def choose_frames(num_frames: int, max_frames: int) -> Int[np.ndarray, " F"]:
-    """Returns the indices of all frames, or of `max_frames` spaced uniformly from first to last."""
+    """Returns the indices of all frames, or of `max_frames` uniformly spaced from first to last."""
     if num_frames <= max_frames:
         return np.arange(num_frames)
     return np.linspace(0, num_frames - 1, max_frames).astype(int)
@@ -47,8 +47,8 @@ class TrainingPairs:
     """The (caption, video) pairs of a split, as a random-access source for grain.
 
     With captions="all" each caption is a pair of its own. With "random" there is one pair per
-    video, whose caption `choose_caption` draws. At most `max_videos` (0: all) are used: the same
-    ones every time, a smaller number being a subset of a larger one.
+    video, whose caption `choose_caption` draws. At most `max_videos` (0: all) are used: a
+    fixed selection, in which a smaller number gives a subset of a larger one.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TrainingPairs:
 
 
 def choose_caption(pair: Pair, rng: np.random.Generator) -> Pair:
-    """Returns the pair with a caption, drawn if it has none."""
+    """Returns the pair with its caption, or with a randomly drawn one if it has none."""
     record, video, caption = pair
     if caption is None:
         caption = int(rng.integers(len(record["captions"])))
@@ -108,7 +108,7 @@ def training_batches(
     start_step: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns endless batches from `start_step` on, shuffled anew in each epoch.
+    """Returns endless batches from `start_step` on, reshuffled in each epoch.
 
     Incomplete batches are dropped.
 
@@ -118,7 +118,7 @@ def training_batches(
         batch_size: B, the number of pairs over all processes.
         max_frames: F.
         image_size: S, pixels.
-        seed: of the order and the drawn captions.
+        seed: seed of the order and of the drawn captions.
         start_step: number of batches to skip.
         process: (process index, number of processes).
 
@@ -157,7 +157,7 @@ def evaluation_batches(
     image_size: int,
     part: slice = slice(None),
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[list[str]], list[str]]]:
-    """Returns batches of the clips in `part` of a split, in order, the last maybe smaller.
+    """Returns batches of the clips in `part` of a split in order (the last may be smaller).
 
     Yields:
         (frames B x F x S x S x 3 uint8, frame_mask B x F bool, captions of each clip, ids).

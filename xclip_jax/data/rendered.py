@@ -1,4 +1,4 @@
-"""The demo's data: rendered clips of moving coloured shapes, encoded to H.264, with captions.
+"""Renders the demo's data set: H.264 clips of moving coloured shapes, with captions.
 
 One shape moves ("a small red circle goes from left to right"), or two appear one after the other
 ("a small red circle is replaced by a big blue cross"). Every scene with a direction in time also
@@ -79,7 +79,7 @@ class Event:
 
     Attributes:
         colour, shape, size, motion: keys of the tables above.
-        place: x and y of the centre, in sides; a motion overrides one of them.
+        place: x and y of the centre, as fractions of the side; a motion overrides one of them.
         scale: factor of the radius. No caption mentions place, scale or tilt.
         tilt: radians.
     """
@@ -100,7 +100,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip: one event of its full length, or two events of half of it."""
+    """A clip: one event of its full length, or two events of half its length each."""
 
     events: tuple[Event, ...]
     background: tuple[int, int, int] = (40, 40, 40)
@@ -121,7 +121,7 @@ class Scene:
 
 
 def mirror(scene: Scene) -> Scene:
-    """Returns the scene mirrored in time, without captions: its frame at t is that at LAST - t."""
+    """Returns the scene reversed in time (the frame at t is that at LAST - t), without captions."""
     events = (replace(event, motion=OPPOSITE[event.motion]) for event in scene.events[::-1])
     return replace(scene, events=tuple(events), captions=())
 
@@ -149,8 +149,9 @@ def _pair_number(pair: Sequence[str], names: Sequence[str]) -> int:
 def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
     """Returns the first `count` scenes of a split, each followed by its mirror.
 
-    The same arguments give the same scenes, and a smaller count a prefix. Scenes of train have
-    three captions, and some share captions; those of val and test have one, which fits no other.
+    The same arguments give the same scenes, and a smaller count gives a prefix. Scenes of
+    train have three captions, and some share captions; those of val and test have one, which
+    describes no other scene.
 
     Raises:
       InputError: the split has fewer distinct scenes.
@@ -175,7 +176,7 @@ def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
 
 
 def _draw_related_scenes(rng: random.Random) -> list[Scene]:
-    """Returns one object, small and large, or two objects, and these with their shapes swapped."""
+    """Returns scenes of one object, small and large, or of two objects and with shapes swapped."""
     colour, shape = rng.choice([*COLOURS]), rng.choice(SHAPES)
     if rng.choices(("motion", "order"))[0] == "order":
         (c1, s1), (c2, s2) = rng.sample([*itertools.product(COLOURS, SHAPES)], 2)
@@ -190,7 +191,7 @@ def _draw_related_scenes(rng: random.Random) -> list[Scene]:
 
 
 def _draw_variants(scene: Scene, rng: random.Random) -> Iterable[Scene]:
-    """Returns the scene in another place and before another background, and its mirror."""
+    """Returns the scene with another place and background, and its mirror."""
     events = tuple(
         replace(
             event,
@@ -237,7 +238,7 @@ def render_frame(scene: Scene, time: float) -> UInt8[np.ndarray, "S S 3"]:
 
 
 def _event_at(scene: Scene, time: float) -> tuple[Event, float]:
-    """Returns the event at a time and its phase from 0 to 1, with two events in halves."""
+    """Returns the event at a time and its phase from 0 to 1 (two events take half each)."""
     if len(scene.events) == 1:
         return scene.events[0], time / LAST
     span = (LAST - 1) / 2
@@ -247,7 +248,7 @@ def _event_at(scene: Scene, time: float) -> tuple[Event, float]:
 
 
 def _position(event: Event, phase: float) -> tuple[float, float, float]:
-    """Returns x, y (pointing down) and radius in sides, for motion from border to border."""
+    """Returns x, y (downwards) and radius as fractions of the side, moving border to border."""
     radius = RADII[event.size] * event.scale
     if event.motion in ("left", "up", "shrink"):
         phase = 1.0 - phase
@@ -329,7 +330,7 @@ def render_dataset(
     resumes with the missing videos.
 
     Raises:
-      InputError: the folder holds a data set of other arguments.
+      InputError: the folder holds a data set rendered with other arguments.
     """
     folder = Path(folder)
     counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
@@ -354,7 +355,7 @@ def render_dataset(
 
 
 def _check_arguments(folder: Path, arguments: dict[str, int]) -> None:
-    """Stores the arguments, which file names do not include, or raises if others are stored."""
+    """Stores the arguments, or raises InputError if the folder was rendered with others."""
     path = folder / "rendered.json"
     if not path.exists():
         (folder / "videos").mkdir(parents=True, exist_ok=True)

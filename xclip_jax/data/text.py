@@ -30,7 +30,7 @@ MAX_MERGES = 48894  # the rest of OpenAI's vocabulary file is not used: 49,408 t
 
 
 def clean(text: str) -> str:
-    """Returns the text as CLIP cleans it: fixed Unicode, no HTML entities, single spaces, lower."""
+    """Returns cleaned text: repaired Unicode, no HTML entities, single spaces, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
@@ -159,7 +159,7 @@ def _is_merge(pair: tuple[str, ...], known: set[str]) -> bool:
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int = 77) -> Tokenizer:
-    """Returns a tokenizer of CLIP's type with merges learned from `texts`."""
+    """Returns a CLIP tokenizer with merges learned from `texts`."""
     tokens = _byte_tokens()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
@@ -178,8 +178,8 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int
 def _from_merges(merges: Any, max_words: int) -> Tokenizer:
     """Returns the tokenizer of a list of merges (pairs of str), its vocabulary in CLIP's order.
 
-    256 bytes, the same at the end of a word, the merged pairs, start, end: any text has an
-    encoding.
+    The order is: 256 bytes, 256 bytes at the end of a word, merged pairs, start, end. Every text
+    can be encoded.
     """
     merged = dict.fromkeys("".join(pair) for pair in merges)
     vocab = {token: index for index, token in enumerate([*_byte_tokens(), *merged, START, END])}
@@ -187,9 +187,9 @@ def _from_merges(merges: Any, max_words: int) -> Tokenizer:
 
 
 def _byte_tokens() -> list[str]:
-    """Returns CLIP's 256 letters for bytes in the order of their ids, then with "</w>" appended.
+    """Returns CLIP's 256 characters for bytes in order of id, then each with "</w>" appended.
 
-    The letter of a printable byte is its Latin-1 character, that of another starts at U+0100.
+    The character of a printable byte is its Latin-1 character, that of another starts at U+0100.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [*letters, *(letter + "</w>" for letter in letters)]

@@ -39,12 +39,12 @@ _LARGEST_STEP_BACK, _LONGEST_PAUSE = -10, 3600
 
 
 class VideoError(Exception):
-    """An error that a video cannot be read, with a short reason as message."""
+    """The error that a video cannot be read, with a short reason as its message."""
 
 
 @dataclasses.dataclass
 class Frames:
-    """Frames of a video, at least one.
+    """One or more frames of a video.
 
     Attributes:
       frames: RGB in [0, 255]; a frame shown for more than a second occurs repeatedly (the same
@@ -68,7 +68,7 @@ def read_frames(
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
     Args:
-      path: the video file, of which the first stream of moving pictures is read.
+      path: the video file, whose first video stream other than a cover image is read.
       image_size: S, pixels.
       start: seconds after the file's first frame; None is 0.
       end: upper bound of start + k in the same seconds; None is the time of the last frame.
@@ -194,7 +194,7 @@ def preprocess(
     Args:
       image: a Pillow image or RGB in [0, 255].
       image_size: S, pixels.
-      pixel_aspect: width of a pixel divided by its height; the same resize makes it 1.
+      pixel_aspect: width of a pixel divided by its height; the resize corrects it to 1.
 
     Returns:
       RGB in [0, 255].
@@ -289,7 +289,7 @@ class _Decoder:
         return frames
 
     def describe_missing_frames(self, expected: int) -> str | None:
-        """Returns the reason why frames are missing, or None, given the number expected or 0."""
+        """Returns why frames are missing, or None, given the expected number (0: unknown)."""
         if self.error:
             return f"decoder stopped at frame {self.count}: {_reason(self.error)}"
         if self.count < 0.9 * expected:
@@ -333,7 +333,7 @@ def _choose_each_second(
     end: Fraction | float,
     second: Fraction,
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Yields the last frame shown by start, start + second, ... up to `end` and the last frame."""
+    """Yields the last frame shown by start, start + second, ... until `end` or the last frame."""
     target, shown = start, None
     for now, frame in stamped_frames:
         while shown and target < now and target <= end:
@@ -348,7 +348,7 @@ def _choose_each_second(
 
 
 class _Converter:
-    """A converter of decoded frames to Pictures that returns the same one for the same frame."""
+    """A converter of decoded frames to Pictures that reuses the Picture of a repeated frame."""
 
     def __init__(self, pixel_aspect: Fraction | None) -> None:
         # Values beyond these bounds are invalid header data.
@@ -377,7 +377,7 @@ class _Converter:
 
 
 def _display_transform(frame: VideoFrame) -> tuple[bool, int]:
-    """Returns (flip upside down, then rotate counterclockwise by degrees, a multiple of 90).
+    """Returns (True to flip upside down, degrees to then rotate counterclockwise by).
 
     PyAV's rotation ignores mirroring, which is a negative determinant of the display matrix
     (ISO/IEC 14496-12, 6.2.2).

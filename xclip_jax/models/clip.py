@@ -163,7 +163,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer whose output is every position, normalised and projected."""
+    """Causal transformer that returns the normalised and projected vector of every position."""
 
     config: ModelConfig
 

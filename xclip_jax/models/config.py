@@ -1,4 +1,4 @@
-"""Fields of a model: the config's `model` section and model.json are both made from ModelConfig."""
+"""Declares the fields of a model, for both the config's `model` section and model.json."""
 
 import dataclasses
 import math
@@ -98,12 +98,12 @@ class ModelConfig:
         return self.fusion == "mean" and self.head != "tight_transformer"
 
     def resolve(self) -> "ModelConfig":
-        """Returns this config with the fields that its preset and its head determine filled in."""
+        """Returns a copy in which all fields that preset and head determine are set."""
         config = _replace(self, PRESETS[self.preset], only_unset=True)
         return _replace(config, HEADS[self.head])
 
     def cells_per_pair(self, num_words: int, num_frames: int) -> int:
-        """Returns the approximate working memory of one text-video pair, in numbers."""
+        """Returns approximately how many floats scoring one text-video pair needs in memory."""
         if self.has_granularities:
             return num_words * num_frames
         tokens = num_frames + (1 if self.head == "tight_transformer" else 2 + num_words)
@@ -154,7 +154,7 @@ def upgrade_value(field: str, value: Any) -> Any:
 def read_model_config(fields: Any) -> ModelConfig:
     """Returns the ModelConfig of config.model or of model.json.
 
-    It is resolved: no field is None. Entries that are not fields of ModelConfig are ignored.
+    The config is resolved: no field is None. Entries that are not its fields are ignored.
 
     Raises:
         KeyError, TypeError: a field is missing, or a section has an unknown one.
@@ -173,7 +173,7 @@ def read_model_config(fields: Any) -> ModelConfig:
 
 
 def _replace(config: Any, values: Mapping[str, Any], *, only_unset: bool = False) -> Any:
-    """Returns `config` with other values, in sections too, optionally only where None or 0."""
+    """Returns a copy with values changed, also in sections, optionally only where None or 0."""
     changes = {}
     for name, value in values.items():
         current = getattr(config, name)

@@ -16,7 +16,7 @@ class AggregationMatrices(nn.Module):
     """Learned matrices of the PyTorch X-CLIP, initialised to identity; not in the paper.
 
     They transform the joint space (D x D) or the attention over words (W x W) and frames (F x F),
-    which ties a model to its lengths. The output is a dict of name -> square matrix.
+    so that a model works for these lengths only. The output is a dict of name -> square matrix.
     """
 
     config: ModelConfig
@@ -71,7 +71,7 @@ class TightTransformer(nn.Module):
 
 
 class FusionTransformer(nn.Module):
-    """Our reading of Table 14 and Fig. 6, which the paper draws but does not specify.
+    """A fusion Transformer after Table 14 and Fig. 6 of the paper, which leaves details open.
 
     A pre-norm Transformer over the sentence, word, video and frame vectors of a pair, each plus a
     learned vector for its kind. A linear layer maps the sentence's output to the score. The masks

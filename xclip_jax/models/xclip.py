@@ -156,13 +156,13 @@ class XClip(nn.Module):
         return jax.vmap(weigh)(video.frames, self.aosm_frames(video.mask))
 
     def aosm_words(self, mask_TxW: Bool[AnyArray, "T W"]) -> Bool[Array, "T W"]:
-        """Returns which words take part in AOSM."""
+        """Returns the mask of the words that take part in AOSM."""
         c = self.config
         options = {"special_tokens": c.words == "all_tokens", "padding": c.padding == "competes"}
         return aosm_words(mask_TxW, **options)
 
     def aosm_frames(self, mask_VxF: Bool[AnyArray, "V F"]) -> Bool[Array, "V F"]:
-        """Returns which frames take part in AOSM."""
+        """Returns the mask of the frames that take part in AOSM."""
         return aosm_frames(mask_VxF, padding=self.config.padding == "competes")
 
     def matrices(self) -> dict[str, Array]:

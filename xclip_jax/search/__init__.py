@@ -1,4 +1,4 @@
-"""Search in a video collection: index a folder, type a sentence, get the matching second."""
+"""Searches a video collection by sentence, video or image: index a folder, then query it."""
 
 from xclip_jax.search.funnel import Answer, Attention, Hit
 from xclip_jax.search.index import Index

@@ -223,7 +223,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line."""
+    """Runs the command line."""
     args = _make_parser().parse_args(argv)
     with one_line_errors():
         for name in ("candidates", "rerank", "k", "sample", "segment_seconds"):
