@@ -28,7 +28,7 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the released annota
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """A folder with the stand-ins' annotation files, without their videos."""
+    """Folder with the annotation files of the stand-ins, without videos."""
     folder = tmp_path_factory.mktemp("standins")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(standins, "write_video", lambda path, scene: None)
@@ -60,7 +60,7 @@ def findings(listing, what):
 
 @real
 @pytest.mark.parametrize(("variant", "train"), [("9k", 9000), ("7k", 7010)])
-def test_released_msrvtt(tmp_path, variant, train):
+def test_released_msrvtt_lists_give_the_published_counts(tmp_path, variant, train):
     names = (f"MSRVTT_train.{variant}.csv", "MSRVTT_JSFUSION_test.csv")
     folder = folder_of(tmp_path, "MSRVTT", **{name: name for name in names})
     ids = [f"video{n}" for n in range(10_000)]
@@ -79,18 +79,18 @@ def test_released_msrvtt(tmp_path, variant, train):
 
 
 @real
-def test_released_msrvtt_sentences(tmp_path):
+def test_released_msrvtt_sentences_are_read(tmp_path):
     lists = {f"MSRVTT_{name}.csv": f"MSRVTT_{name}.csv" for name in ("train.9k", "JSFUSION_test")}
     italian = {"MSRVTT_data.json": "MSRVTT_data.EXCERPT_italian.json"}
     listing = DATASETS["msrvtt"].read(folder_of(tmp_path, "MSRVTT", **lists, **italian), "full")
     assert len(listing.clips) == 70
     assert sum(captions_by_split(listing).values()) == 1400
-    assert len(findings(listing, NO_CAPTIONS)) == 2  # of its 72 videos two have no sentence
+    assert len(findings(listing, NO_CAPTIONS)) == 2  # 2 of its 72 videos
 
 
 @real
 @pytest.mark.parametrize("source", ["pickle", "json"])
-def test_released_msvd(tmp_path, source):
+def test_released_msvd_gives_the_published_counts(tmp_path, source):
     lists = {f"{split}_list.txt": f"{split}_list.txt" for split in ("train", "val", "test")}
     captions = {
         "pickle": {"raw-captions.pkl": "raw-captions.DERIVED.pkl"},
@@ -108,7 +108,7 @@ def test_released_msvd(tmp_path, source):
 
 
 @real
-def test_released_lsmdc(tmp_path):
+def test_released_lsmdc_format_is_read(tmp_path):
     rows = (SHARED / "LSMDC" / "SYNTHETIC_same_shape.csv").read_text().splitlines(keepends=True)
     for name, part in zip(LSMDC_FILES.values(), (rows[:8], rows[8:12], rows[12:]), strict=True):
         (tmp_path / name).write_text("".join(part))
@@ -119,13 +119,13 @@ def test_released_lsmdc(tmp_path):
 
 
 @real
-def test_released_didemo(tmp_path):
+def test_released_didemo_sentences_are_joined_by_video(tmp_path):
     names = [f"{s}_list.txt" for s in ("train", "val", "test")] + [
         "val_data.json",
         "test_data.json",
     ]
     folder = folder_of(tmp_path, "DiDeMo", **{name: name for name in names})
-    (folder / "train_data.json").write_text("[]")  # cannot be had
+    (folder / "train_data.json").write_text("[]")  # not available
     listing = DATASETS["didemo"].read(folder)
     assert listing.counts() == {"val": 1065, "test": 1004}
     assert len(findings(listing, NO_CAPTIONS)) == 8392
@@ -142,23 +142,23 @@ def test_released_didemo(tmp_path):
 
 @real
 @pytest.mark.parametrize(("variant", "test"), [("val_1", 4916), ("val_2", 4884)])
-def test_released_activitynet(variant, test):
+def test_released_activitynet_gives_the_known_counts_and_findings(variant, test):
     listing = DATASETS["activitynet"].read(SHARED / "ActivityNet", variant)
     assert listing.counts() == {"train": 10007, "test": test}
     assert listing.expected["train"] - 10007 == 2
     assert listing.expected["test"] - test == 1
     known_bad = ["v_WjEh7acrr5o", "v_uTc2-oAxgbc", "v_LURZ8QDfowU"]
     assert findings(listing, UNLISTED) == known_bad
-    assert len(findings(listing, SEGMENT)) == 4  # two reversed, two empty; rounding is no finding
+    assert len(findings(listing, SEGMENT)) == 4  # two reversed, two empty
     assert max(len(clip.captions[0].split()) for clip in listing.clips) == 504
     assert not any("\n" in text or "  " in text for clip in listing.clips for text in clip.captions)
 
 
-# Files that imitate the released ones
+# Stand-ins
 
 
 @pytest.mark.parametrize("name", standins.STANDINS)
-def test_standins_are_read_as_released(annotations, name):
+def test_standins_are_read_like_released_files(annotations, name):
     listing = DATASETS[name].read(annotations / name / "annotations")
     val = {"val": standins.VAL} if name in ("msvd", "lsmdc", "didemo") else {}
     train = standins.TRAIN + standins.VAL - 1 if name == "msrvtt" else standins.TRAIN
@@ -176,12 +176,12 @@ def test_standins_are_read_as_released(annotations, name):
     )
 
 
-def test_msrvtt_variants(annotations):
+def test_msrvtt_variants_select_the_official_splits(annotations):
     read, folder = DATASETS["msrvtt"].read, annotations / "msrvtt" / "annotations"
     assert read(folder, "7k").counts() == {"train": 11, "test": 6}
     assert read(folder, "full").counts() == {"train": 11, "val": 4, "test": 6}
     sentences = {clip.video: clip.captions for clip in read(folder, "full").clips}
-    assert len(sentences["video0"]) == 3  # in training each is a pair of its own
+    assert len(sentences["video0"]) == 3  # each is a training pair
 
 
 def test_listing_records_inconsistencies():

@@ -1,4 +1,4 @@
-"""Tests that Apache Beam gives the same bytes; `.ci/beam` runs this where Beam is installed."""
+"""Tests of preparation with Apache Beam; `.ci/beam` installs Beam and runs them."""
 
 import json
 
@@ -19,7 +19,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("name", standins.STANDINS)
-def test_beam_writes_the_same_bytes_as_one_machine(name, tmp_path, monkeypatch, capsys):
+def test_beam_writes_the_same_bytes_as_a_single_machine(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(builder, "SHARD_BYTES", 1)  # a shard each
     standins.STANDINS[name](tmp_path)
     (tmp_path / "videos" / "unused.mp4").touch()

@@ -1,4 +1,4 @@
-"""The five benchmarks on stand-ins, end to end: prepare -> train -> evaluate -> results.json."""
+"""End-to-end tests of the five benchmarks on stand-ins: prepare, train, evaluate."""
 
 import json
 from pathlib import Path
@@ -22,14 +22,14 @@ TINY = {
 PAPER = {"msrvtt": 46.1, "msvd": 47.1, "lsmdc": 23.3, "didemo": 45.2, "activitynet": 44.3}
 SPLITS = {"train": 11, "val": standins.VAL, "test": standins.TEST}
 PREPARED = {
-    "msrvtt": {"train": 14, "test": standins.TEST},  # 9k: those to validate on are trained on
+    "msrvtt": {"train": 14, "test": standins.TEST},  # 9k: the validation videos are training videos
     "activitynet": {"train": 11, "test": standins.TEST},
 }
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Benchmark -> (data set's folder, what prepare printed); made when first asked for."""
+    """Function from a benchmark's name to (prepared folder, output of prepare), with a cache."""
     made = {}
 
     def get(name, capsys):
@@ -55,7 +55,9 @@ def run_main(monkeypatch, config, workdir, fields):
 
 
 @pytest.mark.parametrize("name", standins.STANDINS)
-def test_prepare_train_evaluate(name, prepared, tmp_path, monkeypatch, capsys):
+def test_prepare_train_evaluate_writes_results_by_the_protocol(
+    name, prepared, tmp_path, monkeypatch, capsys
+):
     data, printed = prepared(name, capsys)
     dataset = Dataset(data, name)
     counts = {split: len(counts) for split, counts in dataset.captions_per_clip.items()}
@@ -85,7 +87,7 @@ def test_prepare_train_evaluate(name, prepared, tmp_path, monkeypatch, capsys):
         assert part in table
 
 
-def test_every_quirk_of_an_id_is_found(prepared, capsys):
+def test_irregular_ids_and_captions_are_prepared(prepared, capsys):
     def ids(name, split="test"):
         clips = Dataset(prepared(name, capsys)[0]).clips(split)
         return {clip["id"].decode(): [c.decode() for c in clip["captions"]] for clip in clips}
@@ -104,7 +106,7 @@ def test_every_quirk_of_an_id_is_found(prepared, capsys):
     assert sorted(map(len, ids("lsmdc", "train").values())) == [1] * 10 + [2]
 
 
-def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypatch, capsys):
+def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch, capsys):
     data, _ = prepared("activitynet", capsys)
     fields = TINY | {"data.path": data, "train.select": "test"}
     results = run_main(monkeypatch, "activitynet.py:vit_b16", tmp_path, fields)
@@ -140,7 +142,7 @@ def test_selecting_on_test_is_possible_and_labelled(prepared, tmp_path, monkeypa
         ("msvd.py:paper,official", {}, r"at most one word of each group"),
     ],
 )
-def test_what_is_absent_or_does_not_fit(
+def test_missing_or_unsuitable_input_is_a_one_line_error(
     prepared, tmp_path, monkeypatch, capsys, config, fields, message
 ):
     data, _ = prepared("msrvtt", capsys)
@@ -151,7 +153,7 @@ def test_what_is_absent_or_does_not_fit(
     assert "\n" not in stopped.value.code
 
 
-def test_search_is_measured(tmp_path, monkeypatch):
+def test_search_benchmark_writes_its_measurements(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import results
     import search

@@ -114,7 +114,7 @@ def page(chromium, console, address):
     assert elsewhere == []
 
 
-def shoot(page, name):
+def save_screenshot(page, name):
     folder = os.environ.get("XCLIP_JAX_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -128,47 +128,47 @@ def search(page, sentence):
     expect(page.locator("#main")).to_have_attribute("aria-busy", "false")
 
 
-def second_of(page):
+def current_second(page):
     return page.locator("#video").evaluate("video => video.currentTime")
 
 
 def wait_until(page, condition):
-    """Polls from here: the page's policy forbids the script that playwright would evaluate."""
+    """Polls in Python, because the page's content security policy forbids wait_for_function."""
     for _ in range(200):
         if condition():
             return
         page.wait_for_timeout(50)
-    raise AssertionError(f"the video stays at {second_of(page)} s")
+    raise AssertionError(f"the video stays at {current_second(page)} s")
 
 
 def wait_until_at(page, second):
     page.locator("#video").evaluate("video => video.pause()")
-    wait_until(page, lambda: abs(second_of(page) - second) < 0.3)
+    wait_until(page, lambda: abs(current_second(page) - second) < 0.3)
 
 
-def click_through(page, address, sentence, name, second):
+def search_and_play(page, address, sentence, name, second):
     """Opens the page, searches and plays the first result from its best second."""
     page.goto(address)
     expect(page.locator("#facts")).to_contain_text("segments of")
-    shoot(page, "search")
+    save_screenshot(page, "search")
     search(page, sentence)
     expect(page.locator("#status")).to_contain_text("segments in")
     first = page.locator("#hits a").first
     expect(first.locator("b")).to_have_text(name)
-    shoot(page, "results")
+    save_screenshot(page, "results")
     first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
     expect(page.locator("#player-name")).to_have_text(name)
     video = page.locator("#video")
-    wait_until(page, lambda: second <= second_of(page) + 0.1 < second + 3)  # it plays
+    wait_until(page, lambda: second <= current_second(page) + 0.1 < second + 3)  # it plays
     video.evaluate("video => video.pause()")
-    shoot(page, "player")
-    before = second_of(page)
+    save_screenshot(page, "player")
+    before = current_second(page)
     video.evaluate("video => { video.play() }")
-    wait_until(page, lambda: before + 0.2 < second_of(page))
+    wait_until(page, lambda: before + 0.2 < current_second(page))
 
 
-def heat(page):
+def read_heat_map(page):
     """Returns (words, times, strengths W x F) of the heat map on the page."""
     table = page.locator("#heat table")
     table.wait_for()
@@ -180,9 +180,9 @@ def heat(page):
 
 
 def test_search_plays_the_best_second_and_shows_the_heat_map(page, address, index):
-    click_through(page, address, SENTENCE, NAME, 11.5)
+    search_and_play(page, address, SENTENCE, NAME, 11.5)
     expected = index.attention(f"{1:016x}", SENTENCE)
-    words, times, strengths = heat(page)
+    words, times, strengths = read_heat_map(page)
     assert words == SENTENCE.split()
     assert times == pytest.approx(expected.times)
     weights_WxF = expected.weights_WxF
@@ -196,7 +196,7 @@ def test_search_plays_the_best_second_and_shows_the_heat_map(page, address, inde
     page.get_by_role("button", name="Best second").click()
     wait_until_at(page, 11.5)
     page.locator("#heat").scroll_into_view_if_needed()
-    shoot(page, "heatmap")
+    save_screenshot(page, "heatmap")
 
 
 def test_names_are_shown_as_text_with_their_paths(page, address, index):
@@ -304,7 +304,7 @@ def test_errors_are_shown_and_the_page_still_works(page, address, console):
     expect(page.get_by_role("alert")).to_have_text("Type a few words that describe the video.")
     search(page, "break")
     expect(page.get_by_role("alert")).to_contain_text("internal error")
-    shoot(page, "error")
+    save_screenshot(page, "error")
     page.goto(address + "#q=dog&k=500")
     expect(page.get_by_role("alert")).to_contain_text("between 1 and 100")
     page.goto(address + "#like=nothing")
@@ -372,11 +372,11 @@ def test_page_fits_a_narrow_window(page, address):
     page.goto(address)
     search(page, SENTENCE)
     expect(page.locator("#hits li")).to_have_count(3)
-    shoot(page, "narrow")
+    save_screenshot(page, "narrow")
     wide = "document.scrollingElement.scrollWidth"
     assert page.evaluate(wide) <= 375
     page.locator("#hits a").first.click()
-    heat(page)
+    read_heat_map(page)
     assert page.evaluate(wide) <= 375
     sizes = "e => [e.clientWidth, e.scrollWidth]"
     width, content = page.locator("#player").evaluate(sizes)
@@ -384,4 +384,4 @@ def test_page_fits_a_narrow_window(page, address):
     assert width >= 360
     width, content = page.locator("#heat").evaluate(sizes)
     assert content > width  # it scrolls separately
-    shoot(page, "narrow_player")
+    save_screenshot(page, "narrow_player")

@@ -1,4 +1,4 @@
-"""Random checkpoints with the names and shapes of the original PyTorch models, written by hand."""
+"""Random state dicts with the names and shapes of the original PyTorch models."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ TINY = {
 def clip_shapes(
     patch, side, width, layers, dim, text_width, text_layers=12, context=77, vocab=49408
 ):
-    """Official name -> shape of OpenAI's ViT CLIP."""
+    """Returns {official name: shape} of OpenAI's ViT CLIP."""
     shapes = {
         "positional_embedding": (context, text_width),
         "text_projection": (text_width, dim),
@@ -51,7 +51,7 @@ def block_shapes(prefix, width, layers):
 
 
 def head_shapes(head, dim, context=16, words=12, frames=6, layers=2):
-    """Official name -> shape of what X-CLIP or CLIP4Clip have besides CLIP."""
+    """Returns {official name: shape} of the tensors that X-CLIP or CLIP4Clip adds to CLIP."""
     positions = {"frame_position_embeddings.weight": (context, dim)}
     if head == "mean_pooling":
         return {}
@@ -80,13 +80,13 @@ def head_shapes(head, dim, context=16, words=12, frames=6, layers=2):
 
 
 def release(head, seed=0, sizes=TINY):
-    """A random official X-CLIP or CLIP4Clip state dict."""
+    """Returns a random state dict of the official X-CLIP or CLIP4Clip."""
     clip = {f"clip.{name}": shape for name, shape in clip_shapes(**sizes).items()}
     return fill(clip | head_shapes(head, sizes["dim"], sizes["context"]), seed)
 
 
 def clip(seed=0, sizes=TINY):
-    """A random state dict of plain CLIP."""
+    """Returns a random state dict of plain CLIP."""
     return fill(clip_shapes(**sizes), seed)
 
 

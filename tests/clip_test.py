@@ -1,4 +1,4 @@
-"""CLIP's towers: masks, positions, sizes and numeric types."""
+"""Tests of CLIP's towers: masks, positions, sizes and numeric types."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def shapes_of(model):
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters: no bias is 0 and no scale 1, so that a missing one shows."""
+    """Random parameters without zero biases or unit scales, which would hide a missing one."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -98,7 +98,7 @@ def layer_norm(x, p):
 
 
 def plain_block(x, p, mask):
-    """One pre-norm block on L x E float64, head by head."""
+    """Returns the output of a pre-norm block on L x E float64, head by head."""
     y = layer_norm(x, p["ln_1"])
     attention = p["attention"]
     total = x + attention["out"]["bias"]
@@ -150,7 +150,7 @@ def test_remat_changes_neither_value_nor_gradient(params, remat):
 
 
 def test_word_depends_on_tokens_up_to_it_only(params):
-    """The gradient of word i with respect to token j is nonzero exactly where j <= i."""
+    """The gradient of word i with respect to token j is nonzero if and only if j <= i."""
     ids = np.array([[48, 3, 7, 11, 2, 49]])
     model = clip()
 
@@ -223,7 +223,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(params, exact
 
 
 def test_clamped_logit_scale_keeps_its_gradient(params):
-    """CLIP's weights have a scale of 100: without a gradient there it could never fall."""
+    """CLIP's weights have the largest scale, 100: without a gradient it could not decrease."""
 
     def scale(logit_scale):
         variables = {"params": {**params, "logit_scale": logit_scale}}
@@ -245,7 +245,7 @@ def test_equal_configs_make_equal_modules():
 
 
 def plain_attention(x, p, mask):
-    """Softmax attention of B x L x E float64 with explicit scores; masked scores are -1e6."""
+    """Returns softmax attention on B x L x E float64; masked scores are -1e6."""
     qkv = np.einsum("ble,eink->blink", x, p["qkv"]["kernel"]) + p["qkv"]["bias"]
     query, key, value = (qkv[:, :, i] for i in range(3))
     scores = np.einsum("bqnk,bsnk->bnqs", query, key) / math.sqrt(query.shape[-1])
@@ -255,7 +255,7 @@ def plain_attention(x, p, mask):
 
 
 def test_attention_matches_explicit_softmax():
-    """Also where a row sees nothing: there the mean of all values, finite, as before."""
+    """A fully masked row gives the mean of all values."""
     rng = np.random.default_rng(4)
     x, mask = rng.normal(size=(3, 5, 18)), rng.random((3, 1, 5, 5)) < 0.5
     mask[0, 0, 2] = False

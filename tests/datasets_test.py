@@ -1,4 +1,4 @@
-"""Tests of the reader of one's own captions, and of the lookup of video files."""
+"""Tests of the reader of user captions and of the lookup of video files."""
 
 import json
 import re
@@ -227,7 +227,7 @@ def folder(tmp_path):
         ("h", None),
     ],
 )
-def test_locate_by_name_path_or_stem(folder, video, file):
+def test_videos_are_located_by_name_path_or_stem(folder, video, file):
     assert VideoFolder(folder).locate(video, is_path=True) == (file and folder / file)
 
 

@@ -1,4 +1,4 @@
-"""Presets, heads, learned matrices and Transformers over pairs."""
+"""Tests of presets, heads, learned matrices and Transformers over pairs."""
 
 import functools
 

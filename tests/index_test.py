@@ -43,7 +43,7 @@ def no_processes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, model, videos):
-    """Folder of an index that tests must not change."""
+    """Folder of an index that tests do not change."""
     folder = tmp_path_factory.mktemp("index") / "index"
     index = Index.create(folder, model, segment_seconds=SECONDS)
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,7 @@ def test_long_sentence_is_truncated_with_a_note(index):
     assert index.query("a dog").note is None
 
 
-def test_later_queries_compile_nothing(index):
+def test_later_queries_do_not_compile(index):
     index.query("a dog")
     index.similar(index.segment(index.query("a dog")[0].id).path)
     before = xclip_jax.inference.apply_model._cache_size()
@@ -287,7 +287,7 @@ def test_another_model_is_an_error(made, tmp_path):
         Index.open(made, other)
 
 
-def test_moved_model_must_be_named(model, videos, tmp_path):
+def test_moved_model_must_be_passed_explicitly(model, videos, tmp_path):
     folder = Path(shutil.copytree(model, tmp_path / "before"))
     Index.create(tmp_path / "index", folder).add([videos / "clip0.mp4"])
     folder.rename(tmp_path / "after")
@@ -335,7 +335,7 @@ def test_file_name_that_is_not_utf8_is_listed(copied, videos, tmp_path):
     assert copied.remove(folder / "\N{DOG FACE}'s.mp4") == 3
 
 
-def test_prune_of_an_emptied_folder(copied, videos, tmp_path):
+def test_prune_removes_files_of_an_emptied_folder(copied, videos, tmp_path):
     folder = tmp_path / "emptied"
     folder.mkdir()
     shutil.copy(videos / "clip0.mp4", folder)
@@ -422,7 +422,7 @@ def test_changed_files_need_at_most_two_commits(copied, videos, tmp_path):
 
 
 def test_playlist_as_example_is_an_error(index, videos, tmp_path):
-    """FFmpeg would follow it to any file of this machine."""
+    """FFmpeg would open any local file that a playlist names."""
     playlist = tmp_path / "a.m3u8"
     clip = videos / "clip0.mp4"
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{clip}\n#EXT-X-ENDLIST")
@@ -466,7 +466,7 @@ def test_second_writer_is_an_error(copied, videos):
 
 
 def test_readers_see_complete_files_while_a_writer_adds(copied, videos, tmp_path, monkeypatch):
-    """Two readers query all the time without an error, and never see a part of a file."""
+    """Two readers query continuously without an error, and never see part of a file."""
     monkeypatch.setattr(indexing, "MIN_COMMIT_SECONDS", 0)
     monkeypatch.setattr(indexing, "COMMIT_FRACTION", 0)
     folder = tmp_path / "more"

@@ -1,4 +1,4 @@
-"""The contrastive loss compared with float64 loops, and ways to compute it in less memory."""
+"""Tests of the contrastive loss: float64 loops, blocks of texts, gradient caching."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ def test_loss_matches_loops(video):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_ignored_pairs_have_neither_influence_nor_gradient():
+def test_ignored_pairs_do_not_affect_loss_or_gradient():
     ignored = (VIDEOS[:, None] == VIDEOS) & ~np.eye(6, dtype=bool)
     assert ignored.sum() == 8
     sim = logits(4)

@@ -1,4 +1,4 @@
-"""The wheel is complete and runs outside the clone, and project files state the same versions."""
+"""Tests of the wheel, of the console script and of versions in project files."""
 
 import os
 import shutil
@@ -45,20 +45,20 @@ def test_console_script_runs_outside_the_clone(wheel, tmp_path):
         assert name in done.stdout
 
 
-def test_workflow_tests_the_python_versions_of_the_metadata():
+def test_workflow_and_metadata_list_the_same_python_versions():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     minor_versions = [name.split(" :: ")[-1] for name in classifiers if " :: 3." in name]
     assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == minor_versions
 
 
-def test_hooks_run_the_ruff_of_the_constraints():
+def test_hooks_and_constraints_have_the_same_ruff_version():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (version,) = [hook["rev"] for hook in hooks if "ruff" in hook["repo"]]
     assert f"ruff=={version[1:]}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_citation_names_the_version_of_the_metadata():
+def test_citation_and_metadata_have_the_same_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (citation["title"], citation["version"]) == (project["name"], project["version"])

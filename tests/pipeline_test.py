@@ -1,4 +1,4 @@
-"""Tests of batches: each pair once per epoch, correct content, independent of the start step."""
+"""Tests of batches: content, order, each pair once per epoch, start at any step."""
 
 import itertools
 from collections import Counter

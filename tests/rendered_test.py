@@ -86,7 +86,7 @@ def test_captions_are_short_and_complete(drawn):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluation_scenes_come_with_their_mirrors(drawn, split):
+def test_evaluation_scenes_include_their_mirrors(drawn, split):
     found = set(drawn[split])
     with_twin = [scene for scene in found if rendered.mirror(scene) in found - {scene}]
     assert len(with_twin) >= 0.9 * len(found)

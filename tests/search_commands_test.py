@@ -43,8 +43,8 @@ def error_of(capsys, *arguments):
     return str(stop.value.code) + capsys.readouterr().err
 
 
-def test_commands_in_their_own_processes(folder, tmp_path):
-    """With worker processes, and nothing but the result on stdout."""
+def test_commands_run_as_programs(folder, tmp_path):
+    """With worker processes; stdout holds only the result."""
     command = [sys.executable, "-m", "xclip_jax.search"]
     index = ["--index", str(tmp_path / "index")]
     made = subprocess.run(
@@ -77,7 +77,7 @@ def test_query_prints_a_table(capsys):
     ]
 
 
-def test_query_options(capsys):
+def test_query_options_filter_and_format_results(capsys):
     main(["query", "a red dog", "--exhaustive", "--path=clip1", "--json", *at()])
     answer = json.loads(capsys.readouterr().out)
     assert [hit["path"].endswith("clip1.mp4") for hit in answer["hits"]] == [True]

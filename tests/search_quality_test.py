@@ -1,4 +1,4 @@
-"""Tests of search with trained models, which take minutes.
+"""Slow tests of search with trained models.
 
 pytest -m slow tests/search_quality_test.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from browser_test import chromium, click_through, heat, search, serving, shoot
+from browser_test import chromium, read_heat_map, save_screenshot, search, search_and_play, serving
 
 import xclip_jax
 from xclip_jax.data import rendered
@@ -116,7 +116,7 @@ def test_each_caption_ranks_its_real_clip_first(real):
 
 
 def _plays(path, second):
-    """Returns True if every Chromium plays the file, and for at least a second more."""
+    """Returns True if every Chromium plays the file, and it lasts at least a second longer."""
     with av.open(str(path)) as container:
         codec = container.streams.video[0].codec_context
         known = codec.name in ("h264", "vp8") and codec.pix_fmt == "yuv420p"
@@ -133,16 +133,16 @@ def test_page_plays_real_clips_from_the_best_second(real, chromium):
             hit = index.query(clip["captions"][0])[0]
             if _plays(CLIPS / clip["video"], hit.second):
                 page.goto("about:blank")
-                click_through(page, address, clip["captions"][0], clip["video"], hit.second)
+                search_and_play(page, address, clip["captions"][0], clip["video"], hit.second)
                 played += 1
         assert played >= 6
-        words, times, strengths = heat(page)
+        words, times, strengths = read_heat_map(page)
         assert strengths.shape == (len(words), len(times))
         page.locator("#heat").scroll_into_view_if_needed()
-        shoot(page, "heatmap")
+        save_screenshot(page, "heatmap")
         page.set_viewport_size({"width": 375, "height": 740})
-        shoot(page, "narrow_player")
+        save_screenshot(page, "narrow_player")
         page.keyboard.press("Escape")
-        shoot(page, "narrow")
+        save_screenshot(page, "narrow")
         search(page, "  ")
-        shoot(page, "error")
+        save_screenshot(page, "error")

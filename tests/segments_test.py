@@ -1,4 +1,4 @@
-"""Tests of the cutting of videos into segments."""
+"""Tests of splitting videos into segments."""
 
 import io
 from fractions import Fraction
@@ -33,7 +33,7 @@ def spans(reading):
         (12, [(0, 4), (4, 8), (8, 12)]),
     ],
 )
-def test_segment_lengths(tmp_path, length, expected):
+def test_videos_are_split_into_segments_of_the_given_length(tmp_path, length, expected):
     path = write(tmp_path / "a.mp4", at_rate(2, 2 * length), [grey(0)] * 2 * length)
     _, reading = read(tmp_path, path)
     for actual, span in zip(spans(reading), expected, strict=True):
@@ -115,14 +115,14 @@ def test_truncated_file_is_used_with_a_note(tmp_path):
     assert 2 <= len(reading.segments[0].times) <= 4
 
 
-def test_still_is_the_frame_at_that_second(tmp_path):
+def test_still_is_the_frame_at_the_given_second(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(5, 45), g="10")
     for second in (0, 1, 4.2, 8.8, 100):
         image = np.asarray(Image.open(io.BytesIO(video.read_still(path, second))))
         assert round((image.mean() - 20) / 4) == min(round(second * 5), 44)
 
 
-def test_still_at_an_impossible_second_is_an_error(tmp_path):
+def test_still_at_an_invalid_second_is_an_error(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(5, 10))
     with pytest.raises(video.VideoError, match="no picture"):
         video.read_still(path, 1e300)

@@ -129,12 +129,12 @@ def test_page_loads_only_its_own_files(client):
     assert page.headers["x-content-type-options"] == "nosniff"
 
 
-def test_facts_of_the_index(client):
+def test_index_size_and_model_are_returned(client):
     facts = client.get("/api/index").json()
     assert (facts["segments"], facts["files"], facts["model"]) == (4, 2, "tiny")
 
 
-def test_query_with_filters(client, index, tmp_path):
+def test_query_applies_filters(client, index, tmp_path):
     fields = {"text": "a dog", "k": "2", "path": "*.mp4", "start": "1.5", "end": 60}
     answer = client.post("/api/search", json=fields).json()
     assert index.queries == [("a dog", "*.mp4", 1.5, 60.0)]
@@ -146,7 +146,7 @@ def test_query_with_filters(client, index, tmp_path):
     assert answer["hits"][0] == hit | times
 
 
-def test_long_query_with_any_characters(client, index):
+def test_query_accepts_long_texts_and_any_characters(client, index):
     text = "猫🐕" * 5000
     assert client.post("/api/search", json={"text": text}).status_code == 200
     assert index.queries[0][0] == text
@@ -176,7 +176,7 @@ def test_invalid_query_is_an_error(client, fields, message):
     assert message in error_of(client.post("/api/search", content=body), 400)
 
 
-def test_body_that_is_not_json_or_too_large(client):
+def test_body_that_is_invalid_or_too_large_is_an_error(client):
     assert "not a JSON" in error_of(client.post("/api/search", content=b"\xff{"), 400)
     assert "not a JSON" in error_of(client.post("/api/search", content=b"[" * 200_000), 400)
     huge = b'{"text": "a", "start": 1' + b"0" * 400 + b"}"
@@ -207,14 +207,14 @@ def test_corrupted_or_too_large_example_is_an_error(client, index, monkeypatch, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_search_by_a_segment_of_the_index(client, index):
+def test_segment_of_the_index_is_an_example(client, index):
     answer = client.get(f"/api/like/{segment(2)}?k=1").json()
     assert index.queries == [(segment(2),)]
     assert (answer["like"]["name"], len(answer["hits"])) == ("<b>&.webm", 1)
     assert "between 1" in error_of(client.get(f"/api/like/{segment(2)}?k=101"), 400)
 
 
-def test_attention_of_a_sentence(client):
+def test_attention_is_returned_for_each_word_and_frame(client):
     attention = client.post(f"/api/attention/{segment(1)}", json={"text": "a big dog"}).json()
     assert attention["words"] == ["a", "big", "dog"]
     assert np.shape(attention["weights"]) == (3, len(attention["times"]))
@@ -241,7 +241,7 @@ def test_stills_fall_back_to_the_thumbnail(client, monkeypatch):
     assert "must be a number" in error_of(client.get(f"/still/{segment(1)}?second=nan"), 400)
 
 
-def test_file_with_byte_ranges(client):
+def test_file_is_served_with_byte_ranges(client):
     address = f"/video/{segment(1)}"
     whole = client.get(address)
     assert (whole.status_code, whole.content) == (200, CONTENT)
@@ -256,7 +256,7 @@ def test_file_with_byte_ranges(client):
     assert client.head(address).headers["content-length"] == str(len(CONTENT))
 
 
-def test_html_file_is_only_downloaded(client):
+def test_html_file_is_served_as_a_download(client):
     assert client.get(f"/video/{segment(4)}").headers["content-type"] == "application/octet-stream"
 
 

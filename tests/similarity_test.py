@@ -1,4 +1,4 @@
-"""The four granularities and AOSM, compared with float64 loops over the paper's equations."""
+"""Tests of the four granularities and AOSM against float64 loops over the paper's equations."""
 
 import functools
 import math
@@ -105,7 +105,7 @@ def test_attention_of_a_vector_matches_hand_calculation():
 
 
 def test_attention_of_a_matrix_matches_loops():
-    """Four words and frames, and masks that leave fewer of them."""
+    """With four words and frames, all real or some masked."""
     scores_WxF = [
         [0.30, 0.10, 0.90, 0.20],
         [0.25, 0.25, 0.35, 0.10],
@@ -223,7 +223,7 @@ def gradients_of(text, video, aggregation, tau=0.05):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_content_of_padding_has_no_influence(aggregation):
-    """It changes no bit of values and gradients, and its own gradient is 0."""
+    """Values and gradients stay bit-identical, and the gradient of padding is 0."""
     text, video = features(0)
     words = np.asarray(aosm_words(text.mask))
     garbage_text = text.replace(words=np.where(words[..., None], text.words, 1e4))
@@ -262,7 +262,7 @@ def test_amount_of_padding_does_not_matter(aggregation):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_empty_text_or_video_gives_zero_and_zero_gradient(aggregation):
-    """A text of start and end alone, an empty one, and a video without frames."""
+    """A text of start and end tokens only, an empty text, and a video without frames."""
     text, video = features(2, texts=(5, 2, 0), videos=(0, 3, 4, 1))
     found = similarities(text, video, GRANULARITIES, aggregation, 0.05)
     value, gradients = gradients_of(text, video, aggregation)
@@ -305,7 +305,7 @@ def test_permuting_the_batch_permutes_the_similarities():
 
 
 def test_disabled_granularities_are_not_computed():
-    """NaN in features they need has no influence, and each granularity has one product."""
+    """NaN in the features of others has no influence; a granularity takes one matrix product."""
     used = {
         "video_sentence": ("sentence", "video"),
         "video_word": ("words", "video"),

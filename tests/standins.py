@@ -21,7 +21,7 @@ CODECS = {".avi": "mpeg4", ".webm": "libvpx", ".wmv": "wmv2", ".mpg": "mpeg2vide
 
 
 def write_video(path, scene):
-    """Writes the scene at two frames per second; without a suffix as MP4."""
+    """Writes a video of the scene at two frames per second, as MP4 if the path has no suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = CODECS.get(path.suffix, "libx264")
     options = {"libx264": {"crf": "12", "preset": "ultrafast"}}.get(codec, {"b": "800k"})

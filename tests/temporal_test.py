@@ -1,4 +1,4 @@
-"""The temporal encoders: dependence between frames, padding, numeric types."""
+"""Tests of the temporal encoders: dependence between frames, padding, numeric types."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ ENCODERS = {"transformer": TemporalTransformer(CONFIG), "lstm": TemporalLSTM(CON
 
 
 def randomized(params):
-    """Returns parameters of the same shapes, all of them large enough to matter."""
+    """Returns random parameters of the same shapes, none of them near 0."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
 
@@ -64,7 +64,7 @@ def test_amount_of_padding_does_not_matter(encoder):
 
 
 def test_transformer_attends_both_ways_and_lstm_backwards(encoder):
-    """Checked by gradients, which are 0 between videos."""
+    """Checked by gradients, which are also 0 between videos."""
     name, encode = encoder
 
     def frame_sums(frames):

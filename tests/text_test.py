@@ -1,4 +1,4 @@
-"""Tests of the tokenizer: CLIP's ids, an encoding for any text, the same after saving."""
+"""Tests of the tokenizer: CLIP's ids, arbitrary text, saving and loading."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ STRINGS = [
 
 
 def alphabet():
-    """CLIP's letter for each byte, by its bytes_to_unicode: printable ones stand for themselves."""
+    """Returns CLIP's letter for each byte; printable bytes are their own letters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -57,7 +57,7 @@ def vocabulary(tokenizer, folder):
     return sorted(vocab, key=vocab.get)
 
 
-def test_vocabulary_has_clips_order(tokenizer, tmp_path):
+def test_vocabulary_is_in_clips_order(tokenizer, tmp_path):
     tokens = vocabulary(tokenizer, tmp_path)
     letters = [letter for _, letter in alphabet().items()]
     assert tokens[:256] == letters
@@ -78,7 +78,7 @@ def test_any_text_can_be_encoded_and_decoded(tokenizer, tmp_path):
         assert data.decode() == "".join(clean(string).split())
 
 
-def test_merges_are_used(tokenizer):
+def test_encoding_uses_learned_merges(tokenizer):
     assert len(tokenizer.encode("the red dog")) == 3
     assert len(tokenizer.encode("THE  Red\ndog")) == 3
     assert len(tokenizer.encode("zzz")) == 3
@@ -100,7 +100,7 @@ def test_merges_are_learned_from_cleaned_texts(tmp_path):
     assert not {"am", "amp</w>", "lt</w>"} & set(tokens)
 
 
-def test_learning_from_no_text_gives_bytes():
+def test_learning_from_no_text_gives_a_byte_vocabulary():
     tokenizer = learn_tokenizer([])
     assert tokenizer.vocab_size == 514
     assert len(tokenizer.encode("hi")) == 2

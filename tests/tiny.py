@@ -1,4 +1,4 @@
-"""A data set, a config and a run small enough for tests: coloured frames, captions naming them."""
+"""A tiny data set of coloured frames with captions, a tiny config and a tiny model for tests."""
 
 import functools
 
@@ -19,7 +19,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), 
 
 
 def make_dataset(path, splits=("train", "val"), num_frames=3):
-    """A clip for each ordered pair of colours (12): the first colour, then the second."""
+    """Writes a clip for each of the 12 ordered pairs of colours, returns `path`."""
     pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
     captions = [[f"{a} and then {b}", f"first {a}, then {b}"] for a, b in pairs]
 
@@ -44,7 +44,7 @@ def make_dataset(path, splits=("train", "val"), num_frames=3):
 
 
 def make_config(path, **train):
-    """A two-layer model of width 32; `train` sets fields of config.train."""
+    """Returns the config of a model of width 32; `train` sets fields of config.train."""
     c = config.get_config()
     c.data.path = str(path)
     c.model.update(embed_dim=32, max_words=8, max_frames=4)
@@ -61,7 +61,7 @@ def make_config(path, **train):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def apply(model, params, *inputs, method=None):
-    """model.apply as one program: op by op, each op would be compiled by itself."""
+    """Runs model.apply as one program, which compiles faster than operation by operation."""
     return model.apply({"params": params}, *inputs, method=method)
 
 
@@ -71,7 +71,7 @@ def make_params(model, seed=0):
 
 
 def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
-    """A model directory with random weights; `model` sets fields of config.model."""
+    """Writes a model directory with random weights; `model` sets fields of config.model."""
     tokenizer = learn_tokenizer(list(texts) * 2, max_words=8)
     c = make_config("")
     c.model.update(model)
@@ -82,13 +82,13 @@ def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
 
 
 def run_jobs_here(function, jobs, done):
-    """Stands in for xclip_jax.workers.run_jobs without processes, which take seconds to start."""
+    """Replaces xclip_jax.workers.run_jobs without processes, which take seconds to start."""
     for index, job in enumerate(jobs):
         done(index, function(job))
 
 
 def make_videos(folder, count=6):
-    """Video files of six seconds, `clip0.mp4` and so on."""
+    """Writes video files of six seconds, `clip0.mp4` and so on, returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"clip{number}.mp4" for number in range(count)]
     for path, scene in zip(paths, rendered.draw_scenes("train", count), strict=True):

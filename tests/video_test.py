@@ -84,7 +84,7 @@ def test_last_frame_by_each_second_is_read(tmp_path, rate, chosen):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi", ".mov"])
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_containers_with_b_frames(tmp_path, suffix, codec):
+def test_frames_of_containers_with_b_frames_are_in_display_order(tmp_path, suffix, codec):
     options = {"bf": "2", "preset": "medium"} if codec == "libx264" else {"bf": "2", "b": "9000000"}
     times = at_rate(Fraction(10), 41)
     path = write(tmp_path / f"a{suffix}", times, None, codec, Fraction(1, 10), **options)
@@ -215,7 +215,7 @@ def test_invalid_pixel_aspect_is_ignored():
 
 
 def plain_preprocess(image, size):
-    """CLIP's own transform, written out: Resize(size, BICUBIC), CenterCrop(size)."""
+    """Returns the result of CLIP's transform: Resize(size, BICUBIC), CenterCrop(size)."""
     width, height = image.size
     if width <= height:
         image = image.resize((size, int(size * height / width)), Image.BICUBIC)

@@ -1,4 +1,4 @@
-"""Features and logits of the whole model, and their invariances."""
+"""Tests of the complete model: features, logits and their invariances."""
 
 import math
 
@@ -147,7 +147,7 @@ def test_permuting_the_batch_permutes_the_logits(params, features):
 
 
 def test_padding_does_not_change_the_logits(params, features):
-    """More padding, with arbitrary content: within 1e-6 of the logits' scale."""
+    """With more padding of arbitrary content, to 1e-6 of the scale of the logits."""
     expected = apply(params, *features, method="similarity")
     wider = [(0, 0), (0, 3)]
     ids = np.where(np.pad(TEXT_MASK, wider), np.pad(IDS, wider), 7)
