@@ -291,7 +291,7 @@ def test_moved_model_must_be_passed_explicitly(model, videos, tmp_path):
     folder = Path(shutil.copytree(model, tmp_path / "before"))
     Index.create(tmp_path / "index", folder).add([videos / "clip0.mp4"])
     folder.rename(tmp_path / "after")
-    with pytest.raises(InputError, match=r"no longer in .*before: name its new place with --model"):
+    with pytest.raises(InputError, match=r"no longer in .*before: set --model to its new location"):
         Index.open(tmp_path / "index").query("a dog")
     assert len(Index.open(tmp_path / "index", tmp_path / "after").query("a dog")) == 1
 

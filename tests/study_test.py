@@ -140,7 +140,7 @@ def test_field_without_effect_gives_the_same_program(base, base_program):
         (
             "from xclip_jax.study import *\n"
             "def get_study(c): return Study('t', ('a', 'b'), {'v': Variant()})",
-            "do not fill ('a', 'b')",
+            "must be one string for each of ('a', 'b')",
         ),
         (
             "from xclip_jax.study import *\n"

@@ -28,8 +28,8 @@ class DatasetFormat:
     """The annotation format of a data set.
 
     Attributes:
-        read: reads the annotations at a path; takes a variant as well where there are variants.
-        download: instructions on what to download.
+        read: function from a path (and a variant, if `variants` is not empty) to a Listing.
+        download: instructions for downloading the annotations.
         variants: values of prepare's --split; the first is the default.
     """
 

@@ -1,6 +1,6 @@
-"""The report of an evaluation: a folder of pages and pictures, opened from disk.
+"""Writes the report of an evaluation: a folder of web pages and pictures.
 
-The metric table as plain text and the templates of all HTML and LaTeX are here too.
+The plain-text table of metrics and the rendering of all HTML and LaTeX templates are here too.
 """
 
 import unicodedata
@@ -63,13 +63,13 @@ def write_report(
 
     Args:
         directory: created if missing; an older report in it is replaced.
-        results: as in results.json, recalls in percent; a `note` is shown prominently.
+        results: content of results.json, recalls in percent; a `note` is shown at the top.
         sim_TxV: finite logits, rows texts, columns videos; every video has a text.
         captions: T strings with any content.
         text_video_T: index of the video that each text describes.
         clip_names: V strings with any content.
         load_frames: returns the real frames of a video index; called for shown videos only.
-        attentions: of a few pairs.
+        attentions: attention maps of a few pairs.
         curves: lines of metrics.jsonl: dicts with `step` and some scalars.
     """
     directory = Path(directory)
@@ -123,7 +123,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 
 def list_facts(results: Mapping[str, Any]) -> list[str]:
-    """Returns short texts on the data, the protocol and the weights behind the numbers."""
+    """Returns short texts on the data, the protocol and the weights of an evaluation."""
     texts, videos = results["num_texts"], results["num_videos"]
     surplus = videos - results["expected_videos"]
     selected_on = results["selected_on"]
@@ -156,7 +156,7 @@ def metric_rows(results: Mapping[str, Any]) -> list[MetricRow]:
 
 
 def chance_row(num_videos: int) -> MetricRow:
-    """Returns the expected metrics of a random order of so many videos."""
+    """Returns the expected metrics of a random ranking of `num_videos` videos."""
     middle = (num_videos + 1) / 2
     recalls = {f"R@{k}": 100 * min(1, k / num_videos) for k in (1, 5, 10)}
     return MetricRow("chance", {**recalls, "MdR": middle, "MnR": middle}, "chance")
@@ -168,7 +168,7 @@ def format_count(number: int, noun: str) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """Returns a file of templates/ with values filled in, escaped if it is HTML."""
+    """Renders a file of templates/ with the given values, escaped if it is HTML."""
     is_latex = template.endswith(".tex")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xclip_jax.report"),

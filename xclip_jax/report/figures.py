@@ -1,4 +1,4 @@
-"""The pictures of a report as PNG: rankings, word-frame attention, training curves."""
+"""Draws the pictures of a report as PNG: rankings, word-frame attention, training curves."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,7 +62,7 @@ class Gallery(NamedTuple):
 
 
 def strip_width(frames: int = STRIP_FRAMES) -> int:
-    """Returns the pixels of a strip of that many frames."""
+    """Returns the width in pixels of a strip of `frames` frames."""
     return frames * (FRAME_SIDE + FRAME_GAP) - FRAME_GAP
 
 
@@ -91,7 +91,10 @@ def _draw_cards(
     heights: tuple[Pixels, Pixels],
     draw_content: Callable[[Canvas, ShownQuery, Pixels, Pixels], None],
 ) -> None:
-    """Draws cards in two columns, `heights` high without hits and for each hit."""
+    """Draws cards in two columns.
+
+    `heights` are those of a card without hits and of each hit.
+    """
     columns = min(2, max(1, len(queries)))
     height = heights[0] + heights[1] * max((len(query.hits) for query in queries), default=0)
     pitch, rows = height + MARGIN, max(1, -(-len(queries) // columns))
@@ -167,7 +170,7 @@ def draw_video_to_text(path: Path, queries: Sequence[ShownQuery], gallery: Galle
 def draw_attention(path: Path, attention: WordFrameAttention) -> None:
     """Draws a heat map of words by frames, with bars for the share of each word and frame.
 
-    Of a text with more than 30 words, those with the largest shares are shown, in text order.
+    If a text has more than 30 words, those with the largest shares are shown, in text order.
     """
     num_words, columns = attention.weights_WxF.shape
     shown = np.sort(np.argsort(-attention.weights_WxF.sum(1), kind="stable")[:MAX_WORDS])
@@ -198,7 +201,7 @@ def draw_attention(path: Path, attention: WordFrameAttention) -> None:
 
 
 def _draw_heat(canvas: Canvas, weights_WxF: np.ndarray, top: Pixels, cell: Pixels) -> None:
-    """Draws the cells, with the percentage in wide cells of at least a fifth of the largest."""
+    """Draws the cells, with percentages in the larger ones if they are wide enough."""
     rows, columns = weights_WxF.shape
     height, largest = rows * ROW, max(weights_WxF.max(), 1e-12)
     heat = {"cmap": HEAT, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
@@ -267,7 +270,7 @@ def _read_series(lines: Iterable[Mapping[str, Any]], ending: str) -> Series:
 
 
 def smooth(values_N: np.ndarray, span: int) -> Float[np.ndarray, " N"]:
-    """Returns the centred moving average over `span` values, over fewer at the ends."""
+    """Returns the centred moving average over `span` values (fewer at the ends)."""
     window = np.ones(span)
     count_N = np.convolve(np.ones(len(values_N)), window, "same")
     return np.convolve(values_N, window, "same") / count_N

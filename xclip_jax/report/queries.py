@@ -1,4 +1,4 @@
-"""The queries that a report shows, with the items ranked first for each."""
+"""Selects the queries that a report shows, with the items ranked first for each."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ SHOWN, WORST, HITS = 6, 2, 3  # queries, of these at most so many of the worst, 
 
 @dataclasses.dataclass(frozen=True)
 class RankedItem:
-    """A video (or text) that is the right answer of a query, or is ranked among its first."""
+    """A video (or text) that is a right answer of a query or among its first results."""
 
     label: str
     item: int
@@ -93,7 +93,10 @@ def _make_queries(
     right_Q: Int[np.ndarray, " Q"],
     items_of: Callable[[int, int], list[int]],
 ) -> list[ShownQuery]:
-    """Returns the queries to show, given each video's items for a query, best first."""
+    """Returns the queries to show.
+
+    items_of(query, video): indices of the items of a video, best first.
+    """
     rank_Q = expected_ranks(*rank_counts(scores_QxV, right_Q))
     queries = []
     for query, reason in choose_queries(rank_Q, right_Q):

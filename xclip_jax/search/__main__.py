@@ -1,4 +1,4 @@
-"""Search in your own videos: type a sentence, get the matching second.
+"""Searches your own videos by sentence, video or image.
 
     python -m xclip_jax.search index clips/ --model=runs/demo --index=my_index
     python -m xclip_jax.search query "a dog on a skateboard" --index=my_index
@@ -28,7 +28,7 @@ Add = Callable[..., Any]  # ArgumentParser.add_argument
 def run_index(args: argparse.Namespace) -> None:
     """Adds video files, and the video files in folders and their subfolders.
 
-    Run it again after an interruption, or when files are new or changed: only those are read.
+    Rerun after an interruption or a change of files: only new and changed files are read.
     """
     names = ("segment_seconds", "shots", "precision")
     settings = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
@@ -38,7 +38,7 @@ def run_index(args: argparse.Namespace) -> None:
             if index.about[name] != value:
                 raise InputError(
                     f"--{name}={value}: {args.index} was made with {index.about[name]}; "
-                    "omit the option, or make another index"
+                    "omit the option or create another index"
                 )
     elif args.model is None:
         raise InputError(f"--model is required: there is no index in {args.index} yet")
@@ -102,7 +102,7 @@ def run_query(args: argparse.Namespace) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> None:
-    """Serves a web page with search box, results, player and heat map.
+    """Serves a web page with a search box, results, a player and a heat map.
 
     Only files of the index are served.
     """
@@ -112,7 +112,7 @@ def run_serve(args: argparse.Namespace) -> None:
 
 
 def run_recall(args: argparse.Namespace) -> None:
-    """Reports how much of the exhaustive ranking the funnel returns, and its times."""
+    """Reports the recall and times of the funnel, compared with exhaustive search."""
     index = _open(args)
     lines = _read_lines(args.queries)[: args.sample] if args.queries else None
     result = measure_recall(index, lines or sample_sentences(args.sample))
@@ -134,7 +134,7 @@ def _open(args: argparse.Namespace) -> Index:
 
 
 def _read_lines(path: str) -> list[str]:
-    """Returns the lines of a text file that are not empty."""
+    """Returns the non-empty lines of a text file."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:

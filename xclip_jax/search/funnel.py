@@ -1,4 +1,4 @@
-"""Search by a funnel: each stage scores fewer segments with more granularities.
+"""Searches in stages (a funnel), each with fewer segments and more granularities.
 
 1. sentence-video (Eq. 3) of every segment: one inner product each, float16 vectors in memory;
 2. + video-word (Eq. 4, 8) of the best `candidates`, which needs no frames;
@@ -39,7 +39,7 @@ class Hit:
 
     Attributes:
         rank: position in the results, from 1.
-        score: the model's logit; for examples see `Index.similar`.
+        score: the model's logit; for queries by example see `Index.similar`.
         id: the segment's id, 16 hexadecimal digits.
         path: its video file.
         start, end: of the segment, seconds after the file's first frame.
@@ -63,7 +63,7 @@ class Answer:
         hits: at most k, best first.
         seconds: time of each stage, by its name.
         searched: number of segments that passed the filters.
-        note: a remark for the user, such as that the sentence was truncated, or None.
+        note: a note for the user, e.g. that the sentence was truncated, or None.
     """
 
     hits: list[Hit]
@@ -105,7 +105,7 @@ class Funnel:
         params: its parameters.
         candidates: number of segments that sentence-video passes on to video-word.
         rerank: number of segments scored by the full model.
-        normalize: True to L2-normalise video and frame vectors first, for heads with raw ones.
+        normalize: True to L2-normalise video and frame vectors first, if the head keeps raw ones.
     """
 
     model: XClip
@@ -159,7 +159,7 @@ class Funnel:
         allowed: RowMask | None = None,
         bar: tqdm | None = None,
     ) -> list[Answer]:
-        """Scores all allowed rows by the full model for each of T sentences (not examples).
+        """Scores all allowed rows by the full model for each of T sentences (not for examples).
 
         `bar` is a progress bar over segments.
         """
@@ -266,8 +266,8 @@ def frame_attention(
 ) -> Float[jax.Array, "V F"]:
     """Returns AOSM's weights of the frames of V videos for one text (T = 1), 0 where masked.
 
-    The mean of the weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), as far as the
-    model has them. Without either: softmax of the cosines with the sentence.
+    The mean of the weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), of those that
+    the model has. If it has neither: the softmax of the cosines with the sentence.
     """
     config = model.config
     granularities = config.granularities if config.has_granularities else ()
@@ -320,7 +320,7 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Ends a stage that began at the previous call, or when the stopwatch was made."""
+        """Ends a stage that began at the previous call or at construction."""
         now = time.perf_counter()
         self.seconds[stage], self._last = now - self._last, now
 

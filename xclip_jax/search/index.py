@@ -75,7 +75,7 @@ class Index:
 
         Args:
             location: a folder, or the URI of a bucket (s3://, gs://, az://).
-            model: a model or work directory; None: where it was when the index was made.
+            model: a model or work directory; None: the path stored in the index.
             candidates: number of segments scored by the word granularities.
             rerank: number of segments scored by the full model, which reads their frames.
 
@@ -108,7 +108,7 @@ class Index:
                 by about 0.01.
 
         Raises:
-            InputError: there is an index already, or no model.
+            InputError: an index exists already, or there is no model.
         """
         if not isinstance(segment_seconds, int) or segment_seconds < 1:
             raise InputError(f"segment_seconds = {segment_seconds}: must be an integer >= 1")
@@ -153,8 +153,8 @@ class Index:
         original = self.about["model"]
         if self._model is None and not Path(original).is_dir():
             raise InputError(
-                f"the model of {self.location} is no longer in {original}: name its new place "
-                "with --model"
+                f"the model of {self.location} is no longer in {original}: set --model to its "
+                "new location"
             )
         retriever = load(self.model_name)
         actual = fingerprint(retriever)
@@ -171,7 +171,7 @@ class Index:
         """Adds video files and the video files in folders and their subfolders.
 
         Unchanged files (same size and modification time) are skipped, changed ones are read again.
-        After an interruption, a second call continues. `prune` removes files that no longer exist
+        After an interruption, a second call resumes. `prune` removes files that no longer exist
         in these folders. Raises InputError if there is no video.
         """
         summary = add_files(self._store, self.retriever, _to_list(videos), prune=prune)
@@ -251,7 +251,7 @@ class Index:
         # FFmpeg would follow a playlist to other files and thereby disclose them.
         suffix = Path(file).suffix.lower()
         if suffix not in (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES):
-            raise InputError(f"{file}: the suffix is not that of a video or an image")
+            raise InputError(f"{file}: suffix must be that of a video or an image")
         stopwatch = Stopwatch()
         example = _read_image(file) if suffix in _IMAGE_SUFFIXES else file
         vector_D = np.asarray(self.retriever.encode_video([example]).video[0])

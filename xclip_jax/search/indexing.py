@@ -1,4 +1,4 @@
-"""Updating of an index from folders of videos: read, encode and commit what has changed."""
+"""Updates an index from folders of videos: reads, encodes and commits changed files."""
 
 import contextlib
 import dataclasses
@@ -92,7 +92,7 @@ def find_videos(videos: Iterable[str | os.PathLike], *, allow_none: bool = False
     """Returns the sorted absolute paths of files and of the video files in folders, recursively.
 
     Raises:
-        InputError: a path does not exist, or there is no video; not if `allow_none`.
+        InputError: a path does not exist, or there is no video and `allow_none` is False.
     """
     paths = set()
     for video in videos:
@@ -156,7 +156,7 @@ class _Writer:
             bar.set_postfix(segments=self.summary.segments, failed=len(self.summary.unreadable))
 
     def add(self, job: SegmentJob, file: SegmentedFile) -> None:
-        """Queues the segments of a file, encodes full batches, and commits if it is time."""
+        """Queues the segments of a file, encodes full batches, and commits at intervals."""
         size, mtime = self.stamps[job.path]
         file_fields = {"path": job.path, "size": size, "mtime": mtime}
         if file.note:
@@ -232,7 +232,7 @@ class _Writer:
 
 
 def fingerprint(retriever: Retriever) -> str:
-    """Returns 16 hexadecimal digits computed from all that determines a model's features."""
+    """Returns 16 hexadecimal digits computed from everything that determines a model's features."""
     ignored = ("step", "selected_on", "remat")
     config = {name: value for name, value in retriever.config.items() if name not in ignored}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
@@ -269,7 +269,7 @@ def _is_utf8(path: str) -> bool:
 
 @contextlib.contextmanager
 def _writer_lock(store: Store) -> Iterator[None]:
-    """Allows one writing process at a time, except in a bucket, which has no lock."""
+    """Locks the index for one writing process, unless it is in a bucket, which has no locks."""
     if "://" in store.location:
         yield
         return

@@ -1,4 +1,4 @@
-"""Output of the command line: results as a table, JSON or picture, and exported embeddings."""
+"""Prints search results as a table, JSON or picture, and exports embeddings."""
 
 import contextlib
 import dataclasses
@@ -157,10 +157,10 @@ def export_segments(index: Index, path: str | os.PathLike) -> None:
 
     Columns: id, path, size (bytes), mtime (ns), start, end (seconds), count, times (F seconds),
     video (D) and frames (F x D numbers, in the .npz an N x F x D array); only the first `count`
-    times and frames are real. Parquet is written in blocks, an .npz is assembled in memory.
+    times and frames are real. Parquet is written in blocks, an .npz is built in memory.
 
     Raises:
-        InputError: another suffix, or the index is empty.
+        InputError: the suffix is another, or the index is empty.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".npz"):

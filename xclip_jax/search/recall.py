@@ -1,4 +1,4 @@
-"""Comparison of the funnel with exhaustive search: agreement and time."""
+"""Compares the funnel with exhaustive search, in results and time."""
 
 import itertools
 import random
@@ -42,7 +42,7 @@ def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         `sentences`, `segments`, `candidates`, `rerank`; `top_1` and `top_10`: percentage of the
-        exhaustive first one and first ten results that are in the funnel's first ten;
+        first and of the first ten exhaustive results that are in the funnel's first ten;
         `milliseconds`: {stage: {"p50", "p95"}}, including `total`.
 
     Raises:

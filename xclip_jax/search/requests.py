@@ -1,4 +1,4 @@
-"""Parsing and validation of the requests that the search page sends."""
+"""Parses and validates the requests that the search page sends."""
 
 import json
 import math

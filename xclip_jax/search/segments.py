@@ -1,4 +1,4 @@
-"""Cutting of video files into segments, in worker processes."""
+"""Cuts video files into segments in worker processes."""
 
 import collections
 import dataclasses

@@ -71,7 +71,7 @@ def serve(
         open_page: True to open the page in this machine's browser.
 
     Raises:
-        InputError: it cannot listen there, for instance because the port is in use.
+        InputError: the server cannot listen on the port, for instance because it is in use.
     """
     with _listen(host, port) as listener:
         local = _is_loopback(host)

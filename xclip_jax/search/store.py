@@ -52,7 +52,7 @@ class Store:
         self.location = _absolute(location)
         if not exists(self.location):
             raise InputError(
-                f"no index in {self.location}: make one with "
+                f"no index in {self.location}: create one with "
                 "python -m xclip_jax.search index VIDEOS --model=DIR --index=DIR"
             )
         with self.readable():
@@ -78,7 +78,7 @@ class Store:
         if exists(location):
             raise InputError(f"there is already an index in {location}")
         if in_folder and os.path.exists(location) and os.listdir(location):
-            raise InputError(f"{location} is not empty and not an index: name a new folder")
+            raise InputError(f"{location} is not empty and not an index: choose a new folder")
         folder = str(partial_folder(location)) if in_folder else location
         database = lancedb.connect(folder)
         unreadable = pa.schema([*_FILE_FIELDS, ("reason", pa.string())])
@@ -90,7 +90,7 @@ class Store:
         return cls(location)
 
     def files(self) -> dict[str, set[FileStamp]]:
-        """Returns {path: stamps}, two of them if a writer was killed while replacing the file."""
+        """Returns {path: stamps}, with two stamps if a writer was killed while replacing a file."""
         stamps: dict[str, set[FileStamp]] = {}
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
@@ -112,7 +112,7 @@ class Store:
         self._segments.merge_insert("id").when_not_matched_insert_all().execute(table)
 
     def add_unreadable(self, rows: list[dict[str, Any]]) -> None:
-        """Commits unreadable files: dicts of path, size, mtime, reason."""
+        """Records unreadable files, one dict of path, size, mtime and reason each."""
         self._unreadable.add(pa.Table.from_pylist(rows, self._unreadable.schema))
 
     def remove(self, paths: Sequence[str]) -> None:
@@ -136,9 +136,9 @@ class Store:
                 table.delete(condition)
 
     def compact(self) -> None:
-        """Merges the files of many commits and removes versions older than an hour, if needed.
+        """Merges small files and removes versions older than an hour, if there are many.
 
-        Rarely needed: data that was merged before is rewritten, up to a million rows.
+        Merging is expensive: it also rewrites data merged before, up to a million rows.
         """
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
@@ -164,11 +164,11 @@ class Store:
 
 
 class Filters(TypedDict, total=False):
-    """Restriction of a search to some segments, where None means no restriction.
+    """Conditions that restrict a search to some segments, where None means no restriction.
 
     Attributes:
-        path: part of the path; with the wildcards `*` (any characters) and `?` (any one), the end
-            of the path, or all of it if it begins with `/`.
+        path: part of the path; with the wildcards `*` (any characters) and `?` (any one), a pattern
+            of the end of the path, or of the whole path if it begins with `/`.
         start, end: seconds; the segment must overlap this interval of its file.
     """
 

@@ -1,4 +1,4 @@
-"""Studies: variants of a config, trained with several seeds, as one table with intervals.
+"""Defines studies: variants of a config, trained with several seeds and compared in a table.
 
 A study is a file with a function get_study(config) that returns a Study, see configs/studies/.
 """
@@ -33,7 +33,7 @@ class Variant:
     cells: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError if a field is not of its type, or there are several options."""
+        """Raises ValueError if a field has a wrong type, or there are several test-time options."""
         if not isinstance(self.overrides, dict) or not isinstance(self.paper, dict):
             raise ValueError("overrides and paper of a Variant must be dicts")
         if sum(bool(self.overrides.get(field)) for field in OPTIONS) > 1:
@@ -41,7 +41,7 @@ class Variant:
 
     @property
     def option(self) -> str:
-        """First words of the test-time option's name in the results, or "" without one."""
+        """Prefix of the test-time option's name in the results, or "" without an option."""
         names = [name for field, name in OPTIONS.items() if self.overrides.get(field)]
         return names[0] if names else ""
 
@@ -52,11 +52,11 @@ class Study:
 
     Attributes:
         title: heading.
-        columns: headings of the first columns, which tell the variants apart.
+        columns: headings of the first columns, which distinguish the variants.
         variants: the rows by name.
         reference: name of the variant that the others are compared with; the last if empty.
-        lines: draws a line for each text in the first column over the numbers in the second;
-            otherwise bars.
+        lines: True for a line chart, with a line for each text in the first column and the numbers
+            of the second on the x axis; False for bars.
         note: a sentence below the table.
     """
 
@@ -68,7 +68,7 @@ class Study:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Raises ValueError if a field is not of its type, or they do not fit together."""
+        """Raises ValueError if a field has a wrong type, or fields contradict each other."""
         if not _is_tuple_of_texts(self.columns):
             raise ValueError(f"columns = {self.columns!r}: must be a tuple of strings")
         if not isinstance(self.variants, dict) or not self.variants:
@@ -83,7 +83,8 @@ class Study:
             cells = self.labels(name)
             if not _is_tuple_of_texts(cells) or len(cells) != len(self.columns):
                 raise ValueError(
-                    f"variant {name!r}: cells = {cells!r} do not fill {self.columns!r}"
+                    f"variant {name!r}: cells = {cells!r}: must be one string for each of "
+                    f"{self.columns!r}"
                 )
             if self.lines and not re.fullmatch(r"[0-9.]+", cells[1]):
                 raise ValueError(f"variant {name!r}: {cells[1]!r} must be a number for lines=True")
@@ -102,7 +103,7 @@ def load_studies(patterns: Iterable[str], config: Any) -> dict[str, Study]:
         config: the config that the variants change, passed to get_study.
 
     Raises:
-        InputError: no such file, or the file does not define a valid study.
+        InputError: a file does not exist or does not define a valid study.
     """
     files = {}
     for pattern in patterns:

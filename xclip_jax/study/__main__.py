@@ -1,4 +1,4 @@
-"""Trains the variants of a study, or repeats an experiment of the paper, as a table and a chart.
+"""Trains the variants of a study, such as a table of the paper, and writes a table and a chart.
 
     python -m xclip_jax.study --study=configs/studies/table9.py --config=configs/demo.py:study
     python -m xclip_jax.study --study='configs/studies/*.py' --config=configs/msrvtt.py --seeds=3
@@ -6,8 +6,8 @@
 
 Each variant and seed is a run of xclip_jax.main in OUTPUT/runs/. The same command resumes
 unfinished runs and retries failed ones. Tables (Markdown, LaTeX, CSV) and charts are in
-OUTPUT/report/, with all of them in index.html. Started again on another device, the same command
-divides the runs between both. --print_commands lists the runs for a cluster's job array, and
+OUTPUT/report/, with all of them in index.html. Started on several devices, the same command
+divides the runs between them. --print_commands lists the runs for a cluster's job array, and
 --report_only writes the report of the finished ones.
 How to write a study: docs/studies.md.
 """

@@ -1,4 +1,4 @@
-"""A study's chart: R@1 in both directions with intervals, legible without colour."""
+"""Draws the chart of a study: R@1 in both directions with intervals, legible without colour."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def draw_chart(table: Table, path: Path) -> None:
 
 
 def _draw_bars(table: Table, path: Path) -> None:
-    """Draws two bars a row, video to text hatched, and a dot for each seed."""
+    """Draws two bars per row (the one of video-to-text is hatched) and a dot for each seed."""
     figure = Figure((6.6, 1.9 + 0.48 * len(table.rows)), facecolor="white", layout="constrained")
     axes = figure.subplots()
     for (way, label), shift, fill in zip(DIRECTIONS.items(), (-0.2, 0.2), _FILLS, strict=True):
@@ -103,7 +103,7 @@ def _interval_lengths(stats: Sequence[Stat]) -> Float[np.ndarray, "2 N"]:
 
 
 def _finish(figure: Figure, panels: Sequence[Axes], table: Table, path: Path) -> None:
-    """Adds title and legend, and writes the file."""
+    """Adds the title and the legend, and writes the file."""
     for axes in panels:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The report of studies: tables as Markdown, LaTeX, CSV and JSON, charts, and a page."""
+"""Writes the report of studies: tables as Markdown, LaTeX, CSV and JSON, charts, and a page."""
 
 import contextlib
 import csv
@@ -34,7 +34,7 @@ def write_study(
 ) -> None:
     """Writes NAME.md, .tex, .csv, .png and .json, and an index.html of all studies in the folder.
 
-    `runs`: those of each variant, one for each seed. The unfinished ones are listed as missing.
+    `runs` are those of each variant, one for each seed. Unfinished ones are listed as missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     table = make_table(study, runs)
@@ -53,7 +53,7 @@ def write_study(
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Writes a file that another process may write at the same time."""
+    """Writes a file atomically, since another process may write it at the same time."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -66,7 +66,7 @@ class Grid(NamedTuple):
         labels: headings of the first columns.
         columns: headings below each of the two directions.
         last: headings after both directions.
-        rows: every row with its cells; no cells in the table of metrics if it has no results.
+        rows: every row with its cells, which may be empty if the row has no results.
     """
 
     labels: tuple[str, ...]
@@ -99,7 +99,7 @@ def _format_mean(stat: Stat | None, best: float | None, bold: Callable[[str], st
 
 
 def interval_grid(table: Table) -> Grid:
-    """Returns R@1's intervals and its differences to the reference."""
+    """Returns the intervals of R@1 and of its differences to the reference."""
     rows = []
     for row in table.rows:
         cells = []
@@ -113,7 +113,7 @@ def interval_grid(table: Table) -> Grid:
 
 
 def legend(table: Table) -> str:
-    """Returns a few sentences on what the numbers mean."""
+    """Returns a few sentences that explain the numbers."""
     seeds = max(list(row.seeds.values()).count(None) for row in table.rows)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     over = "test videos and seeds" if seeds > 1 else "test videos alone"
@@ -133,7 +133,7 @@ def list_problems(table: Table) -> list[str]:
 
 
 def format_html(tables: Mapping[str, Table]) -> str:
-    """Returns the page of all studies, given by the name of their files beside it."""
+    """Returns the page of all studies, whose other files are next to it under their names."""
     studies = [
         {
             "name": name,
@@ -165,7 +165,7 @@ def _escape_markdown(text: str) -> str:
 
 
 def _markdown_table(grid: Grid) -> str:
-    """Returns aligned columns, which only the reason in a row without cells may exceed."""
+    """Returns a Markdown table with aligned columns, except in rows without results."""
     both = [f"{arrow} {name}" for arrow in _ARROWS for name in grid.columns]
     lines = [[*grid.labels, *both, *grid.last]]
     for row, cells in grid.rows:
@@ -179,7 +179,7 @@ def _markdown_table(grid: Grid) -> str:
 
 
 def format_latex(table: Table, name: str) -> str:
-    """Returns both tables, labelled tab:NAME and tab:NAME-intervals, for booktabs and amssymb."""
+    """Returns both tables, labelled tab:NAME and tab:NAME-intervals (needs booktabs, amssymb)."""
     metrics = metric_grid(table, r"\textbf{{{}}}".format)
     tables = [
         (metrics, name, f"{table.title}. {legend(table)}"),
@@ -189,7 +189,7 @@ def format_latex(table: Table, name: str) -> str:
 
 
 def format_csv(table: Table) -> str:
-    """Returns a line for each row with every number unrounded, and those of each seed."""
+    """Returns a line for each row, with all numbers unrounded, also those of each seed."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for row in table.rows:

@@ -1,4 +1,4 @@
-"""The runs of studies, each a work directory of xclip_jax.main: planned, then executed."""
+"""Plans and executes the runs of studies, each in a work directory of xclip_jax.main."""
 
 import contextlib
 import dataclasses
@@ -102,7 +102,7 @@ def plan_runs(
     Args:
         studies: by name.
         base: the config with `overrides` applied.
-        config_file: on the command line, with the text after its colon.
+        config_file: --config of the command line, including the text after the colon.
         overrides: the fields overridden on the command line, repeated for every run.
         num_seeds: runs of each variant, with seeds from base.seed on.
         output: folder of all runs.
@@ -149,7 +149,7 @@ def _apply_overrides(config: Any, overrides: Mapping[str, Any], where: str) -> A
         try:
             parent = field_value(config, group) if group else config
             if isinstance(parent[name], ConfigDict):
-                raise TypeError(f"a group of fields: write {field}.NAME")
+                raise TypeError(f"is a group of fields: write {field}.NAME")
             setattr(parent, name, value)
         except (AttributeError, KeyError, TypeError) as error:
             reason = " ".join(str(error.args[0] if error.args else error).split())
@@ -158,7 +158,7 @@ def _apply_overrides(config: Any, overrides: Mapping[str, Any], where: str) -> A
 
 
 def _effective_overrides(base: Any, overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the overrides without those that repeat the meaning of the base config.
+    """Returns the overrides without those that have no effect on the base config.
 
     An invalid config keeps all of them, and its run reports the error.
     """
@@ -179,7 +179,7 @@ def _effective_overrides(base: Any, overrides: Mapping[str, Any], where: str) ->
 
 
 def _resolve_config(config: Any) -> dict[str, Any]:
-    """Returns a config as a dict, with the fields filled in that its preset and head decide."""
+    """Returns a config as a dict, in which the fields that preset and head determine are set."""
     plain = json.loads(config.to_json())
     return {**plain, "model": read_model_config(plain["model"])}
 
@@ -197,8 +197,8 @@ def folder_name(overrides: Mapping[str, Any]) -> str:
 def execute_runs(runs: Sequence[Run], report: Callable[[Run], None]) -> None:
     """Executes the unfinished runs, one at a time, and calls `report(run)` after each.
 
-    Several processes can do so side by side: a run under way in one is skipped by the others. A run
-    that fails writes the reason to its work directory, and the others continue.
+    Several processes can do so at the same time: a run that one executes is skipped by the others.
+    If a run fails, the reason is written to its work directory, and the other runs continue.
     """
     start = time.time()
     pending = [run for run in runs if run.load_ranks() is None]
@@ -216,7 +216,7 @@ def execute_runs(runs: Sequence[Run], report: Callable[[Run], None]) -> None:
 
 
 def _finish_run(run: Run, start: float, bar: tqdm) -> bool:
-    """Executes a run that has not ended since `start`, or returns False if another process does."""
+    """Executes a run unless it ended after `start`, or returns False if another process does."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(Timeout), FileLock(run.workdir / "run.lock", timeout=0):
         failed = run.workdir / FAILED
@@ -232,7 +232,7 @@ def _finish_run(run: Run, start: float, bar: tqdm) -> bool:
 
 
 def _execute_run(run: Run, bar: tqdm) -> str | None:
-    """Trains and evaluates, and returns the reason if that fails."""
+    """Trains and evaluates, and returns the reason of a failure, or None."""
     log = run.workdir / LOG
     log.touch()
     log_start = log.stat().st_size

@@ -1,4 +1,4 @@
-"""A study's results as a table of means and intervals, independent of its file format."""
+"""Computes the results of a study as a table of means and intervals."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A study with its rows and `facts`, a sentence on the test data."""
+    """The rows of a study, and `facts`, a sentence on the test data."""
 
     title: str
     columns: tuple[str, ...]
@@ -84,7 +84,7 @@ class Table:
 
     @property
     def has_paper(self) -> bool:
-        """True if a row has a number of the paper."""
+        """True if any row has a number from the paper."""
         return any(row.paper is not None for row in self.rows)
 
 
@@ -103,7 +103,7 @@ def make_table(study: Study, runs: Mapping[str, Sequence[Run]]) -> Table:
 
 
 def _load_values(runs: Sequence[Run], option: str) -> Values:
-    """Returns the values of the finished runs, with a test-time option or without ("")."""
+    """Returns the values of the finished runs, with a test-time option ("": without)."""
     values: Values = {way: {metric: {} for metric in STUDY_METRICS} for way in DIRECTIONS}
     for run in runs:
         ranks = run.load_ranks() or {}
@@ -165,9 +165,9 @@ def metric_values(
         counts_Sx2xQ: `rank_counts` of S seeds.
         metric: its name.
         video_Q: video of each query, or None if every query has its own. A video with several
-            captions is one draw, since its captions are not independent. Its value is the mean over
-            all queries plus the video's share of their deviations (the linearised ratio of sums,
-            Cochran, Sampling Techniques, 1977, Sec. 6).
+            captions is one sample, since its captions are not independent. Its value is the mean
+            over all queries plus the video's share of their deviations (the linearised ratio of
+            sums, Cochran, Sampling Techniques, 1977, Sec. 6).
     """
     better_SxQ, equal_SxQ = np.moveaxis(counts_Sx2xQ, 1, 0)
     if metric == "MnR":
