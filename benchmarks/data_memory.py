@@ -2,10 +2,9 @@
 
     python benchmarks/data_memory.py [FOLDER] [--sizes=1000,10000]
 
-Memory should not grow with the number of clips. The clips are rendered to FOLDER, which is kept
-(default: a temporary folder), prepared with the command, and 300 batches are read. Prints the peak
-memory of the prepare process, the sum over its workers, and the peak of a process that reads
-batches.
+Memory should not grow with the number of clips. Renders the clips to FOLDER, which is kept
+(default: a temporary folder), prepares them and reads 300 batches. Prints the peak memory of the
+prepare process, the sum over its workers, and the peak of a process that reads batches.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/input_pipeline.py
 
 Writes a data set of 224-pixel frames to a temporary folder. Both sides use four threads and are
-timed alternately. Target: at least 0.8 of the rate of bare decoding. With --torch also a plain
+timed alternately. Target: at least 0.8 of the rate of bare decoding. --torch also times a plain
 PyTorch DataLoader on the same clips, with Pillow and one worker process per core.
 """
 

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: timing, peak memory, a table, and a JSON file with the environment."""
+"""Helpers of the benchmarks: timing, peak memory, tables, JSON files with the environment."""
 
 import datetime
 import importlib.metadata

@@ -192,7 +192,7 @@ def measure_search(args: argparse.Namespace, folder: str) -> None:
 
 
 def measure_indexing(args: argparse.Namespace) -> None:
-    """Indexes videos and does the unavoidable work alone, alternately."""
+    """Alternately indexes videos and runs only reading and encoding."""
     model = build_b32()
     params = copy_to_local_devices(jax.jit(lambda: init_params(model, 0))())
     retriever = Retriever(dataclasses.asdict(model.config), model, params)

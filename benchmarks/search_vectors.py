@@ -1,12 +1,13 @@
 """Synthetic segments and sentences with the statistics that make a search difficult.
 
-Each file has 20 segments and a sub-topic of a topic, both shared with other files. A frame is the
+Each file has 20 segments, a topic and a sub-topic, both shared with other files. A frame is the
 sum of equal parts of topic, sub-topic, file, segment and its own direction. One frame in ten shows
 something else. All frames share one direction, as CLIP's do: unrelated videos have a cosine of 0.6,
 a sentence has 0.2 with unrelated videos and 0.4 with its own. A sentence describes three frames of
-its segment. Half of its words describe one of these frames each, the other half nothing. Noise is
-added to all words and sentences. Its amount was chosen with 20,000 and 100,000 segments so that the
-full model ranks the right segment first about half of the time; larger galleries get less noise.
+its segment. Half of its words describe one of these frames each, the other half describe none.
+Noise is added to all words and sentences. Its amount was chosen with 20,000 and 100,000 segments so
+that the full model ranks the correct segment first about half of the time; larger galleries get
+less noise.
 """
 
 from collections.abc import Iterator

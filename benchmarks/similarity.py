@@ -4,9 +4,9 @@
 
     python benchmarks/similarity.py --memory=4917 --texts=128 --words=64 --frames=64
 
-All four granularities are computed. The second line measures memory only, for a slice of the texts
-of ActivityNet's gallery. PyTorch computes torch_xclip.similarity in blocks of 40 x 40, alternating
-with JAX in one process. Peak memory is what exceeds the features and the result.
+Computes all four granularities. The second line measures only memory, for a slice of the texts of
+ActivityNet's test set. PyTorch computes torch_xclip.similarity in blocks of 40 x 40, alternating
+with JAX in one process. Peak memory excludes the features and the result.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""X-CLIP and its training step in plain PyTorch, the reference of train_step.py.
+"""X-CLIP and its training step in plain PyTorch, the baseline of train_step.py.
 
 CLIP's towers, the temporal Transformer of three layers, the four granularities with masked AOSM,
 the symmetric InfoNCE loss, AdamW. Layers, sizes and masks are those of the `paper` preset of

@@ -1,4 +1,4 @@
-"""Batch size of the contrast, with gradient caching in the memory of the smallest batch.
+"""Batch size of the contrastive loss; gradient caching keeps the memory of the smallest batch.
 
     python -m xclip_jax.study --study=configs/studies/batch_size.py --config=configs/msrvtt.py
     python -m xclip_jax.study --study=configs/studies/batch_size.py:75,150,300,600 --config=...
@@ -11,7 +11,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config, sizes=""):
-    """Returns the study of `sizes`, comma-separated numbers of pairs a batch.
+    """Returns the study of `sizes`, comma-separated numbers of pairs per batch.
 
     The micro-batch is the config's, or the smallest of the sizes.
     """
@@ -21,7 +21,7 @@ def get_study(config, sizes=""):
     micro_batch = config.train.micro_batch or min(numbers)
     return Study(
         title="Batch size, with gradient caching",
-        columns=("pairs a batch",),
+        columns=("pairs per batch",),
         variants={
             f"{size}": Variant({"train.batch_size": size, "train.micro_batch": micro_batch})
             for size in numbers

@@ -1,4 +1,4 @@
-"""Frame features that texts are compared with: before or after the temporal encoder.
+"""Frame features that are compared with texts: before or after the temporal encoder.
 
 python -m xclip_jax.study --study=configs/studies/frame_features.py --config=configs/msrvtt.py
 """
@@ -7,7 +7,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Returns the study: Eq. 1 uses features after the encoder, the release those before."""
+    """Returns the study. Eq. 1 uses the features after the encoder, the release those before."""
     del config
     return Study(
         title="Frame features before or after the temporal encoder",

@@ -1,4 +1,4 @@
-"""Number of frames of a video.
+"""Number of frames per video.
 
     python -m xclip_jax.study --study=configs/studies/frames.py --config=configs/msrvtt.py
     python -m xclip_jax.study --study=configs/studies/frames.py:4,8,12,16 --config=...

@@ -2,14 +2,14 @@
 
     python -m xclip_jax.study --study=configs/studies/normalization.py --config=configs/msrvtt.py
 
-Both use more than one query at a time, see docs/data.md.
+Dual softmax uses all test queries at once, QB-Norm a bank of training captions.
 """
 
 from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Returns the study; QB-Norm is text to video only, with a bank of 1,000 training captions."""
+    """Returns the study. QB-Norm applies to text to video only, with a bank of 1,000 captions."""
     del config
     return Study(
         title="Test-time normalisation",

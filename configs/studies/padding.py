@@ -1,4 +1,4 @@
-"""Padding in AOSM: masked (the paper) or competing with real words and frames (its release).
+"""Padding in AOSM: masked as in the paper, or treated like real words and frames as in the release.
 
 python -m xclip_jax.study --study=configs/studies/padding.py --config=configs/msrvtt.py
 """
@@ -7,7 +7,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Returns the study; in the release every position of a text and a video competes."""
+    """Returns the study. In the release all tokens and frames take part, padding included."""
     del config
     masked = {"model.padding": "masked", "model.words": "word_tokens"}
     padded = {"model.padding": "competes", "model.words": "word_tokens"}

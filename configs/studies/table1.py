@@ -2,7 +2,7 @@
 
     python -m xclip_jax.study --study=configs/studies/table1.py --config=configs/msrvtt.py
 
-CLIP-straight is not trained, so without CLIP's weights it is at chance level.
+CLIP-straight is not trained: without CLIP's weights its results are at chance level.
 """
 
 from xclip_jax.study import Study, Variant

@@ -9,7 +9,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Returns the study. A Transformer for every pair is slow and quadratic in the batch size."""
+    """Returns the study. A Transformer over every pair is slow: quadratic in the batch size."""
     del config
     fused = Variant({"model.fusion": "transformer"}, {"ViT-B/32": 38.9, "ViT-B/16": 40.1})
     aosm = Variant({"model.fusion": "mean"}, {"ViT-B/32": 46.1, "ViT-B/16": 49.3})

@@ -2,7 +2,7 @@
 
     python -m xclip_jax.study --study=configs/studies/table7.py --config=configs/msrvtt.py
 
-Names are outer-inner: mean-max is the mean of maxima of ColBERT and FILIP.
+Names are outer-inner: mean-max is the mean of the maxima, as in ColBERT and FILIP.
 """
 
 from xclip_jax.study import Study, Variant

@@ -1,4 +1,4 @@
-"""Table 8: without and with the temporal encoder.
+"""Table 8: with or without the temporal encoder.
 
 python -m xclip_jax.study --study=configs/studies/table8.py --config=configs/msrvtt.py
 """
@@ -7,7 +7,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Returns the study. The lower half of the table is configs/msrvtt.py:vit_b16."""
+    """Returns the study; --config=configs/msrvtt.py:vit_b16 gives the lower half of the table."""
     del config
     without = Variant({"model.temporal.type": "none"}, {"ViT-B/32": 45.2, "ViT-B/16": 48.3})
     encoder = Variant({"model.temporal.type": "transformer"}, {"ViT-B/32": 46.1, "ViT-B/16": 49.3})
