@@ -110,7 +110,7 @@ def test_any_number_of_texts_needs_few_compilations(params, compilations, sizes)
 
 
 def test_nothing_to_encode_is_an_error(params):
-    with pytest.raises(ValueError, match="nothing to encode"):
+    with pytest.raises(ValueError, match="at least one text or video"):
         encode_texts(MODEL, params, IDS[:0], TEXT_MASK[:0])
 
 

@@ -1,4 +1,4 @@
-"""Files of a run: training checkpoints (Orbax), model directories and work directories."""
+"""Reads and writes the files of a run: checkpoints, model directories and work directories."""
 
 import asyncio
 import dataclasses
@@ -92,7 +92,7 @@ class Checkpoints:
             step, reason = next(iter(corrupted.items()))
             raise InputError(
                 f"no checkpoint in {self._manager.directory} can be restored: they are corrupted "
-                f"or of another model; delete it or choose another --workdir ({step}: {reason})"
+                f"or of another model; delete this folder or choose another --workdir ({step}: {reason})"
             )
         return None
 
@@ -148,7 +148,7 @@ class Checkpoints:
 
 
 def local_checkpointer() -> ocp.StandardCheckpointer:
-    """Returns a checkpointer by which this process reads and writes unsharded arrays alone."""
+    """Returns a checkpointer with which this process alone reads and writes unsharded arrays."""
     index = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
@@ -210,7 +210,7 @@ def model_folder(directory: str | os.PathLike) -> Path:
 def partial_folder(directory: str | Path) -> Path:
     """Returns a new folder next to `directory`, to be filled and then renamed to it.
 
-    Its name is unique to this purpose: one left by a killed process is removed first.
+    A folder that a killed process left under the same name is removed first.
     """
     partial = Path(directory).with_name(f".{Path(directory).name}.xclip_jax-partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -233,7 +233,7 @@ def save_model(
         directory: the model directory.
         config: architecture of the model.
         params: tree of parameters.
-        tokenizer: saved too, if any.
+        tokenizer: tokenizer to save with the model, if any.
         unread: arrays of the PyTorch checkpoint that the model does not use, by official name; the
             export to PyTorch writes them back.
         extra: further entries of model.json.
@@ -306,7 +306,7 @@ def _read_params(folder: Path, shapes: PyTree) -> PyTree:
 
 
 def init_params(model: XClip, seed: int) -> PyTree:
-    """Returns fresh parameters."""
+    """Returns newly initialised parameters."""
     c, side = model.config, model.config.vision.image_size
     words, frames = (1, c.max_words), (1, c.max_frames)
     return model.init(
@@ -357,7 +357,7 @@ def check_same_run(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
 
 
 def _fixed_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Returns {field: value} of everything that changes training, also the data's content."""
+    """Returns {field: value} of all that affects training, including the content of the data."""
     fields = flatten(plain_fields(config))
     fixed = {k: v for k, v in fields.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
     return fixed | {"data.fingerprint": dataset.fingerprint}

@@ -116,7 +116,7 @@ def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
         return runpy.run_path(path)[function](*inputs, *([argument] if argument else []))
     except InputError:
         raise
-    except Exception as error:  # users may write anything
+    except Exception as error:  # a user's code may raise any exception
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
@@ -149,7 +149,7 @@ def _to_bool(text: str) -> bool:
 
 
 def _to_tuple(text: str) -> tuple[Any, ...]:
-    """Converts "('a', 'b')" and "a,b" alike."""
+    """Converts "('a', 'b')" or "a,b" to a tuple."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -37,7 +37,7 @@ from xclip_jax.models.config import (
     read_model_config,
 )
 
-# A run may be resumed with other values of these: they do not change the course of training.
+# A run may be resumed with other values of these: they do not affect training.
 FREE_FIELDS = (
     "mode",
     "mesh",
@@ -77,8 +77,8 @@ class TrainConfig:
     batch_size: Size = 300  # B, pairs per step, over all devices
     micro_batch: Natural = 0  # pairs encoded at once (gradient caching); 0: the whole batch
     epochs: Natural = 3  # passes over the pairs; 0: the initial weights are evaluated
-    # val: best on val_split, the last where there is none; last; test: best on test_split, as in
-    # the PyTorch release, which the results report.
+    # val: best on val_split, or the last without one; last; test: best on test_split, as in the
+    # PyTorch release (marked in the results).
     select: Literal["val", "last", "test"] = "val"
     eval_every: Natural = 0  # steps between validations; 0: once per epoch
     checkpoint_every: Positive = 500  # steps between checkpoints besides those at validations

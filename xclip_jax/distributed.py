@@ -1,4 +1,4 @@
-"""Several processes as one program: connection, synchronisation, preemption.
+"""Runs several processes as one program: connection, synchronisation, preemption.
 
 Every process runs the same code on its own devices and its own part of the data. The first process
 writes logs, reports and model directories.

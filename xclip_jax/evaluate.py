@@ -1,4 +1,4 @@
-"""Evaluation: encodes a split, compares all texts with all videos, writes metrics and report."""
+"""Evaluates a model: encodes a split, compares texts with videos, writes metrics and report."""
 
 import dataclasses
 import json
@@ -191,7 +191,9 @@ def _part_of(total: int) -> tuple[int, int]:
     """Returns (start, end) of this process's part of `total` rows."""
     index, count = jax.process_index(), jax.process_count()
     if total < count:
-        raise InputError(f"{total} clips or texts to evaluate: must be at least {count} processes")
+        raise InputError(
+            f"{total} clips or texts to evaluate: must be at least {count}, the number of processes"
+        )
     return total * index // count, total * (index + 1) // count
 
 
@@ -213,7 +215,7 @@ def _summarize(counts: Counts) -> dict[str, dict[str, float]]:
 
 
 def _describe_protocol(dataset: Dataset, split: str, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns the fields of results.json that say what the metrics measure.
+    """Returns the fields of results.json that describe the evaluation protocol.
 
     `protocol` is "paragraph" (the captions of a video joined), "many captions" (each alone; video
     to text takes the best-scoring caption of each candidate video) or "single caption".
@@ -318,7 +320,7 @@ def _write_report(
         return frames[mask_F]
 
     def attend(text: int) -> WordFrameAttention:
-        """Returns the weights of AOSM in a caption and its video."""
+        """Returns AOSM's weights of a caption and its video."""
         video = int(text_video_T[text])
         one_text, one_video = slice_rows(evaluation.text, text), slice_rows(evaluation.video, video)
         weights_1xWxF = apply_model(

@@ -86,7 +86,7 @@ def _encode(
 ) -> Any:
     total = len(arrays[0])
     if not total:
-        raise ValueError("nothing to encode")
+        raise ValueError("must have at least one text or video to encode")
 
     def encode_batches() -> Iterator[PyTree]:
         for start in range(0, total, batch_size):
@@ -147,7 +147,7 @@ def plan_blocks(
 
 
 def block_shape(cells_per_pair: int, block_cells: int) -> tuple[int, int]:
-    """Returns (texts, videos) of a block, more videos than texts: they are the vectorised axis."""
+    """Returns (texts, videos) of a block, with more videos, which are the vectorised axis."""
     pairs = max(1, block_cells // cells_per_pair)
     videos = max(1, min(pairs, 1 << ((pairs.bit_length() + 4) // 2)))
     return max(1, pairs // videos), videos

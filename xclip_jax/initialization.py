@@ -30,7 +30,7 @@ def start_from_clip(
     """Returns parameters with CLIP's weights, and the source of each part.
 
     Args:
-        params: fresh parameters of the model to train.
+        params: newly initialised parameters of the model to train.
         config: its architecture.
         directory: a model directory written by `xclip_jax.convert`.
 

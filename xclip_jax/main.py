@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compile_only.compile_only(config, arguments.topology)
             return
         if arguments.topology:
-            raise InputError("--topology: only with --compile_only")
+            raise InputError("--topology requires --compile_only")
         connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if jax.process_count() == 1 or config.mode == "eval":
             stop_when_preempted()

@@ -16,7 +16,7 @@ Scores = Shaped[np.ndarray, "Q G"]
 
 
 def rank_counts(scores_QxG: Scores, correct_Q: Ranks) -> RankCounts:
-    """Counts the gallery items above and level with the correct item of each query.
+    """Counts the gallery items scored above and equal to the correct item of each query.
 
     Args:
         scores_QxG: finite scores of Q queries with G gallery items; higher is better.

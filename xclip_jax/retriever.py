@@ -159,7 +159,9 @@ class Retriever:
         else:
             images = np.asarray(video)
             if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-                raise InputError(f"frames of shape {images.shape}: must be F x H x W x 3, none 0")
+                raise InputError(
+                    f"frames of shape {images.shape}: must be F x H x W x 3 without zero sizes"
+                )
             if not np.isfinite(images).all():
                 raise InputError("float frames contain NaN or infinite values")
             if images.dtype != np.uint8 and images.shape[1:3] != (side, side):

@@ -28,7 +28,7 @@ Matrices = Mapping[str, Array]  # see xclip_jax.models.heads.AggregationMatrices
 _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays finite
 
 
-@no_type_check  # JAX also builds it of placeholders that are no arrays
+@no_type_check  # JAX also builds it from placeholders that are not arrays
 @struct.dataclass
 class TextFeatures:
     """Features of T texts, L2-normalised.

@@ -1,4 +1,4 @@
-"""Training: the loop, the pure step that it repeats, and what both are built from."""
+"""Trains a model: the loop, the pure training step, and the setup from a config."""
 
 import collections
 import dataclasses
@@ -131,7 +131,7 @@ def train_step(
         model: the linen module.
         optimizer: turns gradients into updates.
         config: its sections `loss` and `train` are read.
-        mesh: the mesh of the program.
+        mesh: the device mesh.
     """
     (loss, accuracy), gradients = loss_and_grad(
         model,
@@ -249,7 +249,7 @@ def _validate(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything training needs besides its state.
+    """The objects that training needs besides its state.
 
     Attributes:
         val_split: the split evaluated during training; None if the data set has none.
@@ -270,7 +270,7 @@ class Setup:
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Builds everything that training needs from a config.
+    """Builds the objects that training needs from a config.
 
     Raises:
         InputError: the config does not fit the data or the devices.

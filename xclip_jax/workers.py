@@ -81,7 +81,7 @@ def _run_until_crash(
     done: Callable[[int, Any], Any],
 ) -> list[int]:
     """Runs the jobs in `todo` and returns those in flight if a process crashed."""
-    in_flight = 2 * (os.cpu_count() or 1)  # more would run far ahead of `done`
+    in_flight = 2 * (os.cpu_count() or 1)  # with more, results would wait in memory
     with worker_pool(len(todo)) as pool:
         running: dict[Future, int] = {}
         while todo or running:

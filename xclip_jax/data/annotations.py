@@ -43,7 +43,7 @@ class Clip:
         """Unique id in a data set: the video, followed by its segment if there is one."""
         if not self.start and self.end is None:
             return self.video
-        # All digits: two segments an hour into a video may differ by milliseconds.
+        # Full precision: two segments an hour into a video may differ by milliseconds.
         start, end = (repr(s or 0).removesuffix(".0") for s in (self.start, self.end))
         return f"{self.video}[{start}-{'' if self.end is None else end}]"
 
@@ -204,7 +204,7 @@ class AnnotationFolder:
                 return path, _PlainUnpickler(file, encoding="utf-8").load()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except Exception as error:  # a corrupted pickle raises anything
+        except Exception as error:  # a corrupted pickle may raise any exception
             raise InputError(f"{path}: not a complete pickle ({type(error).__name__})") from None
 
 

@@ -65,7 +65,7 @@ def map_on_beam(
                 | beam.Map(functools.partial(_result_line, function))
                 | beam.io.WriteToText(str(prefix))
             )
-    except Exception as error:  # runners raise anything
+    except Exception as error:  # runners may raise any exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"Apache Beam's {runner} failed: {reason}") from error
     results = {}

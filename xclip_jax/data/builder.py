@@ -106,7 +106,7 @@ def write_dataset(
         description="Video clips, one frame a second, with captions.",
         features=_features(),
         metadata=tfds.core.MetadataDict(metadata),
-        disable_shuffling=True,  # record i stays record i, as captions_per_clip requires
+        disable_shuffling=True,  # keeps the order, as captions_per_clip requires
         split_dict=tfds.core.SplitDict(splits),
     )
     info.set_file_format(FORMAT)

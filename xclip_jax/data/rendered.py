@@ -127,7 +127,7 @@ def mirror(scene: Scene) -> Scene:
 
 
 def assign_split(scene: Scene) -> Split:
-    """Returns the split of the scene's combination: test for three eighths, val for one eighth."""
+    """Returns the split of a scene's combination: test (3/8), val (1/8) or train."""
     colours = [event.colour for event in scene.events]
     shapes = [event.shape for event in scene.events]
     if scene.kind == "order":  # independent of which object has which shape

@@ -106,7 +106,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, max_words: int = 77) -> To
         backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer = Tokenizer(backend, max_words)
         tokenizer.encode("!")  # raises if the vocabulary is not of CLIP's type
-    except Exception as error:  # a corrupted folder or a missing network raises anything
+    except Exception as error:  # many types, from a corrupted folder to no network
         raise InputError(f"no tokenizer in {path_or_hub_id}: {_first_line(error)}") from None
     return tokenizer
 

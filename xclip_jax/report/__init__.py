@@ -35,7 +35,7 @@ _LATEX_ESCAPES = {
 
 
 class MetricRow(NamedTuple):
-    """A line of the metric table: ours, ours with a test-time option, the paper's, or chance."""
+    """A line of the metric table: this model, with a test-time option, the paper, or chance."""
 
     label: str
     metrics: Mapping[str, int | float | None]  # recalls in percent; None where not reported
@@ -143,7 +143,7 @@ def list_facts(results: Mapping[str, Any]) -> list[str]:
 
 
 def metric_rows(results: Mapping[str, Any]) -> list[MetricRow]:
-    """Returns each direction's rows: ours, with test-time options, and the paper's."""
+    """Returns the rows of each direction: this model, with test-time options, and the paper."""
     rows = []
     for key, name in DIRECTIONS.items():
         rows.append(MetricRow(name, results[key], "ours"))

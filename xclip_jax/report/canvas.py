@@ -1,6 +1,6 @@
 """A drawing sheet for text, boxes and images, in pixels with the origin at the top left.
 
-Captions are untrusted, so no text is parsed as mathematics: `$` is drawn as a dollar sign.
+Captions are untrusted, so text is not parsed as formulas: `$` is drawn as a dollar sign.
 """
 
 import bisect

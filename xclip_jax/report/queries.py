@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from xclip_jax.metrics import best_caption_scores, expected_ranks, rank_counts
 
-SHOWN, WORST, HITS = 6, 2, 3  # queries, of these at most so many of the worst, items of a ranking
+SHOWN, WORST, HITS = 6, 2, 3  # numbers of queries, worst misses among them, items per ranking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ def choose_queries(
 ) -> list[tuple[int, str]]:
     """Returns (query, reason) of a random sample and of the worst misses, no video twice.
 
-    A miss is a query whose right answer is not ranked first. The sample is drawn before the ranks
-    are looked at, so it is fair.
+    A miss is a query whose right answer is not ranked first. The sample is drawn
+    independently of the ranks.
     """
 
     def pick(queries: Iterable[int], count: int, excluded: Iterable[int] = ()) -> list[int]:

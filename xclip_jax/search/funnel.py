@@ -243,7 +243,7 @@ class Funnel:
 def make_example_funnel(funnel: Funnel) -> Funnel:
     """Returns a Funnel for a video or still image in place of a sentence.
 
-    Its vector is compared with videos and frames as a sentence's is (Eq. 3, 5, 8), for every head.
+    The example's vector is compared with videos and frames like a sentence (Eq. 3, 5, 8).
     """
     config = dataclasses.replace(
         funnel.model.config,

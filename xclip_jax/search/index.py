@@ -1,4 +1,4 @@
-"""The index of a video collection: adding files, and searching by sentence, video or image."""
+"""Indexes a video collection, and searches it by sentence, video or image."""
 
 import contextlib
 import dataclasses

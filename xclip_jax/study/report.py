@@ -133,7 +133,7 @@ def list_problems(table: Table) -> list[str]:
 
 
 def format_html(tables: Mapping[str, Table]) -> str:
-    """Returns the page of all studies, whose other files are next to it under their names."""
+    """Returns the page of all studies, given their tables by file name."""
     studies = [
         {
             "name": name,
