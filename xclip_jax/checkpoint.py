@@ -91,8 +91,8 @@ class Checkpoints:
         if corrupted:
             step, reason = next(iter(corrupted.items()))
             raise InputError(
-                f"no checkpoint in {self._manager.directory} can be restored: they are corrupted "
-                f"or of another model; delete this folder or choose another --workdir ({step}: {reason})"
+                f"no checkpoint in {self._manager.directory} can be restored: all are corrupted "
+                f"or of another model; delete it or choose another --workdir ({step}: {reason})"
             )
         return None
 
