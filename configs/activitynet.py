@@ -1,4 +1,4 @@
-"""ActivityNet Captions: 15,000 long videos; all sentences of a video are one paragraph.
+"""ActivityNet Captions: 15,000 long videos; all sentences of a video form one paragraph.
 
     python -m xclip_jax.prepare --dataset=activitynet --videos=ActivityNet/videos/ \
         --annotations=ActivityNet/ --output=data/activitynet
@@ -7,27 +7,29 @@
     python -m xclip_jax.main --config=configs/activitynet.py
 
 Variants: --config=configs/activitynet.py:vit_b16,official,val_2 (backbone vit_b32 or vit_b16,
-preset paper or official, split val_1 or val_2: prepare with --split and into
+preset paper or official, split val_1 or val_2; for val_2 prepare with --split=val_2 into
 data/activitynet_val_2).
 Downloads (links and layout: docs/data.md): captions.zip of ActivityNet Captions, videos on
 request from activity-net.org; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
-Settings: the paper's, batch 64 and 20 epochs, 64 words, 64 frames; official: the scripts', batch
-112 (B/16: 32).
-Hardware: the release's scripts run on 8 GPUs.
-Protocol: paragraph to video on val_1; the weights of the last step, for there is no other split
-(--config.train.select=test chooses on it, as the release does).
+Settings: 64 words, 64 frames. paper: batch 64, 20 epochs. official (the release's scripts): batch
+112 (B/16: 32), 20 epochs.
+Hardware: the release's scripts use 8 GPUs. Time and accuracy of this code are not measured yet.
+Protocol: paragraph to video on val_1. There is no other split to select on: the weights of the last
+step are evaluated (--config.train.select=test selects on val_1, as the release does).
 
-The paper's numbers (not ours), R@1 / R@5 / MnR:
+Expected accuracy, from the paper, R@1 / R@5 / MnR:
 
     ViT-B/32    text to video 44.3 / 74.1 / 7.9    video to text 43.9 / 73.9 / 7.6
     ViT-B/16    text to video 46.2 / 75.5 / 6.8    video to text 46.4 / 75.9 / 6.4
 """
 
+from typing import Any
+
 from xclip_jax.config import benchmark
 
 
-def get_config(arguments=""):
-    """arguments: backbone, preset, split; see above."""
+def get_config(arguments: str = "") -> Any:
+    """Returns the config; `arguments` are backbone, preset, split, separated by commas."""
     return benchmark(
         "activitynet",
         arguments,

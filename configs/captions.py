@@ -1,18 +1,20 @@
-"""One's own videos and captions, from scratch.
+"""Your own videos and captions, from random weights.
 
     python -m xclip_jax.prepare --dataset=captions --videos=clips/ \
         --annotations=captions.csv --output=data/mine
     python -m xclip_jax.main --config=configs/captions.py --config.data.path=data/mine
 
-A small X-CLIP with random weights, on the 224-pixel frames that CLIP wants: enough to memorise a
-few hundred clips, on a CPU too.
+A small X-CLIP on frames of 224 pixels, the size that CLIP uses. It memorises a few hundred clips,
+also on a CPU.
 """
+
+from typing import Any
 
 from xclip_jax import config
 
 
-def get_config():
-    """Small towers; a batch that suits few clips, and enough epochs for them."""
+def get_config() -> Any:
+    """Returns small towers, and a batch and epochs that suit few clips."""
     c = config.get_config()
     c.name = "captions"
 
@@ -23,6 +25,6 @@ def get_config():
     model.temporal.update(layers=2, heads=4)
 
     c.train.update(batch_size=16, epochs=60)
-    c.loss.same_video = "ignore"  # few videos: two captions of one often meet in a batch
+    c.loss.same_video = "ignore"  # with few videos, a batch often has two captions of one
     c.optimizer.update(lr=1e-3, encoder_lr=1e-3, weight_decay=0.1)
     return c

@@ -1,4 +1,4 @@
-"""DiDeMo: 10,461 videos from Flickr; all sentences of a video are one paragraph.
+"""DiDeMo: 10,461 videos from Flickr; all sentences of a video form one paragraph.
 
     python -m xclip_jax.prepare --dataset=didemo --max_seconds=31 --videos=DiDeMo/videos/ \
         --annotations=DiDeMo/ --output=data/didemo
@@ -10,23 +10,25 @@ Variants: --config=configs/didemo.py:vit_b16,official (backbone vit_b32 or vit_b
 or official).
 Downloads (links and layout: docs/data.md): *_data.json and videos from LocalizingMoments,
 *_list.txt from collaborative-experts; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary. The
-release reads seconds 0 to 31, hence --max_seconds.
-Settings: the paper's, batch 64 and 20 epochs, 64 words, 64 frames; official: the scripts', the
-same (B/16: batch 16).
-Hardware: the release's scripts run on 4 GPUs.
-Protocol: paragraph to video; the 1,065 validation videos choose the weights.
+release reads seconds 0 to 31 of a video, hence --max_seconds.
+Settings: 64 words, 64 frames. paper: batch 64, 20 epochs. official (the release's scripts): the
+same, with B/16 batch 16.
+Hardware: the release's scripts use 4 GPUs. Time and accuracy of this code are not measured yet.
+Protocol: paragraph to video; weights are selected on the 1,065 validation videos.
 
-The paper's numbers (not ours), R@1 / R@5 / MnR:
+Expected accuracy, from the paper, R@1 / R@5 / MnR:
 
     ViT-B/32    text to video 45.2 / 74.0 / 14.6    video to text 43.1 / 72.2 / 10.9
     ViT-B/16    text to video 47.8 / 79.3 / 12.6    video to text 47.8 / 76.8 / 10.5
 """
 
+from typing import Any
+
 from xclip_jax.config import benchmark
 
 
-def get_config(arguments=""):
-    """arguments: backbone, preset; see above."""
+def get_config(arguments: str = "") -> Any:
+    """Returns the config; `arguments` are backbone, preset, separated by commas."""
     return benchmark(
         "didemo",
         arguments,

@@ -128,7 +128,7 @@ def test_transformer_matches_loop_in_numpy(params):
         expected.append(row)
     model = Transformer(CONFIG, layers=3, heads=2)
     variables = {"params": params["textual"]["encoder"]}
-    found = jax.jit(model.apply)(variables, x.astype(np.float32), mask)
+    found = jax.jit(model.apply)(variables, x.astype(np.float32), mask[None, None])
     np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
 
 

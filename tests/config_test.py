@@ -1,6 +1,7 @@
 """Validation of the config, the files in configs/, and config files of earlier versions."""
 
 import importlib.util
+import inspect
 import itertools
 import math
 import re
@@ -15,6 +16,7 @@ from xclip_jax.cli import InputError
 from xclip_jax.config import FREE_FIELDS, field_value, get_config, validate
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.models import read_model_config
+from xclip_jax.optimizer import make_optimizer
 from xclip_jax.paper import paper_results
 
 PACKAGE = Path(xclip_jax.config.__file__).parent
@@ -176,13 +178,19 @@ def sources():
 
 
 def unread(fields):
-    """Returns the fields that no source reads as `parent.name` or by an alias of the parent."""
+    """Returns the fields that no source reads as `parent.name` or by an alias of the parent.
+
+    config.optimizer is passed on as keyword arguments.
+    """
     text = "\n".join(sources())
-    aliases = {"optimizer": "o", "model": "c|config", "vision": "c", "text": "c"}
+    aliases = {"model": "c|config", "vision": "c", "text": "c"}
+    arguments = inspect.signature(make_optimizer).parameters
 
     def is_read(field):
         group, _, name = f"config.{field}".rpartition(".")
         parent = group.rpartition(".")[2]
+        if parent == "optimizer":
+            return name in arguments
         owners = "|".join({parent, aliases.get(parent, parent)})
         return re.search(rf"\b({owners})\.{name}\b", text)
 

@@ -1,4 +1,4 @@
-"""Both optimizers by hand: two rates, what decays, schedules, clipping, freezing."""
+"""Both optimizers compared with NumPy: rates, weight decay, schedules, clipping, freezing."""
 
 import math
 
@@ -14,18 +14,18 @@ from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, Vis
 from xclip_jax.models.xclip import XClip
 from xclip_jax.optimizer import (
     OPTIMIZERS,
-    all_but_biases,
     bert_schedule,
-    decayed,
+    decay_mask,
     encoder_mask,
     learning_rate_schedule,
     make_optimizer,
-    trained,
+    non_bias_mask,
+    trainable_mask,
 )
 
 
 def params_of(temporal, layers=1):
-    """The shapes of a small X-CLIP's parameters."""
+    """Returns the shapes of a small X-CLIP's parameters."""
     config = ModelConfig(
         vision=VisionConfig(image_size=4, patch_size=2, width=4, layers=layers, heads=1),
         text=TextConfig(vocab_size=5, context_length=4, width=4, layers=layers, heads=1),
@@ -44,12 +44,12 @@ def flatten(tree):
 
 
 def unflatten(flat):
-    """The tree of float32 arrays."""
+    """Returns the tree of float32 arrays."""
     flat = {name: jnp.asarray(value, jnp.float32) for name, value in flat.items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def chosen(mask):
+def true_names(mask):
     return {name for name, value in flatten(mask).items() if value}
 
 
@@ -71,28 +71,27 @@ TOWERS = {
         ("lstm", {"temporal_encoder/input/kernel", "temporal_encoder/hidden_kernel"}),
     ],
 )
-def test_matrices_alone_decay(temporal, new):
-    """No bias, norm, scalar or class token; and all that is left out is a vector a layer."""
+def test_only_matrices_decay_with_adamw(temporal, new):
     params = params_of(temporal)
-    assert chosen(decayed(params)) == TOWERS | new
-    rest = chosen(jax.tree.map(lambda x: not x, decayed(params)))
+    assert true_names(decay_mask(params)) == TOWERS | new
+    rest = true_names(jax.tree.map(lambda x: not x, decay_mask(params)))
     endings = {"bias", "scale", "logit_scale", "class_token", "hidden_bias"}
     assert {name.rpartition("/")[2] for name in rest} <= endings
     assert {"clip/logit_scale", "clip/visual/class_token"} <= rest
 
 
 @pytest.mark.parametrize("temporal", ["transformer", "lstm"])
-def test_the_release_spares_biases_alone(temporal):
+def test_all_except_biases_decay_with_bert_adam(temporal):
     """Its norms are called ln_*, not LayerNorm; an LSTM's biases bias_ih_l0 and bias_hh_l0."""
     params = params_of(temporal)
-    spared = chosen(jax.tree.map(lambda x: not x, all_but_biases(params)))
-    assert spared == {name for name in flatten(params) if name.endswith("bias")}
-    assert ("temporal_encoder/hidden_bias" in spared) == (temporal == "lstm")
+    exempt = true_names(jax.tree.map(lambda x: not x, non_bias_mask(params)))
+    assert exempt == {name for name in flatten(params) if name.endswith("bias")}
+    assert ("temporal_encoder/hidden_bias" in exempt) == (temporal == "lstm")
     always = ("logit_scale", "visual/class_token", "visual/ln_post/norm/scale", "textual/positions")
-    assert {f"clip/{name}" for name in always} <= chosen(all_but_biases(params))
+    assert {f"clip/{name}" for name in always} <= true_names(non_bias_mask(params))
 
 
-def test_the_encoder_is_what_came_from_clip():
+def test_encoder_mask_is_everything_under_clip():
     params = params_of("transformer")
     mask = encoder_mask(params)
     assert all(jax.tree.leaves(mask["clip"]))
@@ -116,20 +115,20 @@ def test_rate_rises_from_zero_and_falls_to_zero(warmup):
 @pytest.mark.parametrize(
     ("total", "warmup", "expected"),
     [
-        (4, 0.0, [1, 0.853553, 0.5, 0.146447, 0]),  # no warm-up: the first update counts
-        (4, 0.05, [0, 1, 0.75, 0.25, 0]),  # a little: one step
-        (4, 0.99, [0, 1 / 3, 2 / 3, 1, 0]),  # nearly all: a step is left to fall
-        (1, 0.1, [1, 0]),  # a single step learns something
+        (4, 0.0, [1, 0.853553, 0.5, 0.146447, 0]),  # no warmup: the first update counts
+        (4, 0.05, [0, 1, 0.75, 0.25, 0]),  # at least one step
+        (4, 0.99, [0, 1 / 3, 2 / 3, 1, 0]),  # one step remains for the cosine
+        (1, 0.1, [1, 0]),  # a single step is not all warmup
     ],
 )
-def test_awkward_warm_ups(total, warmup, expected):
+def test_extreme_warmups_leave_a_step_to_each_part(total, warmup, expected):
     schedule = learning_rate_schedule(1.0, total, warmup)
     found = [float(schedule(step)) for step in range(total + 1)]
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_updates_equal_adamw_by_hand():
-    """Five steps, one gradient far above the largest norm, against float64 NumPy."""
+def test_updates_match_adamw_in_numpy():
+    """Five steps; one gradient is far above the largest norm."""
     rng = np.random.default_rng(0)
     shapes = {
         ("clip", "kernel"): (3, 2),
@@ -139,8 +138,8 @@ def test_updates_equal_adamw_by_hand():
     }
     values = {path: rng.normal(size=shape) for path, shape in shapes.items()}
     ratio, decay, b1, b2, eps, clip_norm = 0.01, 0.2, 0.9, 0.98, 1e-6, 1.0
-    options = ratio, decay, 0.4, b1, b2, eps, clip_norm
-    schedule, optimizer = make_optimizer("adamw", 0.1, 5, *options)
+    options = make_options(0.1, ratio, decay, 0.4, clip_norm)
+    schedule, optimizer = make_optimizer(5, name="adamw", **options)
     assert [float(schedule(step)) for step in (0, 1, 2)] == pytest.approx([0, 0.05, 0.1])
     params = flax.traverse_util.unflatten_dict(jax.tree.map(jnp.float32, values))
     state = optimizer.init(params)
@@ -168,7 +167,7 @@ def test_updates_equal_adamw_by_hand():
             np.testing.assert_allclose(params[path[0]][path[1]], value, atol=3e-6, err_msg=path)
 
 
-# What is left of 0.5 * (1 + cos(pi x)) at x = 0.1, 0.2, ...
+# 0.5 * (1 + cos(pi x)) at x = 0, 0.1, 0.2, ...
 COSINE = [1, 0.975528, 0.904508, 0.793893, 0.654508, 0.5, 0.345492, 0.206107, 0.095492, 0.024472, 0]
 
 
@@ -184,8 +183,8 @@ COSINE = [1, 0.975528, 0.904508, 0.793893, 0.654508, 0.5, 0.345492, 0.206107, 0.
         (1, 0.1, [0, 0]),
     ],
 )
-def test_the_release_joins_a_cosine_under_way(total, warmup, expected):
-    """Hand-computed; the same for a number as for an array inside a jitted update."""
+def test_bert_schedule_matches_hand_calculation(total, warmup, expected):
+    """The same for a number and for an array in a jitted function."""
     schedule = bert_schedule(2.0, total, warmup)
     found = [float(schedule(step)) for step in range(len(expected))]
     assert found == pytest.approx([2 * rate for rate in expected], abs=2e-6)
@@ -193,7 +192,7 @@ def test_the_release_joins_a_cosine_under_way(total, warmup, expected):
     assert jitted == pytest.approx(found, abs=1e-6)
 
 
-# A tree with all that is special, and the names that PyTorch gives it: a tensor for each layer.
+# A tree with every special case, and its PyTorch names, one per layer.
 SHAPES = {
     "clip/logit_scale": (),
     "clip/visual/class_token": (3,),
@@ -226,7 +225,7 @@ def random_tree(seed, scale=1.0):
 
 
 def to_torch(tree):
-    """Dict of PyTorch's names -> its tensors."""
+    """Returns a dict of PyTorch name -> tensor."""
     tensors = {}
     for name, value in flatten(tree).items():
         torch_name = TORCH_NAMES[name]
@@ -238,7 +237,7 @@ def to_torch(tree):
 
 
 class BertAdam:
-    """The release's optimizer in float64, a tensor at a time; `clipped`: which clipping bit."""
+    """The release's optimizer in float64; `clipped` records which clipping took effect."""
 
     def __init__(self, tensors, total, ratio, decay, warmup, b1, b2, eps, clip_norm):
         self.values = {name: np.float64(value) for name, value in tensors.items()}
@@ -274,18 +273,18 @@ class BertAdam:
 @pytest.mark.parametrize(
     ("clip_norm", "sizes", "clipped"),
     [
-        # Epsilon counts with tiny gradients. At 1.0 the global clipping leaves the second nothing.
+        # Tiny gradients test epsilon. At 1.0 the global clipping makes the other one redundant.
         (1.0, (1e-6, 1e-5, 1e-6, 3e-6, 1e-6), set()),
         (1.0, (0.5, 100.0, 0.01, 1e-6, 0.1), {"all"}),
         (1e9, (0.3, 100.0, 0.3, 0.01, 30.0), {"tensors"}),
         (6.0, (0.3, 100.0, 0.3, 0.01, 30.0), {"all", "tensors"}),
     ],
 )
-def test_updates_equal_bert_adam_by_hand(clip_norm, sizes, clipped):
+def test_updates_match_bert_adam_in_numpy(clip_norm, sizes, clipped):
     params = random_tree(0)
-    options = 0.05, 0.2, 0.3, 0.9, 0.98, 1e-6, clip_norm
-    reference = BertAdam(to_torch(params), 5, *options)
-    schedule, optimizer = make_optimizer("bert_adam", 0.1, 5, *options)
+    reference = BertAdam(to_torch(params), 5, 0.05, 0.2, 0.3, 0.9, 0.98, 1e-6, clip_norm)
+    options = make_options(0.1, 0.05, 0.2, 0.3, clip_norm)
+    schedule, optimizer = make_optimizer(5, name="bert_adam", **options)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     before = params
     for step, size in enumerate(sizes):
@@ -302,7 +301,7 @@ def test_updates_equal_bert_adam_by_hand(clip_norm, sizes, clipped):
 
 
 def frozen_names(layers):
-    """PyTorch's rule: neither a block from number `layers` on, nor one of the last parameters."""
+    """Returns the names that the release freezes."""
     embeddings = {"textual/tokens/embedding", "textual/positions", "visual/positions"}
     embeddings |= {"visual/class_token", "visual/patch/kernel"}
     embeddings |= {f"visual/ln_pre/norm/{name}" for name in ("scale", "bias")}
@@ -320,7 +319,7 @@ def frozen_names(layers):
 
 
 def slices(tree):
-    """Flat, with what is stacked taken apart."""
+    """Returns a flat dict in which stacked arrays are split by layer."""
     flat = {}
     for name, value in flatten(tree).items():
         if "/blocks/" in name:
@@ -331,54 +330,58 @@ def slices(tree):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3, 9])
-def test_what_is_frozen_is_as_in_the_release(layers):
+def test_frozen_parameters_are_those_of_the_release(layers):
     params = params_of("transformer", layers=3)
-    masks = trained(params, layers)
+    masks = trainable_mask(params, layers)
     whole = jax.tree.map(lambda mask, x: np.broadcast_to(mask, x.shape), masks, params)
     frozen = {name for name, mask in slices(whole).items() if not mask.any()}
     assert frozen == frozen_names(min(layers, 3))
     assert all(mask.all() for name, mask in slices(whole).items() if name not in frozen)
 
 
-def trained_for(steps, params, gradients, *options):
-    """(updated parameters, state of the optimizer)."""
-    optimizer = make_optimizer(*options)[1]
+def update(params, gradients, name, freeze_layers=-1, steps=3):
+    """Returns the updated parameters and the optimizer's state."""
+    optimizer = make_optimizer(8, name=name, **OPTIONS, freeze_layers=freeze_layers)[1]
     state = jax.jit(optimizer.init)(params)
-    update = jax.jit(optimizer.update)
+    step = jax.jit(optimizer.update)
     for _ in range(steps):
-        updates, state = update(gradients, state, params)
+        updates, state = step(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
 
-# lr, total_steps, encoder_ratio, weight_decay, warmup, b1, b2, eps, clip_norm
-OPTIONS = (1e-2, 8, 0.5, 0.2, 0.25, 0.9, 0.98, 1e-6, 1.0)
+def make_options(lr, encoder_ratio, weight_decay, warmup, clip_norm):
+    rates = {"lr": lr, "encoder_lr": lr * encoder_ratio, "weight_decay": weight_decay}
+    return {**rates, "warmup": warmup, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "clip_norm": clip_norm}
+
+
+OPTIONS = make_options(1e-2, 0.5, 0.2, 0.25, 1.0)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("layers", [-1, 0, 1, 2])
-def test_frozen_parameters_stay_as_they_are(name, layers):
+def test_frozen_parameters_do_not_change(name, layers):
     before = random_tree(0)
-    after, _ = trained_for(3, before, random_tree(1), name, *OPTIONS, layers)
+    after, _ = update(before, random_tree(1), name, layers)
     before, after = slices(before), slices(after)
     same = {n for n in before if np.asarray(before[n]).tobytes() == np.asarray(after[n]).tobytes()}
     assert same == (set() if layers < 0 else frozen_names(layers) & set(before))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_frozen_gradients_do_not_count(name):
-    """However large or broken, they are as absent as in PyTorch: not in the global norm either."""
-    params, masks = random_tree(0), trained(random_tree(0), 1)
+def test_frozen_gradients_have_no_influence(name):
+    """Large ones and NaN do not count, not even in the global norm."""
+    params, masks = random_tree(0), trainable_mask(random_tree(0), 1)
 
     def with_frozen(value):
         return jax.tree.map(lambda x, mask: jnp.where(mask, x, value), random_tree(1, 1e-2), masks)
 
-    expected = trained_for(3, params, with_frozen(0), name, *OPTIONS, 1)
+    expected = update(params, with_frozen(0), name, 1)
     for value in (1e3, np.nan):
-        found = trained_for(3, params, with_frozen(value), name, *OPTIONS, 1)
+        found = update(params, with_frozen(value), name, 1)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
-    # What is trained is updated as without freezing, where frozen gradients are 0.
-    unfrozen, _ = trained_for(3, params, with_frozen(0), name, *OPTIONS)
+    # With gradients of 0 there, the other parameters are updated as without freezing.
+    unfrozen, _ = update(params, with_frozen(0), name)
     found, unfrozen = slices(expected[0]), slices(unfrozen)
     for part in found.keys() - frozen_names(1):
         np.testing.assert_allclose(found[part], unfrozen[part], rtol=1e-6, err_msg=part)
@@ -386,16 +389,11 @@ def test_frozen_gradients_do_not_count(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("layers", [-1, 0])
-def test_states_can_be_saved(name, layers, tmp_path):
-    _, state = trained_for(2, random_tree(0), random_tree(1), name, *OPTIONS, layers)
+def test_state_can_be_saved_and_restored(name, layers, tmp_path):
+    _, state = update(random_tree(0), random_tree(1), name, layers, steps=2)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-
-
-def test_other_names_are_refused():
-    with pytest.raises(ValueError, match=r"^optimizer 'adam': must be one of adamw, bert_adam$"):
-        make_optimizer("adam", *OPTIONS)

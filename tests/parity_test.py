@@ -65,7 +65,7 @@ def training_step(retriever, settings):
             name="bert_adam",
             lr=settings["lr"],
             total_steps=settings["total_steps"],
-            encoder_ratio=encoder_ratio,
+            encoder_lr=settings["lr"] * encoder_ratio,
             weight_decay=settings["weight_decay"],
             warmup=settings["warmup"],
             b1=0.9,

@@ -36,6 +36,7 @@ from xclip_jax.models.config import (
     Size,
     read_model_config,
 )
+from xclip_jax.optimizer import OptimizerName
 
 # A run may be resumed with other values of these: they do not affect training.
 FREE_FIELDS = (
@@ -105,7 +106,7 @@ class InitConfig:
 class OptimizerConfig:
     """Optimizer, learning rates and frozen layers."""
 
-    name: Literal["adamw", "bert_adam"] = "adamw"  # bert_adam: the PyTorch release's
+    name: OptimizerName = "adamw"  # bert_adam: the PyTorch release's
     # CLIP's layers to freeze; -1: none; 0: the embeddings; n: also the first n blocks
     freeze_layers: Annotated[int, Rule(lambda x: x >= -1, "-1 or a number of layers")] = -1
     lr: PositiveFloat = 1e-4  # peak learning rate of new parameters

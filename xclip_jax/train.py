@@ -215,7 +215,7 @@ def _print_summary(config: RunConfig, setup: "Setup", state: TrainState) -> None
         f"{config.train.batch_size} pairs on {mesh.size} x {jax.devices()[0].device_kind}"
     )
     if mesh.size > 1:
-        print_once("\n".join(sharding.describe(state.params, mesh)))
+        print_once("\n".join(sharding.summarize_split(state.params, mesh)))
 
 
 def prefetch(
@@ -356,9 +356,8 @@ def configured_optimizer(
     config: RunConfig, total_steps: int
 ) -> tuple[Callable[..., Any], optax.GradientTransformation]:
     """Returns (learning rate schedule, optimizer) of config.optimizer."""
-    o = config.optimizer
-    rates = o.lr, total_steps, o.encoder_lr / o.lr, o.weight_decay, o.warmup
-    return make_optimizer(o.name, *rates, o.b1, o.b2, o.eps, o.clip_norm, o.freeze_layers)
+    options: Any = config.optimizer  # a mapping
+    return make_optimizer(total_steps, **options)
 
 
 def configure_model(fields: Any, tokenizer: Tokenizer) -> ModelConfig:

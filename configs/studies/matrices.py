@@ -13,7 +13,7 @@ def get_study(config):
         title="Learned aggregation matrices",
         columns=("matrices",),
         variants={
-            "learned (release)": Variant({"model.matrices": "learned"}),
-            "none (paper)": Variant({"model.matrices": "none"}),
+            "learned (release)": Variant({"model.matrices": True}),
+            "none (paper)": Variant({"model.matrices": False}),
         },
     )

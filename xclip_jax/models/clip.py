@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N #L #L"] | None
+        self, x: Float[AnyArray, "B L E"], mask: Bool[AnyArray, "#B #N #L #L"] | None
     ) -> Float[Array, "B L E"]:
         width = x.shape[-1]
         init = nn.initializers.normal(width**-0.5)
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N #L #L"] | None
+        self, x: Float[Array, "B L E"], mask: Bool[AnyArray, "#B #N #L #L"] | None
     ) -> tuple[Float[Array, "B L E"], None]:
         c, width = self.config, x.shape[-1]
         depth = (2 * self.layers) ** -0.5  # keeps the scale of the residual stream, as in CLIP
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N #L #L"] | None = None
+        self, x: Float[AnyArray, "B L E"], mask: Bool[AnyArray, "#B #N #L #L"] | None = None
     ) -> Float[Array, "B L E"]:
         block = Block
         if self.config.remat != "none":
@@ -103,7 +103,8 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.layers,
         )
-        return blocks(self.config, self.layers, self.heads, name="blocks")(x, mask)[0]
+        scanned = blocks(self.config, self.layers, self.heads, name="blocks")
+        return scanned(jnp.asarray(x), mask)[0]
 
 
 def normalize_frames(
@@ -199,9 +200,9 @@ class CLIP(nn.Module):
         self.textual = TextTower(self.config)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
-    def encode_image(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
+    def encode_image(self, images_BxSxSx3: Float[AnyArray, "B S S 3"]) -> Float[Array, "B D"]:
         """Returns projected image vectors, not normalised; pixels as from `normalize_frames`."""
-        return self.visual(images_BxSxSx3)
+        return self.visual(jnp.asarray(images_BxSxSx3))
 
     def encode_words(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:
         """Returns projected token vectors, not normalised."""

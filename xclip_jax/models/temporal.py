@@ -17,7 +17,7 @@ class TemporalTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, frames_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
+        self, frames_VxFxD: Float[AnyArray, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
     ) -> Float[Array, "V F D"]:
         _, num_frames, dim = frames_VxFxD.shape
         c = self.config
@@ -38,7 +38,7 @@ class TemporalLSTM(nn.Module):
 
     @nn.compact
     def __call__(
-        self, frames_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
+        self, frames_VxFxD: Float[AnyArray, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
     ) -> Float[Array, "V F D"]:
         num_videos, _, dim = frames_VxFxD.shape
         dtype = self.config.dtype
