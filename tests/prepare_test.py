@@ -526,7 +526,7 @@ def test_invalid_input_is_a_one_line_error(videos, tmp_path, capsys):
             {"--split": "9k"},
             "--split=9k: with --dataset=captions it must be omitted: it has no variants",
         ),
-        ({"--beam_options": "--a=b"}, "--beam_options needs --beam_runner"),
+        ({"--beam_options": "--a=b"}, "--beam_options requires --beam_runner"),
         ({"--dataset": "rendered"}, "--videos is not allowed with --dataset=rendered"),
         ({"--max_seconds": "-1"}, "--max_seconds=-1: must be at least 0"),
         ({"--max_failures": "1.5"}, "--max_failures=1.5: must be from 0 to 1"),

@@ -1,4 +1,4 @@
-"""Command lines: arguments, config files, one-line errors and progress bars."""
+"""Handles command lines: arguments, config files, one-line errors and progress bars."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""Encoding and similarity of any number of texts and videos in bounded memory.
+"""Encodes and compares any number of texts and videos in bounded memory.
 
 Batches are padded to a few sizes, so each model is compiled only a few times.
 """

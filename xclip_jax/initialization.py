@@ -1,4 +1,4 @@
-"""Initialisation from CLIP, as in the PyTorch release.
+"""Initialises models from CLIP, as the PyTorch release does.
 
 Both towers come from CLIP. The blocks of the temporal encoder (or of the tight head) are the first
 blocks of CLIP's text tower, and its positions are the text positions.
@@ -62,7 +62,7 @@ def start_from_clip(
 
 
 def how_to_convert(directory: str, patch_size: int) -> str:
-    """Returns what to download for CLIP and the command that makes its model directory."""
+    """Returns instructions for downloading CLIP and converting it to a model directory."""
     file = _FILES.get(patch_size)
     files = (
         f"{_OPENAI}/{file} and {_VOCABULARY}" if file else "a CLIP checkpoint and its vocabulary"

@@ -57,10 +57,10 @@ def summarize(better_Q: Ranks, equal_Q: Ranks) -> dict[str, float]:
 def retrieval_metrics(
     sim_TxV: Shaped[np.ndarray, "T V"], text_video_T: Int[np.ndarray, " T"]
 ) -> dict[str, dict[str, float]]:
-    """Returns the metrics of both directions for one or several captions a video.
+    """Returns the metrics of both directions for one or several captions per video.
 
     Text-to-video ranks each caption alone. Video-to-text scores each candidate video by its
-    best-scoring caption; with one caption a video this is plain ranking of captions.
+    best-scoring caption; with one caption per video this is plain ranking of captions.
 
     Args:
         sim_TxV: similarities, rows texts, columns videos.
@@ -76,7 +76,7 @@ def retrieval_metrics(
 def retrieval_counts(
     sim_TxV: Shaped[np.ndarray, "T V"], text_video_T: Int[np.ndarray, " T"]
 ) -> dict[str, RankCounts]:
-    """Returns the rank counts behind `retrieval_metrics` by direction, see `rank_counts`."""
+    """Returns the rank counts of both directions, see `rank_counts`."""
     by_video = video_to_text_counts(sim_TxV, text_video_T)  # raises for a video without caption
     return {"text_to_video": rank_counts(sim_TxV, text_video_T), "video_to_text": by_video}
 

@@ -1,4 +1,4 @@
-"""Monitoring of training: progress, metrics.jsonl, TensorBoard, profiles, finite losses."""
+"""Monitors training: progress, metrics.jsonl, TensorBoard, profiles, finite losses."""
 
 import json
 import math

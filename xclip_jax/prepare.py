@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare_rendered(args.output, args.image_size)
             return
         if args.beam_options and not args.beam_runner:
-            raise InputError("--beam_options needs --beam_runner")
+            raise InputError("--beam_options requires --beam_runner")
         for name in ("videos", "annotations"):
             if getattr(args, name) is None:
                 raise InputError(f"--{name} is required with --dataset={args.dataset}")

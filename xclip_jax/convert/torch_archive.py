@@ -197,7 +197,7 @@ class _BoundedFile(io.BufferedReader):
         wanted = self.limit + 1 if size is None or size < 0 else min(size, self.limit + 1)
         data = super().read(wanted)
         if len(data) > self.limit:
-            raise InputError("lists too many entries")
+            raise InputError(f"has a zip directory of more than {self.limit} bytes")
         return data
 
 

@@ -27,7 +27,7 @@ def parse_beam_flags(name: str, options: str) -> BeamRunner:
         from apache_beam.runners import create_runner
     except ImportError:
         raise InputError(
-            "--beam_runner needs Apache Beam: pip install -e '.[beam]' (docs/data.md)"
+            "--beam_runner requires Apache Beam: pip install -e '.[beam]' (docs/data.md)"
         ) from None
     try:
         create_runner(name)

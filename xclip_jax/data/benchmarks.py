@@ -1,4 +1,4 @@
-"""Readers of the five benchmarks' released annotation files, and the table of all data sets."""
+"""Reads the released annotation files of five benchmarks, and lists all data sets."""
 
 import collections
 import dataclasses

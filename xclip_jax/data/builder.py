@@ -238,7 +238,7 @@ class Dataset:
 
 
 def _how_to_prepare(path: str | os.PathLike, name: str, variant: str) -> str:
-    """Returns the command that prepares a data set, and what to download for it."""
+    """Returns instructions for downloading and preparing a data set."""
     if not name:
         return f"run python -m xclip_jax.prepare --output={path} (see its --help)"
     command = f"python -m xclip_jax.prepare --dataset={name} --videos=... --annotations=..."

@@ -304,7 +304,7 @@ class _Clock:
     """
 
     def __init__(self, second: Fraction, rate: Fraction) -> None:
-        """`second`: ticks per second. `rate`: frames per second."""
+        """Starts a clock with `second` ticks and `rate` frames per second."""
         self.period = max(round(second / rate), 1)
         self.steps = round(_LARGEST_STEP_BACK * second), round(_LONGEST_PAUSE * second)
         self.zero: int | None = None

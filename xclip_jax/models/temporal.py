@@ -63,7 +63,7 @@ class TemporalLSTM(nn.Module):
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
-    """Returns the initialiser U(-bound, bound), PyTorch's for an LSTM."""
+    """Returns the uniform initialiser U(-bound, bound), as used for PyTorch's LSTM."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )

@@ -57,7 +57,7 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Results of a search, which iterate and index like a list of Hit.
+    """The results of a search, usable like a list of Hit.
 
     Attributes:
         hits: at most k, best first.

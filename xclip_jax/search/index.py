@@ -260,7 +260,7 @@ class Index:
         return self._complete(answer, stopwatch)
 
     def like(self, segment_id: str, k: int = 10) -> Answer:
-        """Searches for segments similar to one of the index, or raises KeyError."""
+        """Searches for segments similar to an indexed one, or raises KeyError for an unknown id."""
         snapshot, _ = self._select(k, {})
         video = snapshot.features(np.array([snapshot.row(segment_id)]))
         vector_D = np.asarray(video.video[0])
@@ -301,12 +301,12 @@ class Index:
         return self._snapshot.tables()
 
     def segment(self, segment_id: str) -> Hit:
-        """Returns a segment as a Hit of rank 0, or raises KeyError."""
+        """Returns a segment as a Hit of rank 0, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
         return make_hit(snapshot, snapshot.row(segment_id))
 
     def thumbnail(self, segment_id: str) -> bytes:
-        """Returns a segment's JPEG thumbnail, or raises KeyError."""
+        """Returns a segment's JPEG thumbnail, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
         rows = np.array([snapshot.row(segment_id)])
         return snapshot.read(rows, ["thumbnail"])["thumbnail"][0].as_py()

@@ -107,7 +107,7 @@ def play(hit: Hit) -> None:
 def draw_grid(
     path: str | Path, title: str, hits: Sequence[Hit], *, thumbnail: Callable[[str], bytes]
 ) -> None:
-    """Writes a picture of the best second of each hit.
+    """Writes a picture with the frame at the best second of each hit.
 
     Args:
         path: the .png file.

@@ -1,7 +1,7 @@
-"""Storage of an index: a LanceDB database in a folder or a bucket.
+"""Stores an index as a LanceDB database in a folder or a bucket.
 
-https://lancedb.github.io/lancedb. Table `segments` has one row per segment, `unreadable` one row
-per file that could not be read. Every commit is an atomic version, and readers of one version are
+See https://lancedb.github.io/lancedb. Table `segments` has one row per segment, `unreadable` one
+row per file that could not be read. Every commit is an atomic version, and readers of one version are
 not affected by writers of the next.
 """
 
@@ -231,7 +231,7 @@ class Snapshot:
         return len(self.paths.unique())
 
     def row(self, segment_id: str) -> int:
-        """Returns the row of a segment, or raises KeyError."""
+        """Returns the row of a segment, or raises KeyError for an unknown id."""
         row = pc.index(self.ids, segment_id).as_py()
         if row < 0:
             raise KeyError(segment_id)
