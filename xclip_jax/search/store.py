@@ -1,8 +1,8 @@
 """Stores an index as a LanceDB database in a folder or a bucket.
 
 See https://lancedb.github.io/lancedb. Table `segments` has one row per segment, `unreadable` one
-row per file that could not be read. Every commit is an atomic version, and readers of one version are
-not affected by writers of the next.
+row per file that could not be read. Every commit is an atomic version, and readers of one version
+are not affected by writers of the next.
 """
 
 import contextlib
