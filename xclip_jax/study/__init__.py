@@ -42,8 +42,7 @@ class Variant:
     @property
     def option(self) -> str:
         """Prefix of the test-time option's name in the results, or "" without an option."""
-        names = [name for field, name in OPTIONS.items() if self.overrides.get(field)]
-        return names[0] if names else ""
+        return next((OPTIONS[field] for field in OPTIONS if self.overrides.get(field)), "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,11 +29,9 @@ from xclip_jax.cli import (
 )
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
-from xclip_jax.study import Study, load_studies
+from xclip_jax.study import load_studies
 from xclip_jax.study.report import write_study
 from xclip_jax.study.runs import Run, execute_runs, plan_runs
-
-PlannedRuns = Mapping[tuple[str, str], Sequence[Run]]  # of (study, variant), one for each seed
 
 
 def _parser() -> CommandParser:
@@ -79,10 +77,29 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if run.load_ranks() is None:
                     print(shlex.join(["python", "-m", "xclip_jax.main", *run.arguments]))
             return
-        _execute_and_report(studies, planned, [] if arguments.report_only else selected, output)
+        # The seeds of a variant share a program, compiled once.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "compiled").absolute()))
+        reports = output / "report"
+
+        def report(finished: Run | None = None) -> None:
+            for name, study in studies.items():
+                runs = {variant: planned[name, variant] for variant in study.variants}
+                if finished is None or any(finished in of_variant for of_variant in runs.values()):
+                    write_study(reports, name, study, runs)
+
+        report()
+        if not arguments.report_only:
+            execute_runs(selected, report)
+        for name in studies:
+            print(f"\n{(reports / f'{name}.md').read_text()}")
+        print(f"report: {reports / 'index.html'}")
+        if not arguments.report_only and any(run.load_ranks() is None for run in selected):
+            sys.exit(1)
 
 
-def _select_runs(planned: PlannedRuns, names: Sequence[str]) -> list[Run]:
+def _select_runs(
+    planned: Mapping[tuple[str, str], Sequence[Run]], names: Sequence[str]
+) -> list[Run]:
     """Returns the runs of the named variants, each once, in the order of their seeds."""
     known = list(dict.fromkeys(name for _, name in planned))
     for name in names:
@@ -91,28 +108,6 @@ def _select_runs(planned: PlannedRuns, names: Sequence[str]) -> list[Run]:
     selected = [runs for (_, name), runs in planned.items() if name in names]
     by_seed = [run for runs in zip(*selected, strict=True) for run in runs]
     return list({run.workdir: run for run in by_seed}.values())
-
-
-def _execute_and_report(
-    studies: Mapping[str, Study], planned: PlannedRuns, selected: Sequence[Run], output: Path
-) -> None:
-    """Executes the unfinished runs, reports after each, and exits with 1 if one failed."""
-    # The seeds of a variant share a program, compiled once.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "compiled").absolute()))
-
-    def report(finished: Run | None = None) -> None:
-        for name, study in studies.items():
-            runs = {variant: planned[name, variant] for variant in study.variants}
-            if finished is None or any(finished in of_variant for of_variant in runs.values()):
-                write_study(output / "report", name, study, runs)
-
-    report()
-    execute_runs(selected, report)
-    for name in studies:
-        print(f"\n{(output / 'report' / f'{name}.md').read_text()}")
-    print(f"report: {output / 'report' / 'index.html'}")
-    if any(run.load_ranks() is None for run in selected):
-        sys.exit(1)
 
 
 if __name__ == "__main__":

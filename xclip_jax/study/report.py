@@ -60,19 +60,12 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 class Grid(NamedTuple):
-    """One of a study's two printed tables.
+    """One of a study's two printed tables."""
 
-    Attributes:
-        labels: headings of the first columns.
-        columns: headings below each of the two directions.
-        last: headings after both directions.
-        rows: every row with its cells, which may be empty if the row has no results.
-    """
-
-    labels: tuple[str, ...]
-    columns: tuple[str, ...]
-    last: tuple[str, ...]
-    rows: list[tuple[Row, list[str]]]
+    labels: tuple[str, ...]  # headings of the first columns
+    columns: tuple[str, ...]  # headings below each of the two directions
+    last: tuple[str, ...]  # headings after both directions
+    rows: list[tuple[Row, list[str]]]  # each with its cells, none if the row has no results
 
 
 def metric_grid(table: Table, bold: Callable[[str], str]) -> Grid:

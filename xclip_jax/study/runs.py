@@ -33,7 +33,6 @@ from xclip_jax.workers import start_module
 # Files of a work directory.
 RESULTS = "results.json"
 FAILED = "failed.txt"  # why the last attempt failed
-LOG = "log.txt"  # output of all attempts
 MAX_FOLDER_NAME = 150
 POLL_SECONDS = 1
 
@@ -226,14 +225,18 @@ def _finish_run(run: Run, start: float, bar: tqdm) -> bool:
             reason = _execute_run(run, bar)
             if reason:
                 failed.write_text(reason)
-            bar.write(f"{run.name}: " + (f"failed: {reason}" if reason else _format_recalls(run)))
+                bar.write(f"{run.name}: failed: {reason}")
+            else:
+                results = json.loads((run.workdir / RESULTS).read_text())
+                recalls = " / ".join(f"{results[way]['R@1']:.1f}" for way in DIRECTIONS)
+                bar.write(f"{run.name}: R@1 {recalls}")
         return True
     return False
 
 
 def _execute_run(run: Run, bar: tqdm) -> str | None:
     """Trains and evaluates, and returns the reason of a failure, or None."""
-    log = run.workdir / LOG
+    log = run.workdir / "log.txt"  # output of all attempts
     log.touch()
     log_start = log.stat().st_size
     process = start_module("xclip_jax.main", run.arguments, log)
@@ -260,11 +263,6 @@ def failure_reason(exit_status: int | None, output: str) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
     return (errors or lines or [f"exit status {exit_status}"])[-1].removeprefix("error: ")
-
-
-def _format_recalls(run: Run) -> str:
-    results = json.loads((run.workdir / RESULTS).read_text())
-    return "R@1 " + " / ".join(f"{results[way]['R@1']:.1f}" for way in DIRECTIONS)
 
 
 def _show_status(bar: tqdm, text: str) -> None:

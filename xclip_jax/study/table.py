@@ -24,21 +24,17 @@ Values = dict[str, dict[Metric, dict[int, np.ndarray]]]
 
 @dataclasses.dataclass(frozen=True)
 class Stat:
-    """A metric of a variant.
+    """A metric of a variant, with a 95 % interval of its mean.
 
-    Attributes:
-        mean: over seeds.
-        std: standard deviation over seeds (n - 1); None with one seed.
-        low, high: ends of a 95 % interval of the mean by resampling the test videos with their
-            queries. It shows the spread over similar test sets, not over seeds.
-        seeds: the metric of each seed.
+    The interval comes from resampling the test videos with their queries. It shows the spread over
+    similar test sets, not over seeds.
     """
 
-    mean: float
-    std: float | None
+    mean: float  # over seeds
+    std: float | None  # standard deviation over seeds (n - 1); None with one seed
     low: float
     high: float
-    seeds: list[float]
+    seeds: list[float]  # the metric of each seed
 
 
 @dataclasses.dataclass(frozen=True)
