@@ -25,6 +25,22 @@ UNITS_PER_INCH, DOTS_PER_INCH = 100, 170
 # Colour emoji fonts are bitmaps that matplotlib cannot draw.
 FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei")
 Pixels = int | float
+CHART_STYLE: dict[Any, Any] = {  # settings of matplotlib
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#b8bfca",
+    "axes.axisbelow": True,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **{f"{axis}tick.color": MUTED for axis in "xy"},
+    **{f"{axis}tick.major.size": 0 for axis in "xy"},
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "savefig.dpi": DOTS_PER_INCH,
+}
 
 
 @contextlib.contextmanager

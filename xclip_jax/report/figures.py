@@ -17,7 +17,7 @@ from PIL import Image
 from xclip_jax.report.canvas import (
     AMBER,
     BLUE,
-    DOTS_PER_INCH,
+    CHART_STYLE,
     GREEN,
     INK,
     LINE,
@@ -249,12 +249,12 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, Any]]) -> bool:
     panels = {title: series for title, series in panels.items() if series}
     if not panels:
         return False
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "text.color": INK, "font.size": 9}):
+    with matplotlib.rc_context(CHART_STYLE):
         layout = ConstrainedLayoutEngine(wspace=0.06, w_pad=0.1, h_pad=0.1)
         figure = Figure((4 * len(panels), 3.1), facecolor=PAPER, layout=layout)
         for k, (title, series) in enumerate(panels.items(), 1):
             _draw_panel(figure.add_subplot(1, len(panels), k), title, series)
-        figure.savefig(path, dpi=DOTS_PER_INCH)
+        figure.savefig(path)
     return True
 
 
@@ -293,13 +293,9 @@ def _draw_panel(axes: Axes, title: str, series: Series) -> None:
             f"{values[-1]:.3g}", (steps[-1], values[-1]), (5, 0), textcoords="offset points",
             va=align, color=color, fontweight="bold", annotation_clip=False,
         )  # fmt: skip
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11, color=INK)
-    axes.set_xlabel("step", color=MUTED)
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+    axes.set_xlabel("step")
     axes.margins(x=0.09)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#b8bfca")
-    axes.tick_params(colors=MUTED, length=0)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    axes.grid(axis="y")
+    axes.legend(fontsize=8.5)

@@ -8,20 +8,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xclip_jax.report import DIRECTIONS
-from xclip_jax.report.canvas import DOTS_PER_INCH, INK, LINE, MUTED, ignore_missing_glyphs
+from xclip_jax.report.canvas import CHART_STYLE, INK, MUTED, ignore_missing_glyphs
 from xclip_jax.study.table import Stat, Table
 
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "hatch.linewidth": 0.6,
-    "text.parse_math": False,
+    **CHART_STYLE,
+    **{"hatch.linewidth": 0.6, "xtick.color": INK, "ytick.color": INK},
 }
 _FILLS: tuple[dict[str, Any], ...] = (
     {"facecolor": "#a3adc2"},
@@ -66,8 +61,8 @@ def _draw_bars(table: Table, path: Path) -> None:
     axes.set_ylim(len(table.rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("R@1, %")
     axes.set_xlim(0, None if any(row.stats for row in table.rows) else 100)
-    axes.grid(axis="x", color=LINE, linewidth=0.8)
-    _finish(figure, [axes], table, path)
+    axes.grid(axis="x")
+    _finish(figure, table, path)
 
 
 def _draw_lines(table: Table, path: Path) -> None:
@@ -91,10 +86,10 @@ def _draw_lines(table: Table, path: Path) -> None:
         axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
         axes.minorticks_off()
         axes.set_xlabel(table.columns[1])
-        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.grid(axis="y")
     panels[0].set_ylabel("R@1, %")
     panels[0].set_ylim(0, None)
-    _finish(figure, list(panels), table, path)
+    _finish(figure, table, path)
 
 
 def _interval_lengths(stats: Sequence[Stat]) -> Float[np.ndarray, "2 N"]:
@@ -102,16 +97,11 @@ def _interval_lengths(stats: Sequence[Stat]) -> Float[np.ndarray, "2 N"]:
     return np.array([(s.mean - s.low, s.high - s.mean) for s in stats]).reshape(-1, 2).T
 
 
-def _finish(figure: Figure, panels: Sequence[Axes], table: Table, path: Path) -> None:
+def _finish(figure: Figure, table: Table, path: Path) -> None:
     """Adds the title and the legend, and writes the file."""
-    for axes in panels:
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color("#b8bfca")
-        axes.tick_params(colors=INK, length=0)
     figure.suptitle(table.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         below = {"loc": "outside lower center", "ncols": len(labels)}
-        figure.legend(handles, labels, **below, frameon=False, handlelength=3)
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+        figure.legend(handles, labels, **below, handlelength=3)
+    figure.savefig(path, format="png")

@@ -144,14 +144,12 @@ def _apply_overrides(config: Any, overrides: Mapping[str, Any], where: str) -> A
     """Returns a copy of a config with some fields changed, checked against their types."""
     config = ConfigDict(config.to_dict(), convert_dict=True).lock()
     for field, value in overrides.items():
-        group, _, name = field.rpartition(".")
         try:
-            parent = field_value(config, group) if group else config
-            if isinstance(parent[name], ConfigDict):
+            if isinstance(value, Mapping):
                 raise TypeError(f"is a group of fields: write {field}.NAME")
-            setattr(parent, name, value)
-        except (AttributeError, KeyError, TypeError) as error:
-            reason = " ".join(str(error.args[0] if error.args else error).split())
+            config.update_from_flattened_dict({field: value})
+        except (KeyError, TypeError) as error:
+            reason = " ".join(str(error.args[0]).split())
             raise InputError(f"{where}: config.{field} = {value!r}: {reason}") from None
     return config
 
