@@ -141,7 +141,7 @@ def test_study_resumed_after_sigterm_and_sigkill_ends_with_the_same_table(folder
     stopped.terminate()
     assert finish(stopped) == 75
     (log,) = (folder / "killed").glob("runs/*/*/log.txt")
-    assert "preempted: saved after step" in log.read_text()
+    assert "preempted: saved step" in log.read_text()
     assert not (log.parent / "failed.txt").exists()
 
     killed = start_and_wait(folder, "killed", 18)
