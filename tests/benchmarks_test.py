@@ -118,8 +118,8 @@ def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        ("lsmdc.py", {}, r"is msrvtt 9k, the config requires lsmdc"),
-        ("msrvtt.py:7k", {}, r"is msrvtt 9k, the config requires msrvtt 7k; .*--split=7k"),
+        ("lsmdc.py", {}, r"holds msrvtt 9k, the config requires lsmdc"),
+        ("msrvtt.py:7k", {}, r"holds msrvtt 9k, the config requires msrvtt 7k; .*--split=7k"),
         (
             "msrvtt.py",
             {"init.clip": "models/none"},

@@ -199,9 +199,9 @@ def test_converted_clip_searches_with_either_head(tmp_path):
 def test_lengths_must_match_matrices_unless_cropped(tmp_path):
     tensors = checkpoints.release("xclip")
     path = write(tmp_path / "a.bin", tensors)
-    with pytest.raises(InputError, match=r"--max_words=8: .* for 12; --crop_matrices"):
+    with pytest.raises(InputError, match=r"--max_words=8: .* for length 12; --crop_matrices"):
         convert(path, tmp_path / "model", max_words=8)
-    with pytest.raises(InputError, match=r"--max_frames=7: the learned matrices are for 6$"):
+    with pytest.raises(InputError, match=r"--max_frames=7: the learned matrices are for length 6$"):
         convert(path, tmp_path / "model", max_frames=7, crop_matrices=True)
     convert(path, tmp_path / "model", max_words=8, max_frames=3, crop_matrices=True)
     retriever = xclip_jax.load(tmp_path / "model")
@@ -212,7 +212,7 @@ def test_lengths_must_match_matrices_unless_cropped(tmp_path):
     ids = np.zeros((1, 9), np.int32)
     apply = retriever.model.apply
     text = apply({"params": retriever.params}, ids, ids == 0, method="encode_text")
-    with pytest.raises(ValueError, match=r"9 words and 3 frames, but .* 8 and 3"):
+    with pytest.raises(ValueError, match=r"9 words and 3 frames: .* 8 and 3"):
         retriever.similarity(text, video)
 
 

@@ -287,7 +287,7 @@ def load_model(
 
 
 def _read_params(folder: Path, shapes: PyTree) -> PyTree:
-    """Reads parameters and checks their shapes, because Orbax returns other shapes silently."""
+    """Reads parameters and checks their shapes, which Orbax does not check."""
     try:
         with local_checkpointer() as checkpointer:  # NumPy arrays load on any set of devices
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
@@ -322,7 +322,7 @@ def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
     """Creates a work directory with its config.json, or checks that it belongs to this run.
 
     Raises:
-        InputError: it cannot be written, or belongs to a run whose config or data differ in ways
+        InputError: `workdir` cannot be written, or its run has other config fields or data in ways
             that change training; the message names the fields.
     """
     path = workdir / "config.json"

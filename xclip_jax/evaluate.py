@@ -294,7 +294,7 @@ def _write_ranks(
 
 
 def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
-    """Raises InputError if the data set's frames do not have the model's size."""
+    """Raises InputError if the data set's frames do not have the model's image size."""
     side = model_config.vision.image_size
     if dataset.image_size != side:
         raise InputError(

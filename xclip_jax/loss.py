@@ -118,7 +118,7 @@ def loss_of_features(
     block_cells: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (loss, accuracy) of encoded pairs; arguments as of `loss_and_grad`."""
+    """Returns (loss, accuracy) of encoded pairs, with arguments as for `loss_and_grad`."""
     sentence, words, video, frames = features
     text = TextFeatures(sentence, words, batch["text_mask"])
     video = VideoFeatures(video, frames, batch["frame_mask"])
@@ -160,7 +160,7 @@ def _num_devices(mesh: Mesh | None) -> int:
 
 
 def _split(x: Array, micro_batch: int, mesh: Mesh | None) -> Array:
-    """Reshapes B x ... to micro-batches x pairs x ...; each device splits its own shard."""
+    """Reshapes B x ... to micro-batches x pairs x ..., splitting each device's shard locally."""
     count = len(x) // micro_batch
     x = x.reshape(_num_devices(mesh), count, -1, *x.shape[1:]).swapaxes(0, 1)
     return _split_over_devices(x.reshape(count, micro_batch, *x.shape[3:]), 1, mesh)

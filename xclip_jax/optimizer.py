@@ -1,4 +1,4 @@
-"""AdamW and the optimizer of the PyTorch release, built of optax transformations.
+"""AdamW and the optimizer of the PyTorch release, built from optax transformations.
 
 Parameters below `blocks` are stacked over layers, where PyTorch has one tensor per layer:
 per-tensor operations apply per layer slice.
@@ -144,13 +144,13 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns True for what decays with adamw: kernels and embeddings."""
+    """Returns the mask of the parameters that decay with adamw: kernels and embeddings."""
     exempt = ("bias", "scale", "hidden_bias", "logit_scale", "class_token")
     return _map_names(lambda names: names[-1] not in exempt, params)
 
 
 def non_bias_mask(params: Any) -> Any:
-    """Returns True for what decays with bert_adam: everything except biases.
+    """Returns the mask of the parameters that decay with bert_adam: all except biases.
 
     The release exempts names that contain `bias` or `LayerNorm`, but its norms are called `ln_*`.
     """
@@ -158,7 +158,7 @@ def non_bias_mask(params: Any) -> Any:
 
 
 def encoder_mask(params: Any) -> Any:
-    """Returns True for everything under `clip`."""
+    """Returns the mask of the parameters under `clip`."""
     return _map_names(lambda names: names[0] == "clip", params)
 
 
@@ -174,10 +174,10 @@ def zero_frozen(layers: int) -> optax.GradientTransformation:
 
 
 def trainable_mask(params: Any, layers: int) -> Any:
-    """Returns what is trained with the release's freeze_layer_num = `layers`.
+    """Returns the mask of the parameters trained with the release's freeze_layer_num = `layers`.
 
-    Under `clip`: the blocks from index `layers` on, the last norms, the projections and the logit
-    scale. Everything else is trained.
+    Under `clip`, the blocks from index `layers` on, the last norms, the projections and the logit
+    scale are trained. Everything outside `clip` is trained.
 
     Returns:
         A tree like `params`: bool, or L x 1 x ... for arrays stacked over L blocks.

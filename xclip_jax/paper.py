@@ -31,7 +31,7 @@ _RESULTS: dict[tuple[str, str], dict[str, Any]] = {
 def paper_results(
     dataset: str, variant: str, vision: Any
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Returns {backbone: {"text_to_video": metrics, "video_to_text": metrics}}.
+    """Returns the paper's results, {backbone: {"text_to_video": metrics, "video_to_text": ...}}.
 
     Args:
         dataset: name of the data set, see xclip_jax.prepare; {} if the paper has no results on it.

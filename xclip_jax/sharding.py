@@ -95,7 +95,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Constrains the placement of arrays at this point of a program; None: the compiler decides."""
+    """Constrains the placement of arrays at this point of a program, unless `sharding` is None."""
     return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
 
 

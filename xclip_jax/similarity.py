@@ -115,7 +115,7 @@ def compute_weights(
 def attend(
     scores: Float[Array, "..."], mask: Bool[Array, "..."], axis: int, tau: float
 ) -> Float[Array, "..."]:
-    """Returns sum_i softmax(s / tau)_i s_i (Eq. 7, 8) along `axis`; all masked: 0, gradient 0."""
+    """Returns sum_i softmax(s / tau)_i s_i (Eq. 7, 8) along `axis`, 0 if all is masked."""
 
     def reduce(scores: Array, mask: Array) -> Array:
         return jnp.sum(compute_weights(scores, mask, axis, tau) * scores, axis)

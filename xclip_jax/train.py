@@ -40,7 +40,10 @@ Batch = dict[str, Any]  # arrays by name, see training_batches
 
 @struct.dataclass
 class TrainState:
-    """The content of a checkpoint. There is no random state: a step depends on its number."""
+    """The content of a checkpoint.
+
+    It has no random state, because a step depends on its number.
+    """
 
     step: Any
     params: PyTree
@@ -122,7 +125,7 @@ def train_step(
     config: RunConfig,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after one update, and its metrics. A pure function.
+    """Returns the state after one update and its metrics, as a pure function.
 
     Args:
         state: parameters and optimizer state.

@@ -209,7 +209,8 @@ def _set_lengths(
             if not crop or size > matrix.shape[0]:
                 hint = "; --crop_matrices crops them" if size < matrix.shape[0] else ""
                 raise InputError(
-                    f"--{option}={size}: the learned matrices are for {matrix.shape[0]}{hint}"
+                    f"--{option}={size}: the learned matrices are for length "
+                    f"{matrix.shape[0]}{hint}"
                 )
             tensors[name] = matrix[:size, :size]
 

@@ -45,7 +45,7 @@ def read_source(path: str | Path) -> Source:
     """Reads a checkpoint file, a Hugging Face folder or a hub id.
 
     Raises:
-        InputError: it is missing, cannot be read or is of an unknown kind.
+        InputError: the checkpoint is missing, cannot be read or is of an unknown kind.
     """
     location = Path(path)
     if not str(path).strip():

@@ -39,7 +39,7 @@ class DatasetSettings:
 
     Attributes:
         dataset: prepare's --dataset.
-        variant: its --split; "" where there is none.
+        variant: its --split; "" if it has none.
         image_size: S, side of the stored frames in pixels.
         paragraphs: True if all captions of a video were joined into one text.
         max_seconds: the last second read of each clip; None: all were read.
@@ -211,7 +211,7 @@ class Dataset:
             raise InputError(f"{folder} is corrupted, prepare it again: {error}") from None
         if name not in ("", self.name) or variant not in ("", self.variant):
             raise InputError(
-                f"{path} is {' '.join([self.name, self.variant]).strip()}, the config requires "
+                f"{path} holds {' '.join([self.name, self.variant]).strip()}, the config requires "
                 f"{' '.join([name, variant]).strip()}; "
                 + _how_to_prepare("ANOTHER_FOLDER", name, variant)
             )

@@ -87,7 +87,7 @@ def steps_per_epoch(pairs: TrainingPairs, batch_size: int) -> int:
     """Returns the number of complete batches in one pass over the pairs.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no complete batch.
     """
     if len(pairs) < batch_size:
         raise InputError(

@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; mask: True = attend."""
+    """Multi-head self-attention where the mask is True."""
 
     heads: int
     dtype: str
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`layers` scanned blocks; activation, compute type and recomputation as in `config`."""
+    """`layers` scanned blocks, with activation, compute type and recomputation from `config`."""
 
     config: ModelConfig
     layers: int
@@ -201,7 +201,7 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
     def encode_image(self, images_BxSxSx3: Float[AnyArray, "B S S 3"]) -> Float[Array, "B D"]:
-        """Returns projected image vectors, not normalised; pixels as from `normalize_frames`."""
+        """Returns projected image vectors, not normalised, from output of `normalize_frames`."""
         return self.visual(jnp.asarray(images_BxSxSx3))
 
     def encode_words(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:

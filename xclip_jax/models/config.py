@@ -53,7 +53,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TemporalConfig:
-    """The temporal encoder; its sizes also apply to the Transformers of heads and fusion."""
+    """The temporal encoder, whose sizes also apply to the Transformers of heads and fusion."""
 
     type: Literal["none", "transformer", "lstm"] = "transformer"  # Table 8
     # L of the transformer; 0: by the preset

@@ -13,7 +13,7 @@ from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
 
 
 class AggregationMatrices(nn.Module):
-    """Learned matrices of the PyTorch X-CLIP, initialised to identity; not in the paper.
+    """Learned matrices of the PyTorch X-CLIP (not in the paper), initialised to the identity.
 
     They transform the joint space (D x D) or the attention over words (W x W) and frames (F x F),
     so that a model works for these lengths only. The output is a dict of name -> square matrix.

@@ -55,7 +55,7 @@ class XClip(nn.Module):
     def encode_text(
         self, ids_TxW: Int[AnyArray, "T W"], mask_TxW: Bool[AnyArray, "T W"]
     ) -> TextFeatures:
-        """Returns the features of texts; mask: True from the start token to the end token."""
+        """Returns the features of texts, whose mask is True from the start to the end token."""
         words_TxWxD = self.clip.encode_words(ids_TxW).astype(jnp.float32)
         if self.config.head != "tight_transformer":
             words_TxWxD = normalize(words_TxWxD)
@@ -166,7 +166,7 @@ class XClip(nn.Module):
         return aosm_frames(mask_VxF, padding=self.config.padding == "competes")
 
     def matrices(self) -> dict[str, Array]:
-        """Returns the learned matrices by name; empty if the model has none."""
+        """Returns the learned matrices by name, or {} if the model has none."""
         return self.aggregation_matrices() if self.config.matrices else {}
 
 
@@ -177,7 +177,7 @@ def _masked_sum(
 
 
 def normalize(x: Float[AnyArray, "*B D"]) -> Float[Array, "*B D"]:
-    """Returns L2-normalised float32 vectors; zero vectors stay zero and their gradients finite."""
+    """Returns L2-normalised float32 vectors, where zero vectors stay zero with finite gradients."""
     x = jnp.asarray(x, jnp.float32)
     square = jnp.sum(x * x, -1, keepdims=True)
     return x * jnp.where(square > 0, jnp.maximum(square, 1e-24), 1) ** -0.5

@@ -77,7 +77,7 @@ def video_queries(
 ) -> list[ShownQuery]:
     """Returns the videos to show, each with the captions ranked first.
 
-    As in the metric, every candidate video competes with its best-scoring caption only.
+    As in the metric, only the best-scoring caption of each video is ranked.
     """
 
     def captions_of(query: int, video: int) -> list[int]:

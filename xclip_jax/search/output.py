@@ -166,7 +166,7 @@ def export_segments(index: Index, path: str | os.PathLike) -> None:
     if path.suffix not in (".parquet", ".npz"):
         raise InputError(f"--output={path}: must end in .parquet or .npz")
     if not len(index):
-        raise InputError(f"{index.location} is empty")
+        raise InputError(f"the index {index.location} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     write = _write_parquet if path.suffix == ".parquet" else _write_npz

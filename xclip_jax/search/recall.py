@@ -49,7 +49,7 @@ def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
         InputError: the index is empty.
     """
     if not len(index):
-        raise InputError(f"{index.location} is empty")
+        raise InputError(f"the index {index.location} is empty")
     index.query(texts[0])  # compiles
     funnel_ids, seconds = [], []
     for text in texts:

@@ -47,7 +47,7 @@ class Store:
         """Opens an index.
 
         Raises:
-            InputError: there is none, it is corrupted, or it has another format version.
+            InputError: there is no index, or it is corrupted or of another format version.
         """
         self.location = _absolute(location)
         if not exists(self.location):

@@ -47,7 +47,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A table and its chart.
+    """A table of variants and the chart of their results.
 
     Attributes:
         title: heading.
