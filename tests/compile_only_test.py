@@ -9,7 +9,7 @@ from xclip_jax import compile_only
 from xclip_jax.cli import InputError
 
 
-def test_memory_work_and_communication(capsys):
+def test_report_lists_memory_flops_and_collectives(capsys):
     config = tiny.make_config("no data is read")
     config.train.batch_size = 64
     config.mesh.data = 1
@@ -20,7 +20,7 @@ def test_memory_work_and_communication(capsys):
     assert "all-reduce" in both["collectives in the program"]
     assert "all-gather" in both["collectives in the program"]
     flops = "matrix products, FLOP a step"
-    assert alone[flops] == both[flops]  # the whole step's, however it is split
+    assert alone[flops] == both[flops]  # of the step on all devices
     out = capsys.readouterr().out
     assert "1 x cpu, batch 64" in out
     assert "2 x cpu, batch 64" in out
@@ -32,10 +32,11 @@ def test_micro_batches_take_less_memory():
     config.train.batch_size = 512
     plain = compile_only.compile_only(config)["temporary memory, a device"]
     config.train.micro_batch = 64
-    assert gib(compile_only.compile_only(config)["temporary memory, a device"]) < 0.9 * gib(plain)
+    cached = compile_only.compile_only(config)["temporary memory, a device"]
+    assert parse_gib(cached) < 0.9 * parse_gib(plain)
 
 
-def gib(text):
+def parse_gib(text):
     return float(text.removesuffix(" GiB"))
 
 

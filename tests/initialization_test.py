@@ -22,7 +22,7 @@ from xclip_jax.train import configure_model
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """(model directory of a plain CLIP with a tokenizer, its tensors)."""
+    """Returns (model directory of a plain CLIP with a tokenizer, its tensors)."""
     folder = tmp_path_factory.mktemp("clip")
     tokenizer = learn_tokenizer(["red and then green", "first blue, then grey"])
     tokenizer.save(folder / "vocab")
@@ -141,7 +141,5 @@ def test_clip_without_a_tokenizer_is_refused(clip, tmp_path):
     write_archive(tmp_path / "clip.pt", clip[1])
     convert(tmp_path / "clip.pt", tmp_path / "model")
     config = make_config(tmp_path / "model", tiny.make_dataset(tmp_path / "data"))
-    with pytest.raises(
-        InputError, match=r"no tokenizer in .*; download .*--vocab"
-    ):
+    with pytest.raises(InputError, match=r"no tokenizer in .*; download .*--vocab"):
         train.train(config, tmp_path / "run")

@@ -124,7 +124,7 @@ def in_mid_save(run):
 
 
 def weights(workdir):
-    """The selected weights of a finished run, as a list of arrays."""
+    """Returns the selected weights of a finished run as a list of arrays."""
     import jax
 
     from xclip_jax.checkpoint import load_model

@@ -1,4 +1,4 @@
-"""Command lines end to end: training, evaluation, errors in one line, dispatch of commands."""
+"""Tests of the command line: training, evaluation, one-line errors, dispatch of commands."""
 
 import importlib
 import json
@@ -67,7 +67,7 @@ def test_input_errors_are_one_line(run_main, argument, message):
     assert re.search(message, code), code
 
 
-def test_parameters_that_do_not_fit_model_json_are_refused(run_main, tmp_path):
+def test_parameters_that_do_not_fit_model_json_are_an_error(run_main, tmp_path):
     assert run_main() is None
     described = json.loads((tmp_path / "run/model/model.json").read_text())
     described["embed_dim"] = 64
@@ -141,7 +141,7 @@ def test_config_fields_are_converted_to_their_types():
     assert config.model.granularities == ("video_word", "frame_word")
 
 
-def test_help_names_the_config_fields():
+def test_help_describes_config_options():
     done = run_module("xclip_jax", "train", "--help")
     assert done.returncode == 0
     assert "--config.a.b=value" in done.stdout
@@ -153,7 +153,7 @@ def test_command_without_config_is_an_error():
     assert done.stderr == "error: the following arguments are required: --config\n"
 
 
-def test_xclip_jax_lists_its_commands():
+def test_help_lists_the_commands():
     done = run_module("xclip_jax", "--help")
     assert done.returncode == 0
     listed = re.findall(r"^  (\w+) +\w.*$", done.stdout, re.MULTILINE)
@@ -161,7 +161,7 @@ def test_xclip_jax_lists_its_commands():
 
 
 @pytest.mark.parametrize("arguments", [[], ["retrain"]])
-def test_xclip_jax_refuses_unknown_commands(arguments, capsys):
+def test_unknown_command_is_an_error(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         dispatch(arguments)
     assert stop.value.code == 2
@@ -171,7 +171,7 @@ def test_xclip_jax_refuses_unknown_commands(arguments, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_xclip_jax_calls_the_command_with_the_other_arguments(name, monkeypatch):
+def test_command_receives_the_remaining_arguments(name, monkeypatch):
     received = []
     module = importlib.import_module(COMMANDS[name][0])
     monkeypatch.setattr(module, "main", received.extend)

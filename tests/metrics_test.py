@@ -17,7 +17,7 @@ DIRECTIONS = ("text_to_video", "video_to_text")
 
 
 def brute_force(scores_QxG, correct_Q):
-    """(expected ranks, {K: chance to be among the first K}) over all orders that respect scores."""
+    """Returns (expected ranks, {K: probabilities of a hit}) over all orders of equal scores."""
     size = scores_QxG.shape[1]
     ranks, recalls = [], {k: [] for k in (1, 5, 10)}
     for scores, correct in zip(scores_QxG, correct_Q, strict=True):
@@ -60,14 +60,14 @@ def test_ties_by_hand():
     )
 
 
-def test_recall_counts_the_chance_of_a_hit():
-    """G = 3 better, e = 3 level: R@1 0, R@5 (5 - 3) / 4, R@10 1; rank 1 + 3 + 3 / 2."""
+def test_recall_is_the_probability_of_a_hit_under_ties():
+    """With 3 better and 3 equal scores: R@1 0, R@5 (5 - 3) / 4, R@10 1; rank 1 + 3 + 3 / 2."""
     found = summarize(np.array([3]), np.array([3]))
     assert found == pytest.approx({"R@1": 0, "R@5": 50, "R@10": 100, "MdR": 5.5, "MnR": 5.5})
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_mean_over_all_tie_breaks(seed):
+def test_metrics_equal_the_mean_over_all_tie_breaking_orders(seed):
     sim_TxV = np.random.default_rng(seed).integers(0, 3, (6, 6)).astype(np.float32)
     metrics = retrieval_metrics(sim_TxV, np.arange(6))
     check_against_brute_force(metrics["text_to_video"], sim_TxV, np.arange(6))
@@ -116,7 +116,7 @@ def test_one_pair():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_scores_must_be_finite(bad):
+def test_non_finite_scores_are_an_error(bad):
     sim_TxV = np.eye(3)
     sim_TxV[1, 2] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -124,15 +124,15 @@ def test_scores_must_be_finite(bad):
 
 
 @pytest.mark.parametrize("text_video", [[0, 1, 1], [0, 1, 3], [-1, 1, 2]])
-def test_every_video_needs_a_caption(text_video):
+def test_video_without_caption_is_an_error(text_video):
     with pytest.raises(ValueError, match="every video needs a caption"):
         retrieval_metrics(np.eye(3), np.array(text_video))
 
 
-def test_paragraphs_and_single_captions_are_one_text_a_video():
-    """Both protocols are a square matrix, its diagonal the right pairs."""
+def test_one_text_per_video_matches_values_by_hand():
+    """Protocols paragraph and single caption: the correct pairs are on the diagonal."""
     sim_TxV = np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 4.0], [0.0, 9.0, 8.0]])
-    # Texts: first; one better, one level; one better. Videos: one better (5 > 3); two
+    # Texts: first; one better, one equal; one better. Videos: one better (5 > 3); two
     # (9 > 4, then 1 below): one better; first (8).
     metrics = retrieval_metrics(sim_TxV, np.arange(3))
     assert metrics["text_to_video"] == pytest.approx(
@@ -151,14 +151,14 @@ def test_many_captions_by_hand():
     assert metrics["text_to_video"] == pytest.approx(
         {"R@1": 100 * 1.5 / 4, "R@5": 100, "R@10": 100, "MdR": 1.75, "MnR": 6.5 / 4}
     )
-    # The best caption of each: video 0: 7 against 6. Video 1: 5 against 5, level.
+    # The best caption of each: video 0: 7 against 6. Video 1: 5 against 5, equal.
     assert metrics["video_to_text"] == pytest.approx(
         {"R@1": 75, "R@5": 100, "R@10": 100, "MdR": 1.25, "MnR": 1.25}
     )
 
 
 def release_metrics(scores_QxG, correct_Q, median):
-    """As the PyTorch release defines them: the place of the right score in the sorted row."""
+    """Returns the metrics of the PyTorch release, by the position of a score in its sorted row."""
     sorted_QxG = -np.sort(-scores_QxG, 1)
     right_Q = scores_QxG[np.arange(len(scores_QxG)), correct_Q]
     places_Q = np.array([np.where(row == s)[0][0] for row, s in zip(sorted_QxG, right_Q)])  # noqa: B905
@@ -167,21 +167,21 @@ def release_metrics(scores_QxG, correct_Q, median):
 
 
 def lower_median(values):
-    """torch.median, which the release takes for MSVD: the lower of the two middle values."""
+    """Returns the lower of the two middle values, as torch.median in the release's MSVD metrics."""
     return np.sort(values)[(len(values) - 1) // 2]
 
 
 @pytest.mark.parametrize(("seed", "number"), [(0, 40), (1, 41)])
 def test_without_ties_it_is_the_release_s_definition(seed, number):
     rng = np.random.default_rng(seed)
-    # One text a video.
+    # One text per video.
     sim_TxV = rng.normal(size=(number, number)) + 1.5 * np.eye(number)
     ours = retrieval_metrics(sim_TxV, np.arange(number))
     everyone = np.arange(number)
     theirs = release_metrics(sim_TxV, everyone, np.median)
     assert ours["text_to_video"] == pytest.approx(theirs)
     assert ours["video_to_text"] == pytest.approx(release_metrics(sim_TxV.T, everyone, np.median))
-    # Several: all but the median, where theirs is the lower of the two middle ranks.
+    # Several: equal except the median, which is the lower of two middle ranks in the release.
     text_video = np.sort(rng.integers(0, number, 5 * number))
     text_video[:number] = everyone
     sim_TxV = rng.normal(size=(len(text_video), number))

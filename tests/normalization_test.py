@@ -1,4 +1,4 @@
-"""Tests of dual softmax and QB-Norm on examples computed by hand."""
+"""Dual softmax and QB-Norm against their definitions."""
 
 import numpy as np
 import pytest
@@ -6,27 +6,29 @@ import pytest
 from xclip_jax.metrics import dual_softmax, qb_norm
 
 
-def test_dual_softmax_matches_hand_calculation():
+def test_dual_softmax_matches_values_by_hand():
     scores_QxG = np.log([[2.0, 6.0], [1.0, 2.0]])
     expected = scores_QxG * [[2 / 3, 6 / 8], [1 / 3, 2 / 8]]  # each column adds up to 1
     np.testing.assert_allclose(dual_softmax(scores_QxG), expected)
 
 
-def test_dual_softmax_leaves_a_single_query_unchanged_and_large_logits_finite():
+def test_dual_softmax_of_one_query_and_of_large_logits():
     scores = np.array([[3.0, 5.0, 1.0]])
     np.testing.assert_allclose(dual_softmax(scores), scores)
     assert np.isfinite(dual_softmax(np.array([[900.0, 1.0], [1.0, 900.0]]))).all()
 
 
-def test_dual_softmax_assigns_a_contested_item_to_the_higher_score():
-    scores_QxG = np.array([[30.0, 28.0], [29.0, 20.0]])  # both prefer item 0, query 0 more
+def test_dual_softmax_resolves_competing_queries():
+    scores_QxG = np.array(
+        [[30.0, 28.0], [29.0, 20.0]]
+    )  # both prefer item 0
     assert scores_QxG.argmax(1).tolist() == [0, 0]
-    scores_QxG = np.array([[30.0, 29.5], [33.0, 20.0]])  # item 0 scores higher with query 1
+    scores_QxG = np.array([[30.0, 29.5], [33.0, 20.0]])  # item 0 goes to the second query
     assert dual_softmax(scores_QxG).argmax(1).tolist() == [1, 0]
 
 
-def test_qb_norm_matches_hand_calculation():
-    """Only item 0 is a hub. It is first for query 0, which is normalised, but not for query 1."""
+def test_qb_norm_matches_values_by_hand():
+    """The bank's only hub is item 0. Only query 0 has it first and is normalised."""
     bank_BxG = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1]])
     scores_QxG = np.array([[0.6, 0.5, 0.1], [0.2, 0.5, 0.4]])
     beta = 2.0
@@ -38,8 +40,8 @@ def test_qb_norm_matches_hand_calculation():
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_qb_norm_ranking_is_invariant_to_an_offset_of_a_hub(shift):
-    """An offset of all similarities of an item, to bank and queries, does not change its ranks."""
+def test_qb_norm_ignores_offsets_of_an_item(shift):
+    """An offset added to an item's scores with bank and queries does not change the ranking."""
     rng = np.random.default_rng(0)
     bank_BxG, scores_QxG = rng.normal(size=(50, 6)), rng.normal(size=(20, 6))
     added = np.array([shift, 0, 0, 0, 0, 0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-EPOCHS = 12  # of three steps
+EPOCHS = 12  # of three steps each
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """The work directory of an uninterrupted run on two processes."""
+    """Returns the work directory of an uninterrupted run on two processes."""
     run = kills.Run(folder / "config.py", folder / "whole", processes=2)
     assert run.end() == [0, 0], run.said()[-3000:]
     return run.workdir

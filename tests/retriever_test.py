@@ -1,4 +1,4 @@
-"""The Python API on a small random model."""
+"""Tests of the Python API with a small random model."""
 
 import av
 import numpy as np
