@@ -11,7 +11,7 @@ from xclip_jax.similarity import AnyArray
 
 
 class TemporalTransformer(nn.Module):
-    """V = TransEnc(Vbar + P) (Eq. 1), where the mask is True for real frames."""
+    """Transformer over the real frames of a video: V = TransEnc(Vbar + P) (Eq. 1)."""
 
     config: ModelConfig
 

@@ -93,7 +93,7 @@ def _draw_cards(
 ) -> None:
     """Draws cards in two columns.
 
-    `heights` are those of a card without hits and of each hit.
+    `heights`: height of a card without hits, and height that each hit adds.
     """
     columns = min(2, max(1, len(queries)))
     height = heights[0] + heights[1] * max((len(query.hits) for query in queries), default=0)

@@ -310,7 +310,7 @@ def _readable_status(path: str) -> os.stat_result:
 
 
 def _media_type(path: str) -> str:
-    """Returns a type that browsers do not display as a page of this server."""
+    """Returns the media type of a file, which is never one that browsers show as a web page."""
     guess = mimetypes.guess_type(path)[0] or ""
     return guess if guess.startswith(("video/", "audio/")) else "application/octet-stream"
 
