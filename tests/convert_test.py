@@ -19,9 +19,9 @@ from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import InputError
 from xclip_jax.convert import __main__ as command
 from xclip_jax.convert import exporting, importing, mapping
-from xclip_jax.convert.exporting import export
+from xclip_jax.convert.exporting import export, write_archive
 from xclip_jax.convert.importing import convert
-from xclip_jax.convert.torch_archive import read_archive, write_archive
+from xclip_jax.convert.torch_archive import read_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.models import XClip
 from xclip_jax.models.config import HEADS

@@ -11,9 +11,9 @@ import tiny
 import xclip_jax
 from xclip_jax import train
 from xclip_jax.cli import InputError
+from xclip_jax.convert.exporting import write_archive
 from xclip_jax.convert.importing import convert
 from xclip_jax.convert.mapping import to_tensors
-from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.initialization import interpolate_positions, start_from_clip
 from xclip_jax.models import XClip

@@ -65,7 +65,14 @@ LETTER_OF = {TOKENIZER.encode(letter)[0]: letter for letter in LETTERS}
 def batches(count, captions="all", batch_size=4, seed=0, start_step=0, process=(0, 1)):
     pairs = TrainingPairs(DATASET, "train", captions)
     stream = training_batches(
-        pairs, TOKENIZER, batch_size, MAX_FRAMES, SIDE, seed, start_step=start_step, process=process
+        pairs,
+        TOKENIZER,
+        batch_size,
+        MAX_FRAMES,
+        SIDE,
+        seed=seed,
+        start_step=start_step,
+        process=process,
     )
     return list(itertools.islice(stream, count))
 

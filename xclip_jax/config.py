@@ -165,7 +165,7 @@ class Config:
     name: str = "xclip"  # the work directory is runs/NAME
     mode: Literal["train", "eval"] = "train"  # eval: only evaluate the selected weights
     seed: Natural = 0  # of the initial weights and the order of the data
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig()  # noqa: RUF009  (it is frozen)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     loss: LossConfig = LossConfig()

@@ -122,7 +122,7 @@ def loss_of_features(
     sentence, words, video, frames = features
     text = TextFeatures(sentence, words, batch["text_mask"])
     video = VideoFeatures(video, frames, batch["frame_mask"])
-    sim_TxV = _similarity_in_blocks(model, params, text, video, block_cells, mesh)
+    sim_TxV = _similarity_in_blocks(model, params, text, video, block_cells=block_cells, mesh=mesh)
     correct = batch["video"][jnp.argmax(sim_TxV, 1)] == batch["video"]
     video_B = batch["video"] if same_video == "ignore" else None
     return contrastive_loss(sim_TxV, video_B, scale=scale), jnp.mean(correct)
@@ -133,6 +133,7 @@ def _similarity_in_blocks(
     params: Any,
     text: TextFeatures,
     video: VideoFeatures,
+    *,
     block_cells: int,
     mesh: Mesh | None,
 ) -> Float[Array, "T V"]:

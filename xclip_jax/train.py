@@ -298,7 +298,7 @@ def set_up(config: RunConfig) -> Setup:
             batch_size,
             model.config.max_frames,
             dataset.image_size,
-            config.seed,
+            seed=config.seed,
             start_step=start_step,
             process=(jax.process_index(), jax.process_count()),
         )

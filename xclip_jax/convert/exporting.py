@@ -1,14 +1,21 @@
 """Exports a model directory to the files that PyTorch programs read."""
 
 import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
+from xclip_jax.cli import InputError
 from xclip_jax.convert.mapping import to_hugging_face, to_tensors
-from xclip_jax.convert.torch_archive import write_archive
+from xclip_jax.convert.torch_archive import DTYPES
 from xclip_jax.models.config import ModelConfig, TextConfig, VisionConfig
 
 
@@ -104,3 +111,48 @@ def clip_config(config: ModelConfig, start: int, end: int) -> dict[str, Any]:
         "text_config": tower(text, **words, model_type="clip_text_model"),
         "vision_config": tower(vision, **image, model_type="clip_vision_model"),
     }
+
+
+def write_archive(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
+    """Writes {name: array} atomically to a file that torch.load reads as an OrderedDict.
+
+    Raises:
+        InputError: an array has a type that PyTorch does not support.
+    """
+    path = Path(path)
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            raise InputError(f"{path}: cannot store {name}: PyTorch has no type {array.dtype}")
+    partial = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(partial, "w") as archive:
+
+        def write(name: str, data: bytes | str) -> None:
+            # A ZipInfo has no time of its own: the same tensors give the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+
+        write("data.pkl", _pickle(arrays))
+        write("byteorder", "little")
+        for number, array in enumerate(arrays.values()):
+            write(f"data/{number}", array.tobytes())
+        write("version", "3\n")
+    os.replace(partial, path)
+
+
+def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the pickle of an OrderedDict of tensors, each in its own storage."""
+    kinds = {dtype: kind.replace(".", "\n") for kind, dtype in DTYPES.items()}
+    parts = [b"\x80\2ccollections\nOrderedDict\n)R("]
+    for number, (name, array) in enumerate(arrays.items()):
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        parts += [
+            _values(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + _values("storage"),
+            f"c{kinds[array.dtype]}\n".encode() + _values(str(number), "cpu", array.size) + b"tQ",
+            _values(0, array.shape, tuple(strides)) + b"\x89ccollections\nOrderedDict\n)RtR",
+        ]
+    return b"".join(parts) + b"u."
+
+
+def _values(*values: Any) -> bytes:
+    """Returns the pickle instructions that push plain values, without PROTO and STOP."""
+    return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)

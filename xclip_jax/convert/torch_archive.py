@@ -1,4 +1,4 @@
-"""Reads and writes PyTorch checkpoint files without PyTorch.
+"""Reads PyTorch checkpoint files without PyTorch.
 
 A checkpoint is a pickle beside raw storages, and a pickle is a program. Before it is loaded, each
 of its instructions is checked against a list. Loading then imports nothing: each global name is
@@ -13,7 +13,7 @@ import os
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -366,48 +366,3 @@ def _array(tensor: _Tensor, read: Callable[[str], bytes]) -> np.ndarray:
         raise InputError(f"has a storage {storage.key!r:.99} whose size does not match its tensors")
     width = storage.dtype.itemsize
     return np.ndarray(size, storage.dtype, data, offset * width, [step * width for step in stride])
-
-
-def write_archive(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
-    """Writes {name: array} atomically to a file that torch.load reads as an OrderedDict.
-
-    Raises:
-        InputError: an array has a type that PyTorch does not support.
-    """
-    path = Path(path)
-    arrays = {name: np.asarray(array) for name, array in tensors.items()}
-    for name, array in arrays.items():
-        if array.dtype not in DTYPES.values():
-            raise InputError(f"{path}: cannot store {name}: PyTorch has no type {array.dtype}")
-    partial = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(partial, "w") as archive:
-
-        def write(name: str, data: bytes | str) -> None:
-            # A ZipInfo has no time of its own: the same tensors give the same bytes.
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
-
-        write("data.pkl", _pickle(arrays))
-        write("byteorder", "little")
-        for number, array in enumerate(arrays.values()):
-            write(f"data/{number}", array.tobytes())
-        write("version", "3\n")
-    os.replace(partial, path)
-
-
-def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Returns the pickle of an OrderedDict of tensors, each in its own storage."""
-    kinds = {dtype: kind.replace(".", "\n") for kind, dtype in DTYPES.items()}
-    parts = [b"\x80\2ccollections\nOrderedDict\n)R("]
-    for number, (name, array) in enumerate(arrays.items()):
-        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-        parts += [
-            _values(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + _values("storage"),
-            f"c{kinds[array.dtype]}\n".encode() + _values(str(number), "cpu", array.size) + b"tQ",
-            _values(0, array.shape, tuple(strides)) + b"\x89ccollections\nOrderedDict\n)RtR",
-        ]
-    return b"".join(parts) + b"u."
-
-
-def _values(*values: Any) -> bytes:
-    """Returns the pickle instructions that push plain values, without PROTO and STOP."""
-    return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)

@@ -103,8 +103,8 @@ def training_batches(
     batch_size: int,
     max_frames: int,
     image_size: int,
-    seed: int,
     *,
+    seed: int,
     start_step: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:

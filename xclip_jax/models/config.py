@@ -179,6 +179,6 @@ def _replace(config: Any, values: Mapping[str, Any], *, only_unset: bool = False
         current = getattr(config, name)
         if isinstance(value, Mapping):
             changes[name] = _replace(current, value, only_unset=only_unset)
-        elif not only_unset or current is None or current == 0 and current is not False:
+        elif not only_unset or current is None or (current == 0 and current is not False):
             changes[name] = value
     return dataclasses.replace(config, **changes)

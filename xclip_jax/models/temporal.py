@@ -1,4 +1,4 @@
-"""Temporal encoders, which relate the frames of a video (Eq. 1; ablated in Table 8)."""
+"""Temporal encoders, which relate the frames of a video (Eq. 1, ablated in Table 8)."""
 
 import flax.linen as nn
 import jax
