@@ -1,4 +1,4 @@
-"""What the compiler says of a step, without data and without running it."""
+"""Compiling the training step without data and without running it."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def parse_gib(text):
     return float(text.removesuffix(" GiB"))
 
 
-def test_matrix_products_are_counted_in_every_layer():
+def test_matrix_flops_count_every_layer_and_recomputation():
     def layers(x_3x4, kernels_5x4x4, flag):
         x_3x4, _ = jax.lax.scan(lambda x, kernel: (jnp.sin(x @ kernel), None), x_3x4, kernels_5x4x4)
         return jnp.sum(jax.lax.cond(flag, lambda x: x @ kernels_5x4x4[0], lambda x: x, x_3x4))
@@ -57,7 +57,7 @@ def test_matrix_products_are_counted_in_every_layer():
     assert count(recomputed, *inputs[::-1]) > 3.8 * 6 * a_layer
 
 
-def test_no_such_topology():
+def test_unknown_topology_is_an_error():
     config = tiny.make_config("")
     with pytest.raises(InputError, match=r"^--topology=v99:2x2: .*libtpu") as error:
         compile_only.compile_only(config, "v99:2x2")

@@ -1,4 +1,4 @@
-"""Any number of texts and videos: the same numbers in batches and blocks, few compilations."""
+"""Batches and blocks give the same numbers as one piece, with few compilations."""
 
 import io
 
@@ -39,7 +39,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def direct(params):
-    """Features and logits in one piece: (text, video, sim_TxV)."""
+    """Returns features and logits computed in one piece: (text, video, sim_TxV)."""
 
     @jax.jit
     def run(params):
@@ -57,7 +57,7 @@ def features(direct):
 
 @pytest.fixture
 def compilations():
-    """Counts compilations since the test began, or since it was last asked."""
+    """Returns a function that counts compilations since its last call."""
     unwatched = inference.apply_model
     seen = unwatched._cache_size()
 
@@ -77,7 +77,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
-def test_batches_equal_one_batch(params, features, batch_size):
+def test_batched_encoding_matches_one_batch(params, features, batch_size):
     text = encode_texts(MODEL, params, IDS, TEXT_MASK, batch_size)
     assert len(text.mask) == NUM_TEXTS
     np.testing.assert_array_equal(text.mask, TEXT_MASK)
@@ -89,7 +89,7 @@ def test_batches_equal_one_batch(params, features, batch_size):
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The shapes of the masks handed to the device, as they are handed over."""
+    """Records the lengths of the masks passed to the device."""
     seen, unwatched = [], inference.apply_model
 
     def watched(params, *inputs, **options):
@@ -101,7 +101,7 @@ def sizes(monkeypatch):
     return seen
 
 
-def test_any_number_of_texts_needs_few_compilations(params, compilations, sizes):
+def test_encoding_any_number_of_texts_compiles_few_programs(params, compilations, sizes):
     for count in range(1, NUM_TEXTS + 1):
         encode_texts(MODEL, params, IDS[:count], TEXT_MASK[:count], batch_size=7)
     assert compilations() <= 4
@@ -115,7 +115,7 @@ def test_nothing_to_encode_is_an_error(params):
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 10**6])
-def test_blocks_equal_the_whole(params, features, direct, pairs):
+def test_blocked_similarity_matches_one_piece(params, features, direct, pairs):
     """T and V are primes: no block but the smallest and the largest divides them."""
     bar = tqdm(file=io.StringIO())
     found = similarity_in_blocks(MODEL, params, *features, block_cells=18 * pairs, bar=bar)
@@ -125,7 +125,7 @@ def test_blocks_equal_the_whole(params, features, direct, pairs):
     assert bar.n == NUM_TEXTS * NUM_VIDEOS
 
 
-def test_any_number_of_pairs_needs_few_compilations(params, features, compilations):
+def test_similarity_of_any_size_compiles_few_programs(params, features, compilations):
     text, video = features
     for texts in range(1, NUM_TEXTS + 1):
         few = jax.tree.map(lambda x, n=texts: x[:n], text)
@@ -137,14 +137,14 @@ def test_any_number_of_pairs_needs_few_compilations(params, features, compilatio
     assert compilations() == 0
 
 
-def test_no_block_exceeds_its_budget(params, features, sizes):
-    """What is handed to the device: never more word-frame cells than asked for."""
+def test_blocks_stay_within_their_budget(params, features, sizes):
+    """The device never receives more word-frame cells than the budget."""
     similarity_in_blocks(MODEL, params, *features, block_cells=18 * 12)
     ((texts, videos),) = set(sizes)  # one shape, one compilation
     assert 1 <= texts * videos <= 12
 
 
-def test_block_shapes():
+def test_block_shape_uses_the_budget():
     for cells_a_pair in (1, 18, 144, 384, 4096):
         for block_cells in (1, 100, 4096, 100_000, 1 << 20, 1 << 26):
             texts, videos = block_shape(cells_a_pair, block_cells)

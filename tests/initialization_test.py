@@ -1,4 +1,4 @@
-"""Starting from CLIP: every parameter from where the release takes it, and said so."""
+"""Initialisation from CLIP takes every parameter from the same source as the release."""
 
 import json
 
@@ -54,7 +54,7 @@ def start(config, tokenizer=None):
     return fresh, params, {row[0]: row[2] for row in rows}
 
 
-def test_towers_and_temporal_encoder_come_from_clip(clip):
+def test_towers_and_temporal_encoder_are_initialised_from_clip(clip):
     folder, tensors = clip
     _, params, rows = start(make_config(folder, preset="official"))
     found = to_tensors(params)
@@ -71,7 +71,7 @@ def test_towers_and_temporal_encoder_come_from_clip(clip):
     assert rows["aggregation_matrices"] == "identity"
 
 
-def test_tight_transformer_and_what_stays_random(clip):
+def test_tight_transformer_and_random_parts(clip):
     fresh, params, rows = start(make_config(clip[0], head="tight_transformer"))
     assert rows["pair_encoder"].endswith("ln_pool, pool, score random")
     np.testing.assert_array_equal(
@@ -90,7 +90,7 @@ def test_tight_transformer_and_what_stays_random(clip):
     )
 
 
-def test_another_image_side_interpolates_positions(clip):
+def test_other_image_size_interpolates_positions(clip):
     config = make_config(clip[0])
     config.model.vision.image_size = 32
     _, params, rows = start(config)
@@ -107,7 +107,7 @@ def test_another_image_side_interpolates_positions(clip):
     assert (np.diff(square, axis=0) > 0).all()
 
 
-def test_other_sizes_are_all_named(clip):
+def test_all_size_mismatches_are_named(clip):
     config = make_config(clip[0])
     config.model.vision.layers = 3
     config.model.activation = "gelu"
@@ -118,7 +118,7 @@ def test_other_sizes_are_all_named(clip):
         start(config)
 
 
-def test_a_run_starts_from_clip_and_resumes(clip, tmp_path, capsys):
+def test_training_starts_from_clip_and_resumes(clip, tmp_path, capsys):
     data = tiny.make_dataset(tmp_path / "data")
     config = make_config(clip[0], data, max_words=8)
     config.optimizer.name = "bert_adam"

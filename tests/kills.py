@@ -1,9 +1,9 @@
-"""Trains the tiny model as one or several processes that are stopped in every way there is.
+"""Trains the tiny model as one or several processes that are stopped or killed.
 
     python tests/kills.py FOLDER [TIMES]
 
-stops a run of two processes TIMES (20) times at random moments in random ways, lets it end, and
-compares its weights with those of a run that nobody stopped.
+stops a run of two processes TIMES (default 20) times at random moments in random ways, and compares
+its final weights with those of an uninterrupted run.
 """
 
 import json
@@ -33,14 +33,14 @@ def get_config():
 
 
 def free_port():
-    """A port of this machine that nobody uses."""
+    """Returns an unused port of this machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
 
 
 class Run:
-    """One start of the command, as one or several processes with a device or more each."""
+    """One start of the command, as one or several processes."""
 
     def __init__(self, config, workdir, processes=1, devices=1, fields=()):
         self.workdir, self.log = Path(workdir), Path(f"{workdir}.log")
@@ -71,13 +71,13 @@ class Run:
             self.processes.append(started)
 
     def steps(self):
-        """The last step in metrics.jsonl."""
+        """Returns the last step in metrics.jsonl."""
         path = self.workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
-    def said(self):
-        """What this start has written to the log."""
+    def output(self):
+        """Returns what this start has written to the log."""
         return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def wait_until(self, moment):
@@ -86,7 +86,7 @@ class Run:
             time.sleep(0.002)
 
     def end(self, seconds=150):
-        """The exit statuses; what still runs after so many seconds is killed: an error."""
+        """Returns the exit statuses; processes still running after `seconds` are killed."""
         deadline = time.monotonic() + seconds
         try:
             return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
@@ -96,14 +96,14 @@ class Run:
 
 
 def write_config(folder, data, epochs):
-    """A config file of the tiny model; three steps an epoch."""
+    """Writes a config file of the tiny model, with three steps an epoch."""
     path = Path(folder) / "config.py"
     path.write_text(CONFIG.format(tests=str(TESTS), data=str(data), epochs=epochs))
     return path
 
 
 def truncate_newest(workdir):
-    """Cuts the newest checkpoint's largest file in half; its step, None if it is the only one."""
+    """Truncates a file of the newest checkpoint and returns its step, None if it is the only one."""
     steps = [p for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()]
     if len(steps) < 2:
         return None
@@ -115,10 +115,10 @@ def truncate_newest(workdir):
 
 
 def in_mid_save(run):
-    """Whether this start is writing a checkpoint; what others left half written does not count."""
+    """Returns True while this start (not an earlier one) is writing a checkpoint."""
     try:
         found = [path.stat().st_mtime for path in run.workdir.glob("checkpoints/*tmp*")]
-    except FileNotFoundError:  # just renamed: whole
+    except FileNotFoundError:  # renamed: complete
         return False
     return any(changed > run.started for changed in found)
 
@@ -133,7 +133,7 @@ def weights(workdir):
 
 
 def main():
-    """Twenty random kills in a row, then the comparison."""
+    """Kills a run repeatedly, then compares its weights."""
     folder, times = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
     sys.path.insert(0, str(TESTS))
     import tiny
@@ -161,7 +161,7 @@ def main():
     assert Run(config, folder / "stopped", 2).end(3600) == [0, 0]
     for a, b in zip(weights(folder / "whole"), weights(folder / "stopped"), strict=True):
         np.testing.assert_array_equal(a, b)
-    print("the same weights to the last bit")
+    print("weights are bit-identical")
 
 
 if __name__ == "__main__":

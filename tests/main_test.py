@@ -115,7 +115,7 @@ def test_command_line_errors_are_one_line(arguments, message, capsys):
     assert stop.value.code not in (None, 0)
 
 
-def test_an_exception_in_a_config_file_is_reported_with_its_line(tmp_path):
+def test_config_file_exceptions_are_reported_with_their_line(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("def get_config():\n    return 1 / 0\n")
     done = run_module("xclip_jax.main", f"--config={config}")

@@ -1,4 +1,4 @@
-"""Retrieval metrics by hand, with ties, and against every possible way to break them."""
+"""Retrieval metrics against values by hand and against all tie-breaking orders."""
 
 import itertools
 
@@ -39,12 +39,12 @@ def check_against_brute_force(found, scores_QxG, correct_Q):
     assert found["MdR"] == pytest.approx(np.median(ranks))
 
 
-def test_ties_by_hand():
+def test_ties_match_values_by_hand():
     sim_TxV = np.array(
         [
             [0.9, 0.1, 0.2],  # its video first
-            [0.5, 0.5, 0.5],  # all level: rank 2, a third of a hit
-            [0.8, 0.3, 0.3],  # one better, one level: rank 2.5, no hit
+            [0.5, 0.5, 0.5],  # all level: rank 2, counts 1/3 towards R@1
+            [0.8, 0.3, 0.3],  # one better, one level: rank 2.5, counts 0
         ]
     )
     better, equal = rank_counts(sim_TxV, np.arange(3))
@@ -75,7 +75,7 @@ def test_metrics_equal_the_mean_over_all_tie_breaking_orders(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_several_captions_a_video(seed):
+def test_several_captions_match_brute_force(seed):
     rng = np.random.default_rng(seed)
     text_video = rng.permutation([0, 0, 0, 1, 2, 2, 3, 4])
     sim_TxV = rng.integers(0, 4, (8, 5)).astype(np.float32)
@@ -94,14 +94,14 @@ def test_several_captions_a_video(seed):
     check_against_brute_force(metrics["video_to_text"], best, np.arange(5))
 
 
-def test_all_equal_is_chance():
+def test_equal_scores_give_chance_level():
     metrics = retrieval_metrics(np.full((40, 20), 0.25, np.float32), np.arange(40) // 2)
     for direction in DIRECTIONS:
         expected = {"R@1": 5, "R@5": 25, "R@10": 50, "MdR": 10.5, "MnR": 10.5}
         assert metrics[direction] == pytest.approx(expected)
 
 
-def test_perfect_and_worst():
+def test_perfect_and_worst_rankings():
     eye = np.eye(12)
     for direction in DIRECTIONS:
         best = retrieval_metrics(eye, np.arange(12))[direction]
@@ -110,7 +110,7 @@ def test_perfect_and_worst():
         assert worst == {"R@1": 0, "R@5": 0, "R@10": 0, "MdR": 12, "MnR": 12}
 
 
-def test_one_pair():
+def test_one_pair_is_perfect():
     for direction in retrieval_metrics(np.array([[0.3]]), np.array([0])).values():
         assert direction == {"R@1": 100, "R@5": 100, "R@10": 100, "MdR": 1, "MnR": 1}
 
@@ -143,11 +143,11 @@ def test_one_text_per_video_matches_values_by_hand():
     )
 
 
-def test_many_captions_by_hand():
+def test_many_captions_match_values_by_hand():
     """Three captions of video 0, one of video 1, with a tie between captions of both."""
     sim_TxV = np.array([[2.0, 3.0], [7.0, 5.0], [4.0, 4.0], [6.0, 5.0]])
     metrics = retrieval_metrics(sim_TxV, np.array([0, 0, 0, 1]))
-    # Each caption alone: second; first; level (1.5, half a hit); second.
+    # Each caption alone: second; first; level (1.5, counts 1/2); second.
     assert metrics["text_to_video"] == pytest.approx(
         {"R@1": 100 * 1.5 / 4, "R@5": 100, "R@10": 100, "MdR": 1.75, "MnR": 6.5 / 4}
     )
@@ -172,7 +172,7 @@ def lower_median(values):
 
 
 @pytest.mark.parametrize(("seed", "number"), [(0, 40), (1, 41)])
-def test_without_ties_it_is_the_release_s_definition(seed, number):
+def test_metrics_without_ties_match_the_release(seed, number):
     rng = np.random.default_rng(seed)
     # One text per video.
     sim_TxV = rng.normal(size=(number, number)) + 1.5 * np.eye(number)

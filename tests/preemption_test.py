@@ -1,4 +1,4 @@
-"""Stopped in every way, on one process and on several, a run ends as if nothing had happened."""
+"""Runs stopped at any moment, on one or several processes, end as uninterrupted ones."""
 
 import signal
 import subprocess
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 def whole(folder):
     """Returns the work directory of an uninterrupted run on two processes."""
     run = kills.Run(folder / "config.py", folder / "whole", processes=2)
-    assert run.end() == [0, 0], run.said()[-3000:]
+    assert run.end() == [0, 0], run.output()[-3000:]
     return run.workdir
 
 
@@ -38,37 +38,37 @@ MOMENTS = {
     "first step": lambda run: run.steps() >= 1,
     "mid-epoch": lambda run: run.steps() >= 14,
     "checkpoint": lambda run: kills.in_mid_save(run),
-    "evaluation": lambda run: "encoding val" in run.said()[-300:],
+    "evaluation": lambda run: "encoding val" in run.output()[-300:],
 }
 
 
 @pytest.mark.slow  # tests/study_run_test.py stops and kills a run, too
-def test_one_process_killed_at_any_moment(folder):
+def test_one_process_killed_at_any_moment_resumes(folder):
     def start(name):
         return kills.Run(folder / "config.py", folder / name)
 
     whole = start("whole_alone")
-    assert whole.end() == [0], whole.said()[-3000:]
+    assert whole.end() == [0], whole.output()[-3000:]
     for moment in MOMENTS.values():
         run = start("killed")
         run.wait_until(lambda run=run, moment=moment: moment(run))
         run.processes[0].kill()
         assert run.end() == [-signal.SIGKILL], "ended before the moment"
     run = start("killed")
-    assert run.end() == [0], run.said()[-3000:]
-    assert "resuming from step" in run.said()
+    assert run.end() == [0], run.output()[-3000:]
+    assert "resuming from step" in run.output()
     assert_same(run.workdir, whole.workdir)
 
 
-def test_two_processes_stopped_in_every_way(folder, whole):
+def test_two_processes_stopped_in_every_way_resume(folder, whole):
     def start():
         return kills.Run(folder / "config.py", folder / "stopped", processes=2)
 
     run = start()
     run.wait_until(lambda: run.steps() >= 4)
     run.processes[1].send_signal(signal.SIGTERM)
-    assert run.end() == [75, 75], run.said()[-3000:]
-    assert "the same command resumes" in run.said()
+    assert run.end() == [75, 75], run.output()[-3000:]
+    assert "the same command resumes" in run.output()
 
     run = start()
     run.wait_until(lambda: kills.in_mid_save(run))
@@ -82,9 +82,9 @@ def test_two_processes_stopped_in_every_way(folder, whole):
     damaged = kills.truncate_newest(run.workdir)
 
     run = start()
-    assert run.end() == [0, 0], run.said()[-3000:]
-    assert f"checkpoint {damaged} is corrupted, resuming from" in run.said()
-    assert "Traceback" not in run.said()
+    assert run.end() == [0, 0], run.output()[-3000:]
+    assert f"checkpoint {damaged} is corrupted, resuming from" in run.output()
+    assert "Traceback" not in run.output()
     assert_same(run.workdir, whole)
 
 
@@ -94,7 +94,7 @@ from xclip_jax import cli, distributed
 
 def main():
     distributed.connect(sys.argv[1], 2, int(sys.argv[2]))
-    distributed.gather_objects("both are here")
+    distributed.gather_objects("connected")
     if sys.argv[2] == "1":
         time.sleep(4)
     distributed.shutdown()
@@ -106,8 +106,8 @@ cli.run_command(main)
 """
 
 
-def test_the_first_process_waits_for_the_last_and_sigterm_ends_each():
-    """The command ends without JAX's own farewell: those that outlive the first are aborted."""
+def test_processes_shut_down_together_and_end_on_sigterm():
+    """JAX aborts processes that outlive the first one."""
     coordinator = f"localhost:{kills.free_port()}"
     command = [sys.executable, "-c", ENDING, coordinator]
     started = [subprocess.Popen([*command, number]) for number in "01"]
@@ -115,8 +115,8 @@ def test_the_first_process_waits_for_the_last_and_sigterm_ends_each():
 
 
 @pytest.mark.slow
-def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole):
-    """Each goes on where the one before was told to stop."""
+def test_resume_on_other_meshes_and_process_counts(folder, whole):
+    """Each run resumes where the previous one was stopped."""
     config, workdir = folder / "config.py", folder / "moving"
     for stop, processes, devices, fields in (
         (6, 1, 8, ["--config.mesh.fsdp=2"]),
@@ -128,6 +128,6 @@ def test_from_a_4_x_2_mesh_to_2_x_4_to_two_processes_to_one_device(folder, whole
         if stop:
             run.wait_until(lambda run=run, stop=stop: run.steps() >= stop)
             run.processes[0].send_signal(signal.SIGTERM)
-        assert run.end() == [75 if stop else 0] * processes, run.said()[-3000:]
+        assert run.end() == [75 if stop else 0] * processes, run.output()[-3000:]
     for a, b in zip(kills.weights(whole), kills.weights(workdir), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

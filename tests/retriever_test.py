@@ -40,7 +40,7 @@ def frames(count, side=tiny.SIDE, seed=0):
     return np.random.default_rng(seed).integers(0, 255, (count, side, side, 3), np.uint8)
 
 
-def test_shapes_and_masks_are_those_of_the_model(retriever):
+def test_features_have_the_shapes_and_masks_of_the_model(retriever):
     text = retriever.encode_text(["a red dog", "cat", "a blue cat and a red dog and a blue cat"])
     assert text.sentence.shape == (3, 32)
     assert text.words.shape == (3, 8, 32)
@@ -51,7 +51,7 @@ def test_shapes_and_masks_are_those_of_the_model(retriever):
     assert retriever.similarity(text, video).shape == (3, 3)
 
 
-def test_a_path_gives_what_its_frames_give(retriever, clip):
+def test_path_and_its_frames_give_equal_features(retriever, clip):
     decoded = np.stack(read_frames(clip, tiny.SIDE).frames)
     assert len(decoded) == 7  # thinned out to the model's 4
     one, other = retriever.encode_video([clip]), retriever.encode_video([decoded])
@@ -63,7 +63,7 @@ def test_frames_of_another_size_are_preprocessed(retriever):
     assert retriever.encode_video([large]).mask.sum() == 2
 
 
-def test_any_batch_size_gives_the_same_and_compiles_little(retriever):
+def test_any_number_of_videos_matches_and_compiles_few_programs(retriever):
     videos = [frames(1 + i % 4, seed=i) for i in range(37)]
     whole = retriever.encode_video(videos)
     parts = [retriever.encode_video(videos[i : i + 3]) for i in range(0, 36, 3)]
@@ -101,12 +101,12 @@ def test_search_ranks_by_similarity(retriever, clip):
         (lambda r: r.encode_video([frames(2), frames(2).astype(np.float32)]), "all uint8 or all"),
     ],
 )
-def test_mistakes_are_named(retriever, call, message):
+def test_invalid_arguments_are_named(retriever, call, message):
     with pytest.raises(InputError, match=message):
         call(retriever)
 
 
-def test_a_model_without_tokenizer_says_how_to_add_one(folder, tmp_path, retriever):
+def test_encode_text_without_tokenizer_names_vocab_option(folder, tmp_path, retriever):
     _, model, params, _ = load_model(folder)
     save_model(tmp_path / "model", model.config, params)
     without = xclip_jax.load(tmp_path)  # a work directory
@@ -115,7 +115,7 @@ def test_a_model_without_tokenizer_says_how_to_add_one(folder, tmp_path, retriev
         without.encode_text(["a dog"])
 
 
-def test_a_missing_or_damaged_model_is_named(folder, tmp_path):
+def test_missing_or_corrupted_model_is_named(folder, tmp_path):
     with pytest.raises(InputError, match=r"model\.json is missing"):
         xclip_jax.load(tmp_path)
     (tmp_path / "model.json").write_text("{")

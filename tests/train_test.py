@@ -1,4 +1,4 @@
-"""Training: it learns, it is exact over devices and restarts, and it stops where it must."""
+"""Training: convergence, exact resume on any devices, checkpoints and refused inputs."""
 
 import functools
 import json
@@ -37,14 +37,14 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """An uninterrupted run: (config, work directory)."""
+    """Returns (config, work directory) of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished")
     config = tiny.make_config(data, epochs=4, checkpoint_every=2)
     train.train(config, workdir)
     return config, workdir
 
 
-def test_it_learns_and_the_report_says_so(data, tmp_path):
+def test_training_fits_the_data_and_writes_results(data, tmp_path):
     config = tiny.make_config(data, epochs=40, eval_every=40)
     config.data.test_split = "val"
     config.loss.same_video = "ignore"
@@ -60,7 +60,7 @@ def test_it_learns_and_the_report_says_so(data, tmp_path):
     assert losses[-1] < losses[0] / 4
 
 
-def test_without_epochs_the_weights_it_starts_from_are_evaluated(finished, data, tmp_path):
+def test_zero_epochs_keep_the_initial_weights(finished, data, tmp_path):
     config, whole = finished
     config = config.copy_and_resolve_references()
     config.init.clip = str(whole)
@@ -70,11 +70,11 @@ def test_without_epochs_the_weights_it_starts_from_are_evaluated(finished, data,
     results = evaluate.evaluate(config, tmp_path)
     assert results["step"] == 0
     before = (tmp_path / "model" / "model.json").read_text()
-    train.train(config, tmp_path)  # again: nothing to do
+    train.train(config, tmp_path)  # no steps remain
     assert (tmp_path / "model" / "model.json").read_text() == before
 
 
-def test_ranks_of_single_queries_make_the_metrics(finished):
+def test_ranks_file_reproduces_the_metrics(finished):
     config, workdir = finished
     config = config.copy_and_resolve_references()
     config.eval.update(dual_softmax=True, qb_norm=5)
@@ -92,7 +92,7 @@ def test_ranks_of_single_queries_make_the_metrics(finished):
             assert summarize(*ranks[f"dual softmax/{way}"]) == normalized
 
 
-def test_without_a_test_split_it_says_that_it_evaluates_on_training_clips(finished, capsys):
+def test_evaluation_on_training_clips_is_noted(finished, capsys):
     results = evaluate.evaluate(*finished)
     assert results["split"] == "train"
     assert "trained on" in results["note"]
@@ -104,25 +104,25 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kill_after", [1, 3, 4, 7, 11])
-def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch, kill_after):
+def test_resume_matches_uninterrupted_run(finished, tmp_path, monkeypatch, kill_after):
     config, whole = finished
 
-    def killing(self, step, metrics, truncated, original=train.Monitor.log_step):
+    def log_and_kill(self, step, metrics, truncated, original=train.Monitor.log_step):
         original(self, step, metrics, truncated)
         if step == kill_after:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Monitor, "log_step", killing)
+        patch.setattr(train.Monitor, "log_step", log_and_kill)
         with pytest.raises(Killed):
             train.train(config, tmp_path)
     train.train(config, tmp_path)
     assert_same(params_of(whole), params_of(tmp_path))
     steps = [line["step"] for line in read_metrics(tmp_path) if "train/loss" in line]
-    assert steps == list(range(1, 13))  # nothing missing, nothing twice
+    assert steps == list(range(1, 13))  # no step is missing or repeated
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path, caplog):
+def test_training_resumes_before_a_corrupted_checkpoint(finished, tmp_path, caplog):
     config, whole = finished
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
@@ -152,7 +152,7 @@ def cut(path):
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "a file cut": cut,
     "no state": lambda path: shutil.rmtree(path / "state"),
     "metrics": lambda path: (path / "metrics/metrics").write_bytes(b"\xff"),
@@ -161,14 +161,14 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_gives_way_to_a_whole_checkpoint(tmp_path, damage, caplog):
+@pytest.mark.parametrize("damage", CORRUPTIONS)
+def test_corrupted_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
     state = {"x": jax.device_put(np.arange(4000.0))}
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
         checkpoints.save(step, {"x": state["x"] + step}, step)
     checkpoints.close()
-    DAMAGES[damage](tmp_path / "2")
+    CORRUPTIONS[damage](tmp_path / "2")
     checkpoints = Checkpoints(tmp_path)
     step, found = checkpoints.restore_newest(state)
     assert (step, found["x"][0]) == (1, 1)
@@ -176,7 +176,7 @@ def test_damage_gives_way_to_a_whole_checkpoint(tmp_path, damage, caplog):
     checkpoints.close()
 
 
-def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next(tmp_path, caplog):
+def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):
     state = {"x": np.arange(4000.0)}
     checkpoints = Checkpoints(tmp_path)
     for step, score in ((1, 9), (2, 5), (3, 7)):
@@ -188,7 +188,7 @@ def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next(tmp_path, caplo
     checkpoints.close()
 
 
-def test_newest_and_best_checkpoints_are_kept(tmp_path):
+def test_newest_two_and_best_checkpoints_are_kept(tmp_path):
     state = {"x": np.arange(4.0)}
     checkpoints = Checkpoints(tmp_path)
     for step, score in enumerate([10, 90, 30, 90, 20, None, 40], 1):
@@ -206,7 +206,7 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"), [("optimizer.lr", 1.0), ("seed", 3), ("model.temporal.type", "none")]
 )
-def test_a_work_directory_of_another_config_is_refused_by_field(finished, field, value):
+def test_work_directory_of_another_config_is_refused(finished, field, value):
     config, workdir = finished
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({field: value})
@@ -214,7 +214,7 @@ def test_a_work_directory_of_another_config_is_refused_by_field(finished, field,
         train.train(changed, workdir)
 
 
-def test_fields_that_do_not_change_training_may_differ(finished, tmp_path):
+def test_free_fields_may_change_on_resume(finished, tmp_path):
     config, whole = finished
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     changed = config.copy_and_resolve_references()
@@ -226,7 +226,7 @@ def test_fields_that_do_not_change_training_may_differ(finished, tmp_path):
     assert_same(params_of(whole), params_of(tmp_path))
 
 
-def test_other_data_under_the_same_config_is_refused(finished, tmp_path):
+def test_changed_data_is_refused(finished, tmp_path):
     config, whole = finished
     changed = config.copy_and_resolve_references()
     changed.data.path = str(tiny.make_dataset(tmp_path / "other", num_frames=4))
@@ -234,7 +234,7 @@ def test_other_data_under_the_same_config_is_refused(finished, tmp_path):
         train.train(changed, whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+def test_infinite_loss_stops_the_run_and_keeps_checkpoints(data, tmp_path):
     config = tiny.make_config(data, checkpoint_every=1)
     config.optimizer.update(lr=1e30, encoder_lr=1e30, warmup=0.5)  # the first update has rate 0
     with pytest.raises(InputError, match=r"at step \d; .* Try, .* smaller config\.optimizer\.lr"):
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert not (tmp_path / "model").exists()
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_names_those_that_do():
+def test_indivisible_batch_size_error_names_valid_sizes():
     mesh = sharding.make_mesh(-1)
     with pytest.raises(InputError, match=r"train.batch_size = 7: .* for example 6 or 8"):
         sharding.check_batch_size("batch_size", 7, mesh)
@@ -259,14 +259,14 @@ def test_a_batch_that_does_not_divide_over_the_devices_names_those_that_do():
         ({"mesh.data": 2, "mesh.fsdp": 2}, r"together they must be at most the 2 devices"),
     ],
 )
-def test_what_does_not_fit_the_devices_is_refused(data, fields, message):
+def test_sizes_that_do_not_fit_the_devices_are_refused(data, fields, message):
     config = tiny.make_config(data)
     config.update_from_flattened_dict(fields)
     with pytest.raises(InputError, match=message):
         set_up(config)
 
 
-def test_the_rule_of_what_is_split():
+def test_large_arrays_are_split_along_their_largest_divisible_axis():
     assert sharding.split_spec((512, 1024), 2) == PartitionSpec(None, "fsdp")
     assert sharding.split_spec((1024, 513), 2) == PartitionSpec("fsdp", None)
     assert sharding.split_spec((12, 512, 512), 4) == PartitionSpec(None, None, "fsdp")
@@ -275,8 +275,8 @@ def test_the_rule_of_what_is_split():
     assert sharding.split_spec((512, 1024), 1) == PartitionSpec()
 
 
-def test_a_run_goes_on_over_other_devices_and_micro_batches(data, tmp_path, monkeypatch):
-    """mesh, micro_batch and block_cells are free to change; the result is the same to rounding."""
+def test_resume_on_another_mesh_matches_within_rounding(data, tmp_path, monkeypatch):
+    """mesh, micro_batch and block_cells are free fields."""
     monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
     config = tiny.make_config(data, epochs=2)
     config.optimizer.update(lr=1e-4, encoder_lr=1e-4)
@@ -297,7 +297,7 @@ def test_a_run_goes_on_over_other_devices_and_micro_batches(data, tmp_path, monk
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_profile_of_some_steps(data, tmp_path):
+def test_profile_is_written(data, tmp_path):
     config = tiny.make_config(data, epochs=1)
     config.log.update(profile_from=2, profile_to=3)
     train.train(config, tmp_path)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
@@ -50,7 +50,7 @@ class Monitor:
             if config.log.tensorboard:
                 self._board = SummaryWriter(str(workdir), purge_step=start + 1)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_: object) -> None:
