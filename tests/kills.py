@@ -103,7 +103,7 @@ def write_config(folder, data, epochs):
 
 
 def truncate_newest(workdir):
-    """Truncates a file of the newest checkpoint and returns its step, None if it is the only one."""
+    """Truncates a file of the newest checkpoint and returns its step, None if there is one only."""
     steps = [p for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()]
     if len(steps) < 2:
         return None

@@ -19,9 +19,7 @@ def test_dual_softmax_of_one_query_and_of_large_logits():
 
 
 def test_dual_softmax_resolves_competing_queries():
-    scores_QxG = np.array(
-        [[30.0, 28.0], [29.0, 20.0]]
-    )  # both prefer item 0
+    scores_QxG = np.array([[30.0, 28.0], [29.0, 20.0]])  # both prefer item 0
     assert scores_QxG.argmax(1).tolist() == [0, 0]
     scores_QxG = np.array([[30.0, 29.5], [33.0, 20.0]])  # item 0 goes to the second query
     assert dual_softmax(scores_QxG).argmax(1).tolist() == [1, 0]
