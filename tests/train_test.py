@@ -139,7 +139,7 @@ def test_checkpoints_of_another_model_are_refused_and_kept(finished, tmp_path):
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     other = config.copy_and_resolve_references()
     other.model.temporal.type = "none"
-    with pytest.raises(InputError, match=r"no checkpoint in .* can be restored; .* another model"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be restored: .* another model"):
         train.train(other, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == steps
     (tmp_path / "config.json").write_text("{")
@@ -166,7 +166,7 @@ def test_corrupted_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
     state = {"x": jax.device_put(np.arange(4000.0))}
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, {"x": state["x"] + step}, step)
+        checkpoints.save(step, {"x": state["x"] + step}, float(step))
     checkpoints.close()
     CORRUPTIONS[damage](tmp_path / "2")
     checkpoints = Checkpoints(tmp_path)
@@ -179,7 +179,7 @@ def test_corrupted_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
 def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):
     state = {"x": np.arange(4000.0)}
     checkpoints = Checkpoints(tmp_path)
-    for step, score in ((1, 9), (2, 5), (3, 7)):
+    for step, score in ((1, 9.0), (2, 5.0), (3, 7.0)):
         checkpoints.save(step, {"x": state["x"] + (np.nan if step == 1 else step)}, score)
     checkpoints.wait()
     step, found = checkpoints.restore_best(state)
@@ -191,7 +191,7 @@ def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):
 def test_newest_two_and_best_checkpoints_are_kept(tmp_path):
     state = {"x": np.arange(4.0)}
     checkpoints = Checkpoints(tmp_path)
-    for step, score in enumerate([10, 90, 30, 90, 20, None, 40], 1):
+    for step, score in enumerate([10.0, 90.0, 30.0, 90.0, 20.0, None, 40.0], 1):
         checkpoints.save(step, {"x": state["x"] + step}, score)
     step, best = checkpoints.restore_best(state)
     assert (step, best["x"].tolist()) == (4, [4, 5, 6, 7])  # the latest of equals
