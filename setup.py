@@ -16,7 +16,6 @@ REQUIRES = [
     "safetensors>=0.6",  # comes with transformers: its weight files
     "ml_dtypes",  # comes with jax: bfloat16 in NumPy
     "ml_collections>=1.1,<2",
-    "absl-py>=2.1",
     "jaxtyping>=0.3",  # shapes in annotations, checked at test time
     "jinja2>=3.1",  # the HTML reports, autoescaped
     "numpy>=2.0",
