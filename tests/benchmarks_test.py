@@ -111,7 +111,7 @@ def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch,
     fields = TINY | {"data.path": data, "train.select": "test"}
     results = run_main(monkeypatch, "activitynet.py:vit_b16", tmp_path, fields)
     assert results["selected_on"] == "test"
-    assert "best results on the test split itself" in results["note"]
+    assert "selected on the test split itself" in results["note"]
     assert "test/text_to_video/R@1" in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -123,7 +123,7 @@ def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch,
         (
             "msrvtt.py",
             {"init.clip": "models/none"},
-            r"looked for models/none/tokenizer; fetch https://openaipublic.*ViT-B-16.pt and .*"
+            r"no tokenizer in models/none/tokenizer; download https://openaipublic.*ViT-B-16.pt and .*"
             r"xclip_jax.convert --input=ViT-B-16.pt --output=models/none --vocab=bpe_simple",
         ),
         (
@@ -133,7 +133,7 @@ def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch,
         ),
         ("msrvtt.py", {"data.test_split": "dev", "train.epochs": 1}, r"has no split 'dev'"),
         ("msrvtt.py", {"train.select": "test", "data.test_split": "dev"}, r"has no split 'dev'"),
-        ("msrvtt.py", {"data.variant": "1k"}, r"data.variant = '1k': must be one of , 9k, 7k"),
+        ("msrvtt.py", {"data.variant": "1k"}, r"data.variant = '1k': must be one of 9k, 7k, full"),
         (
             "msvd.py:7k",
             {},

@@ -168,7 +168,7 @@ def test_gradient_of_attention_matches_autodiff_and_finite_differences(axis):
         return jnp.sum(jnp.sum(weights * jnp.where(mask, scores, 0), axis) * upstream)
 
     def written(scores):
-        return jnp.sum(attend(scores, mask, axis, tau) * upstream)
+        return jnp.sum(attend(scores, jnp.asarray(mask), axis, tau) * upstream)
 
     found = np.asarray(jax.jit(jax.grad(written))(scores))
     np.testing.assert_allclose(found, jax.jit(jax.grad(plain))(scores), atol=5e-6)
