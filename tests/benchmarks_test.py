@@ -123,8 +123,8 @@ def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch,
         (
             "msrvtt.py",
             {"init.clip": "models/none"},
-            r"no tokenizer in models/none/tokenizer; download https://openaipublic.*ViT-B-16.pt and .*"
-            r"xclip_jax.convert --input=ViT-B-16.pt --output=models/none --vocab=bpe_simple",
+            r"no tokenizer in models/none/tokenizer; download https://openaipublic.*ViT-B-16.pt "
+            r"and .*xclip_jax.convert --input=ViT-B-16.pt --output=models/none --vocab=bpe_simple",
         ),
         (
             "didemo.py:vit_b16",
