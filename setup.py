@@ -16,7 +16,7 @@ REQUIRES = [
     "safetensors>=0.6",  # comes with transformers: its weight files
     "ml_dtypes",  # comes with jax: bfloat16 in NumPy
     "ml_collections>=1.1,<2",
-    "jaxtyping>=0.3",  # shapes in annotations, checked at test time
+    "jaxtyping>=0.3",  # array shapes in annotations
     "jinja2>=3.1",  # the HTML reports, autoescaped
     "numpy>=2.0",
     "scipy>=1.14",  # comes with jax: log-sum-exp on the host
@@ -47,7 +47,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs test files in parallel
             "ruff>=0.15",
-            "beartype>=0.21",  # checks annotations while the tests run
+            "beartype>=0.21",  # checks annotations under pytest --jaxtyping-packages
             "pyright[nodejs]>=1.1.400",  # the type checker, with the Node.js it runs on
             "setuptools>=77",  # builds the wheel that a test installs
             "pyyaml>=6",

@@ -1,4 +1,4 @@
-"""ActivityNet Captions: 15,000 long videos; all sentences of a video form one paragraph.
+"""ActivityNet Captions: 15,000 long videos, whose sentences form one paragraph per video.
 
     python -m xclip_jax.prepare --dataset=activitynet --videos=ActivityNet/videos/ \
         --annotations=ActivityNet/ --output=data/activitynet
@@ -29,7 +29,7 @@ from xclip_jax.config import benchmark
 
 
 def get_config(arguments: str = "") -> Any:
-    """Returns the config; `arguments` are backbone, preset, split, separated by commas."""
+    """Returns the config of `arguments`: backbone, preset and split, separated by commas."""
     return benchmark(
         "activitynet",
         arguments,

@@ -24,7 +24,7 @@ from xclip_jax.cli import InputError
 
 
 def get_config(variant: str = "") -> Any:
-    """Returns the config; `variant` is "", "clip" or "study"."""
+    """Returns the config of a variant: "", "clip" or "study"."""
     if variant not in ("", "clip", "study"):
         raise InputError(f"--config=configs/demo.py:{variant}: after the colon, clip or study")
     c = config.get_config()

@@ -1,4 +1,4 @@
-"""DiDeMo: 10,461 videos from Flickr; all sentences of a video form one paragraph.
+"""DiDeMo: 10,461 videos from Flickr, whose sentences form one paragraph per video.
 
     python -m xclip_jax.prepare --dataset=didemo --max_seconds=31 --videos=DiDeMo/videos/ \
         --annotations=DiDeMo/ --output=data/didemo
@@ -28,7 +28,7 @@ from xclip_jax.config import benchmark
 
 
 def get_config(arguments: str = "") -> Any:
-    """Returns the config; `arguments` are backbone, preset, separated by commas."""
+    """Returns the config of `arguments`: backbone and preset, separated by commas."""
     return benchmark(
         "didemo",
         arguments,

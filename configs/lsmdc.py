@@ -1,4 +1,4 @@
-"""LSMDC 2016: 118,081 clips from films with one sentence each; tested on 1,000 of them.
+"""LSMDC 2016: 118,081 clips from films with one sentence each, tested on 1,000 of them.
 
     python -m xclip_jax.prepare --dataset=lsmdc --videos=LSMDC/videos/ \
         --annotations=LSMDC/ --output=data/lsmdc
@@ -28,5 +28,5 @@ from xclip_jax.config import benchmark
 
 
 def get_config(arguments: str = "") -> Any:
-    """Returns the config; `arguments` are backbone, preset, separated by commas."""
+    """Returns the config of `arguments`: backbone and preset, separated by commas."""
     return benchmark("lsmdc", arguments, paper=(300, 3), official=(300, 5), official_b16=(80, 5))

@@ -1,4 +1,4 @@
-"""MSR-VTT: 10,000 clips with 20 captions each; tested on the 1,000 pairs of 1k-A.
+"""MSR-VTT: 10,000 clips with 20 captions each, tested on the 1,000 pairs of 1k-A.
 
     python -m xclip_jax.prepare --dataset=msrvtt --videos=MSRVTT/ \
         --annotations=msrvtt_data/ --output=data/msrvtt
@@ -30,5 +30,5 @@ from xclip_jax.config import benchmark
 
 
 def get_config(arguments: str = "") -> Any:
-    """Returns the config; `arguments` are backbone, preset, split, separated by commas."""
+    """Returns the config of `arguments`: backbone, preset and split, separated by commas."""
     return benchmark("msrvtt", arguments, paper=(300, 3), official=(300, 5), official_b16=(80, 5))

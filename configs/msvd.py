@@ -28,5 +28,5 @@ from xclip_jax.config import benchmark
 
 
 def get_config(arguments: str = "") -> Any:
-    """Returns the config; `arguments` are backbone, preset, separated by commas."""
+    """Returns the config of `arguments`: backbone and preset, separated by commas."""
     return benchmark("msvd", arguments, paper=(300, 3), official=(300, 5), official_b16=(80, 5))

@@ -1,4 +1,4 @@
-"""Batch size of the contrastive loss; gradient caching keeps the memory of the smallest batch.
+"""Batch size of the contrastive loss, with the memory of the smallest batch.
 
     python -m xclip_jax.study --study=configs/studies/batch_size.py --config=configs/msrvtt.py
     python -m xclip_jax.study --study=configs/studies/batch_size.py:75,150,300,600 --config=...

@@ -7,7 +7,7 @@ from xclip_jax.study import Study, Variant
 
 
 def get_study(config):
-    """Returns the study; --config=configs/msrvtt.py:vit_b16 gives the lower half of the table."""
+    """Returns the study, whose lower half is of --config=configs/msrvtt.py:vit_b16."""
     del config
     without = Variant({"model.temporal.type": "none"}, {"ViT-B/32": 45.2, "ViT-B/16": 48.3})
     encoder = Variant({"model.temporal.type": "transformer"}, {"ViT-B/32": 46.1, "ViT-B/16": 49.3})
