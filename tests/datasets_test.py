@@ -90,20 +90,12 @@ def item(**fields):
         ("a.csv", "", ": contains no captions"),
         ("a.csv", "video,caption\n", ": contains no captions"),
         ("a.csv", "\n\n", ": contains no captions"),
-        (
-            "a.csv",
-            "video,text\na,b\n",
-            ", line 1: field 'text': unknown; must be one of vid",
-        ),
+        ("a.csv", "video,text\na,b\n", ", line 1: field 'text': unknown; must be one of vid"),
         ("a.csv", "caption,split\nb,train\n", ", line 2: field 'video': missing"),
         ("a.csv", "video,split\na,train\n", ", line 2: field 'caption': missing"),
         ("a.csv", "video;caption\na;b\n", ", line 1: field 'video;caption': unknown"),
         ("a.csv", "video,caption,caption\na,b,c\n", ", line 1: field 'caption' occurs 2 times"),
-        (
-            "a.csv",
-            "video,caption\na,b\na\n",
-            ", line 3: 1 values for the 2 fields video,caption",
-        ),
+        ("a.csv", "video,caption\na,b\na\n", ", line 3: 1 values for the 2 fields video,caption"),
         (
             "a.csv",
             "video,caption\na,b\nc,d, e\n",
@@ -130,11 +122,7 @@ def item(**fields):
         ("a.jsonl", "", ": contains no captions"),
         ("a.jsonl", '{"video": "a", "caption": "b"}\n{"video"\n', ", line 2: invalid JSON: Ex"),
         ("a.jsonl", "\n[]\n", ", line 2: must be an object"),
-        (
-            "a.json",
-            item(ends=1),
-            ", item 2: field 'ends': unknown; must be one of vid",
-        ),
+        ("a.json", item(ends=1), ", item 2: field 'ends': unknown; must be one of vid"),
         ("a.json", item(video=1), ", item 2: field 'video': missing or not a file name"),
         ("a.json", item(caption=" \n"), ", item 2: field 'caption': contains an empty sentence"),
         (
@@ -153,16 +141,8 @@ def item(**fields):
         ("a.json", item(end="inf"), ", item 2: field 'end': 'inf' is not a number of seconds"),
         ("a.json", item(start=2, end=2), ", item 2: field 'end': 2 s is not after the start at 2"),
         ("a.json", item(end=0), ", item 2: field 'end': 0 s is not after the start at 0 s"),
-        (
-            "a.json",
-            item(split="dev"),
-            ", item 2: field 'split': 'dev' must be one of train",
-        ),
-        (
-            "a.json",
-            item(split=["val"]),
-            ", item 2: field 'split': ['val'] must be one of train",
-        ),
+        ("a.json", item(split="dev"), ", item 2: field 'split': 'dev' must be one of train"),
+        ("a.json", item(split=["val"]), ", item 2: field 'split': ['val'] must be one of train"),
         ("a.json", item(split="test"), ", item 2: field 'split': a is in test and train"),
         ("a.json", '[{"video": "a", "captions": []}]', ", item 1: field 'captions': missing or n"),
         (

@@ -6,12 +6,7 @@ import pytest
 import tiny
 
 from xclip_jax.models import XClip, read_model_config
-from xclip_jax.search.funnel import (
-    Funnel,
-    frame_attention,
-    make_example_funnel,
-    make_example_query,
-)
+from xclip_jax.search.funnel import Funnel, frame_attention, make_example_funnel, make_example_query
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 

@@ -711,12 +711,7 @@ JOB = {
     "podFailurePolicy": POD_FAILURE_POLICY,
     "template": {"metadata": METADATA, "spec": POD},
 }
-RULE = {
-    "name": TEXT,
-    "action": TEXT,
-    "onJobFailureReasons": [TEXT],
-    "targetReplicatedJobs": [TEXT],
-}
+RULE = {"name": TEXT, "action": TEXT, "onJobFailureReasons": [TEXT], "targetReplicatedJobs": [TEXT]}
 JOBSET = {
     "apiVersion": TEXT,
     "kind": TEXT,
@@ -796,10 +791,7 @@ def test_jobset_fields_are_published_and_preemption_restarts(launcher, kind):
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     policy = manifest["spec"]["failurePolicy"]
     assert policy["rules"] == [
-        {
-            "action": "RestartJobSetAndIgnoreMaxRestarts",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-        }
+        {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
     ]
     job, pod, container = parts(manifest)
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
@@ -942,10 +934,7 @@ def test_skypilot_runs_one_process_per_machine(launcher, status):
         text=True,
         timeout=20,
     )
-    assert (result.returncode, result.stdout) == (
-        status,
-        "training with /mnt/bucket/jax_cache\n",
-    )
+    assert (result.returncode, result.stdout) == (status, "training with /mnt/bucket/jax_cache\n")
     assert launcher.calls("python") == [
         [
             *["python", *program("/mnt/bucket")],

@@ -78,10 +78,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_text_queries_rank_videos_and_mark_the_right_one():
-    sim_TxV = np.array(
-        [[1, 9, 5, 7], [8, 2, 3, 4], [6, 5, 4, 3], [1, 2, 3, 4]],
-        np.float32,
-    )
+    sim_TxV = np.array([[1, 9, 5, 7], [8, 2, 3, 4], [6, 5, 4, 3], [1, 2, 3, 4]], np.float32)
     shown = {q.item: q for q in queries.text_queries(sim_TxV, np.array([3, 1, 0, 2]))}
     assert [(hit.item, hit.score, hit.kind) for hit in shown[0].hits] == [
         (1, 9, "wrong"), (3, 7, "right"), (2, 5, "wrong"),

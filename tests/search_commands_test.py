@@ -211,5 +211,5 @@ def test_each_command_has_help(capsys, command):
 
 def test_times_are_printed_as_minutes_and_seconds():
     assert [output.format_time(s) for s in (0, 59.9, 61, 3600, 7325.2)] == [
-        *("0:00", "0:59", "1:01", "1:00:00", "2:02:05"),
+        *("0:00", "0:59", "1:01", "1:00:00", "2:02:05")
     ]

@@ -80,10 +80,7 @@ def test_lstm_matches_loop_in_numpy():
     """PyTorch's nn.LSTM: gates in the order input, forget, candidate, output, two biases."""
     rng = np.random.default_rng(2)
     params = {
-        "input": {
-            "kernel": rng.normal(size=(DIM, 4 * DIM)) / 3,
-            "bias": rng.normal(size=4 * DIM),
-        },
+        "input": {"kernel": rng.normal(size=(DIM, 4 * DIM)) / 3, "bias": rng.normal(size=4 * DIM)},
         "hidden_kernel": rng.normal(size=(DIM, 4 * DIM)) / 3,
         "hidden_bias": rng.normal(size=4 * DIM),
     }

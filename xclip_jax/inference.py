@@ -77,12 +77,7 @@ def encode_videos(
 
 
 def _encode(
-    model: XClip,
-    params: PyTree,
-    method: str,
-    arrays: tuple[np.ndarray, ...],
-    *,
-    batch_size: int,
+    model: XClip, params: PyTree, method: str, arrays: tuple[np.ndarray, ...], *, batch_size: int
 ) -> Any:
     total = len(arrays[0])
     if not total:

@@ -15,13 +15,7 @@ from collections.abc import Sequence
 import jax
 
 from xclip_jax import compile_only, evaluate, prepare, train
-from xclip_jax.cli import (
-    CommandParser,
-    InputError,
-    one_line_errors,
-    parse_with_config,
-    run_command,
-)
+from xclip_jax.cli import CommandParser, InputError, one_line_errors, parse_with_config, run_command
 from xclip_jax.config import validate
 from xclip_jax.distributed import (
     connect,

@@ -44,11 +44,7 @@ class Retriever:
     """
 
     def __init__(
-        self,
-        config: dict[str, Any],
-        model: XClip,
-        params: Any,
-        tokenizer: Tokenizer | None = None,
+        self, config: dict[str, Any], model: XClip, params: Any, tokenizer: Tokenizer | None = None
     ) -> None:
         self.config, self.model, self.params, self.tokenizer = config, model, params, tokenizer
 

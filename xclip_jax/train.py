@@ -83,11 +83,7 @@ def train(config: RunConfig, workdir: str | Path) -> None:
 
 
 def _run_steps(
-    config: RunConfig,
-    setup: "Setup",
-    state: TrainState,
-    checkpoints: Checkpoints,
-    workdir: Path,
+    config: RunConfig, setup: "Setup", state: TrainState, checkpoints: Checkpoints, workdir: Path
 ) -> TrainState:
     """Runs the remaining steps, with evaluations and checkpoints at the config's intervals."""
     start, total = int(state.step), setup.total_steps

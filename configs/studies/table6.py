@@ -6,12 +6,7 @@ python -m xclip_jax.study --study=configs/studies/table6.py --config=configs/msr
 from xclip_jax.similarity import GRANULARITIES
 from xclip_jax.study import Study, Variant
 
-COLUMNS = {
-    "SV": "sentence-video",
-    "SF": "sentence-frame",
-    "WV": "word-video",
-    "WF": "word-frame",
-}
+COLUMNS = {"SV": "sentence-video", "SF": "sentence-frame", "WV": "word-video", "WF": "word-frame"}
 LETTERS = dict(zip(GRANULARITIES, ("SV", "WV", "SF", "WF"), strict=True))
 PAPER = {
     **{"SV": 43.0, "SF": 42.7, "WV": 42.8, "WF": 42.7},

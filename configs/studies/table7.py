@@ -7,13 +7,7 @@ Names are outer-inner: mean-max is the mean of the maxima, as in ColBERT and FIL
 
 from xclip_jax.study import Study, Variant
 
-PAPER = {
-    "max-max": 44.0,
-    "mean-mean": 43.2,
-    "mean-max": 44.4,
-    "max-mean": 44.9,
-    "attention": 46.1,
-}
+PAPER = {"max-max": 44.0, "mean-mean": 43.2, "mean-max": 44.4, "max-mean": 44.9, "attention": 46.1}
 
 
 def get_study(config):

@@ -98,10 +98,7 @@ def write_dataset(
     }
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
-            name=NAME,
-            version=tfds.core.Version(VERSION),
-            data_dir=str(work),
-            module_name=__name__,
+            name=NAME, version=tfds.core.Version(VERSION), data_dir=str(work), module_name=__name__
         ),
         description="Video clips, one frame a second, with captions.",
         features=_features(),

@@ -52,11 +52,7 @@ class TrainingPairs:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        split: str,
-        captions: Literal["all", "random"],
-        max_videos: int = 0,
+        self, dataset: Dataset, split: str, captions: Literal["all", "random"], max_videos: int = 0
     ) -> None:
         self._clips = dataset.clips(split)
         counts = dataset.captions_per_clip[split]

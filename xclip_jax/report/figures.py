@@ -66,9 +66,7 @@ def strip_width(frames: int = STRIP_FRAMES) -> int:
     return frames * (FRAME_SIDE + FRAME_GAP) - FRAME_GAP
 
 
-def make_strip(
-    frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"],
-) -> UInt8[np.ndarray, "_ _ 4"]:
+def make_strip(frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"]) -> UInt8[np.ndarray, "_ _ 4"]:
     """Returns up to six evenly spaced frames in a row, RGBA with transparent gaps."""
     count = len(frames_FxSxSx3)
     shown = np.unique(np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int))

@@ -209,11 +209,7 @@ class Funnel:
         return rows[0][rows[0] >= 0]
 
     def _score_by_words(
-        self,
-        word_model: XClip,
-        vectors: Float[np.ndarray, "n D"],
-        text: TextFeatures,
-        width: int,
+        self, word_model: XClip, vectors: Float[np.ndarray, "n D"], text: TextFeatures, width: int
     ) -> Scores:
         """Returns the scores of the granularities without frames."""
         mask = np.ones((width, word_model.config.max_frames), bool)

@@ -20,13 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xclip_jax import prepare
-from xclip_jax.cli import (
-    CommandParser,
-    InputError,
-    one_line_errors,
-    parse_with_config,
-    run_command,
-)
+from xclip_jax.cli import CommandParser, InputError, one_line_errors, parse_with_config, run_command
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
 from xclip_jax.study import load_studies
