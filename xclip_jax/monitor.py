@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from xclip_jax.cli import InputError, progress
 from xclip_jax.config import RunConfig
@@ -48,6 +47,8 @@ class Monitor:
             os.replace(partial, path)
             self._file = path.open("a")
             if config.log.tensorboard:
+                from tensorboardX import SummaryWriter  # imports torch where it is installed
+
                 self._board = SummaryWriter(str(workdir), purge_step=start + 1)
 
     def __enter__(self) -> "Monitor":
