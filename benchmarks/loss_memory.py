@@ -27,7 +27,8 @@ from xclip_jax import compile_only, sharding
 from xclip_jax.config import get_config
 from xclip_jax.loss import loss_of_features
 from xclip_jax.models import XClip, read_model_config
-from xclip_jax.train import compile_step, configured_optimizer, state_shapes
+from xclip_jax.optimizer import make_optimizer
+from xclip_jax.train import compile_training
 
 DEVICES = 8
 ALL_CELLS = 1 << 62  # as block_cells: everything in one block
@@ -79,10 +80,9 @@ def measure_step(pairs: int, micro_batch: int) -> results.Row:
     config, model = default_model()
     config.train.update(batch_size=pairs, micro_batch=micro_batch)
     mesh = sharding.make_mesh(1)
-    _, optimizer = configured_optimizer(config, SCHEDULE_STEPS)
-    state = state_shapes(model, optimizer, mesh)
-    step = compile_step(model, optimizer, config, mesh, state)
-    compiled = step.lower(state, compile_only.batch_shapes(config, mesh)).compile()
+    _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
+    init, step = compile_training(model, optimizer, config, mesh)
+    compiled = step.lower(init.eval_shape(), compile_only.batch_shapes(config, mesh)).compile()
     variant = f"micro-batch {micro_batch}" if micro_batch else "plain"
     return memory_row("step", variant, pairs, devices=1, compiled=compiled)
 

@@ -27,7 +27,8 @@ import results
 from xclip_jax import sharding
 from xclip_jax.config import BACKBONES, get_config
 from xclip_jax.models import ModelConfig, XClip, read_model_config
-from xclip_jax.train import check_batch_sizes, compile_step, configured_optimizer, init_state
+from xclip_jax.optimizer import make_optimizer
+from xclip_jax.train import check_batch_sizes, compile_training
 
 TIMED_STEPS, SCHEDULE_STEPS = 2, 1000
 
@@ -69,10 +70,10 @@ class JaxStep:
     def __init__(self, config: Any, model: XClip, batch: dict[str, np.ndarray]) -> None:
         mesh = sharding.make_mesh()
         check_batch_sizes(config, mesh)
-        _, optimizer = configured_optimizer(config, SCHEDULE_STEPS)
-        self.state = init_state(model, optimizer, 0, mesh)
+        _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
+        init, step = compile_training(model, optimizer, config, mesh)
+        self.state = init()
         self.batch = sharding.shard_batch(batch, mesh)
-        step = compile_step(model, optimizer, config, mesh, self.state)
         self.compiled = step.lower(self.state, self.batch).compile()
         self.initial_params = jax.tree.map(np.array, self.state.params)
 

@@ -1,7 +1,6 @@
 """Validation of the config, the files in configs/, and config files of earlier versions."""
 
 import importlib.util
-import inspect
 import itertools
 import math
 import re
@@ -16,7 +15,6 @@ from xclip_jax.cli import InputError
 from xclip_jax.config import FREE_FIELDS, field_value, get_config, validate
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.models import read_model_config
-from xclip_jax.optimizer import make_optimizer
 from xclip_jax.paper import paper_results
 
 PACKAGE = Path(xclip_jax.config.__file__).parent
@@ -178,19 +176,13 @@ def sources():
 
 
 def unread(fields):
-    """Returns the fields that no source reads as `parent.name` or by an alias of the parent.
-
-    config.optimizer is passed on as keyword arguments.
-    """
+    """Returns the fields that no source reads as `parent.name` or by an alias of the parent."""
     text = "\n".join(sources())
-    aliases = {"model": "c|config", "vision": "c", "text": "c"}
-    arguments = inspect.signature(make_optimizer).parameters
+    aliases = {"model": "c|m|config", "vision": "c", "text": "c", "optimizer": "c"}
 
     def is_read(field):
         group, _, name = f"config.{field}".rpartition(".")
         parent = group.rpartition(".")[2]
-        if parent == "optimizer":
-            return name in arguments
         owners = "|".join({parent, aliases.get(parent, parent)})
         return re.search(rf"\b({owners})\.{name}\b", text)
 

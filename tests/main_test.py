@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 def run_main(data, tmp_path, monkeypatch):
     """Returns a function that runs the command in this process and returns its exit status."""
     config = kills.write_config(tmp_path, data, epochs=1)
-    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is already initialised
+    monkeypatch.setattr(main.distributed, "connect", lambda *_: None)  # JAX is already initialised
 
     def run(*arguments):
         argv = [f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments]

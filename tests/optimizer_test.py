@@ -10,10 +10,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from xclip_jax.config import OptimizerConfig
 from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 from xclip_jax.optimizer import (
-    OPTIMIZERS,
     bert_schedule,
     decay_mask,
     encoder_mask,
@@ -139,7 +139,7 @@ def test_updates_match_adamw_in_numpy():
     values = {path: rng.normal(size=shape) for path, shape in shapes.items()}
     ratio, decay, b1, b2, eps, clip_norm = 0.01, 0.2, 0.9, 0.98, 1e-6, 1.0
     options = make_options(0.1, ratio, decay, 0.4, clip_norm)
-    schedule, optimizer = make_optimizer(5, name="adamw", **options)
+    schedule, optimizer = make_optimizer(OptimizerConfig(name="adamw", **options), 5)
     assert [float(schedule(step)) for step in (0, 1, 2)] == pytest.approx([0, 0.05, 0.1])
     params = flax.traverse_util.unflatten_dict(jax.tree.map(jnp.float32, values))
     state = optimizer.init(params)
@@ -284,7 +284,7 @@ def test_updates_match_bert_adam_in_numpy(clip_norm, sizes, clipped):
     params = random_tree(0)
     reference = BertAdam(to_torch(params), 5, 0.05, 0.2, 0.3, 0.9, 0.98, 1e-6, clip_norm)
     options = make_options(0.1, 0.05, 0.2, 0.3, clip_norm)
-    schedule, optimizer = make_optimizer(5, name="bert_adam", **options)
+    schedule, optimizer = make_optimizer(OptimizerConfig(name="bert_adam", **options), 5)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     before = params
     for step, size in enumerate(sizes):
@@ -341,13 +341,17 @@ def test_frozen_parameters_are_those_of_the_release(layers):
 
 def update(params, gradients, name, freeze_layers=-1, steps=3):
     """Returns the updated parameters and the optimizer's state."""
-    optimizer = make_optimizer(8, name=name, **OPTIONS, freeze_layers=freeze_layers)[1]
+    config = OptimizerConfig(name=name, **OPTIONS, freeze_layers=freeze_layers)
+    optimizer = make_optimizer(config, 8)[1]
     state = jax.jit(optimizer.init)(params)
     step = jax.jit(optimizer.update)
     for _ in range(steps):
         updates, state = step(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
+
+
+OPTIMIZERS = ("adamw", "bert_adam")
 
 
 def make_options(lr, encoder_ratio, weight_decay, warmup, clip_norm):

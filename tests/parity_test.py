@@ -17,6 +17,7 @@ import tiny
 
 import xclip_jax
 from xclip_jax import train
+from xclip_jax.config import OptimizerConfig
 from xclip_jax.convert import mapping
 from xclip_jax.convert.importing import convert
 from xclip_jax.loss import LOSS_SCALES, contrastive_loss
@@ -61,10 +62,9 @@ def training_step(retriever, settings):
     """Returns (jitted step, initial optimizer state) with the release's optimizer."""
 
     def optimizer(encoder_ratio):
-        return make_optimizer(
+        options = OptimizerConfig(
             name="bert_adam",
             lr=settings["lr"],
-            total_steps=settings["total_steps"],
             encoder_lr=settings["lr"] * encoder_ratio,
             weight_decay=settings["weight_decay"],
             warmup=settings["warmup"],
@@ -73,7 +73,8 @@ def training_step(retriever, settings):
             eps=1e-6,
             clip_norm=1.0,
             freeze_layers=settings["freeze_layers"],
-        )[1]
+        )
+        return make_optimizer(options, settings["total_steps"])[1]
 
     def loss_of(params, batch):
         return official_loss(retriever.model.apply({"params": params}, *batch))

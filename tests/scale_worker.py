@@ -13,22 +13,20 @@ import jax
 import tiny
 
 from xclip_jax import distributed, sharding, train
-from xclip_jax.train import set_up
 
 
 def losses(request, fields):
     """Returns the losses of the first steps of training."""
     config = tiny.make_config(request["data"], epochs=100)
     config.update_from_flattened_dict(fields)
-    setup = set_up(config)
-    model, mesh = setup.model, setup.mesh
-    state = train.init_state(model, setup.optimizer, config.seed, mesh)
-    step = train.compile_step(model, setup.optimizer, config, mesh, state)
+    setup = train.Setup(config)
+    init, step = train.compile_training(setup.model, setup.optimizer, config, setup.mesh)
+    state = init()
     batches, found = setup.batches(0), []
     for _ in range(request["steps"]):
         batch = next(batches)
         batch.pop("truncated")
-        state, metrics = step(state, sharding.shard_batch(batch, mesh))
+        state, metrics = step(state, sharding.shard_batch(batch, setup.mesh))
         found.append(float(metrics["loss"]))
     return found
 

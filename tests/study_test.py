@@ -27,7 +27,6 @@ from xclip_jax.study.table import (
     table_from_json,
     table_to_json,
 )
-from xclip_jax.train import set_up
 
 ROOT = Path(__file__).parents[1]
 STUDIES = str(ROOT / "configs" / "studies" / "*.py")
@@ -81,13 +80,12 @@ def test_variants_are_valid_configs_with_distinct_runs_or_options(base, studies)
 
 def trace_program(config):
     """Returns the traced training step of a config, its first batch, its pairs and its length."""
-    setup = set_up(config)
-    state = train.state_shapes(setup.model, setup.optimizer, setup.mesh)
+    setup = train.Setup(config)
+    init, step = train.compile_training(setup.model, setup.optimizer, config, setup.mesh)
     batch = next(setup.batches(0))
     data = [batch["ids"].tobytes(), batch["video"].tobytes()]
     batch.pop("truncated")
-    step = train.compile_step(setup.model, setup.optimizer, config, setup.mesh, state)
-    traced = re.sub(r"0x[0-9a-f]+", "", str(step.trace(state, batch).jaxpr))
+    traced = re.sub(r"0x[0-9a-f]+", "", str(step.trace(init.eval_shape(), batch).jaxpr))
     return traced, data, len(setup.pairs), setup.total_steps
 
 

@@ -75,7 +75,7 @@ def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
     tokenizer = learn_tokenizer(list(texts) * 2, max_words=8)
     c = make_config("")
     c.model.update(model)
-    model_config = configure_model(c.model, tokenizer)
+    model_config = configure_model(c.model, tokenizer.vocab_size)
     params = make_params(XClip(model_config), seed)
     save_model(path, model_config, params, tokenizer=tokenizer, extra={"step": 0})
     return path

@@ -12,12 +12,11 @@ import tiny
 from jax.sharding import PartitionSpec
 
 import xclip_jax
-from xclip_jax import evaluate, sharding, train
-from xclip_jax.checkpoint import Checkpoints, load_model
+from xclip_jax import distributed, evaluate, sharding, train
+from xclip_jax.checkpoint import load_model, open_checkpoints, restore_checkpoint, save_checkpoint
 from xclip_jax.cli import InputError
 from xclip_jax.metrics import summarize
 from xclip_jax.monitor import read_metrics
-from xclip_jax.train import set_up
 
 WAYS = ("text_to_video", "video_to_text")
 
@@ -164,13 +163,13 @@ CORRUPTIONS = {
 @pytest.mark.parametrize("damage", CORRUPTIONS)
 def test_corrupted_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
     state = {"x": jax.device_put(np.arange(4000.0))}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, {"x": state["x"] + step}, float(step))
+        save_checkpoint(checkpoints, step, {"x": state["x"] + step}, float(step))
     checkpoints.close()
     CORRUPTIONS[damage](tmp_path / "2")
-    checkpoints = Checkpoints(tmp_path)
-    step, found = checkpoints.restore_newest(state)
+    checkpoints = open_checkpoints(tmp_path)
+    step, found = restore_checkpoint(checkpoints, state)
     assert (step, found["x"][0]) == (1, 1)
     assert "checkpoint 2 is corrupted" in caplog.text
     checkpoints.close()
@@ -178,24 +177,25 @@ def test_corrupted_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
 
 def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):
     state = {"x": np.arange(4000.0)}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     for step, score in ((1, 9.0), (2, 5.0), (3, 7.0)):
-        checkpoints.save(step, {"x": state["x"] + (np.nan if step == 1 else step)}, score)
-    checkpoints.wait()
-    step, found = checkpoints.restore_best(state)
+        save_checkpoint(
+            checkpoints, step, {"x": state["x"] + (np.nan if step == 1 else step)}, score
+        )
+    step, found = restore_checkpoint(checkpoints, state, best=True)
     assert (step, found["x"][0]) == (3, 3)
-    assert "checkpoint 1 is corrupted, trying the next best: it contains NaN" in caplog.text
+    assert "checkpoint 1 is corrupted, taking 3: it contains NaN" in caplog.text
     checkpoints.close()
 
 
 def test_newest_two_and_best_checkpoints_are_kept(tmp_path):
     state = {"x": np.arange(4.0)}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     for step, score in enumerate([10.0, 90.0, 30.0, 90.0, 20.0, None, 40.0], 1):
-        checkpoints.save(step, {"x": state["x"] + step}, score)
-    step, best = checkpoints.restore_best(state)
+        save_checkpoint(checkpoints, step, {"x": state["x"] + step}, score)
+    step, best = restore_checkpoint(checkpoints, state, best=True)
     assert (step, best["x"].tolist()) == (4, [4, 5, 6, 7])  # the latest of equals
-    step, newest = checkpoints.restore_newest(state)
+    step, newest = restore_checkpoint(checkpoints, state)
     assert (step, newest["x"].tolist()) == (7, [7, 8, 9, 10])
     checkpoints.close()
     kept = {path.name for path in tmp_path.iterdir()}
@@ -245,9 +245,9 @@ def test_infinite_loss_stops_the_run_and_keeps_checkpoints(data, tmp_path):
 
 
 def test_indivisible_batch_size_error_names_valid_sizes():
-    mesh = sharding.make_mesh(-1)
+    config = tiny.make_config("", batch_size=7)
     with pytest.raises(InputError, match=r"train.batch_size = 7: .* for example 6 or 8"):
-        sharding.check_batch_size("batch_size", 7, mesh)
+        train.check_batch_sizes(config, sharding.make_mesh(-1))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(data, fields, message):
     config = tiny.make_config(data)
     config.update_from_flattened_dict(fields)
     with pytest.raises(InputError, match=message):
-        set_up(config)
+        train.Setup(config)
 
 
 def test_large_arrays_are_split_along_their_largest_divisible_axis():
@@ -281,7 +281,7 @@ def test_resume_on_another_mesh_matches_within_rounding(data, tmp_path, monkeypa
     config = tiny.make_config(data, epochs=2)
     config.optimizer.update(lr=1e-4, encoder_lr=1e-4)
     train.train(config, tmp_path / "whole")
-    monkeypatch.setattr(train.Preemption, "reached", lambda self, step: step == 2)
+    monkeypatch.setattr(distributed, "watch_for_preemption", lambda: lambda step: step == 2)
     with pytest.raises(SystemExit) as stopped:
         train.train(config, tmp_path / "moved")
     assert stopped.value.code == 75

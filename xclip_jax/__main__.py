@@ -18,18 +18,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command named by the first argument with the remaining arguments."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    rows = "\n".join(f"  {name:9}{summary}" for name, (_, summary) in COMMANDS.items())
-    text = f"usage: xclip-jax COMMAND [OPTIONS]\n\n{rows}\n\nOptions: xclip-jax COMMAND --help"
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(text)
-        return
-    if not arguments or arguments[0] not in COMMANDS:
-        name = arguments[0] if arguments else "no command"
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["no command"]
+    if name in ("-h", "--help"):
+        rows = "".join(f"  {command:9}{text}\n" for command, (_, text) in COMMANDS.items())
+        print(f"usage: xclip-jax COMMAND [OPTIONS]\n\n{rows}\nOptions: xclip-jax COMMAND --help")
+    elif name in COMMANDS:
+        module = importlib.import_module(COMMANDS[name][0])  # only what this command needs
+        run_command(functools.partial(module.main, arguments))
+    else:
         print(f"error: {name}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(COMMANDS[arguments[0]][0])  # only what this command needs
-    run_command(functools.partial(module.main, arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import operator
 import os
 import shutil
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from flax import traverse_util
+from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
 from xclip_jax.cli import InputError
@@ -30,142 +32,11 @@ UNREAD_FILE = "unread.safetensors"
 PyTree = Any
 
 
-class Checkpoints:
-    """The checkpoints of a work directory: the newest two and the best one are kept.
+def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a work directory: the newest two and the best one are kept.
 
-    An incomplete or corrupted checkpoint is never restored: the next one is tried, with a warning.
-    Changed bits are detected if a file becomes unreadable or contains NaN or infinite numbers.
+    Steps with unreadable metrics, which Orbax cannot open, are deleted, unless all steps are.
     """
-
-    def __init__(self, directory: str | Path) -> None:
-        _delete_unreadable(Path(directory))
-        _ignore_reads_after_failure()
-        policies = [
-            preservation_policy.LatestN(2),
-            preservation_policy.BestN(
-                get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            best_fn=_score,  # Orbax writes metrics only if this is set
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
-
-    def save(self, step: int, state: PyTree, score: float | None = None) -> None:
-        """Starts writing a checkpoint.
-
-        Args:
-            step: number of steps done.
-            state: tree of arrays.
-            score: validation score, higher is better; None without validation.
-        """
-        metrics = {"score": UNSCORED if score is None else float(score)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
-        if not self._manager.save(step, args=args, metrics=metrics, force=True):
-            raise RuntimeError(f"Orbax did not save step {step}")
-
-    def restore_newest(self, like: PyTree) -> tuple[int, PyTree] | None:
-        """Returns (step, state) of the newest intact checkpoint, or None if there are none.
-
-        Newer corrupted ones are deleted.
-
-        Args:
-            like: the state's tree of arrays or ShapeDtypeStructs with the shardings to restore to.
-
-        Raises:
-            InputError: no checkpoint can be restored; all remain on disk.
-        """
-        corrupted = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            if reason := self._find_corruption(step, like):
-                corrupted[step] = reason
-                continue
-            state = self._restore(step, like)
-            for newer, reason in corrupted.items():
-                text = "checkpoint %d is corrupted, resuming from %d: %s"
-                logging.warning(text, newer, step, reason)
-                self._manager.delete(newer)
-            return step, state
-        if corrupted:
-            step, reason = next(iter(corrupted.items()))
-            raise InputError(
-                f"no checkpoint in {self._manager.directory} can be restored: all are corrupted "
-                f"or of another model; delete it or choose another --workdir ({step}: {reason})"
-            )
-        return None
-
-    def restore_best(self, like: PyTree) -> tuple[int, PyTree]:
-        """Returns (step, state) of the best intact checkpoint, the newest of equal ones.
-
-        Raises:
-            InputError: no checkpoint can be restored.
-        """
-        self.wait()
-        scores = {}
-        for step in self._manager.all_steps():
-            scores[step] = (self._manager.metrics(step) or {}).get("score", UNSCORED)
-        for step in sorted(scores, key=lambda s: (scores[s], s), reverse=True):
-            if not (reason := self._find_corruption(step, like)):
-                return step, self._restore(step, like)
-            logging.warning("checkpoint %d is corrupted, trying the next best: %s", step, reason)
-        raise InputError(f"no checkpoint in {self._manager.directory} can be restored")
-
-    def _restore(self, step: int, like: PyTree) -> PyTree:
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
-        return self._manager.restore(step, args=args)["state"]
-
-    def _find_corruption(self, step: int, like: PyTree) -> str | None:
-        """Returns why a checkpoint cannot be restored, or None.
-
-        The result is the same in all processes. Only the first one reads, because a
-        process that fails in the middle of a joint restore would leave the others waiting.
-        """
-        reason = None
-        if is_first_process():
-            like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-            folder = Path(self._manager.directory) / str(step) / "state"
-            try:
-                for path in folder.glob("array_metadatas/*"):
-                    json.loads(path.read_text())
-                with local_checkpointer() as checkpointer:
-                    arrays = jax.tree.leaves(checkpointer.restore(folder, like))
-                if not all(np.isfinite(array).all() for array in arrays):
-                    reason = "it contains NaN or infinite numbers"
-            except Exception as error:  # Orbax has no common type for corrupted checkpoints
-                reason = _first_line(error)
-        return gather_objects(reason)[0]
-
-    def wait(self) -> None:
-        """Waits until all checkpoints are on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits until all checkpoints are on disk and releases the directory."""
-        self._manager.close()
-
-
-def local_checkpointer() -> ocp.StandardCheckpointer:
-    """Returns a checkpointer with which this process alone reads and writes unsharded arrays."""
-    index = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
-
-
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["score"]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _delete_unreadable(directory: Path) -> None:
-    """Deletes steps with unreadable metrics, which Orbax cannot open, unless all steps are."""
     if is_first_process():
         steps = [path for path in directory.glob("*") if path.name.isdigit()]
         corrupted = [path for path in steps if not _is_readable(path / "metrics" / "metrics")]
@@ -173,14 +44,22 @@ def _delete_unreadable(directory: Path) -> None:
             logging.warning("checkpoint %s is corrupted: its metrics cannot be read", path.name)
             shutil.rmtree(path)
     wait_for_all("readable checkpoints")
+    _ignore_reads_after_failure()
+    score = operator.itemgetter("score")
+    best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+        best_fn=score,  # Orbax writes metrics only if this is set
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 def _is_readable(path: Path) -> bool:
     """Returns True for a valid JSON file and for a missing one."""
     try:
-        json.loads(path.read_text())
-    except FileNotFoundError:
-        return True
+        if path.exists():
+            json.loads(path.read_text())
     except ValueError:
         return False
     return True
@@ -197,6 +76,89 @@ def _ignore_reads_after_failure() -> None:
             report(unraisable)
 
     sys.unraisablehook = report_others
+
+
+def save_checkpoint(
+    manager: ocp.CheckpointManager, step: int, state: PyTree, score: float | None = None
+) -> None:
+    """Starts writing the state after `step` steps, with its validation score (higher is better)."""
+    metrics = {"score": UNSCORED if score is None else float(score)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
+    manager.save(step, args=args, metrics=metrics, force=True)
+
+
+def restore_checkpoint(
+    manager: ocp.CheckpointManager, like: PyTree, *, best: bool = False
+) -> tuple[int, PyTree]:
+    """Returns (step, state) of the newest intact checkpoint, and deletes newer corrupted ones.
+
+    An incomplete or corrupted checkpoint is never restored: the next one is tried, with a warning.
+    Changed bits are detected if a file becomes unreadable or contains NaN or infinite numbers.
+
+    Args:
+        manager: see open_checkpoints.
+        like: the state's tree of arrays or ShapeDtypeStructs with the shardings to restore to.
+        best: return the best one instead, the newest of equal ones, and delete none.
+
+    Raises:
+        InputError: no checkpoint can be restored; all remain on disk.
+    """
+    manager.wait_until_finished()
+    scores = dict.fromkeys(manager.all_steps(), UNSCORED)
+    for step in scores if best else ():
+        scores[step] = (manager.metrics(step) or {}).get("score", UNSCORED)
+    corrupted = {}
+    for step in sorted(scores, key=lambda step: (scores[step], step), reverse=True):
+        if reason := _find_corruption(manager, step, like):
+            corrupted[step] = reason
+            continue
+        for other, reason in corrupted.items():
+            action = "taking" if best else "resuming from"
+            logging.warning("checkpoint %d is corrupted, %s %d: %s", other, action, step, reason)
+            if not best:
+                manager.delete(other)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
+        return step, manager.restore(step, args=args)["state"]
+    reasons = [f" ({step}: {reason})" for step, reason in corrupted.items()]
+    raise InputError(
+        f"no checkpoint in {manager.directory} can be restored: all are corrupted or of another "
+        f"model; delete it or choose another --workdir{''.join(reasons[:1])}"
+    )
+
+
+def _find_corruption(manager: ocp.CheckpointManager, step: int, like: PyTree) -> str | None:
+    """Returns, in all processes, why a checkpoint cannot be restored, or None.
+
+    Only the first one reads: if one fails in a joint restore, the others wait forever.
+    """
+    reason = None
+    if is_first_process():
+        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        folder = Path(manager.directory) / str(step) / "state"
+        try:
+            for path in folder.glob("array_metadatas/*"):
+                json.loads(path.read_text())
+            with local_checkpointer() as checkpointer:
+                arrays = jax.tree.leaves(checkpointer.restore(folder, like))
+            if not all(np.isfinite(array).all() for array in arrays):
+                reason = "it contains NaN or infinite numbers"
+        except Exception as error:  # Orbax has no common type for corrupted checkpoints
+            reason = _first_line(error)
+    return gather_objects(reason)[0]
+
+
+def local_checkpointer() -> ocp.StandardCheckpointer:
+    """Returns a checkpointer with which this process alone reads and writes unsharded arrays."""
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def model_folder(directory: str | os.PathLike) -> Path:
@@ -229,14 +191,8 @@ def save_model(
 ) -> None:
     """Writes a model directory atomically, replacing an older one.
 
-    Args:
-        directory: the model directory.
-        config: architecture of the model.
-        params: tree of parameters.
-        tokenizer: tokenizer to save with the model, if any.
-        unread: arrays of the PyTorch checkpoint that the model does not use, by official name; the
-            export to PyTorch writes them back.
-        extra: further entries of model.json.
+    `unread` holds arrays of the PyTorch checkpoint that the model does not use, by official name:
+    the export to PyTorch writes them back. `extra` holds further entries of model.json.
     """
     if not is_first_process():
         return
@@ -268,41 +224,34 @@ def load_model(
         InputError: the directory is missing or corrupted.
     """
     directory = Path(directory).absolute()
-    file = directory / "model.json"
+    file, folder = directory / "model.json", directory / "params"
     try:
         described = json.loads(file.read_text())
+        model = XClip(read_model_config(described))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: model.json is missing") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: not valid JSON: {error}") from None
-    try:
-        model = XClip(read_model_config(described))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a model: {error}") from None
     shapes = jax.eval_shape(lambda: init_params(model, 0))
-    params = _read_params(directory / "params", shapes)
-    folder = directory / "tokenizer"
-    tokenizer = load_tokenizer(folder, model.config.max_words) if folder.is_dir() else None
-    return described, model, jax.device_put(params), tokenizer
-
-
-def _read_params(folder: Path, shapes: PyTree) -> PyTree:
-    """Reads parameters and checks their shapes, which Orbax does not check."""
     try:
         with local_checkpointer() as checkpointer:  # NumPy arrays load on any set of devices
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
             params = checkpointer.restore(folder, like)
     except Exception as error:  # Orbax has no common type for corrupted checkpoints
         raise InputError(f"{folder} cannot be read: {_first_line(error)}") from None
-    leaves = jax.tree.leaves_with_path(params)
-    for (path, array), expected in zip(leaves, jax.tree.leaves(shapes), strict=True):
+    for (path, array), expected in zip(  # Orbax does not check shapes
+        jax.tree.leaves_with_path(params), jax.tree.leaves(shapes), strict=True
+    ):
         if array.shape != expected.shape:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(
-                f"{folder} does not fit model.json: {name} has shape {array.shape}, must be "
-                f"{expected.shape}"
-            )
-    return params
+            sizes = f"{name} has shape {array.shape}, must be {expected.shape}"
+            raise InputError(f"{folder} does not fit model.json: {sizes}")
+    words = model.config.max_words
+    vocabulary = directory / "tokenizer"
+    tokenizer = load_tokenizer(vocabulary, words) if vocabulary.is_dir() else None
+    return described, model, jax.device_put(params), tokenizer
 
 
 def init_params(model: XClip, seed: int) -> PyTree:
@@ -322,16 +271,14 @@ def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
     """Creates a work directory with its config.json, or checks that it belongs to this run.
 
     Raises:
-        InputError: `workdir` cannot be written, or its run has other config fields or data in ways
-            that change training; the message names the fields.
+        InputError: `workdir` cannot be written, or as in `check_same_run`.
     """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first_process() and not path.exists():
             partial = path.with_suffix(".part")
-            fields = flatten(plain_fields(config)) | _fixed_fields(config, dataset)
-            partial.write_text(json.dumps(fields, indent=1) + "\n")
+            partial.write_text(json.dumps(_all_fields(config, dataset), indent=1) + "\n")
             os.replace(partial, path)
     except OSError as error:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
@@ -339,46 +286,45 @@ def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
     check_same_run(workdir, config, dataset)
 
 
-def check_same_run(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
-    """Raises InputError if a work directory's config.json is corrupted or of another run."""
-    path, fields = workdir / "config.json", _fixed_fields(config, dataset)
+def check_same_run(
+    workdir: Path, config: RunConfig, dataset: Dataset, option: str = "--workdir"
+) -> None:
+    """Checks that a work directory's run has the same config fields and data, except free ones.
+
+    Args:
+        workdir: a folder with config.json.
+        config: all fields.
+        dataset: its data.
+        option: the command-line option that sets `workdir`.
+
+    Raises:
+        InputError: config.json is corrupted or of another run; the message names the fields.
+    """
+    path = workdir / "config.json"
     try:
         saved = json.loads(path.read_text())
         saved = {field: upgrade_value(field, value) for field, value in saved.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is corrupted: {error}; choose another --workdir") from None
-    changed = [k for k in fields if k not in saved or saved[k] != fields[k]]
+        raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None
+    free = tuple(f"{field}." for field in FREE_FIELDS)
+    changed = [
+        f"{field} was {saved.get(field)!r}, is {value!r}"
+        for field, value in _all_fields(config, dataset).items()
+        if not f"{field}.".startswith(free) and (field not in saved or saved[field] != value)
+    ]
     if changed:
-        values = ", ".join(f"{k} was {saved.get(k)!r}, is {fields[k]!r}" for k in changed)
         raise InputError(
-            f"{workdir} belongs to a run with another config: {values}; "
-            "use the same config or choose another --workdir"
+            f"{workdir} belongs to a run with another config: {', '.join(changed)}; "
+            f"use the same config or choose another {option}"
         )
 
 
-def _fixed_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Returns {field: value} of all that affects training, including the content of the data."""
-    fields = flatten(plain_fields(config))
-    fixed = {k: v for k, v in fields.items() if not any(is_below(k, free) for free in FREE_FIELDS)}
-    return fixed | {"data.fingerprint": dataset.fingerprint}
+def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """Returns {dotted field: value} of a config and the fingerprint of the data."""
+    fields = traverse_util.flatten_dict(plain_fields(config), sep=".")
+    return fields | {"data.fingerprint": dataset.fingerprint}
 
 
 def plain_fields(section: Any) -> dict[str, Any]:
     """Returns a config, or a section of it, as nested dicts and lists of plain values."""
     return json.loads(section.to_json())
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"a.b": 1} for {"a": {"b": 1}}."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def is_below(field: str, parent: str) -> bool:
-    """Returns True if a dotted field is `parent` or one of its sub-fields."""
-    return field == parent or field.startswith(parent + ".")

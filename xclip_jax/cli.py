@@ -40,20 +40,19 @@ def run_command(command: Callable[[], object]) -> None:
     """
     logging.captureWarnings(True)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    status = 1
     try:
         command()
+        return
     except SystemExit as stop:
-        if stop.code in (None, 0):
+        if not stop.code:
             raise
-        if isinstance(stop.code, str):
+        if isinstance(stop.code, int):
+            status = stop.code
+        else:
             print(stop.code, file=sys.stderr)
-        _exit(stop.code if isinstance(stop.code, int) else 1)
     except Exception:  # a bug; other processes of the program must not wait for this one
         traceback.print_exc()
-        _exit(1)
-
-
-def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -118,34 +117,31 @@ def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
         raise
     except Exception as error:  # a user's code may raise any exception
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        where = f", line {lines[-1]}" if lines else ""
+        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == path]
+        where = "".join(lines[-1:])
         raise InputError(f"{option}={path}{where}: {type(error).__name__}: {error}") from None
 
 
-def _set_field(config: ConfigDict, field: str, text: str) -> Any:
+def _set_field(config: Any, field: str, text: str) -> Any:
     """Sets a dotted field to a text converted to the field's type, and returns the value."""
     *groups, name = field.split(".")
-    group: Any = config
     for key in groups:
-        group = group.get(key) if isinstance(group, ConfigDict) else None
-    if not isinstance(group, ConfigDict) or name not in group:
+        config = config.get(key) if isinstance(config, ConfigDict) else None
+    if not isinstance(config, ConfigDict) or name not in config:
         raise InputError(f"--config has no field {field}: see xclip_jax/config.py for all fields")
-    kind = group.get_type(name)
+    kind = config.get_type(name)
     if kind not in _CONVERTERS:
         raise InputError(f"--config.{field} is a group of fields: write --config.{field}.NAME")
+    is_none = text == "None" and config[name] is None
     try:
-        group[name] = None if text == "None" and group[name] is None else _CONVERTERS[kind](text)
-    except ValueError:
+        config[name] = None if is_none else _CONVERTERS[kind](text)
+    except (ValueError, KeyError):
         raise InputError(f"--config.{field}={text}: must be of type {kind.__name__}") from None
-    return group[name]
+    return config[name]
 
 
 def _to_bool(text: str) -> bool:
-    values = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in values:
-        raise ValueError(text)
-    return values[text.lower()]
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
 def _to_tuple(text: str) -> tuple[Any, ...]:
@@ -159,14 +155,8 @@ def _to_tuple(text: str) -> tuple[Any, ...]:
 
 _CONVERTERS = {bool: _to_bool, int: int, float: float, str: str, tuple: _to_tuple}
 
+progress_disabled = False  # True in all processes of a program except the first
 _progress_lock = threading.RLock()  # tqdm's default is a semaphore, leaked if a process is killed
-_progress_disabled = False
-
-
-def disable_progress() -> None:
-    """Disables the progress bars of this process."""
-    global _progress_disabled
-    _progress_disabled = True
 
 
 def progress(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
@@ -178,7 +168,7 @@ def progress(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
         desc=desc,
         unit=unit,
         unit_scale=unit == "B",
-        disable=_progress_disabled,
+        disable=progress_disabled,
         initial=initial,
         mininterval=interval,
         maxinterval=2 * interval,

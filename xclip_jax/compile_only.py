@@ -8,27 +8,25 @@ model of CLIP's size takes minutes.
 """
 
 import collections
-import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from xclip_jax import sharding
 from xclip_jax.cli import InputError
 from xclip_jax.config import RunConfig
-from xclip_jax.models import XClip, read_model_config
-from xclip_jax.train import check_batch_sizes, compile_step, configured_optimizer, state_shapes
+from xclip_jax.models import XClip
+from xclip_jax.optimizer import make_optimizer
+from xclip_jax.train import check_batch_sizes, compile_training, configure_model
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
 CLIP_VOCABULARY = 49408
 SCHEDULE_STEPS = 1000  # any number: the program does not depend on it
 
@@ -50,34 +48,27 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     devices = _find_devices(topology) if topology else None
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch_sizes(config, mesh)
-    model_config, note = read_model_config(config.model), {}
-    if not model_config.text.vocab_size:
-        text = dataclasses.replace(model_config.text, vocab_size=CLIP_VOCABULARY)
-        model_config = dataclasses.replace(model_config, text=text)
-        note = {"vocabulary": f"{CLIP_VOCABULARY} as CLIP's; training takes the tokenizer's"}
-    model = XClip(model_config)
-    _, optimizer = configured_optimizer(config, SCHEDULE_STEPS)
-    state = state_shapes(model, optimizer, mesh)
-    step = compile_step(model, optimizer, config, mesh, state)
-    traced = step.trace(state, batch_shapes(config, mesh))
-    figures = summarize_program(traced.lower().compile(), matrix_flops(traced.jaxpr.jaxpr)) | note
+    vocabulary = config.model.text.vocab_size
+    model = XClip(configure_model(config.model, vocabulary or CLIP_VOCABULARY))
+    _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
+    init, step = compile_training(model, optimizer, config, mesh)
+    traced = step.trace(init.eval_shape(), batch_shapes(config, mesh))
+    compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    figures = {
+        "state and batch, a device": f"{held / 2**30:.2f} GiB",
+        "temporary memory, a device": f"{memory.temp_size_in_bytes / 2**30:.2f} GiB",
+        "peak memory, a device": f"{(held + memory.temp_size_in_bytes) / 2**30:.2f} GiB",
+        "matrix products, FLOP a step": f"{matrix_flops(traced.jaxpr.jaxpr):.3g}, all devices",
+        "collectives in the program": _count_collectives(compiled),
+    }
+    if not vocabulary:
+        figures["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's; training takes the tokenizer's"
     print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {config.train.batch_size}")
     for name, value in figures.items():
         print(f"  {name:34}{value}")
     return figures
-
-
-def summarize_program(compiled: Any, flops: int) -> dict[str, str]:
-    """Returns {quantity: text} of a compiled program with `flops` on all devices together."""
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "state and batch, a device": _gib(held),
-        "temporary memory, a device": _gib(memory.temp_size_in_bytes),
-        "peak memory, a device": _gib(held + memory.temp_size_in_bytes),
-        "matrix products, FLOP a step": f"{flops:.3g}, all devices",
-        "collectives in the program": _count_collectives(compiled),
-    }
 
 
 def _count_collectives(compiled: Any) -> str:
@@ -85,9 +76,8 @@ def _count_collectives(compiled: Any) -> str:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # XLA cannot print some fused operations of libtpu
         return "unknown: the compiled program cannot be printed"
-    names = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
-    counts = sorted(collections.Counter(names).items())
-    return ", ".join(f"{count} {name}" for name, count in counts) or "none"
+    counts = collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def matrix_flops(jaxpr: Any) -> int:
@@ -97,7 +87,8 @@ def matrix_flops(jaxpr: Any) -> int:
     """
     total = 0
     for equation in jaxpr.eqns:
-        inner = [matrix_flops(x) for x in _nested_jaxprs(equation.params)]
+        params = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = [matrix_flops(x) for x in params if hasattr(x, "eqns")]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
@@ -108,15 +99,6 @@ def matrix_flops(jaxpr: Any) -> int:
         else:
             total += sum(inner) * equation.params.get("length", 1)  # length of a scan
     return total
-
-
-def _nested_jaxprs(params: Mapping[str, Any]) -> list[Any]:
-    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-    return [getattr(x, "jaxpr", x) for x in leaves if hasattr(x, "eqns")]
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _find_devices(topology: str) -> Any:
@@ -131,16 +113,14 @@ def _find_devices(topology: str) -> Any:
 
 def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes and shardings of a batch, see `training_batches`."""
-    size, model = config.train.batch_size, config.model
-    side = model.vision.image_size
-    shapes = {
-        "ids": ((size, model.max_words), jnp.int32),
-        "text_mask": ((size, model.max_words), jnp.bool_),
-        "frames": ((size, model.max_frames, side, side, 3), jnp.uint8),
-        "frame_mask": ((size, model.max_frames), jnp.bool_),
+    size, m = config.train.batch_size, config.model
+    side, words, frames = m.vision.image_size, (size, m.max_words), (size, m.max_frames)
+    types = {
+        "ids": (words, jnp.int32),
+        "text_mask": (words, jnp.bool_),
+        "frames": ((*frames, side, side, 3), jnp.uint8),
+        "frame_mask": (frames, jnp.bool_),
         "video": ((size,), jnp.int32),
     }
-    return {
-        name: jax.ShapeDtypeStruct(shape, np.dtype(kind), sharding=sharding.over_batch(mesh))
-        for name, (shape, kind) in shapes.items()
-    }
+    placed = sharding.over_batch(mesh)
+    return {k: jax.ShapeDtypeStruct(*shape, sharding=placed) for k, shape in types.items()}

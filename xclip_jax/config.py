@@ -7,50 +7,21 @@ MSR-VTT with ViT-B/32 (https://arxiv.org/abs/2207.07285, Sec. 4).
 
 import dataclasses
 import functools
+import itertools
 import math
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    NoReturn,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.benchmarks import DATASETS
-from xclip_jax.models.config import (
-    PRESETS,
-    ModelConfig,
-    Natural,
-    Positive,
-    PositiveFloat,
-    Rule,
-    Size,
-    read_model_config,
-)
-from xclip_jax.optimizer import OptimizerName
+from xclip_jax.models import ModelConfig, read_model_config
+from xclip_jax.models.config import PRESETS, Natural, Positive, PositiveFloat, Rule, Size
 
-# A run may be resumed with other values of these: they do not affect training.
-FREE_FIELDS = (
-    "mode",
-    "mesh",
-    "log",
-    "report",
-    "eval",
-    "data.path",
-    "train.micro_batch",
-    "train.checkpoint_every",
-    "loss.block_cells",
-    "model.remat",
-)
+# Sections and fields that do not affect training: a run may be resumed with other values.
+FREE_FIELDS = ("mode", "mesh", "log", "report", "eval", "data.path", "train.micro_batch")
+FREE_FIELDS += ("train.checkpoint_every", "loss.block_cells", "model.remat")
 NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
 Fraction = Annotated[float, Rule(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 
@@ -91,8 +62,7 @@ class LossConfig:
 
     same_video: Literal["negative", "ignore"] = "negative"  # two captions of a video in a batch
     block_cells: Natural = 0  # word-frame cells a device holds at once; 0: 2^26
-    # factor of Eq. 17; 0: by the preset, 1 (paper) or 0.5 (official)
-    scale: NonNegativeFloat = 0.0
+    scale: NonNegativeFloat = 0.0  # factor of Eq. 17; 0: by the preset, 1 (paper) or 0.5 (official)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +76,7 @@ class InitConfig:
 class OptimizerConfig:
     """Optimizer, learning rates and frozen layers."""
 
-    name: OptimizerName = "adamw"  # bert_adam: the PyTorch release's
+    name: Literal["adamw", "bert_adam"] = "adamw"  # bert_adam: the PyTorch release's
     # CLIP's layers to freeze; -1: none; 0: the embeddings; n: also the first n blocks
     freeze_layers: Annotated[int, Rule(lambda x: x >= -1, "-1 or a number of layers")] = -1
     lr: PositiveFloat = 1e-4  # peak learning rate of new parameters
@@ -134,10 +104,8 @@ class EvalConfig:
 class MeshConfig:
     """The device mesh."""
 
-    # devices along which only the batch is split
-    data: Annotated[
-        int, Rule(lambda x: x == -1 or x >= 1, "-1 (all devices) or a number of devices")
-    ] = -1
+    # devices along which only the batch is split; -1: all
+    data: Annotated[int, Rule(lambda x: x == -1 or x >= 1, "-1 or a number of devices")] = -1
     fsdp: Positive = 1  # devices along which large parameters are split too
 
 
@@ -196,10 +164,15 @@ def _to_config_dict(section: Any) -> ConfigDict:
         if dataclasses.is_dataclass(value):
             value = _to_config_dict(value)
         elif value is None:  # a placeholder keeps the type, which the command line needs
-            kind = next(arg for arg in get_args(hint) if arg is not type(None))
+            kind = get_args(hint)[0]
             value = config_dict.placeholder(str if get_origin(kind) is Literal else kind)
         config[name] = value
     return config
+
+
+def field_value(config: RunConfig, field: str) -> Any:
+    """Returns the value of a dotted field such as `model.vision.width`."""
+    return functools.reduce(getattr, field.split("."), config)
 
 
 def validate(config: RunConfig) -> None:
@@ -208,27 +181,13 @@ def validate(config: RunConfig) -> None:
     Raises:
         InputError: names the first wrong field, its value and what is allowed.
     """
-    for field, hint in _type_hints(Config):
-        _check_type(config, field, hint)
-    _check(config, "data.dataset", lambda x: x in ("", *DATASETS), _one_of(DATASETS))
-    variants = DATASETS[config.data.dataset].variants if config.data.dataset else ()
-    _check(config, "data.variant", lambda x: x in ("", *variants), _one_of(variants))
-    first, last = config.log.profile_from, config.log.profile_to
-    needed = "at least 1 where log.profile_to is set"
-    _check(config, "log.profile_from", lambda x: x > 0 or not last, needed)
-    at_least = f"at least log.profile_from = {first}"
-    _check(config, "log.profile_to", lambda x: x >= first, at_least)
-    _check_sizes(config)
+    for field, is_valid, allowed in itertools.chain(_check_types(config), _check_sizes(config)):
+        if not is_valid:
+            value = field_value(config, field)
+            raise InputError(f"config.{field} = {value!r}: must be {allowed}")
 
 
-def _type_hints(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted field, type) of all fields, each section before its fields."""
-    for name, hint in get_type_hints(section, include_extras=True).items():
-        yield prefix + name, hint
-        if dataclasses.is_dataclass(hint):
-            yield from _type_hints(hint, f"{prefix}{name}.")
-
-
+Checks = Iterator[tuple[str, Any, str]]  # (field, is valid, allowed values)
 _TYPES = {
     int: "a whole number",
     float: "a number",
@@ -239,62 +198,54 @@ _TYPES = {
 }
 
 
-def _check_type(config: RunConfig, field: str, hint: Any) -> None:
-    """Raises InputError if a field does not have its declared type."""
-    value, suffix, rules = field_value(config, field), "", ()
-    if get_origin(hint) in (Union, types.UnionType):  # X | None
-        if value is None:
-            return
-        hint, suffix = get_args(hint)[0], " (or None: by the preset)"
-    if get_origin(hint) is Annotated:
-        hint, *rules = get_args(hint)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            _fail(field, value, _one_of(get_args(hint)) + suffix)
-        return
-    kind = ConfigDict if dataclasses.is_dataclass(hint) else get_origin(hint) or hint
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        _fail(field, value, _TYPES[kind] + suffix)
-    for rule in rules:
-        _check(config, field, rule.is_valid, rule.allowed + suffix)
+def _check_types(config: Any, section: Any = Config, prefix: str = "") -> Checks:
+    """Checks each field against its declared type and rules, a section before its fields."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        field, value, suffix, rules = prefix + name, getattr(config, name), "", ()
+        if type(None) in get_args(hint):  # X | None
+            if value is None:
+                continue
+            hint, suffix = get_args(hint)[0], " (or None: by the preset)"
+        if get_origin(hint) is Annotated:
+            hint, *rules = get_args(hint)
+        if get_origin(hint) is Literal:
+            yield field, value in get_args(hint), _one_of(get_args(hint)) + suffix
+            continue
+        kind = ConfigDict if dataclasses.is_dataclass(hint) else get_origin(hint) or hint
+        is_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        yield field, is_kind, _TYPES[kind] + suffix
+        for rule in rules:
+            yield field, rule.is_valid(value), rule.allowed + suffix
+        if dataclasses.is_dataclass(hint):
+            yield from _check_types(value, hint, f"{field}.")
 
 
 def _one_of(choices: Any) -> str:
     return f"one of {', '.join(choices)}"
 
 
-def field_value(config: RunConfig, field: str) -> Any:
-    """Returns the value of a dotted field such as `model.vision.width`."""
-    return functools.reduce(getattr, field.split("."), config)
-
-
-def _fail(field: str, value: Any, allowed: str) -> NoReturn:
-    raise InputError(f"config.{field} = {value!r}: must be {allowed}")
-
-
-def _check(config: RunConfig, field: str, is_valid: Callable[[Any], Any], allowed: str) -> None:
-    value = field_value(config, field)
-    if not is_valid(value):
-        _fail(field, value, allowed)
-
-
-def _check_sizes(config: RunConfig) -> None:
-    """Checks that the sizes of the model fit together."""
-    m = read_model_config(config.model)
+def _check_sizes(config: RunConfig) -> Checks:
+    """Checks the fields that depend on others, all of the declared types."""
+    data, log, m = config.data, config.log, read_model_config(config.model)
+    yield "data.dataset", data.dataset in ("", *DATASETS), _one_of(DATASETS)
+    variants = DATASETS[data.dataset].variants if data.dataset else ()
+    yield "data.variant", data.variant in ("", *variants), _one_of(variants)
+    needed = "at least 1 where log.profile_to is set"
+    yield "log.profile_from", log.profile_from or not log.profile_to, needed
+    at_least = f"at least log.profile_from = {log.profile_from}"
+    yield "log.profile_to", log.profile_to >= log.profile_from, at_least
     side = m.vision.image_size
-    _check(config, "model.vision.patch_size", lambda x: side % x == 0, f"a divisor of {side}")
-    widths = {"vision": m.vision.width, "text": m.text.width}
+    yield "model.vision.patch_size", side % m.vision.patch_size == 0, f"a divisor of {side}"
+    towers = [("vision", m.vision, m.vision.width), ("text", m.text, m.text.width)]
     if m.temporal.type == "transformer" or not m.has_granularities:
-        widths["temporal"] = m.embed_dim
-    for tower, width in widths.items():
-        allowed = f"a divisor of the width {width}"
-        _check(config, f"model.{tower}.heads", lambda x, width=width: width % x == 0, allowed)
-    if m.matrices and m.aggregation != "attention":
-        _fail("model.aggregation", m.aggregation, "attention where model.matrices = True")
-    longest, where = m.text.context_length, "model.text.context_length"
-    allowed = f"from 3 to {where} = {longest}"
-    _check(config, "model.max_words", lambda x: 3 <= x <= longest, allowed)
-    _check(config, "model.max_frames", lambda x: x <= longest, f"at most {where} = {longest}")
+        towers.append(("temporal", m.temporal, m.embed_dim))
+    for name, tower, width in towers:
+        yield f"model.{name}.heads", width % tower.heads == 0, f"a divisor of the width {width}"
+    attends = not m.matrices or m.aggregation == "attention"
+    yield "model.aggregation", attends, "attention where model.matrices = True"
+    longest, context = m.text.context_length, "model.text.context_length"
+    yield "model.max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
+    yield "model.max_frames", m.max_frames <= longest, f"at most {context} = {longest}"
 
 
 BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size
@@ -325,10 +276,18 @@ def benchmark(
     Raises:
         InputError: a word is unknown, or two words are of the same kind.
     """
-    kinds = tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].variants
-    backbone, preset, variant = chosen = _choose(arguments, kinds)
-    defaults = ["", *(kind[0] for kind in kinds if kind)]
-    changed = [word for word in chosen if word not in defaults]
+    kinds = [tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].variants or ("",)]
+    words = [word for word in arguments.split(",") if word]
+    chosen = [[word for word in words if word in kind] for kind in kinds]
+    if sum(map(len, chosen)) < len(words) or any(len(group) > 1 for group in chosen):
+        groups = "; ".join(", ".join(kind) for kind in kinds if kind != ("",))
+        raise InputError(
+            f"--config=FILE:{arguments}: after the colon, must be at most one word of each group: "
+            + groups
+        )
+    backbone, preset, variant = ((*w, *kind)[0] for w, kind in zip(chosen, kinds, strict=True))
+    defaults = [kind[0] for kind in kinds]
+    changed = [word for word in (backbone, preset, variant) if word not in defaults]
     c = get_config()
     c.name = "_".join([dataset, *changed])
     c.data.dataset, c.data.variant = dataset, variant
@@ -343,15 +302,3 @@ def benchmark(
         c.optimizer.update(name="bert_adam", freeze_layers=0)
     c.train.update(batch_size=batch_size, epochs=epochs)
     return c
-
-
-def _choose(arguments: str, kinds: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the word in `arguments` of each kind, by default the kind's first word or ""."""
-    words = [word for word in arguments.split(",") if word]
-    chosen = [[word for word in words if word in kind] for kind in kinds]
-    if sum(map(len, chosen)) < len(words) or any(len(group) > 1 for group in chosen):
-        raise InputError(
-            f"--config=FILE:{arguments}: after the colon, must be at most one word of each group: "
-            + "; ".join(", ".join(kind) for kind in kinds if kind)
-        )
-    return [(*group, *kind, "")[0] for group, kind in zip(chosen, kinds, strict=True)]

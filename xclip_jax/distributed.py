@@ -4,20 +4,21 @@ Every process runs the same code on its own devices and its own part of the data
 writes logs, reports and model directories.
 """
 
-import contextlib
 import os
 import pickle
 import re
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xclip_jax.cli import InputError, disable_progress
+from xclip_jax import cli
+from xclip_jax.cli import InputError
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL): a checkpoint is saved, the same command resumes
 JOIN_SECONDS = 300  # limit for all processes to connect
@@ -60,12 +61,11 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             shutdown_timeout_seconds=LOST_SECONDS,
         )
     except ValueError as error:  # JAX recognises no cluster, or cannot read the variables of one
-        variables = [name for name in CLUSTER_VARIABLES if name in os.environ]
+        variables = ", ".join(name for name in CLUSTER_VARIABLES if name in os.environ)
         if coordinator or variables:
-            found = f" ({', '.join(variables)} is set)" if variables else ""
+            found = f" ({variables} is set)" if variables else ""
             raise InputError(f"cannot connect to the other processes{found}: {error}") from None
-    if not is_first_process():
-        disable_progress()
+    cli.progress_disabled = not is_first_process()
 
 
 def is_first_process() -> bool:
@@ -97,38 +97,18 @@ def gather_objects(value: Any) -> list[Any]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-@contextlib.contextmanager
-def report_failed_process() -> Iterator[None]:
-    """Prints which of several processes failed and how to resume, then re-raises the error."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:
-        if jax.process_count() > 1:
-            print(
-                f"process {jax.process_index()} of {jax.process_count()} failed or lost a peer: "
-                "restart all processes; training resumes from the last checkpoint",
-                file=sys.stderr,
-            )
-        raise
+def watch_for_preemption() -> Callable[[int], bool]:
+    """Returns a function that returns True if the run must save and stop after a step.
 
-
-class Preemption:
-    """The notice (SIGTERM) by which clusters announce that a machine is about to be reclaimed.
-
-    With several processes JAX distributes the notice, so that all stop after the same step.
+    Clusters send SIGTERM to announce that a machine is about to be reclaimed. With several
+    processes JAX distributes the notice, so that all stop after the same step: every process must
+    call the function after each step.
     """
-
-    def __init__(self) -> None:
-        self._received = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        self._received = True
-
-    def reached(self, step: int) -> bool:
-        """Returns True if the run must save and stop after this step (call it after each step)."""
-        return self._received or multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point
+    received = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: received.set())
+    return lambda step: received.is_set()
 
 
 def stop_when_preempted() -> None:

@@ -1,17 +1,19 @@
 """Evaluates a model: encodes a split, compares texts with videos, writes metrics and report."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
+from xclip_jax import inference, metrics
 from xclip_jax.checkpoint import plain_fields
 from xclip_jax.cli import InputError, progress
 from xclip_jax.config import RunConfig
@@ -19,26 +21,6 @@ from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
 from xclip_jax.data.text import Tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process
-from xclip_jax.inference import (
-    apply_model,
-    concatenate_features,
-    copy_to_local_devices,
-    encode_texts,
-    encode_videos,
-    plan_blocks,
-    similarity_in_blocks,
-    slice_rows,
-)
-from xclip_jax.metrics import (
-    RankCounts,
-    dual_softmax,
-    qb_norm,
-    rank_counts,
-    retrieval_counts,
-    retrieval_metrics,
-    summarize,
-    video_to_text_counts,
-)
 from xclip_jax.models import ModelConfig, XClip
 from xclip_jax.monitor import read_metrics
 from xclip_jax.paper import paper_results
@@ -46,8 +28,10 @@ from xclip_jax.report import WordFrameAttention, format_table, write_report
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
 
+Tree = TypeVar("Tree")
 RANKS_FILE = "ranks.npz"
-Counts = Mapping[str, RankCounts]  # by direction
+Results = dict[str, Any]  # content of results.json
+Counts = Mapping[str, metrics.RankCounts]  # by direction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +43,7 @@ class Evaluation:
         truncated: number of texts longer than max_words.
     """
 
+    clips: Sequence[Mapping[str, Any]]
     captions: list[str]
     text_video_T: Int[np.ndarray, " T"]
     clip_names: list[str]
@@ -67,13 +52,8 @@ class Evaluation:
     sim_TxV: Float[np.ndarray, "T V"]
     truncated: int
 
-    @property
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics by direction, see xclip_jax.metrics.retrieval_metrics."""
-        return retrieval_metrics(self.sim_TxV, self.text_video_T)
 
-
-def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
+def evaluate(config: RunConfig, workdir: str | Path) -> Results:
     """Evaluates the model of a work directory, prints the results and writes the report.
 
     Returns:
@@ -84,49 +64,39 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     retriever = load(workdir / "model")
-    saved, retriever.params = retriever.config, copy_to_local_devices(retriever.params)
+    retriever.params = inference.copy_to_local_devices(retriever.params)
     dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
     check_image_size(dataset, retriever.model.config)
-    split, selected_on = config.data.test_split, saved.get("selected_on")
-    note = None
+    split, selected_on, note = config.data.test_split, retriever.config.get("selected_on"), None
     if split == "test" and split not in dataset.captions_per_clip:
         split = config.data.train_split
-        note = (
-            f"evaluated on the {split} split, the clips it was trained on: "
-            f"the data set has no {config.data.test_split} split"
-        )
+        note = f"evaluated on the {split} split, clips it was trained on: there is no test split"
     elif split == selected_on:
-        note = (
-            f"the weights were selected on the {split} split itself: "
-            "these numbers are higher than on unseen videos"
-        )
+        note = f"the weights were selected on the {split} split itself, which increases the numbers"
     evaluation = evaluate_split(config, retriever, dataset, split)
     if not np.isfinite(evaluation.sim_TxV).all():
         raise InputError(f"{workdir / 'model'} computes similarities that are NaN or infinite")
-    counts = retrieval_counts(evaluation.sim_TxV, evaluation.text_video_T)
-    normalized = _normalized_counts(config, retriever, dataset, evaluation)
-    published = {}
-    if split == "test":
-        published = paper_results(dataset.name, dataset.variant, retriever.model.config.vision)
+    counts = _count_ranks(config, retriever, dataset, evaluation)
+    tables = {
+        option: {way: metrics.summarize(*both) for way, both in by_way.items()}
+        for option, by_way in counts.items()
+    }
+    vision, name, variant = retriever.model.config.vision, dataset.name, dataset.variant
     results = {
-        "step": saved["step"],
+        "step": retriever.config["step"],
         "split": split,
         **_describe_protocol(dataset, split, evaluation),
         "selected_on": selected_on,
-        **_summarize(counts),
-        "normalized": {name: _summarize(by_way) for name, by_way in normalized.items()},
+        **tables.pop(""),
+        "normalized": tables,
         "eval": plain_fields(config.eval),
-        "paper": published,
+        "paper": paper_results(name, variant, vision) if split == "test" else {},
         "truncated_captions": evaluation.truncated,
         **({"note": note} if note else {}),
     }
     if is_first_process():
-        clips = dataset.clips(split)
-        index = _write_report(config, workdir, retriever, evaluation, results, clips=clips)
-        _write_ranks(workdir / RANKS_FILE, {"": counts, **normalized}, evaluation.text_video_T)
-        partial = workdir / "results.json.part"
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, workdir / "results.json")
+        index = _write_report(config, workdir, retriever, evaluation, results)
+        _write_results(workdir, results, counts, evaluation)
         print(f"\n{format_table(results)}")
         if evaluation.truncated:
             count = f"{evaluation.truncated:,} of {len(evaluation.captions):,} texts"
@@ -144,74 +114,67 @@ def evaluate_split(
     """
     clips, size = dataset.clips(split), config.eval.batch_size
     model, params, tokenizer = retriever.model, retriever.params, retriever.get_tokenizer()
-    start, end = _part_of(len(clips))
-    captions, counts, names = [], [], []
+    part = _own_part(len(clips))
+    names, captions = [], []  # of each clip
 
     def encode(bar: tqdm) -> Iterator[VideoFeatures]:
-        batches = evaluation_batches(
-            clips, size, model.config.max_frames, dataset.image_size, slice(start, end)
-        )
-        for frames, masks, captions_of_clips, batch_names in batches:
-            yield encode_videos(model, params, frames, masks, size)
-            captions.extend(caption for texts in captions_of_clips for caption in texts)
-            counts.extend(map(len, captions_of_clips))
+        batches = evaluation_batches(clips, size, model.config.max_frames, dataset.image_size, part)
+        for frames, masks, batch_captions, batch_names in batches:
+            yield inference.encode_videos(model, params, frames, masks, size)
+            captions.extend(batch_captions)
             names.extend(batch_names)
             bar.update(len(frames))
 
-    with progress(end - start, f"encoding {split} videos", "video") as bar:
-        video = concatenate_features(encode(bar), end - start)
-    text = encode_texts(model, params, *tokenizer(captions), size)
-    video, text, captions, counts, names = _join_processes(video, text, captions, counts, names)
+    count = part.stop - part.start
+    with progress(count, f"encoding {split} videos", "video") as bar:
+        video = inference.concatenate_features(encode(bar), count)
+    ids_TxW, mask_TxW = tokenizer(list(itertools.chain(*captions)))
+    text = inference.encode_texts(model, params, ids_TxW, mask_TxW, size)
+    text, video = _join_processes((text, video))
+    names, captions = (list(itertools.chain(*gather_objects(x))) for x in (names, captions))
+    part = _own_part(len(text.mask))
+    own_text = jax.tree.map(lambda x: x[part], text)
+    sim_TxV = _compare(config, retriever, own_text, video, "comparing")
+    flat = list(itertools.chain(*captions))
     return Evaluation(
-        captions=captions,
-        text_video_T=np.repeat(np.arange(len(names)), counts),
+        clips=clips,
+        captions=flat,
+        text_video_T=np.repeat(np.arange(len(names)), [len(texts) for texts in captions]),
         clip_names=names,
         text=text,
         video=video,
-        sim_TxV=_compare(config, retriever, text, video),
-        truncated=sum(map(tokenizer.is_truncated, captions)),
+        sim_TxV=_join_processes(sim_TxV),
+        truncated=sum(map(tokenizer.is_truncated, flat)),
     )
 
 
 def _compare(
-    config: RunConfig, retriever: Retriever, text: TextFeatures, video: VideoFeatures
+    config: RunConfig, retriever: Retriever, text: TextFeatures, video: VideoFeatures, task: str
 ) -> Float[np.ndarray, "T V"]:
-    start, end = _part_of(len(text.mask))
-    part, cells = slice_rows(text, start, end - start), config.eval.block_cells
-    model = retriever.model
-    block = "{} x {}".format(*plan_blocks(model, part, video, cells))
-    with progress((end - start) * len(video.mask), f"comparing blocks of {block}", "pair") as bar:
-        sim_TxV = similarity_in_blocks(
-            model, retriever.params, part, video, block_cells=cells, bar=bar
-        )
-    return _join_processes(sim_TxV)[0]
+    """Returns the logits of all pairs, with a progress bar."""
+    model, params, cells = retriever.model, retriever.params, config.eval.block_cells
+    block = "{} x {}".format(*inference.plan_blocks(model, text, video, cells))
+    count = len(text.mask) * len(video.mask)
+    with progress(count, f"{task} blocks of {block}", "pair") as bar:
+        options = {"block_cells": cells, "bar": bar}
+        return inference.similarity_in_blocks(model, params, text, video, **options)
 
 
-def _part_of(total: int) -> tuple[int, int]:
-    """Returns (start, end) of this process's part of `total` rows."""
+def _own_part(total: int) -> slice:
+    """Returns this process's part of `total` rows."""
     index, count = jax.process_index(), jax.process_count()
     if total < count:
         raise InputError(
             f"{total} clips or texts to evaluate: must be at least {count}, the number of processes"
         )
-    return total * index // count, total * (index + 1) // count
+    return slice(total * index // count, total * (index + 1) // count)
 
 
-def _join_processes(*values: Any) -> tuple[Any, ...]:
-    """Concatenates lists and arrays over all processes."""
+def _join_processes(tree: Tree) -> Tree:
+    """Concatenates arrays over all processes."""
     if jax.process_count() == 1:
-        return values
-
-    def join(*parts: Any) -> Any:
-        if isinstance(parts[0], list):
-            return [item for part in parts for item in part]
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-    return tuple(join(*parts) for parts in zip(*gather_objects(values), strict=True))
-
-
-def _summarize(counts: Counts) -> dict[str, dict[str, float]]:
-    return {way: summarize(*both) for way, both in counts.items()}
+        return tree
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *gather_objects(tree))
 
 
 def _describe_protocol(dataset: Dataset, split: str, evaluation: Evaluation) -> dict[str, Any]:
@@ -235,52 +198,42 @@ def _describe_protocol(dataset: Dataset, split: str, evaluation: Evaluation) -> 
     }
 
 
-def _normalized_counts(
+def _count_ranks(
     config: RunConfig, retriever: Retriever, dataset: Dataset, evaluation: Evaluation
 ) -> dict[str, Counts]:
-    """Returns {name: rank counts} of the enabled test-time normalisations."""
+    """Returns the rank counts by test-time option: "" (none) and the enabled normalisations."""
     sim_TxV, text_video_T = evaluation.sim_TxV, evaluation.text_video_T
-    model, params = retriever.model, retriever.params
-    results = {}
+    counts: dict[str, Counts] = {"": metrics.retrieval_counts(sim_TxV, text_video_T)}
     if config.eval.dual_softmax:
-        results["dual softmax"] = {
-            "text_to_video": rank_counts(dual_softmax(sim_TxV), text_video_T),
-            "video_to_text": video_to_text_counts(dual_softmax(sim_TxV.T).T, text_video_T),
+        by_video = metrics.dual_softmax(sim_TxV.T).T
+        counts["dual softmax"] = {
+            "text_to_video": metrics.rank_counts(metrics.dual_softmax(sim_TxV), text_video_T),
+            "video_to_text": metrics.video_to_text_counts(by_video, text_video_T),
         }
     if config.eval.qb_norm:
-        captions = _draw_captions(dataset, config.data.train_split, config.eval.qb_norm)
-        bank = encode_texts(
-            model, params, *retriever.get_tokenizer()(captions), config.eval.batch_size
-        )
-        pairs, cells = len(captions) * len(evaluation.clip_names), config.eval.block_cells
-        with progress(pairs, "comparing with the bank", "pair") as bar:
-            bank_BxV = similarity_in_blocks(
-                model, params, bank, evaluation.video, block_cells=cells, bar=bar
-            )
-        scale = (
-            float(np.exp(params["clip"]["logit_scale"])) if model.config.has_granularities else 1.0
-        )
-        normalized_TxV = qb_norm(sim_TxV / scale, bank_BxV / scale)
+        model, params = retriever.model, retriever.params
+        pairs = TrainingPairs(dataset, config.data.train_split, "all")
+        drawn = np.random.default_rng(0).permutation(len(pairs))[: config.eval.qb_norm]
+        records = (pairs[int(index)] for index in drawn)
+        captions = [record["captions"][caption].decode() for record, _, caption in records]
+        inputs = retriever.get_tokenizer()(captions)
+        bank = inference.encode_texts(model, params, *inputs, config.eval.batch_size)
+        bank_BxV = _compare(config, retriever, bank, evaluation.video, "comparing with the bank:")
+        is_scaled = model.config.has_granularities
+        scale = float(np.exp(params["clip"]["logit_scale"])) if is_scaled else 1.0
+        normalized_TxV = metrics.qb_norm(sim_TxV / scale, bank_BxV / scale)
         # Video to text would need a bank of videos.
-        counts = {"text_to_video": rank_counts(normalized_TxV, text_video_T)}
-        results[f"QB-Norm ({len(captions):,} captions)"] = counts
-    return results
+        ranks = {"text_to_video": metrics.rank_counts(normalized_TxV, text_video_T)}
+        counts[f"QB-Norm ({len(captions):,} captions)"] = ranks
+    return counts
 
 
-def _draw_captions(dataset: Dataset, split: str, size: int) -> list[str]:
-    """Draws at most `size` captions of a split, always the same ones."""
-    pairs = TrainingPairs(dataset, split, "all")
-    indices = np.random.default_rng(0).permutation(len(pairs))[:size]
-    items = (pairs[int(index)] for index in indices)
-    return [record["captions"][caption].decode() for record, _, caption in items]
-
-
-def _write_ranks(
-    path: Path, counts: Mapping[str, Counts], text_video_T: Int[np.ndarray, " T"]
+def _write_results(
+    workdir: Path, results: Results, counts: Mapping[str, Counts], evaluation: Evaluation
 ) -> None:
-    """Writes the counts of every query, from which confidence intervals can be computed.
+    """Writes results.json and the counts of every query, which confidence intervals need.
 
-    Keys of the file: "DIRECTION" and "OPTION/DIRECTION": 2 x Q integers, see `rank_counts`;
+    Keys of the second file: "DIRECTION" and "OPTION/DIRECTION": 2 x Q integers, see `rank_counts`;
     "text_video": T integers, the index of each text's video.
     """
     arrays = {
@@ -288,9 +241,12 @@ def _write_ranks(
         for option, by_way in counts.items()
         for way, both in by_way.items()
     }
-    partial = path.with_name(f"{path.stem}.part.npz")
-    np.savez(partial, allow_pickle=False, text_video=text_video_T, **arrays)
-    os.replace(partial, path)
+    partial = workdir / "ranks.part.npz"
+    np.savez(partial, allow_pickle=False, text_video=evaluation.text_video_T, **arrays)
+    os.replace(partial, workdir / RANKS_FILE)
+    partial = workdir / "results.json.part"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, workdir / "results.json")
 
 
 def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
@@ -304,16 +260,10 @@ def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
 
 
 def _write_report(
-    config: RunConfig,
-    workdir: Path,
-    retriever: Retriever,
-    evaluation: Evaluation,
-    results: Mapping[str, Any],
-    *,
-    clips: Sequence[Mapping[str, Any]],
+    config: RunConfig, workdir: Path, retriever: Retriever, evaluation: Evaluation, results: Results
 ) -> Path:
-    model, text_video_T = retriever.model, evaluation.text_video_T
-    c = model.config
+    model, c = retriever.model, retriever.model.config
+    clips, text_video_T = evaluation.clips, evaluation.text_video_T
 
     def read_frames(video: int) -> UInt8[np.ndarray, "F S S 3"]:
         frames, mask_F = load_frames(clips[video], c.max_frames, c.vision.image_size)
@@ -322,12 +272,13 @@ def _write_report(
     def attend(text: int) -> WordFrameAttention:
         """Returns AOSM's weights of a caption and its video."""
         video = int(text_video_T[text])
-        one_text, one_video = slice_rows(evaluation.text, text), slice_rows(evaluation.video, video)
-        weights_1xWxF = apply_model(
+        one_text = inference.slice_rows(evaluation.text, text)
+        one_video = inference.slice_rows(evaluation.video, video)
+        weights_1xWxF = inference.apply_model(
             retriever.params, one_text, one_video, model=model, method="word_frame_attention"
         )
-        caption, times = evaluation.captions[text], np.asarray(clips[video]["times"])
-        mask_W = np.asarray(one_text.mask[0])
+        times = np.asarray(clips[video]["times"])
+        caption, mask_W = evaluation.captions[text], np.asarray(one_text.mask[0])
         words, words_W = list_words(model, retriever.get_tokenizer(), caption, mask_W)
         return WordFrameAttention(
             words=words,
@@ -338,11 +289,10 @@ def _write_report(
             clip=evaluation.clip_names[video],
         )
 
-    attentions = []
+    count = 0
     if c.has_granularities and "frame_word" in c.granularities:
         count = min(config.report.attention_pairs, len(text_video_T))
-        texts = np.linspace(0, len(text_video_T) - 1, count).astype(int)
-        attentions = [attend(int(text)) for text in texts]
+    texts = np.linspace(0, len(text_video_T) - 1, count).astype(int)
     return write_report(
         workdir / "report",
         results,
@@ -351,7 +301,7 @@ def _write_report(
         text_video_T=text_video_T,
         clip_names=evaluation.clip_names,
         load_frames=read_frames,
-        attentions=attentions,
+        attentions=[attend(text) for text in texts.tolist()],
         curves=read_metrics(workdir),
     )
 

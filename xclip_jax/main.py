@@ -10,21 +10,14 @@ On SIGTERM the program saves a checkpoint and exits with status 75. Several proc
 Cloud TPU, GKE and SLURM are detected, elsewhere use --coordinator.
 """
 
+import sys
 from collections.abc import Sequence
 
 import jax
 
-from xclip_jax import compile_only, evaluate, prepare, train
+from xclip_jax import compile_only, distributed, evaluate, prepare, train
 from xclip_jax.cli import CommandParser, InputError, one_line_errors, parse_with_config, run_command
 from xclip_jax.config import validate
-from xclip_jax.distributed import (
-    connect,
-    is_first_process,
-    report_failed_process,
-    shutdown,
-    stop_when_preempted,
-    wait_for_all,
-)
 
 
 def _parser() -> CommandParser:
@@ -51,19 +44,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if arguments.topology:
             raise InputError("--topology requires --compile_only")
-        connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        distributed.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if jax.process_count() == 1 or config.mode == "eval":
-            stop_when_preempted()
+            distributed.stop_when_preempted()
         workdir = arguments.workdir or f"runs/{config.name}"
-        if is_first_process():
+        if distributed.is_first_process():
             prepare.render_if_missing(config)
-        wait_for_all("the demo's data")
-        with report_failed_process():
+        distributed.wait_for_all("the demo's data")
+        try:
             if config.mode == "train":
                 train.train(config, workdir)
-                stop_when_preempted()
+                distributed.stop_when_preempted()
             evaluate.evaluate(config, workdir)
-            shutdown()
+            distributed.shutdown()
+        except jax.errors.JaxRuntimeError:
+            if jax.process_count() > 1:
+                name = f"process {jax.process_index()} of {jax.process_count()}"
+                advice = "restart all processes; training resumes from the last checkpoint"
+                print(f"{name} failed or lost a peer: {advice}", file=sys.stderr)
+            raise
 
 
 if __name__ == "__main__":

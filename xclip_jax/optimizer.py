@@ -5,67 +5,55 @@ per-tensor operations apply per layer slice.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jax.tree_util import tree_map_with_path
+from jaxtyping import Array
+from ml_collections import ConfigDict
 
-OptimizerName = Literal["adamw", "bert_adam"]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+from xclip_jax.config import OptimizerConfig
+
 TENSOR_NORM = 1.0  # largest norm of a tensor's gradient with bert_adam, whatever clip_norm is
-Path = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
 
 def make_optimizer(
-    total_steps: int,
-    *,
-    name: OptimizerName,
-    lr: float,
-    encoder_lr: float | Array,
-    weight_decay: float,
-    warmup: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    clip_norm: float,
-    freeze_layers: int = -1,
+    c: OptimizerConfig | ConfigDict, total_steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Returns the learning rate schedule of new parameters and the optimizer of config.optimizer.
+    """Returns the learning rate schedule of new parameters and the optimizer.
+
+    `bert_adam` is the optimizer of the PyTorch release, with its schedule, gradient clipping per
+    tensor besides the global one, and no bias correction.
 
     Args:
-        total_steps: length of the schedule.
-        name: `adamw`, or `bert_adam`: the PyTorch release's optimizer, with its schedule, gradient
-            clipping per tensor besides the global one, and no bias correction.
-        lr: peak learning rate of new parameters.
-        encoder_lr: peak learning rate of everything under `clip`.
-        weight_decay: decoupled, multiplied by the rate; see `decay_mask` and `non_bias_mask`.
-        warmup: fraction of `total_steps` with rising rate, 0 to below 1.
-        b1, b2, eps: Adam's constants.
-        clip_norm: largest global norm of the gradient.
-        freeze_layers: CLIP's layers to freeze, see `trainable_mask`; below 0: none.
+        c: config.optimizer.
+        total_steps: length of the schedule, at least 1.
     """
-    if name == "adamw":
-        schedule = learning_rate_schedule(lr, total_steps, warmup)
-        mask = decay_mask
-        direction = optax.clip_by_global_norm(clip_norm), optax.scale_by_adam(b1, b2, eps)
+    if c.name == "adamw":
+        schedule, mask = learning_rate_schedule(c.lr, total_steps, c.warmup), decay_mask
+        direction = optax.clip_by_global_norm(c.clip_norm), optax.scale_by_adam(c.b1, c.b2, c.eps)
     else:
-        schedule = bert_schedule(lr, total_steps, warmup)
-        mask = non_bias_mask
-        clipping = clip_global(clip_norm), clip_tensors(TENSOR_NORM)
-        direction = *clipping, scale_by_uncorrected_adam(b1, b2, eps)
+        schedule, mask = bert_schedule(c.lr, total_steps, c.warmup), non_bias_mask
+        clipping = clip_global(c.clip_norm), clip_tensors(TENSOR_NORM)
+        direction = *clipping, scale_by_uncorrected_adam(c.b1, c.b2, c.eps)
     optimizer = optax.chain(
         *direction,
-        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.add_decayed_weights(c.weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
-        optax.masked(optax.scale(encoder_lr / lr), encoder_mask),
+        optax.masked(optax.scale(c.encoder_lr / c.lr), encoder_mask),
     )
-    if freeze_layers < 0:
+    if c.freeze_layers < 0:
         return schedule, optimizer
+
+    def zero_frozen(updates: Any, _: Any) -> Any:
+        masks = trainable_mask(updates, c.freeze_layers)
+        return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
+
     # First, so that frozen gradients do not count in the global norm; last, against weight decay.
-    freeze = zero_frozen(freeze_layers)
+    freeze = optax.stateless(zero_frozen)
     return schedule, optax.chain(freeze, optimizer, freeze)
 
 
@@ -98,10 +86,8 @@ def bert_schedule(peak: float, total_steps: int, warmup: float) -> optax.Schedul
 def clip_global(max_norm: float) -> optax.GradientTransformation:
     """Clips all gradients together, as torch.nn.utils.clip_grad_norm_ does."""
 
-    def clip(gradients: Any, params: Any) -> Any:
-        del params
-        norm = optax.tree.norm(gradients)
-        return jax.tree.map(lambda x: _clip(x, norm, max_norm), gradients)
+    def clip(gradients: Any, _: Any) -> Any:
+        return optax.tree.scale(_clip_factor(optax.tree.norm(gradients), max_norm), gradients)
 
     return optax.stateless(clip)
 
@@ -109,15 +95,15 @@ def clip_global(max_norm: float) -> optax.GradientTransformation:
 def clip_tensors(max_norm: float) -> optax.GradientTransformation:
     """Clips the gradient of each PyTorch tensor by itself, with the formula of `clip_global`."""
 
-    def clip(path: Path, x: Array) -> Array:
-        axes = tuple(range(int(_is_stacked(path)), x.ndim))
-        return _clip(x, jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)), max_norm)
+    def clip(path: Any, x: Array) -> Array:
+        axes = tuple(range("blocks" in _names(path), x.ndim))
+        return x * _clip_factor(jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)), max_norm)
 
-    return optax.stateless(lambda gradients, _: jax.tree_util.tree_map_with_path(clip, gradients))
+    return optax.stateless(lambda gradients, _: tree_map_with_path(clip, gradients))
 
 
-def _clip(x: Float[Array, "*S"], norm: Float[Array, "..."], max_norm: float) -> Float[Array, "*S"]:
-    return x * jnp.minimum(1, max_norm / (norm + 1e-6))
+def _clip_factor(norm: Array, max_norm: float) -> Array:
+    return jnp.minimum(1, max_norm / (norm + 1e-6))
 
 
 class Moments(NamedTuple):
@@ -134,43 +120,12 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
         return Moments(optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Moments]:
-        del params
         mean = optax.tree.update_moment(updates, state.mean, b1, 1)
         square = optax.tree.update_moment(updates, state.square, b2, 2)
         direction = jax.tree.map(lambda m, s: m / (jnp.sqrt(s) + eps), mean, square)
         return direction, Moments(mean, square)
 
     return optax.GradientTransformation(init, update)
-
-
-def decay_mask(params: Any) -> Any:
-    """Returns the mask of the parameters that decay with adamw: kernels and embeddings."""
-    exempt = ("bias", "scale", "hidden_bias", "logit_scale", "class_token")
-    return _map_names(lambda names: names[-1] not in exempt, params)
-
-
-def non_bias_mask(params: Any) -> Any:
-    """Returns the mask of the parameters that decay with bert_adam: all except biases.
-
-    The release exempts names that contain `bias` or `LayerNorm`, but its norms are called `ln_*`.
-    """
-    return _map_names(lambda names: names[-1] not in ("bias", "hidden_bias"), params)
-
-
-def encoder_mask(params: Any) -> Any:
-    """Returns the mask of the parameters under `clip`."""
-    return _map_names(lambda names: names[0] == "clip", params)
-
-
-def zero_frozen(layers: int) -> optax.GradientTransformation:
-    """Sets the updates of frozen parameters to 0, see `trainable_mask`."""
-
-    def zero(updates: Any, params: Any) -> Any:
-        del params
-        masks = trainable_mask(updates, layers)
-        return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
-
-    return optax.stateless(zero)
 
 
 def trainable_mask(params: Any, layers: int) -> Any:
@@ -183,24 +138,28 @@ def trainable_mask(params: Any, layers: int) -> Any:
         A tree like `params`: bool, or L x 1 x ... for arrays stacked over L blocks.
     """
 
-    def mask(path: Path, x: Any) -> Any:
+    def mask(path: Any, x: Any) -> Any:
         names = _names(path)
-        if names[0] != "clip":
-            return True
-        if _is_stacked(path):
+        if names[0] == "clip" and "blocks" in names:
             return np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)) >= layers
-        return not {"ln_final", "ln_post", "projection", "logit_scale"}.isdisjoint(names)
+        trained = {"ln_final", "ln_post", "projection", "logit_scale"}
+        return names[0] != "clip" or not trained.isdisjoint(names)
 
-    return jax.tree_util.tree_map_with_path(mask, params)
-
-
-def _map_names(function: Callable[[list[str]], bool], params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: function(_names(path)), params)
+    return tree_map_with_path(mask, params)
 
 
-def _names(path: Path) -> list[str]:
+def _names(path: Any) -> list[str]:
     return [entry.key for entry in path]
 
 
-def _is_stacked(path: Path) -> bool:
-    return "blocks" in _names(path)
+def _mask(is_in: Callable[[list[str]], bool]) -> Callable[[Any], Any]:
+    """Returns a function from parameters to the mask of those whose names satisfy a condition."""
+    return lambda params: tree_map_with_path(lambda path, _: is_in(_names(path)), params)
+
+
+_NO_DECAY = ("bias", "scale", "hidden_bias", "logit_scale", "class_token")
+decay_mask = _mask(lambda names: names[-1] not in _NO_DECAY)  # kernels and embeddings, for adamw
+# With bert_adam all except biases decay. The release exempts names that contain `bias` or
+# `LayerNorm`, but its norms are called `ln_*`.
+non_bias_mask = _mask(lambda names: names[-1] not in ("bias", "hidden_bias"))
+encoder_mask = _mask(lambda names: names[0] == "clip")

@@ -34,11 +34,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
     if available % fsdp and data == -1:
         raise InputError(f"config.mesh.fsdp = {fsdp}: must divide the {available} devices")
     data = available // fsdp if data == -1 else data
-    if data * fsdp > available or (jax.process_count() > 1 and data * fsdp != available):
-        exactly = "exactly" if jax.process_count() > 1 else "at most"
+    exactly = jax.process_count() > 1
+    if data * fsdp > available or (exactly and data * fsdp != available):
         raise InputError(
-            f"config.mesh.data = {data}, fsdp = {fsdp}: together they must be {exactly} the "
-            f"{available} devices"
+            f"config.mesh.data = {data}, fsdp = {fsdp}: together they must be "
+            f"{'exactly' if exactly else 'at most'} the {available} devices"
         )
     chosen = devices[: data * fsdp]
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=chosen)
@@ -72,20 +72,20 @@ def split_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     return PartitionSpec(*("fsdp" if axis == largest else None for axis in range(len(shape))))
 
 
-def summarize_split(params: Any, mesh: Mesh) -> list[str]:
-    """Returns lines on how many parameters are split and on how the largest arrays are."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    fsdp = mesh.shape["fsdp"]
-    total = sum(x.size for _, x in leaves)
-    split = sum(x.size for _, x in leaves if split_spec(x.shape, fsdp) != PartitionSpec())
-    lines = [
-        f"mesh: data {mesh.shape['data']} x fsdp {fsdp}; {split / 1e6:.1f} M of "
-        f"{total / 1e6:.1f} M parameters are split over fsdp"
-    ]
-    for path, x in sorted(leaves, key=lambda leaf: -leaf[1].size)[: 4 * (fsdp > 1)]:
-        name = "/".join(entry.key for entry in path)
-        lines.append(f"  {name:50}{x.shape!s:>20}  {split_spec(x.shape, fsdp)}")
-    return lines
+def summarize_split(params: Any, mesh: Mesh) -> str:
+    """Returns how many parameters are split and how the four largest arrays are, in lines."""
+    data, fsdp = (mesh.shape[axis] for axis in AXES)
+    rows = [(path, x, split_spec(x.shape, fsdp)) for path, x in jax.tree.leaves_with_path(params)]
+    rows.sort(key=lambda row: -row[1].size)
+    total = sum(x.size for _, x, _ in rows) / 1e6
+    split = sum(x.size for _, x, spec in rows if spec != PartitionSpec()) / 1e6
+    text = (
+        f"mesh: data {data} x fsdp {fsdp}, which splits {split:.1f} M of {total:.1f} M parameters"
+    )
+    for path, x, spec in rows[:4] if fsdp > 1 else []:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        text += f"\n  {name:50}{x.shape!s:>20}  {spec}"
+    return text
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -97,15 +97,3 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
     """Constrains the placement of arrays at this point of a program, unless `sharding` is None."""
     return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
-
-
-def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError, with the nearest valid sizes, if a batch cannot be split evenly."""
-    count = mesh.size
-    if batch_size % count:
-        below = batch_size // count * count
-        nearest = " or ".join(str(size) for size in (below, below + count) if size)
-        raise InputError(
-            f"config.train.{field} = {batch_size}: must be a multiple of the {count} devices, "
-            f"for example {nearest}"
-        )

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from xclip_jax.checkpoint import check_same_run, is_below
+from xclip_jax.checkpoint import check_same_run
 from xclip_jax.cli import InputError, progress
 from xclip_jax.config import field_value, validate
 from xclip_jax.data.builder import Dataset
@@ -63,10 +63,8 @@ class Run:
             json.loads((self.workdir / "config.json").read_text())
         except (OSError, ValueError):
             return  # not started; a corrupted file is reported by the run itself
-        try:
-            check_same_run(self.workdir, self.config, _open_dataset(self.config.data.path))
-        except InputError as error:
-            raise InputError(str(error).replace("--workdir", "--output")) from None
+        dataset = _open_dataset(self.config.data.path)
+        check_same_run(self.workdir, self.config, dataset, option="--output")
 
     def load_ranks(self) -> dict[str, np.ndarray] | None:
         """Returns the arrays of ranks.npz, or None if the run is unfinished or a file corrupted."""
@@ -115,7 +113,7 @@ def plan_runs(
         for name, variant in study.variants.items():
             where = f"--study={study_name}, variant {name!r}"
             effective = _effective_overrides(base, variant.overrides, where)
-            training = {k: v for k, v in effective.items() if not is_below(k, "eval")}
+            training = {k: v for k, v in effective.items() if not k.startswith("eval.")}
             evaluation = {k[len("eval.") :]: effective[k] for k in effective.keys() - training}
             runs = []
             for seed in range(base.seed, base.seed + num_seeds):
