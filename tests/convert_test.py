@@ -19,9 +19,9 @@ from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import InputError
 from xclip_jax.convert import __main__ as command
 from xclip_jax.convert import exporting, importing, mapping
-from xclip_jax.convert.exporting import export, write_archive
-from xclip_jax.convert.importing import convert
-from xclip_jax.convert.torch_archive import read_archive
+from xclip_jax.convert.exporting import export
+from xclip_jax.convert.importing import Options, Source, convert
+from xclip_jax.convert.torch_archive import read_archive, write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.models import XClip
 from xclip_jax.models.config import HEADS
@@ -91,18 +91,19 @@ def test_sizes_are_inferred_from_shapes(tmp_path):
 def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
     shapes = {f"clip.{name}": s for name, s in checkpoints.clip_shapes(**sizes).items()}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    known = {"preset": "paper", "head": "mean_pooling", "activation": "quick_gelu"}
-    a = importing.infer(tensors, known, {})
+    a = importing.infer(Source("CLIP", False, tensors))
     assert (a.text.heads, a.vision.heads, a.max_words) == (text_heads, heads, 77)
     assert a.vision.image_size == sizes["side"]
     assert shapes["clip.visual.positional_embedding"][0] == positions
     template = jax.eval_shape(lambda: init_params(XClip(a), 0))
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(template):
-        name, stacked = mapping.torch_name(path)
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        for layer in range(leaf.shape[0] if stacked else 1):
-            found[name.format(layer)] = mapping.torch_shape(path, shape)
+        ours = jax.tree_util.keystr(path, simple=True, separator="/")
+        official = mapping.OFFICIAL[ours]
+        stacked = "{}" in official
+        layer = np.empty(leaf.shape[1:] if stacked else leaf.shape, bool)
+        for index in range(leaf.shape[0] if stacked else 1):
+            found[official.format(index)] = mapping.torch_layout(ours, layer).shape
     assert found == shapes
 
 
@@ -119,7 +120,7 @@ def test_open_clip_checkpoints_and_buffers_are_recognized(tmp_path, capsys):
     tensors["module.attn_mask"] = np.zeros((16, 16), np.float32)
     convert(write(tmp_path / "a.pt", tensors), tmp_path / "plain")
     assert "quick_gelu" in capsys.readouterr().out
-    convert(tmp_path / "a.pt", tmp_path / "gelu", activation="gelu")
+    convert(tmp_path / "a.pt", tmp_path / "gelu", Options(activation="gelu"))
     printed = capsys.readouterr().out
     assert "activation   gelu" in printed
     assert "skipped      attn_mask" in printed
@@ -135,9 +136,8 @@ def test_open_clip_checkpoints_and_buffers_are_recognized(tmp_path, capsys):
 def hugging_face(folder, tensors, shards=1, **config):
     """A Hugging Face folder of a plain CLIP's tensors."""
     folder.mkdir()
-    known = {"preset": "paper", "head": "mean_pooling", "activation": "gelu"}
     named = {f"clip.{name}": array for name, array in tensors.items()}
-    a = importing.infer(named, known, {"vision": 4, "text": 2})
+    a = importing.infer(Source("", False, named), Options(None, None, "gelu", 4, 2))
     description = exporting.clip_config(a, 58, 59) | config
     (folder / "config.json").write_text(json.dumps(description))
     weights = mapping.to_hugging_face(named)
@@ -181,7 +181,7 @@ def test_converted_clip_searches_with_either_head(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     scores = {}
     for head in ("mean_pooling", "xclip"):
-        convert(path, tmp_path / head, vocab=str(tmp_path / "vocab"), head=head)
+        convert(path, tmp_path / head, Options(vocab=str(tmp_path / "vocab"), head=head))
         retriever = xclip_jax.load(tmp_path / head)
         found = retriever.search("a red ball", [frames, frames[:1]], k=1)
         scores[head] = found[0].score
@@ -200,10 +200,10 @@ def test_lengths_must_match_matrices_unless_cropped(tmp_path):
     tensors = checkpoints.release("xclip")
     path = write(tmp_path / "a.bin", tensors)
     with pytest.raises(InputError, match=r"--max_words=8: .* for length 12; --crop_matrices"):
-        convert(path, tmp_path / "model", max_words=8)
+        convert(path, tmp_path / "model", Options(max_words=8))
     with pytest.raises(InputError, match=r"--max_frames=7: the learned matrices are for length 6$"):
-        convert(path, tmp_path / "model", max_frames=7, crop_matrices=True)
-    convert(path, tmp_path / "model", max_words=8, max_frames=3, crop_matrices=True)
+        convert(path, tmp_path / "model", Options(max_frames=7, crop_matrices=True))
+    convert(path, tmp_path / "model", Options(max_words=8, max_frames=3, crop_matrices=True))
     retriever = xclip_jax.load(tmp_path / "model")
     matrices = retriever.params["aggregation_matrices"]
     np.testing.assert_array_equal(matrices["video_word"], tensors["word_logit_weight"][:8, :8])
@@ -261,7 +261,7 @@ def test_export_names_features_the_official_code_lacks(tmp_path, capsys):
         ({"vision_heads": 4}, "model.vision.heads = 4"),
         ({}, None),
     ]):  # fmt: skip
-        convert(path, tmp_path / f"model{number}", **options)
+        convert(path, tmp_path / f"model{number}", Options(**options))
         capsys.readouterr()
         export(tmp_path / f"model{number}", tmp_path / f"out{number}")
         assert (reason or "official state dict, for torch.load") in capsys.readouterr().out
@@ -287,10 +287,10 @@ def test_invalid_options_are_refused(tmp_path):
         ({"crop_matrices": True}, "--crop_matrices requires"),
     ]:
         with pytest.raises(InputError, match=re.escape(message)):
-            convert(path, tmp_path / "model", **options)
+            convert(path, tmp_path / "model", Options(**options))
     folder = hugging_face(tmp_path / "hf", checkpoints.clip())
     with pytest.raises(InputError, match=r"config.json sets activation and heads"):
-        convert(folder, tmp_path / "model", activation="gelu")
+        convert(folder, tmp_path / "model", Options(activation="gelu"))
     config = json.loads((folder / "config.json").read_text())
     vision = config["vision_config"] | {"num_attention_heads": 0}
     for tower, message in [("x", "must be an object"), (vision, "_heads is 0")]:
@@ -335,7 +335,7 @@ def test_invalid_hugging_face_folders_are_refused(tmp_path):
 
 def test_export_without_official_counterpart_writes_only_towers(tmp_path, capsys):
     path = write(tmp_path / "a.pt", checkpoints.clip())
-    convert(path, tmp_path / "model", head="xclip")
+    convert(path, tmp_path / "model", Options(head="xclip"))
     export(tmp_path / "model", tmp_path / "out")
     assert "no official state dict" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip"]

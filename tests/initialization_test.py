@@ -11,9 +11,9 @@ import tiny
 import xclip_jax
 from xclip_jax import train
 from xclip_jax.cli import InputError
-from xclip_jax.convert.exporting import write_archive
-from xclip_jax.convert.importing import convert
+from xclip_jax.convert.importing import Options, convert
 from xclip_jax.convert.mapping import to_tensors
+from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.initialization import interpolate_positions, start_from_clip
 from xclip_jax.models import XClip
@@ -28,7 +28,7 @@ def clip(tmp_path_factory):
     tokenizer.save(folder / "vocab")
     tensors = checkpoints.clip(sizes={**checkpoints.TINY, "vocab": tokenizer.vocab_size})
     write_archive(folder / "clip.pt", tensors)
-    convert(folder / "clip.pt", folder / "model", vocab=str(folder / "vocab"))
+    convert(folder / "clip.pt", folder / "model", Options(vocab=folder / "vocab"))
     return folder / "model", tensors
 
 

@@ -18,8 +18,7 @@ import pytest
 
 from xclip_jax.cli import InputError
 from xclip_jax.convert import torch_archive
-from xclip_jax.convert.exporting import write_archive
-from xclip_jax.convert.torch_archive import DTYPES, Archive, read_archive
+from xclip_jax.convert.torch_archive import DTYPES, Archive, read_archive, write_archive
 
 TESTS = Path(__file__).resolve().parent
 GOLDENS = TESTS / "data" / "goldens_small", TESTS.parents[1] / "shared" / "goldens"

@@ -1,194 +1,308 @@
-"""Imports a PyTorch checkpoint into a model directory."""
+"""Imports PyTorch checkpoints of any supported kind into model directories, without PyTorch."""
 
-import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.cli import InputError
-from xclip_jax.convert.mapping import BUFFERS, UNREAD, to_params
-from xclip_jax.convert.sources import Source, read_source
-from xclip_jax.data.text import Tokenizer, load_tokenizer
-from xclip_jax.models import ModelConfig, XClip, read_model_config
+from xclip_jax.convert.mapping import BUFFERS, UNREAD, from_hugging_face, to_params
+from xclip_jax.convert.torch_archive import Archive, read_archive
+from xclip_jax.data import text
+from xclip_jax.models import ModelConfig, XClip
+from xclip_jax.models.config import TemporalConfig, TextConfig, VisionConfig
 
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *text.HUB_FILES]
+MAX_IMAGE_SIZE = 4096  # in pixels, far above any CLIP: limits what a corrupted file allocates
 _MATRICES = {
     "max_words": ("word_logit_weight", "word_mat_weight", "word_mat_weight2"),
     "max_frames": ("frame_logit_weight", "frame_mat_weight", "frame_mat_weight2"),
 }
-_HEADS = {  # by prefix of a tensor; the last that occurs counts
-    "lstm_visual.": "seq_lstm",
-    "transformerClip.": "seq_transformer",
-    "cross.transformer.": "tight_transformer",
+_HEADS: dict[str, Any] = {  # by the module of a tensor; the last that occurs counts
+    "": "mean_pooling",
+    "lstm_visual": "seq_lstm",
+    "transformerClip": "seq_transformer",
+    "cross": "tight_transformer",
     "global_mat_weight": "xclip",
 }
-MAX_IMAGE_SIZE = 4096  # in pixels, far above any CLIP: limits what a corrupted file allocates
-_LENGTHS = {"max_words": 32, "max_frames": 12}  # in the release's scripts
+# The values that config.json may give to both towers, the default first.
+_SETTINGS = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
 
 
-def convert(
-    source: str | Path,
-    output: str | Path,
-    *,
-    vocab: str | Path | None = None,
-    head: Literal["mean_pooling", "xclip"] | None = None,
-    activation: Literal["quick_gelu", "gelu"] | None = None,
-    vision_heads: int | None = None,
-    text_heads: int | None = None,
-    max_words: int | None = None,
-    max_frames: int | None = None,
-    crop_matrices: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """Options of `convert`, by default determined by the checkpoint."""
+
+    vocab: str | Path | None = None  # tokenizer, as in `load_tokenizer`; else the source's, if any
+    head: Literal["mean_pooling", "xclip"] | None = None  # of plain CLIP; else mean_pooling
+    # These three are set by config.json where the source has it.
+    activation: Literal["quick_gelu", "gelu"] | None = None
+    vision_heads: int | None = None  # else width / 64
+    text_heads: int | None = None
+    # The lengths of the learned matrices, if any.
+    max_words: int | None = None
+    max_frames: int | None = None
+    crop_matrices: bool = False  # crop learned matrices to shorter lengths
+
+    def __post_init__(self) -> None:
+        for name in ("vision_heads", "text_heads", "max_words", "max_frames"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name}={value}: must be at least 1")
+        if self.crop_matrices and not (self.max_words or self.max_frames):
+            raise InputError("--crop_matrices requires --max_words or --max_frames")
+
+
+@dataclass
+class Source:
+    """A checkpoint as it was read, before its architecture is inferred."""
+
+    kind: str  # a description to print
+    official: bool  # True for X-CLIP and CLIP4Clip, False for plain CLIP
+    tensors: dict[str, np.ndarray]  # by official name
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    # A Hugging Face folder, which may hold a tokenizer, and the numbers of heads in its config.json
+    folder: Path | None = None
+    heads: dict[str, int] = field(default_factory=dict)
+
+
+def convert(source: str | Path, output: str | Path, options: Options = Options()) -> None:
     """Converts a checkpoint to a model directory, atomically, and prints a summary.
 
     Args:
         source: checkpoint file, Hugging Face folder or hub id.
         output: folder to write.
-        vocab: tokenizer, as in `load_tokenizer`; default: the source's, if it has one.
-        head: head for plain CLIP, by default `mean_pooling`.
-        activation, vision_heads, text_heads: settings that only a config.json stores.
-        max_words, max_frames: lengths, which must match those of the learned matrices, if any.
-        crop_matrices: crop learned matrices to shorter lengths.
+        options: settings that the checkpoint does not store.
 
     Raises:
         InputError: the source cannot be read, is of an unknown kind or does not fit.
     """
-    options = {"vision_heads": vision_heads, "text_heads": text_heads}
-    options |= {"max_words": max_words, "max_frames": max_frames}
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise InputError(f"--{name}={value}: must be at least 1")
     read = read_source(source)
-    tensors = read.tensors
-    if not read.heads:
-        read.activation = activation or read.activation
-        heads = {"vision": vision_heads, "text": text_heads}
-        read.heads |= {name: count for name, count in heads.items() if count}
-    elif activation or vision_heads or text_heads:
+    if read.folder and (options.activation or options.vision_heads or options.text_heads):
         raise InputError(
             f"{source}: its config.json sets activation and heads: omit --activation, "
             "--vision_heads and --text_heads"
         )
-    if crop_matrices and not (max_words or max_frames):
-        raise InputError("--crop_matrices requires --max_words or --max_frames")
-    _set_lengths(tensors, {"max_words": max_words, "max_frames": max_frames}, crop_matrices)
-    known = {"activation": read.activation, **_infer_kind(read, head)}
-    config = infer(tensors, known, read.heads, max_words, max_frames)
-    weights = {name: array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}
-    params, unused = to_params(weights, _template(config))
+    _fit_matrices(read.tensors, options)
+    config = infer(read, options)
+    weights = {n: array for n, array in read.tensors.items() if not BUFFERS.fullmatch(n)}
+    shapes = jax.eval_shape(lambda: init_params(XClip(config), 0))
+    params, unused = to_params(weights, shapes)
     unread = {name: unused.pop(name) for name in UNREAD if name in unused}
     if unused:
         raise InputError(f"{source}: unknown weights: {', '.join(sorted(unused))}")
-    tokenizer = _tokenizer(vocab, read.tokenizer, config)
-    extra = {"step": 0}
-    save_model(output, config, params, tokenizer=tokenizer, unread=unread, extra=extra)
-    skipped = [name.removeprefix("clip.") for name in tensors if name not in weights]
-    notes = {"kept unread": list(unread), "skipped": skipped}
-    _print_summary(read, config, params, tokenizer, notes=notes)
+    tokenizer = _load_tokenizer(options.vocab, read.folder, config)
+    save_model(output, config, params, tokenizer=tokenizer, unread=unread, extra={"step": 0})
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{read.kind}: {total / 1e6:.1f} M parameters")
+    _print_summary(config, tokenizer)
+    skipped = [name.removeprefix("clip.") for name in read.tensors if name not in weights]
+    if unread:
+        print(f"  kept unread  {', '.join(unread)} (saved by the release, never used)")
+    if skipped:
+        print(f"  skipped      {', '.join(skipped)} (no weights)")
     print(f"wrote {output}")
 
 
-def _template(config: ModelConfig) -> Any:
-    """Returns the parameters' shapes and types as a pytree of ShapeDtypeStructs."""
-    return jax.eval_shape(lambda: init_params(XClip(config), 0))
+def read_source(path: str | Path) -> Source:
+    """Reads a checkpoint file, a Hugging Face folder or a hub id.
+
+    Raises:
+        InputError: the checkpoint is missing, cannot be read or is of an unknown kind.
+    """
+    location = Path(path)
+    if not str(path).strip():
+        raise InputError("--input is empty")
+    if location.is_dir():
+        return _read_folder(location)
+    if location.is_file():
+        return _classify(_load(location), location.suffix)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):  # how the hub names models
+        raise InputError(f"{path}: no such file or folder")
+    try:
+        location = Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except Exception as error:  # many types, from no network to no such repository
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{path}: no such file or folder, and not available from the Hugging Face hub "
+            f"({reason}). Download config.json, model.safetensors and the tokenizer's files from "
+            f"https://huggingface.co/{path} into a folder and pass that"
+        ) from None
+    return _read_folder(location)
 
 
-def infer(
-    tensors: Mapping[str, np.ndarray],
-    known: Mapping[str, str],
-    heads: Mapping[str, int],
-    max_words: int | None = None,
-    max_frames: int | None = None,
-) -> ModelConfig:
-    """Returns the ModelConfig of a checkpoint, from the names and shapes of its tensors.
+def _load(path: Path) -> Archive:
+    if path.suffix != ".safetensors":
+        return read_archive(path)
+    try:
+        return Archive(load_file(path))
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise InputError(f"{path}: not a complete safetensors file: {error}") from None
 
-    Args:
-        tensors: official name -> array.
-        known: preset, head and activation.
-        heads: number of heads by tower, "vision" and "text"; by default width / 64.
-        max_words, max_frames: as in `convert`.
+
+def _classify(archive: Archive, suffix: str) -> Source:
+    """Returns the Source of a single file: official, OpenAI's or open_clip's."""
+    tensors, kind = archive.tensors, "TorchScript archive" if archive.torchscript else "state dict"
+    kind = "safetensors file" if suffix == ".safetensors" else f"PyTorch {kind}"
+    if "vision_model.embeddings.class_embedding" in tensors:
+        raise InputError(
+            "these are weights of a Hugging Face CLIP: pass the folder that also holds config.json"
+        )
+    if any(name.startswith(("visual.layer1.", "clip.visual.layer1.")) for name in tensors):
+        raise InputError("CLIP with a ResNet image tower is not supported, only ViT")
+    if "clip.visual.conv1.weight" in tensors:
+        model = "X-CLIP" if "global_mat_weight" in tensors else "CLIP4Clip"
+        return Source(f"official {model} {kind}", True, tensors)
+    # open_clip's CustomTextCLIP has a prefix; its other models come in training checkpoints.
+    open_clip = archive.nested or "text.token_embedding.weight" in tensors
+    if "text.token_embedding.weight" in tensors:
+        tensors = {name.removeprefix("text."): array for name, array in tensors.items()}
+    if "visual.conv1.weight" not in tensors:
+        names = ", ".join(list(tensors)[:3]) or "nothing"
+        raise InputError(f"not a CLIP model: visual.conv1.weight is missing, found {names}")
+    tensors = {f"clip.{name}": array for name, array in tensors.items()}
+    if open_clip:
+        return Source(f"open_clip {kind}", False, tensors, activation="gelu")
+    return Source(f"CLIP {kind}", False, tensors)
+
+
+def _read_folder(folder: Path) -> Source:
+    """Returns the Source of a Hugging Face folder."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no config.json and is not a Hugging Face model") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "clip":
+        raise InputError(f"{path}: model_type is {kind!r}, must be 'clip'")
+    vision, words = (config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+    if not (isinstance(vision, dict) and isinstance(words, dict)):
+        raise InputError(f"{path}: each of vision_config and text_config must be an object")
+    for name, allowed in _SETTINGS.items():
+        values = vision.get(name, allowed[0]), words.get(name, allowed[0])
+        if values[0] != values[1] or values[0] not in allowed:
+            raise InputError(
+                f"{path}: {name} is {values[0]!r} (vision) and {values[1]!r} (text); must be "
+                f"{' or '.join(map(str, allowed))} in both"
+            )
+    heads = {"vision_heads": vision.get("num_attention_heads", 12)}  # transformers' defaults
+    heads["text_heads"] = words.get("num_attention_heads", 8)
+    for name, count in heads.items():
+        if type(count) is not int or count < 1:
+            raise InputError(f"{path}: the number of {name} is {count!r}, must be at least 1")
+    activation = words.get("hidden_act", _SETTINGS["hidden_act"][0])
+    tensors = from_hugging_face(_load_shards(folder))
+    return Source("Hugging Face CLIP", False, tensors, activation, folder, heads)
+
+
+def _load_shards(folder: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a Hugging Face folder, whose weights may be in several files."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if (folder / stem).is_file():
+            return _load(folder / stem).tensors
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                shards = [folder / Path(name).name for name in sorted(names)]
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                raise InputError(f"{index}: not a valid index of shards") from None
+            return {name: x for shard in shards for name, x in _load(shard).tensors.items()}
+    raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def _fit_matrices(tensors: dict[str, np.ndarray], options: Options) -> None:
+    """Checks lengths against the learned matrices, or crops the matrices in place."""
+    for option, names in _MATRICES.items():
+        size = getattr(options, option)
+        for name in names if size else ():
+            length = len(tensors.get(name, ())) or size
+            if size > length or (size < length and not options.crop_matrices):
+                hint = "; --crop_matrices crops them" if size < length else ""
+                raise InputError(
+                    f"--{option}={size}: the learned matrices are for length {length}{hint}"
+                )
+            if size < length:
+                tensors[name] = tensors[name][:size, :size]
+
+
+def infer(source: Source, options: Options = Options()) -> ModelConfig:
+    """Returns the architecture of a checkpoint, inferred from the shapes of its tensors.
 
     Raises:
         InputError: sizes are missing or do not fit together.
     """
-    model: dict[str, Any] = dataclasses.asdict(ModelConfig()) | dict(known)
-    model["vision"], model["text"], model["embed_dim"] = _infer_towers(tensors, heads)
-    temporal = model["temporal"]
-    temporal["type"] = "none"
-    for name, kind in (("lstm_visual.", "lstm"), ("transformerClip.", "transformer")):
-        if any(tensor.startswith(name) for tensor in tensors):
-            temporal["type"] = kind
+    tensors, official = source.tensors, source.official
+    vision, words, embed_dim = _infer_towers(source, options)
+    modules = {name.partition(".")[0] for name in tensors}
+    if options.head and official:
+        raise InputError(f"--head={options.head}: the checkpoint has its own head: omit --head")
+    head = [name for module, name in _HEADS.items() if module in modules or not module][-1]
+    temporal = "transformer" if "transformerClip" in modules else "none"
     layers = max(_count(tensors, "transformerClip"), _count(tensors, "cross.transformer"))
-    temporal.update(layers=layers or 1, heads=max(1, model["embed_dim"] // 64))
-    context = model["text"]["context_length"]
-    defaults = _LENGTHS | ({"max_words": context} if model["preset"] == "paper" else {})
-    for name, length in (("max_words", max_words), ("max_frames", max_frames)):
+    context, lengths = words.context_length, {}
+    defaults = {"max_words": 32 if official else context, "max_frames": 12}  # the release's
+    for name, default in defaults.items():
         matrix = tensors.get(_MATRICES[name][0])
-        size = len(matrix) if matrix is not None else length or min(defaults[name], context)
+        length = getattr(options, name) or min(default, context)
+        lengths[name] = length = length if matrix is None else len(matrix)
         minimum = 3 if name == "max_words" else 1
-        if not minimum <= size <= context:
-            raise InputError(
-                f"--{name}={size}: must be from {minimum} to {context}, the text tower's positions"
-            )
-        model[name] = size
-    return read_model_config(model)
+        if not minimum <= length <= context:
+            allowed = f"from {minimum} to {context}, the text tower's positions"
+            raise InputError(f"--{name}={length}: must be {allowed}")
+    return ModelConfig(
+        preset="official" if official else "paper",
+        head=options.head or head,
+        embed_dim=embed_dim,
+        activation=options.activation or source.activation,
+        **lengths,
+        vision=vision,
+        text=words,
+        temporal=TemporalConfig(
+            "lstm" if "lstm_visual" in modules else temporal, layers or 1, max(1, embed_dim // 64)
+        ),
+    ).resolve()
 
 
-def _infer_kind(source: Source, head: str | None) -> dict[str, str]:
-    """Returns preset and head, inferred from the tensors outside the CLIP towers."""
-    if not source.official:
-        return {"preset": "paper", "head": head or "mean_pooling"}
-    if head:
-        raise InputError(f"--head={head}: the checkpoint has its own head: omit --head")
-    head = "mean_pooling"
-    for prefix, name in _HEADS.items():
-        if any(tensor.startswith(prefix) for tensor in source.tensors):
-            head = name
-    return {"preset": "official", "head": head}
-
-
-def _infer_towers(
-    tensors: Mapping[str, np.ndarray], heads: Mapping[str, int]
-) -> tuple[dict[str, int], dict[str, int], int]:
-    """Returns the sizes of both towers and embed_dim, inferred from the tensors' shapes."""
+def _infer_towers(source: Source, options: Options) -> tuple[VisionConfig, TextConfig, int]:
+    """Returns the sizes of both towers and embed_dim."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        array = tensors.get(f"clip.{name}")
+        array = source.tensors.get(f"clip.{name}")
         if array is None or array.ndim != dimensions or not array.size:
             problem = "missing" if array is None else f"of shape {array.shape}"
             raise InputError(f"{name} is {problem}: cannot infer the sizes of CLIP")
         return array.shape
 
+    def sizes(tower: str, width: int, prefix: str) -> dict[str, int]:
+        layers, name = _count(source.tensors, prefix), f"{tower}_heads"
+        heads = source.heads.get(name) or getattr(options, name) or max(1, width // 64)
+        if width % heads or not layers:
+            tower = f"the {tower} tower has {layers} layers and width {width}"
+            raise InputError(f"{tower}, not divisible by {heads} heads: set --{name}")
+        return {"width": width, "layers": layers, "heads": heads}
+
     width, _, patch, _ = shape("visual.conv1.weight", 4)
-    grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
+    side = patch * math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
     text_width, embed_dim = shape("text_projection", 2)
-    if not 0 < grid * patch <= MAX_IMAGE_SIZE:
-        raise InputError(f"image size {grid * patch}: must be from 1 to {MAX_IMAGE_SIZE} px")
-    vision = {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "width": width,
-        "layers": _count(tensors, "clip.visual.transformer"),
-    }
-    text = {
-        "vocab_size": shape("token_embedding.weight", 2)[0],
-        "context_length": shape("positional_embedding", 2)[0],
-        "width": text_width,
-        "layers": _count(tensors, "clip.transformer"),
-    }
-    for name, tower in (("vision", vision), ("text", text)):
-        tower["heads"] = heads.get(name) or max(1, tower["width"] // 64)
-        if tower["width"] % tower["heads"] or not tower["layers"]:
-            raise InputError(
-                f"the {name} tower has {tower['layers']} layers and width {tower['width']}, not "
-                f"divisible by {tower['heads']} heads: set --{name}_heads"
-            )
-    return vision, text, embed_dim
+    if not 0 < side <= MAX_IMAGE_SIZE:
+        raise InputError(f"image size {side}: must be from 1 to {MAX_IMAGE_SIZE} px")
+    vision = VisionConfig(side, patch, **sizes("vision", width, "clip.visual.transformer"))
+    vocab_size, context = shape("token_embedding.weight", 2)[0], shape("positional_embedding", 2)[0]
+    words = TextConfig(vocab_size, context, **sizes("text", text_width, "clip.transformer"))
+    return vision, words, embed_dim
 
 
 def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
@@ -197,69 +311,32 @@ def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
     return 1 + max((int(m[1]) for name in tensors if (m := pattern.match(name))), default=-1)
 
 
-def _set_lengths(
-    tensors: dict[str, np.ndarray], lengths: Mapping[str, int | None], crop: bool
-) -> None:
-    """Checks lengths against the learned matrices, or crops the matrices in place."""
-    for option, names in _MATRICES.items():
-        for name in names:
-            matrix, size = tensors.get(name), lengths[option]
-            if matrix is None or size is None or matrix.shape[0] == size:
-                continue
-            if not crop or size > matrix.shape[0]:
-                hint = "; --crop_matrices crops them" if size < matrix.shape[0] else ""
-                raise InputError(
-                    f"--{option}={size}: the learned matrices are for length "
-                    f"{matrix.shape[0]}{hint}"
-                )
-            tensors[name] = matrix[:size, :size]
-
-
-def _tokenizer(
+def _load_tokenizer(
     vocab: str | Path | None, folder: Path | None, config: ModelConfig
-) -> Tokenizer | None:
-    """Returns the tokenizer at `vocab`, else the source's, else None."""
+) -> text.Tokenizer | None:
+    """Returns the tokenizer at `vocab`, else the one in `folder`, else None."""
     if vocab is None and folder is not None:
         names = ("tokenizer.json", "vocab.json")
         vocab = folder if any((folder / name).is_file() for name in names) else None
     if vocab is None:
         return None
-    tokenizer = load_tokenizer(vocab, config.max_words)
-    size = config.text.vocab_size
+    tokenizer, size = text.load_tokenizer(vocab, config.max_words), config.text.vocab_size
     if tokenizer.vocab_size > size:
         raise InputError(f"{vocab} has {tokenizer.vocab_size} ids, but the text tower has {size}")
     return tokenizer
 
 
-def _print_summary(
-    read: Source,
-    config: ModelConfig,
-    params: Any,
-    tokenizer: Tokenizer | None,
-    *,
-    notes: Mapping[str, list[str]],
-) -> None:
-    vision, text, temporal = config.vision, config.text, config.temporal.type
+def _print_summary(config: ModelConfig, tokenizer: text.Tokenizer | None) -> None:
+    v, t, temporal = config.vision, config.text, config.temporal.type
     layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{read.kind}: {total / 1e6:.1f} M parameters")
-    print(f"  activation   {config.activation}")
-    print(
-        f"  image tower  {vision.image_size} px, patch {vision.patch_size}, "
-        f"width {vision.width}, {vision.layers} layers, {vision.heads} heads"
-    )
-    print(
-        f"  text tower   {text.vocab_size} ids, {text.context_length} positions, "
-        f"width {text.width}, {text.layers} layers, {text.heads} heads"
-    )
-    preset = f"preset {config.preset}; temporal encoder {temporal}{layers}"
-    print(f"  head         {config.head} ({preset})")
-    print(f"  lengths      {config.max_words} words, {config.max_frames} frames")
-    reasons = {"kept unread": "saved by the release, never used", "skipped": "no weights"}
-    for note, names in notes.items():
-        if names:
-            print(f"  {note:12} {', '.join(names)} ({reasons[note]})")
-    if tokenizer is None:
-        print("  tokenizer    none: texts cannot be encoded; convert again with --vocab")
-    else:
-        print(f"  tokenizer    {tokenizer.vocab_size} ids")
+    ids = "none: texts cannot be encoded; convert again with --vocab"
+    ids = ids if tokenizer is None else f"{tokenizer.vocab_size} ids"
+    print(f"""\
+  activation   {config.activation}
+  image tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, {v.layers} layers, \
+{v.heads} heads
+  text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, {t.layers} \
+layers, {t.heads} heads
+  head         {config.head} (preset {config.preset}; temporal encoder {temporal}{layers})
+  lengths      {config.max_words} words, {config.max_frames} frames
+  tokenizer    {ids}""")

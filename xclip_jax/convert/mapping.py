@@ -1,8 +1,8 @@
 """Maps parameters to PyTorch names and layouts and back, bit for bit.
 
-The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP has the
-same names without `clip.`. Parameters are stacked over layers along a leading axis; kernels are
-input x output. Hugging Face's names are those of `CLIPModel`.
+The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP has the same names
+without `clip.`. Hugging Face's names are those of `CLIPModel`. In a name, {} stands for the layer:
+parameters are stacked over layers along a leading axis. Kernels are input x output.
 """
 
 import re
@@ -14,37 +14,44 @@ import numpy as np
 
 from xclip_jax.cli import InputError
 
-BLOCKS = {
-    "clip/visual/encoder/blocks": "clip.visual.transformer.resblocks",
-    "clip/textual/encoder/blocks": "clip.transformer.resblocks",
-    "temporal_encoder/encoder/blocks": "transformerClip.resblocks",
-    "pair_encoder/encoder/blocks": "cross.transformer.resblocks",
+Tensors = Mapping[str, np.ndarray]
+Names = Mapping[str, str]
+
+
+def _expand(
+    names: dict[str, str], stacks: Names, block: Names, leaves: dict[str, str]
+) -> dict[str, str]:
+    """Returns all names of tensors -> official names: those of stacks of blocks, others, leaves."""
+    modules = {a + x: b + y for a, b in stacks.items() for x, y in block.items()} | names
+    return {a + x: b + y for a, b in modules.items() for x, y in ({"": ""} | leaves).items()}
+
+
+_STACKS = {
+    "clip/visual/encoder/blocks/": "clip.visual.transformer.resblocks.{}.",
+    "clip/textual/encoder/blocks/": "clip.transformer.resblocks.{}.",
+    "temporal_encoder/encoder/blocks/": "transformerClip.resblocks.{}.",
+    "pair_encoder/encoder/blocks/": "cross.transformer.resblocks.{}.",
 }
-NORM = {"norm/scale": "weight", "norm/bias": "bias"}
-LINEAR = {"kernel": "weight", "bias": "bias"}
-_MODULES = {
-    "attention/out": ("attn.out_proj", LINEAR),
-    "fc": ("mlp.c_fc", LINEAR),
-    "proj": ("mlp.c_proj", LINEAR),
-    "ln_1": ("ln_1", NORM),
-    "ln_2": ("ln_2", NORM),
-    "clip/visual/ln_pre": ("clip.visual.ln_pre", NORM),
-    "clip/visual/ln_post": ("clip.visual.ln_post", NORM),
-    "clip/textual/ln_final": ("clip.ln_final", NORM),
-    "pair_encoder/ln_pool": ("cross.pooler.ln_pool", NORM),
-    "pair_encoder/pool": ("cross.pooler.dense", LINEAR),
-    "pair_encoder/score": ("similarity_dense", LINEAR),
-}
-LEAVES = {
+_BLOCK = {
     "attention/qkv/kernel": "attn.in_proj_weight",
     "attention/qkv/bias": "attn.in_proj_bias",
+    "attention/out": "attn.out_proj",
+    "fc": "mlp.c_fc",
+    "proj": "mlp.c_proj",
+    "ln_1": "ln_1",
+    "ln_2": "ln_2",
+}
+_PARAMETERS = {
     "clip/logit_scale": "clip.logit_scale",
-    "clip/visual/patch/kernel": "clip.visual.conv1.weight",
+    "clip/visual/patch": "clip.visual.conv1",
     "clip/visual/class_token": "clip.visual.class_embedding",
     "clip/visual/positions": "clip.visual.positional_embedding",
+    "clip/visual/ln_pre": "clip.visual.ln_pre",
+    "clip/visual/ln_post": "clip.visual.ln_post",
     "clip/visual/projection/kernel": "clip.visual.proj",
     "clip/textual/tokens/embedding": "clip.token_embedding.weight",
     "clip/textual/positions": "clip.positional_embedding",
+    "clip/textual/ln_final": "clip.ln_final",
     "clip/textual/projection/kernel": "clip.text_projection",
     "temporal_encoder/positions": "frame_position_embeddings.weight",
     "temporal_encoder/input/kernel": "lstm_visual.weight_ih_l0",
@@ -52,6 +59,9 @@ LEAVES = {
     "temporal_encoder/hidden_kernel": "lstm_visual.weight_hh_l0",
     "temporal_encoder/hidden_bias": "lstm_visual.bias_hh_l0",
     "pair_encoder/positions": "cross.embeddings.position_embeddings.weight",
+    "pair_encoder/ln_pool": "cross.pooler.ln_pool",
+    "pair_encoder/pool": "cross.pooler.dense",
+    "pair_encoder/score": "similarity_dense",
     "aggregation_matrices/video_sentence": "global_mat_weight",
     "aggregation_matrices/video_word": "word_logit_weight",
     "aggregation_matrices/frame_sentence": "frame_logit_weight",
@@ -60,49 +70,44 @@ LEAVES = {
     "aggregation_matrices/frame_word_frames": "frame_mat_weight",
     "aggregation_matrices/frame_word_words_2": "word_mat_weight2",
     "aggregation_matrices/frame_word_frames_2": "frame_mat_weight2",
-    **{
-        f"{module}/{leaf}": f"{official}.{name}"
-        for module, (official, leaves) in _MODULES.items()
-        for leaf, name in leaves.items()
-    },
 }
+_LEAVES = {"/kernel": ".weight", "/bias": ".bias", "/norm/scale": ".weight", "/norm/bias": ".bias"}
+OFFICIAL = _expand(_PARAMETERS, _STACKS, _BLOCK, _LEAVES)
+_HF_STACKS = {
+    "vision_model.encoder.layers.{}.": "clip.visual.transformer.resblocks.{}.",
+    "text_model.encoder.layers.{}.": "clip.transformer.resblocks.{}.",
+}
+_HF_BLOCK = {
+    "self_attn.qkv_proj.weight": "attn.in_proj_weight",  # three tensors, q_proj to v_proj
+    "self_attn.qkv_proj.bias": "attn.in_proj_bias",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+}
+_HF_TENSORS = {
+    "logit_scale": "clip.logit_scale",
+    "vision_model.embeddings.patch_embedding": "clip.visual.conv1",
+    "vision_model.embeddings.class_embedding": "clip.visual.class_embedding",
+    "vision_model.embeddings.position_embedding.weight": "clip.visual.positional_embedding",
+    "vision_model.pre_layrnorm": "clip.visual.ln_pre",  # sic
+    "vision_model.post_layernorm": "clip.visual.ln_post",
+    "visual_projection.weight": "clip.visual.proj",
+    "text_model.embeddings.token_embedding": "clip.token_embedding",
+    "text_model.embeddings.position_embedding.weight": "clip.positional_embedding",
+    "text_model.final_layer_norm": "clip.ln_final",
+    "text_projection.weight": "clip.text_projection",
+}
+_HF_LEAVES = {".weight": ".weight", ".bias": ".bias"}
+HUGGING_FACE = _expand(_HF_TENSORS, _HF_STACKS, _HF_BLOCK, _HF_LEAVES)
 # Saved by the release for every model, and never used by the models that lack them here.
 UNREAD = ("frame_position_embeddings.weight", "clip.logit_scale")
 # Not weights: sizes stored in OpenAI's archives, and buffers saved by older libraries.
 BUFFERS = re.compile(
     r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size|num_batches_tracked)"
 )
-_HF_LEAVES = {
-    "logit_scale": "clip.logit_scale",
-    "text_model.embeddings.token_embedding.weight": "clip.token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "clip.positional_embedding",
-    "text_model.final_layer_norm.weight": "clip.ln_final.weight",
-    "text_model.final_layer_norm.bias": "clip.ln_final.bias",
-    "text_projection.weight": "clip.text_projection",
-    "vision_model.embeddings.class_embedding": "clip.visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "clip.visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "clip.visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "clip.visual.ln_pre.weight",  # sic
-    "vision_model.pre_layrnorm.bias": "clip.visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "clip.visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "clip.visual.ln_post.bias",
-    "visual_projection.weight": "clip.visual.proj",
-}
-_HF_BLOCKS = {"text_model": "clip.transformer", "vision_model": "clip.visual.transformer"}
-_HF_PARTS = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_HF_LAYER = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_BLOCK = re.compile(r"(clip(?:\.visual)?\.transformer)\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
-_HF_QKV = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
-
-
-Tensors = Mapping[str, np.ndarray]
-Path = tuple[jax.tree_util.DictKey, ...]
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -120,22 +125,24 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
     """
     unused, problems = dict(tensors), []
 
-    def take(path: Path, leaf: jax.ShapeDtypeStruct) -> np.ndarray | None:
-        pattern, is_stacked = torch_name(path)
-        shape = leaf.shape[1:] if is_stacked else leaf.shape
-        expected, layers = torch_shape(path, shape), []
+    def take(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray | None:
+        name = _join(path)
+        official, layers = OFFICIAL[name], []
+        is_stacked = "{}" in official
         for index in range(leaf.shape[0] if is_stacked else 1):
-            name = pattern.format(index)
-            array = unused.pop(name, None)
+            layer = np.empty(leaf.shape[1:] if is_stacked else leaf.shape, np.float32)
+            view = torch_layout(name, layer)
+            array = unused.pop(official.format(index), None)
             if array is None:
-                problems.append(f"{name} is missing")
-            elif array.shape != expected:
-                problems.append(f"{name} has shape {array.shape}, must be {expected}")
+                problems.append(f"{official.format(index)} is missing")
+            elif array.shape != view.shape:
+                text = f"has shape {array.shape}, must be {view.shape}"
+                problems.append(f"{official.format(index)} {text}")
             else:
-                layers.append(_from_torch(path, array.astype(np.float32), shape))
-        if problems:
-            return None
-        return np.stack(layers) if is_stacked else layers[0]
+                view[...] = array
+                layers.append(layer)
+        if not problems:
+            return np.stack(layers) if is_stacked else layers[0]
 
     params = jax.tree_util.tree_map_with_path(take, template)
     if problems:
@@ -149,54 +156,23 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
     Raises:
         InputError: the official code has no such parameters.
     """
-    tensors, unknown = {}, []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        try:
-            name, is_stacked = torch_name(path)
-        except KeyError as error:
-            unknown.append(error.args[0])
-            continue
-        layers = np.asarray(leaf) if is_stacked else [np.asarray(leaf)]
-        for index, layer in enumerate(layers):
-            tensors[name.format(index)] = np.array(_to_torch(path, layer), order="C")
-    if unknown:
+    named = {_join(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    if unknown := [name for name in named if name not in OFFICIAL]:
         raise InputError(f"the official code has no counterpart of {', '.join(unknown)}")
+    tensors = {}
+    for name, array in named.items():
+        for index, layer in enumerate(array if "{}" in OFFICIAL[name] else [array]):
+            official = OFFICIAL[name].format(index)
+            tensors[official] = np.array(torch_layout(name, layer), order="C")
     return tensors
 
 
-def torch_name(path: Path) -> tuple[str, bool]:
-    """Returns (official name with {} for the layer, True if stacked over layers).
-
-    Raises:
-        KeyError: the parameter has no official name.
-    """
-    name = _join(path)
-    for blocks, official in BLOCKS.items():
-        if name.startswith(blocks + "/"):
-            return f"{official}.{{}}.{LEAVES[name[len(blocks) + 1 :]]}", True
-    return LEAVES[name], False
+def _join(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the PyTorch shape of a parameter, without the layer axis if it is stacked."""
-    return _to_torch(path, np.empty(shape, np.bool_)).shape
-
-
-def _join(path: Path) -> str:
-    return "/".join(entry.key for entry in path)
-
-
-def _from_torch(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    name = _join(path)
-    if name.endswith("patch/kernel"):
-        return array.transpose(2, 3, 1, 0)
-    if name.endswith("kernel") and not name.endswith("projection/kernel"):
-        return array.T.reshape(shape)
-    return array.reshape(shape)
-
-
-def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    name = _join(path)
+def torch_layout(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns a view of a contiguous parameter, or of a layer of it, in PyTorch's layout."""
     if name.endswith("patch/kernel"):
         return array.transpose(3, 2, 0, 1)
     if name.endswith("projection/kernel"):  # CLIP multiplies by it from the right too
@@ -210,44 +186,34 @@ def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
 
 def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
     """Returns a `CLIPModel` state dict under official names, unknown names unchanged."""
-    official, qkv = {}, {}
-    for name, array in tensors.items():
-        layer = _HF_LAYER.fullmatch(name)
-        if name in _HF_LEAVES:
-            is_transposed = name.endswith("projection.weight") and array.ndim == 2
-            official[_HF_LEAVES[name]] = array.T if is_transposed else array
-        elif layer and layer[3] in _HF_QKV:
-            merged = f"{_HF_BLOCKS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{layer[4]}"
-            qkv.setdefault(merged, {})[layer[3]] = name
-        elif layer and layer[3] in _HF_PARTS:
-            block = f"{_HF_BLOCKS[layer[1]]}.resblocks.{layer[2]}"
-            official[f"{block}.{_HF_PARTS[layer[3]]}.{layer[4]}"] = array
-        else:
-            official[name] = array
-    for merged, parts in qkv.items():
-        if set(parts) == set(_HF_QKV):
-            official[merged] = np.concatenate([tensors[parts[part]] for part in _HF_QKV])
-        else:  # incomplete: to be reported under these names
-            official |= {name: tensors[name] for name in parts.values()}
-    return official
+    merged = dict(tensors)
+    for query in [name for name in tensors if ".q_proj." in name]:
+        parts = [query.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+        if tensors.keys() >= set(parts):  # else they are reported under these names
+            three = [merged.pop(part) for part in parts]
+            merged[query.replace(".q_proj.", ".qkv_proj.")] = np.concatenate(three)
+    return {_translate(name, HUGGING_FACE): _transpose(name, x) for name, x in merged.items()}
 
 
 def to_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Returns the CLIP towers of an official state dict as a `CLIPModel` state dict."""
-    leaves = {official: name for name, official in _HF_LEAVES.items()}
-    towers = {official: name for name, official in _HF_BLOCKS.items()}
-    parts = {official: name for name, official in _HF_PARTS.items()}
-    renamed = {}
-    for name, array in tensors.items():
-        block = _BLOCK.fullmatch(name)
-        if name in leaves:
-            is_transposed = leaves[name].endswith("projection.weight")
-            renamed[leaves[name]] = array.T if is_transposed else array
-        elif block:
-            prefix = f"{towers[block[1]]}.encoder.layers.{block[2]}"
-            if block[3] == "attn.in_proj":
-                for part, third in zip(_HF_QKV, np.split(array, 3), strict=True):
-                    renamed[f"{prefix}.{part}.{block[4]}"] = third
-            else:
-                renamed[f"{prefix}.{parts[block[3]]}.{block[4]}"] = array
-    return {name: np.array(array, order="C") for name, array in renamed.items()}
+    """Returns CLIP's towers under official names as a `CLIPModel` state dict."""
+    names, renamed = {official: name for name, official in HUGGING_FACE.items()}, {}
+    for official, array in tensors.items():
+        name = _translate(official, names)
+        if ".qkv_proj." in name:
+            for letter, third in zip("qkv", np.split(array, 3), strict=True):
+                renamed[name.replace(".qkv_proj.", f".{letter}_proj.")] = third
+        else:
+            renamed[name] = np.array(_transpose(name, array), order="C")
+    return renamed
+
+
+def _translate(name: str, names: Names) -> str:
+    """Returns the counterpart of a tensor's name, or the name itself if it has none."""
+    layer = _LAYER.search(name)
+    return names.get(_LAYER.sub("{}", name, 1), name).replace("{}", layer[0] if layer else "")
+
+
+def _transpose(name: str, array: np.ndarray) -> np.ndarray:
+    """Converts between CLIP's projections, input x output, and Hugging Face's."""
+    return array.T if name.endswith("projection.weight") else array

@@ -1,8 +1,7 @@
-"""Reads PyTorch checkpoint files without PyTorch.
+"""Reads and writes PyTorch checkpoint files without PyTorch.
 
-A checkpoint is a pickle beside raw storages, and a pickle is a program. Before it is loaded, each
-of its instructions is checked against a list. Loading then imports nothing: each global name is
-replaced by a class of this module or an inert value, or is refused.
+A checkpoint is a pickle beside raw storages, and a pickle is a program. Here it is interpreted
+instruction by instruction: a name in it is compared with a list, nothing is imported or called.
 """
 
 import functools
@@ -13,36 +12,21 @@ import os
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.cli import InputError
 
-DTYPES = {
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
-REBUILD = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")}
-# The instructions that torch.save (protocols 2 and 4) and TorchScript write.
-OPCODES = """
-    PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
-    BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE
-    TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT
-    MEMOIZE BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
-"""
+# PyTorch's classes of storages and the types of their numbers.
+_TYPES = {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"}
+_TYPES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
+DTYPES = {f"torch.{k}Storage": jnp.dtype(v) for k, v in (_TYPES | {"Bool": "bool"}).items()}
+_REBUILD = [f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")]
 # A large model's pickle has less than 1 MiB; each byte can make over a hundred bytes of objects.
 MAX_PICKLE = 8 << 20
 MAX_DIRECTORY = 16 << 20  # bytes that list the entries of a zip file
@@ -61,8 +45,8 @@ class Archive:
     """
 
     tensors: dict[str, np.ndarray]
-    torchscript: bool
-    nested: bool
+    torchscript: bool = False
+    nested: bool = False
 
 
 class _Storage(NamedTuple):
@@ -84,106 +68,116 @@ class _Tensor(NamedTuple):
     stride: tuple
 
 
-class _Dict(dict):
-    """A dict or OrderedDict."""
+class _Global(NamedTuple):
+    """A name of a class or function in a pickle."""
 
-    __slots__ = ()
-
-    def __init__(self) -> None:  # dict's own would hash any key
-        super().__init__()
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        # Hashing nested tuples can crash the interpreter or never end, and large ints can collide.
-        if type(key) is not str and not (type(key) is int and 0 <= key < 1 << 60):
-            raise InputError("has a pickle with keys that are not strings or small integers")
-        super().__setitem__(key, value)
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignores the state, which is the _metadata that PyTorch attaches to a state dict."""
+    name: str
 
 
-class _Module(_Dict):
+class _Module(dict):
     """The attributes of a TorchScript module."""
 
-    __slots__ = ()
 
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, _Dict):
-            raise InputError("has a pickle with a malformed object")
-        self.update(state)
+def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage], torchscript: bool = False) -> Any:
+    """Returns the object of a stream's next pickle: plain values, _Tensor and _Module.
+
+    Storages are added to `storages`. Dicts get only the items whose keys are strings: others are
+    never read, and to hash them may take forever.
+    """
+    stack, marks, memo = [], [], {}
+
+    def pop_to_mark() -> list:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for code, arg, _ in pickletools.genops(stream):
+        match code.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(arg)
+            case "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(arg)
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
+                stack.append({"LIST": [], "DICT": {}, "TUPLE": ()}[code.name[6:]])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(code.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if code.name == "APPEND" else pop_to_mark()
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = [stack.pop(-2), stack.pop()] if code.name == "SETITEM" else pop_to_mark()
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    if type(key) is str:
+                        stack[-1][key] = value
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[arg])
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            case "BINPERSID":
+                stack.append(_storage(stack.pop(), storages))
+            case "GLOBAL" | "INST" | "STACK_GLOBAL":
+                names = [stack.pop(-2), stack.pop()] if arg is None else str(arg).split(" ", 1)
+                stack.append(_global(".".join(names), torchscript))
+            case "REDUCE" | "NEWOBJ" | "BUILD":
+                stack[-2:] = [_build(code.name, *stack[-2:])]
+            case "STOP":
+                break
+            case _:
+                raise InputError(f"has a pickle with the instruction {code.name}: not allowed")
+    return stack.pop()
 
 
-class _Call:
-    """A stand-in for a function named in a pickle, which returns a _Tensor or None."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any) -> _Tensor | None:
-        match self.name, args:
-            case (
-                "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
-                (_Storage() as storage, offset, tuple(size), tuple(stride), *rest),
-            ) if not any(rest[2:]):  # metadata: a conjugate or negative view
-                return _Tensor(storage, offset, size, stride)
-            case "torch._utils._rebuild_parameter", (_Tensor() as tensor, *_):
-                return tensor
-            case str(name), _ if name.startswith("torch.jit._pickle."):
-                return None  # lists of numbers
-        raise InputError("has a pickle with a malformed call")
-
-    def __setstate__(self, state: Any) -> None:
-        raise InputError("has a pickle with a malformed object")
+def _storage(pid: Any, storages: dict[str, _Storage]) -> _Storage:
+    match pid:
+        case "storage", _Global(kind), str(key), _, int(numel), *views if not any(views):
+            storage = _Storage(key, DTYPES[kind], numel)
+            if numel >= 0 and storages.setdefault(key, storage) == storage:
+                return storage
+    raise InputError("has a pickle with a malformed storage")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds plain values, _Dict, _Tensor and _Module from the next pickle of a stream."""
+def _global(name: str, torchscript: bool) -> _Global:
+    """Returns a name if it is of a storage, a dict, a function that makes tensors or a module."""
+    name = name.replace("torch.cuda.", "torch.")
+    is_script = torchscript and name.startswith(("__torch__.", "torch.jit._pickle."))
+    if is_script or name in (*DTYPES, *_REBUILD, "collections.OrderedDict"):
+        return _Global(name)
+    raise InputError(f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed")
 
-    def __init__(self, stream: io.BytesIO, torchscript: bool = False) -> None:
-        self.torchscript = torchscript
-        self.storages: dict[str, _Storage] = {}
-        super().__init__(io.BytesIO(self._check(stream)), encoding="utf-8")
 
-    def _check(self, stream: io.BytesIO) -> bytes:
-        """Checks the instructions and returns them, with dicts replaced by OrderedDict calls.
-
-        The loader would hash any key of a plain dict; `_Dict` checks keys first.
-        """
-        data, program, allowed = stream.getvalue(), bytearray(), set(OPCODES.split())
-        for code, arg, place in pickletools.genops(stream):
-            if code.name in {"GLOBAL", "INST"}:
-                self.find_class(*str(arg).split(" ", 1))
-            huge = code.name == "LONG_BINPUT" and int(arg or 0) > len(data)  # the memo is an array
-            if code.name not in allowed or huge:
-                raise InputError("has a pickle with instructions that are not allowed")
-            if code.name == "EMPTY_DICT":
-                program += b"ccollections\nOrderedDict\n)R"
-            elif code.name != "FRAME":
-                program += data[place : stream.tell()]
-        return bytes(program)
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Returns the stand-in for a global name, never a function or class of another module."""
-        name = f"{module}.{name}".replace("torch.cuda.", "torch.")
-        if name in DTYPES:
-            return name  # not a dtype, whose state a pickle could set
-        if name == "collections.OrderedDict":
-            return _Dict
-        if name.startswith("__torch__.") and self.torchscript:
-            return _Module
-        if name in REBUILD or (name.startswith("torch.jit._pickle.") and self.torchscript):
-            return _Call(name)
-        raise InputError(
-            f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case "storage", str(kind), str(key), _, int(numel), *views if not any(views):
-                storage = _Storage(key, DTYPES[kind], numel)
-                if numel >= 0 and self.storages.setdefault(key, storage) == storage:
-                    return storage
-        raise InputError("has a pickle with a malformed storage")
+def _build(instruction: str, target: Any, argument: Any) -> Any:
+    """Returns the result of calling a function, creating an object or setting its state."""
+    match instruction, target, argument:
+        case "BUILD", _Module(), dict():
+            target.update(argument)
+            return target
+        case "BUILD", dict(), _ if type(target) is dict:  # with the _metadata of a state dict
+            return target
+        case "NEWOBJ", _Global(name), () if name.startswith("__torch__."):
+            return _Module()
+        case "REDUCE", _Global("collections.OrderedDict"), ():
+            return {}
+        case "REDUCE", _Global("torch._utils._rebuild_parameter"), (_Tensor() as tensor, *_):
+            return tensor
+        case (
+            "REDUCE",
+            _Global("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2"),
+            (_Storage() as storage, offset, tuple(size), tuple(stride), *rest),
+        ) if not any(rest[2:]):  # metadata: a conjugate or negative view
+            return _Tensor(storage, offset, size, stride)
+        case "REDUCE", _Global(name), _ if name.startswith("torch.jit._pickle."):
+            return None  # lists of numbers
+    raise InputError("has a pickle with a malformed object")
 
 
 class _BoundedFile(io.BufferedReader):
@@ -221,14 +215,11 @@ def read_archive(path: str | os.PathLike) -> Archive:
             if head.startswith(b"\x80"):  # a pickle
                 return _read_legacy(file)
             raise InputError(_describe_other_file(head))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (
-            Exception
-        ) as error:  # zipfile, pickle and NumPy raise a dozen types on corrupted data
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        except Exception as error:  # zipfile, pickletools and NumPy raise a dozen types
+            cause = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            text = f"is corrupted or not a PyTorch checkpoint ({cause})"
             raise InputError(
-                f"{path}: is corrupted or not a PyTorch checkpoint ({reason})"
+                f"{path}: {error if isinstance(error, InputError) else text}"
             ) from None
 
 
@@ -253,9 +244,7 @@ def _read_zip(file: _BoundedFile) -> Archive:
             raise InputError("has entries that overlap")
         roots = [name.split("/")[0] for name in entries if name.split("/")[1:] == ["data.pkl"]]
         if len(roots) != 1:
-            raise InputError(
-                "is a zip file, but not a PyTorch checkpoint: must hold one */data.pkl"
-            )
+            raise InputError("is a zip file, but no PyTorch checkpoint: must hold one */data.pkl")
 
         def read(name: str) -> bytes:
             entry = entries.get(f"{roots[0]}/{name}")
@@ -269,49 +258,51 @@ def _read_zip(file: _BoundedFile) -> Archive:
 
         if f"{roots[0]}/byteorder" in entries and read("byteorder") != b"little":
             raise InputError("is not little-endian")
-        parts = {name.split("/")[1] for name in entries if name.startswith(f"{roots[0]}/")}
-        torchscript = bool(parts & {"constants.pkl", "code"})
-        root = _Unpickler(io.BytesIO(read("data.pkl")), torchscript).load()
+        torchscript = f"{roots[0]}/constants.pkl" in entries
+        root = _unpickle(io.BytesIO(read("data.pkl")), {}, torchscript)
         return _archive(root, torchscript, lambda key: read(f"data/{key}"))
 
 
 def _read_legacy(file: BinaryIO) -> Archive:
     """Reads the format before PyTorch 1.6: five pickles, then each storage's length and bytes."""
-    stream = io.BytesIO(file.read(MAX_PICKLE))
-    if _Unpickler(stream).load() != LEGACY_MAGIC:
+    stream, storages = io.BytesIO(file.read(MAX_PICKLE)), {}
+    if _unpickle(stream, {}) != LEGACY_MAGIC:
         raise InputError("is a pickle, but not a PyTorch checkpoint")
-    _, system = _Unpickler(stream).load(), _Unpickler(stream).load()
-    if not isinstance(system, _Dict) or system.get("little_endian") is not True:
+    _, system = _unpickle(stream, {}), _unpickle(stream, {})
+    if system.get("little_endian") is not True:
         raise InputError("is not little-endian")
-    unpickler = _Unpickler(stream)
-    root, keys = unpickler.load(), _Unpickler(stream).load()
+    root, keys = _unpickle(stream, storages), _unpickle(stream, {})
     place, places = stream.tell(), {}
     for key in keys:
         if not isinstance(key, str):
             raise InputError("has a malformed list of storages")
-        storage = unpickler.storages[key]
-        places[key] = place + 8
-        place += 8 + storage.nbytes
+        places[key] = place
+        place += 8 + storages[key].nbytes
     if place > os.fstat(file.fileno()).st_size:
         raise InputError("is truncated")
 
     def read(key: str) -> bytes:
-        file.seek(places[key] - 8)
-        if int.from_bytes(file.read(8), "little") != unpickler.storages[key].numel:
+        file.seek(places[key])
+        if int.from_bytes(file.read(8), "little") != storages[key].numel:
             raise InputError(f"has a storage {key!r:.99} whose size does not match its tensors")
-        return file.read(unpickler.storages[key].nbytes)
+        return file.read(storages[key].nbytes)
 
     return _archive(root, False, read)
 
 
 def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Archive:
-    """Returns the Archive of an unpickled file.
-
-    `read` returns the bytes of the storage with a given key.
-    """
-    inner = root.get("state_dict") if isinstance(root, _Dict) else None
-    nested = isinstance(inner, _Dict) and not torchscript
-    unread = _module_tensors(root) if torchscript else _dict_tensors(inner if nested else root)
+    """Returns the Archive of an unpickled file, of whose storages `read` returns the bytes."""
+    if not isinstance(root, _Module if torchscript else dict):
+        raise InputError("holds no dict of tensors or TorchScript module")
+    nested = isinstance(root.get("state_dict"), dict) and not torchscript
+    values = _module_tensors(root) if torchscript else root["state_dict"] if nested else root
+    for name, value in values.items():
+        if not isinstance(value, _Tensor | bool | int | float | str | None):
+            raise InputError(
+                f"{name!r:.99} is not a tensor: must hold a dict of tensors, alone or under the "
+                "key 'state_dict'"
+            )
+    unread = {name: value for name, value in values.items() if isinstance(value, _Tensor)}
     if not unread:
         raise InputError("holds no tensors")
     prefix = "module." if all(name.startswith("module.") for name in unread) else ""
@@ -320,24 +311,8 @@ def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Arch
     return Archive(tensors, torchscript, nested)
 
 
-def _dict_tensors(root: Any) -> dict[str, _Tensor]:
-    """Returns the tensors of a state dict, ignoring its numbers and other scalars."""
-    if not isinstance(root, _Dict):
-        raise InputError("holds no dict of tensors")
-    for name, value in root.items():
-        scalar = value is None or isinstance(value, bool | int | float | str)
-        if not isinstance(name, str) or not (scalar or isinstance(value, _Tensor)):
-            raise InputError(
-                f"{name!r:.99} is not a tensor: must hold a dict of tensors, alone or under the "
-                "key 'state_dict'"
-            )
-    return {name: value for name, value in root.items() if isinstance(value, _Tensor)}
-
-
-def _module_tensors(root: Any) -> dict[str, _Tensor]:
+def _module_tensors(root: dict[str, Any]) -> dict[str, _Tensor]:
     """Returns the tensors of a TorchScript module and its submodules, by dotted name."""
-    if not isinstance(root, _Module):
-        raise InputError("holds no TorchScript module")
     tensors, modules, visits = {}, [("", root)], itertools.count()
     for prefix, module in modules:  # grows during the loop
         for key, value in module.items():
@@ -366,3 +341,43 @@ def _array(tensor: _Tensor, read: Callable[[str], bytes]) -> np.ndarray:
         raise InputError(f"has a storage {storage.key!r:.99} whose size does not match its tensors")
     width = storage.dtype.itemsize
     return np.ndarray(size, storage.dtype, data, offset * width, [step * width for step in stride])
+
+
+def write_archive(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
+    """Writes {name: array} atomically to a file that torch.load reads as an OrderedDict.
+
+    Raises:
+        InputError: an array has a type that PyTorch does not support.
+    """
+    path = Path(path)
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            raise InputError(f"{path}: cannot store {name}: PyTorch has no type {array.dtype}")
+    entries = {"data.pkl": _pickle(arrays), "byteorder": b"little"}
+    entries |= {f"data/{number}": array for number, array in enumerate(arrays.values())}
+    partial = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(partial, "w") as archive:
+        for name, data in (entries | {"version": b"3\n"}).items():
+            data = data if isinstance(data, bytes) else data.tobytes()
+            # A ZipInfo has no time of its own: the same tensors give the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+    os.replace(partial, path)
+
+
+def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the pickle of an OrderedDict of tensors, each in its own storage."""
+
+    def push(*values: Any) -> bytes:  # without PROTO and STOP
+        return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)
+
+    kinds = {dtype: kind.replace(".", "\n") for kind, dtype in DTYPES.items()}
+    parts = [b"\x80\2ccollections\nOrderedDict\n)R("]
+    for number, (name, array) in enumerate(arrays.items()):
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        parts += [
+            push(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + push("storage"),
+            f"c{kinds[array.dtype]}\n".encode() + push(str(number), "cpu", array.size) + b"tQ",
+            push(0, array.shape, tuple(strides)) + b"\x89ccollections\nOrderedDict\n)RtR",
+        ]
+    return b"".join(parts) + b"u."
