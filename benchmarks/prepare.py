@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.data import video
-from xclip_jax.data.locate import VIDEO_SUFFIXES
+from xclip_jax.data.extraction import VIDEO_SUFFIXES
 
 TARGET = 1.3
 IMAGE_SIZE = 224

@@ -8,7 +8,7 @@ import standins
 from xclip_jax import prepare
 from xclip_jax.cli import InputError
 from xclip_jax.data import builder
-from xclip_jax.data.beam import parse_beam_flags
+from xclip_jax.workers import parse_beam_flags
 
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed: see .ci/beam")
 

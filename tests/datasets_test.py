@@ -6,9 +6,8 @@ import re
 import pytest
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.annotations import Clip
-from xclip_jax.data.captions import read_captions
-from xclip_jax.data.locate import VideoFolder
+from xclip_jax.data.annotations import Clip, read_captions
+from xclip_jax.data.extraction import VideoFolder
 
 
 def read(tmp_path, name, content):

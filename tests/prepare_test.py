@@ -336,7 +336,7 @@ def test_max_failures_is_enforced(broken, in_threads, bound, enough):
 
 
 def report(tmp_path, failed, bound):
-    listing = Listing(clips=[Clip(str(number), ("x",)) for number in range(100)])
+    listing = Listing(clips_by_id={str(number): Clip(str(number), ("x",)) for number in range(100)})
     outcomes = [extraction.Outcome("bad")] * failed + [extraction.Outcome()] * (100 - failed)
     extraction.report_failures(tmp_path, listing, outcomes, bound)
 
@@ -350,7 +350,8 @@ def test_max_failures_is_an_inclusive_fraction(tmp_path):
 
 def test_max_failures_applies_to_each_split(tmp_path):
     splits = ["train"] * 95 + ["test"] * 5
-    listing = Listing(clips=[Clip(str(n), ("x",), split) for n, split in enumerate(splits)])
+    clips = {str(n): Clip(str(n), ("x",), split) for n, split in enumerate(splits)}
+    listing = Listing(clips_by_id=clips)
     outcomes = [extraction.Outcome()] * 95 + [extraction.Outcome("bad")] * 5
     with pytest.raises(InputError, match=r"^5 of 5 test clips failed, more than --max_failures"):
         extraction.report_failures(tmp_path, listing, outcomes, 0.05)
@@ -421,7 +422,7 @@ def test_one_file_with_two_names_is_an_error(videos, tmp_path):
 
 def extract_or_die(job):
     """Runs in a worker process, which one video crashes."""
-    if job.video == "killer":
+    if job.clip.video == "killer":
         time.sleep(0.2)  # so that others are at work as well
         os._exit(1)
     return REAL_EXTRACT(job)
@@ -463,10 +464,10 @@ def test_pool_that_breaks_on_submit_loses_no_job(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workers, "worker_pool", Pool)
     monkeypatch.setattr(workers.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job.video))
-    jobs = [extraction.ClipJob(f"job {n}", image_size=32) for n in range(9)]
+    monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job.clip.video))
+    jobs = [extraction.ClipJob(Clip(f"job {n}", ("x",)), image_size=32) for n in range(9)]
     outcomes = extraction.extract_all(jobs, tmp_path)
-    assert [outcome.note for outcome in outcomes] == [job.video for job in jobs]
+    assert [outcome.note for outcome in outcomes] == [job.clip.video for job in jobs]
 
 
 def test_only_corrupted_videos_is_a_one_line_error(tmp_path):

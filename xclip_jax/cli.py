@@ -22,6 +22,11 @@ class InputError(ValueError):
     """An error in the user's input: the message names it, its value and what is allowed."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns an InputError or OSError into one line on stderr and exit status 1."""

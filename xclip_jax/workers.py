@@ -1,7 +1,10 @@
-"""Worker processes that ignore Ctrl-C and end when their parent process ends."""
+"""Runs jobs in worker processes of this machine, which end with their parent, or on Beam."""
+# pyright: reportMissingImports=false
 
 import collections
 import contextlib
+import functools
+import json
 import multiprocessing
 import os
 import runpy
@@ -15,6 +18,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
+
+from xclip_jax.cli import InputError, first_line
+
+BeamRunner = tuple[str, Any]  # (name, PipelineOptions)
+Function = Callable[[Any], Any]
 
 
 class _WorkerProcess(SpawnProcess):
@@ -35,8 +43,6 @@ class _WorkerProcess(SpawnProcess):
 
 
 class _WorkerContext(SpawnContext):
-    """The multiprocessing context of `_WorkerProcess`."""
-
     Process = _WorkerProcess
 
 
@@ -44,8 +50,7 @@ class _WorkerContext(SpawnContext):
 def worker_pool(jobs: int) -> Iterator[Executor]:
     """Yields a pool of processes, one per core and at most one per job.
 
-    On an exception such as KeyboardInterrupt the processes are killed, since jobs may take long.
-    They also end if this process is killed.
+    They are killed on an exception such as KeyboardInterrupt, and end if this process is killed.
     """
     workers = max(1, min(os.cpu_count() or 1, jobs))
     with ProcessPoolExecutor(workers, _WorkerContext(), initializer=_end_with_parent) as pool:
@@ -59,43 +64,36 @@ def worker_pool(jobs: int) -> Iterator[Executor]:
             raise
 
 
-def run_jobs(
-    function: Callable[[Any], Any], jobs: Sequence[Any], done: Callable[[int, Any], Any]
-) -> None:
+def run_jobs(function: Function, jobs: Sequence[Any], done: Callable[[int, Any], Any]) -> None:
     """Calls `function` on every job in worker processes, and `done(index, result)` in this one.
 
     Results arrive in any order. A job that crashes its process has the result None; as a crash
     breaks the pool, the other jobs in flight run again, each in a pool of its own.
     """
+    in_flight = 2 * (os.cpu_count() or 1)  # with more, results would wait in memory
+
+    def run_until_crash(todo: collections.deque[int]) -> list[int]:
+        """Runs the jobs in `todo` and returns those in flight if a process crashed."""
+        running: dict[Future, int] = {}
+        with worker_pool(len(todo)) as pool:
+            while todo or running:
+                try:
+                    while todo and len(running) < in_flight:
+                        running[pool.submit(function, jobs[todo[0]])] = todo[0]
+                        todo.popleft()
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    results = [(future, future.result()) for future in finished]
+                except BrokenProcessPool:  # raised by submit as well
+                    return list(running.values())
+                for future, result in results:
+                    done(running.pop(future), result)
+        return []
+
     todo = collections.deque(range(len(jobs)))
     while todo:
-        for index in _run_until_crash(function, jobs, todo, done):
-            if _run_until_crash(function, jobs, collections.deque([index]), done):
+        for index in run_until_crash(todo):
+            if run_until_crash(collections.deque([index])):
                 done(index, None)
-
-
-def _run_until_crash(
-    function: Callable[[Any], Any],
-    jobs: Sequence[Any],
-    todo: collections.deque[int],
-    done: Callable[[int, Any], Any],
-) -> list[int]:
-    """Runs the jobs in `todo` and returns those in flight if a process crashed."""
-    in_flight = 2 * (os.cpu_count() or 1)  # with more, results would wait in memory
-    with worker_pool(len(todo)) as pool:
-        running: dict[Future, int] = {}
-        while todo or running:
-            try:
-                while todo and len(running) < in_flight:
-                    running[pool.submit(function, jobs[todo[0]])] = todo[0]
-                    todo.popleft()
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                results = [(future, future.result()) for future in finished]
-            except BrokenProcessPool:  # raised by submit as well
-                return list(running.values())
-            for future, result in results:
-                done(running.pop(future), result)
-    return []
 
 
 def start_module(module: str, arguments: Sequence[str], log: str | Path) -> SpawnProcess:
@@ -126,3 +124,52 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def parse_beam_flags(name: str, options: str) -> BeamRunner:
+    """Returns the runner `name`, such as FlinkRunner, and its own flags, given in one string."""
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.runners import create_runner
+    except ImportError:
+        problem = "--beam_runner requires Apache Beam: pip install -e '.[beam]' (docs/data.md)"
+        raise InputError(problem) from None
+    try:
+        create_runner(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"--beam_runner={name}: {error}") from None
+    return name, PipelineOptions(options.split())
+
+
+def map_on_beam(
+    function: Function, items: Sequence[Any], folder: Path, beam_runner: BeamRunner
+) -> list[Any]:
+    """Returns function(item) for every item in order, computed on Apache Beam.
+
+    The machines share `folder`, under the same path, and write their results into it. `function`
+    returns a JSON value; function and items are pickled. A failed runner raises InputError.
+    """
+    import apache_beam as beam
+
+    prefix = folder / "beam_results"
+    for old in folder.glob(f"{prefix.name}-*"):
+        old.unlink()
+    runner, options = beam_runner
+    try:
+        with beam.Pipeline(runner=runner, options=options) as stages:
+            numbered = stages | beam.Create(list(enumerate(items)))
+            spread = numbered | beam.Reshuffle()  # else the runner may fuse them into one bundle
+            lines = spread | beam.Map(functools.partial(_result_line, function))
+            _ = lines | beam.io.WriteToText(str(prefix))
+    except Exception as error:  # runners may raise any exception
+        raise InputError(f"Apache Beam's {runner} failed: {first_line(error)}") from error
+    results = {}
+    for path in folder.glob(f"{prefix.name}-*"):
+        results.update(map(json.loads, path.read_text().splitlines()))
+        path.unlink()
+    return [results[index] for index in range(len(items))]
+
+
+def _result_line(function: Function, numbered_item: tuple[int, Any]) -> str:
+    index, item = numbered_item
+    return json.dumps([index, function(item)])

@@ -1,21 +1,23 @@
-"""Defines the clips that annotation readers return, and strict readers of file formats."""
+"""Reads annotation files strictly, collects their clips, and reads custom captions."""
 
 import collections
 import csv
 import dataclasses
-import functools
 import io
 import json
+import math
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from xclip_jax.cli import InputError
 
+PathLike = str | os.PathLike
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+FIELDS = ("video", "caption", "captions", "start", "end", "split")  # of custom captions
 # Kinds of findings.
 NO_CAPTIONS = "id without captions"  # the id is in a split's list and cannot become a clip
 UNLISTED = "captions of an id in no list"
@@ -50,52 +52,45 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """An inconsistency in annotations or files: its kind (see above), the id, details."""
+    """An inconsistency in annotations or files."""
 
-    what: str
+    what: str  # its kind, see above
     id: str
     detail: str = ""
 
 
+@dataclasses.dataclass
 class Listing:
     """Clips in the order of the annotations, and the inconsistencies found while reading.
 
-    Attributes:
-        expected: {split: number of videos in the paper}; empty for custom captions.
-        paragraphs: True if all captions of a video are joined into one text.
+    `expected` is {split: number of videos in the paper}, empty for custom captions. With
+    `paragraphs`, all captions of a video are joined into one text. Each clip has at least one
+    caption. `lost` has a finding for each id that cannot become a clip, with the split as detail.
     """
 
-    def __init__(
-        self,
-        expected: dict[str, int] | None = None,
-        *,
-        paragraphs: bool = False,
-        clips: Iterable[Clip] = (),
-    ) -> None:
-        self.expected = expected or {}
-        self.paragraphs = paragraphs
-        self._notes: list[Finding] = []
-        self._lost: dict[str, Finding] = {}
-        self._clips = {clip.id: clip for clip in clips}
+    expected: dict[str, int] = dataclasses.field(default_factory=dict)
+    paragraphs: bool = False
+    clips_by_id: dict[str, Clip] = dataclasses.field(default_factory=dict)
+    lost: dict[str, Finding] = dataclasses.field(default_factory=dict)
+    notes: list[Finding] = dataclasses.field(default_factory=list)  # all other findings
 
     @property
     def clips(self) -> list[Clip]:
-        """The clips, each with at least one caption."""
-        return list(self._clips.values())
-
-    @property
-    def lost(self) -> list[Finding]:
-        """Findings about ids that cannot become clips, with the split as detail."""
-        return list(self._lost.values())
+        """The clips in order."""
+        return list(self.clips_by_id.values())
 
     @property
     def findings(self) -> list[Finding]:
         """All findings, lost ids last."""
-        return [*self._notes, *self.lost]
+        return [*self.notes, *self.lost.values()]
+
+    def counts(self) -> collections.Counter[str]:
+        """Returns {split: number of clips}."""
+        return collections.Counter(clip.split for clip in self.clips)
 
     def note(self, what: str, video: str, detail: str = "") -> None:
         """Records a finding."""
-        self._notes.append(Finding(what, video, detail))
+        self.notes.append(Finding(what, video, detail))
 
     def add(self, split: Split, video: str, captions: Iterable[str]) -> None:
         """Adds a listed video with its captions (or the sentences of its paragraph).
@@ -109,29 +104,21 @@ class Listing:
         texts = [text for text in texts if text]
         if self.paragraphs and texts:
             texts = [" ".join(texts)]
-        known = self._clips.get(video)
+        known = self.clips_by_id.get(video)
         if known and known.split != split:
             self.note(TWO_SPLITS, video, f"{known.split} and {split}")
             if SPLITS.index(known.split) > SPLITS.index(split):
                 return
-            known = None
-        if known:
+        elif known:
             self.note(REPEATED, video, split)
             texts = [*known.captions, *(text for text in texts if text not in known.captions)]
         if not texts:
-            self._lost.setdefault(video, Finding(NO_CAPTIONS, video, split))
+            self.lost.setdefault(video, Finding(NO_CAPTIONS, video, split))
             return
-        if video in self._lost:
-            before = self._lost.pop(video).detail
-            if before == split:
-                self.note(REPEATED, video, split)
-            else:
-                self.note(TWO_SPLITS, video, f"{before} and {split}")
-        self._clips[video] = Clip(video, tuple(texts), split)
-
-    def counts(self) -> collections.Counter[str]:
-        """Returns {split: number of clips}."""
-        return collections.Counter(clip.split for clip in self._clips.values())
+        if before := self.lost.pop(video, None):
+            what = REPEATED if before.detail == split else TWO_SPLITS
+            self.note(what, video, split if what == REPEATED else f"{before.detail} and {split}")
+        self.clips_by_id[video] = Clip(video, tuple(texts), split)
 
 
 def normalize_spaces(text: str) -> str:
@@ -140,61 +127,48 @@ def normalize_spaces(text: str) -> str:
 
 
 class AnnotationFolder:
-    """The folder of a benchmark's annotation files.
+    """The folder of a benchmark's annotation files `names`, which errors list with `download`."""
 
-    Raises:
-        InputError: not a folder, or one of `names` is missing; the message includes `download`.
-    """
-
-    def __init__(self, path: str | os.PathLike, names: Iterable[str], download: str) -> None:
+    def __init__(self, path: PathLike, names: Iterable[str], download: str) -> None:
         self.path = Path(path)
         names = list(names)
-        hint = f"it must contain {', '.join(names)}; {download}"
+        missing = [name for name in names if not (self.path / name).is_file()]
+        problem = f"has no {', '.join(missing)}"
         if not self.path.is_dir():
             problem = "is a file" if self.path.is_file() else "is not a folder"
-            raise InputError(f"{path} {problem}: {hint}")
-        missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
-            raise InputError(f"{path} has no {', '.join(missing)}: {hint}")
+            raise InputError(f"{path} {problem}: it must contain {', '.join(names)}; {download}")
 
     def json(self, name: str, kind: type) -> tuple[Path, Any]:
         """Returns (path, content) of a JSON file whose top-level value is a `kind`."""
         path = self.path / name
-        return path, require_type(parse_json(_read_text(path), path), kind, path)
+        return path, require_type(_parse_json(_read_text(path), path), kind, path)
 
     def lines(self, name: str) -> list[str]:
         """Returns the non-blank lines of a text file, without line ends."""
-        lines = (line.removesuffix("\r") for line in _read_text(self.path / name).split("\n"))
-        return [line for line in lines if line.strip()]
+        return [line for line in _read_text(self.path / name).split("\n") if line.strip()]
 
     def ids(self, name: str) -> list[str]:
         """Returns the ids in a text file with one id per line."""
         ids = [line.strip() for line in self.lines(name)]
         for number, line in enumerate(ids, 1):
             if len(line.split()) > 1 or line[0] in "{[":
-                raise InputError(
-                    f"{self.path / name}, line {number}: must be one id, not {line[:60]!r}"
-                )
+                where = f"{self.path / name}, line {number}"
+                raise InputError(f"{where}: must be one id, not {line[:60]!r}")
         return ids
 
     def csv(self, name: str, columns: list[str]) -> list[dict[str, str]]:
         """Returns the rows of a CSV file whose header has these columns."""
         path = self.path / name
-        reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-        rows = []
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if not all(isinstance(row.get(column), str) for column in columns):
-                    raise InputError(f"{where}: has no {' or '.join(columns)}")
-                if None in row:
-                    raise InputError(f"{where}: more values than columns; quote text with commas")
-                rows.append(row)
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: invalid CSV: {error}") from None
+        (_, header), *rows = list(_read_csv(path)) or [("", [])]
+        for where, cells in rows:
+            if not set(columns) <= set(header[: len(cells)]):
+                raise InputError(f"{where}: has no {' or '.join(columns)}")
+            if len(cells) > len(header):
+                raise InputError(f"{where}: more values than columns; quote text with commas")
         if not rows:
             raise InputError(f"{path}: no rows below a header with {', '.join(columns)}")
-        return rows
+        return [dict(zip(header, cells, strict=False)) for _, cells in rows]
 
     def plain_pickle(self, name: str) -> tuple[Path, Any]:
         """Returns (path, content) of a pickle of plain data, without executing it."""
@@ -213,30 +187,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> None:
         raise InputError(f"refers to {module_name}.{global_name}: only plain data is read")
-
-    def persistent_load(self, pid: object) -> None:
-        raise InputError(f"refers to an object outside of it, {pid!r}: only plain data is read")
-
-
-def parse_json(text: str, where: object) -> Any:
-    """Returns the content of a JSON text or raises InputError for invalid JSON or repeated keys."""
-    try:
-        return json.loads(text, object_pairs_hook=functools.partial(_unique_keys, where))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}, line {error.lineno}: invalid JSON: {error.msg}") from None
-    except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
-    except InputError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"{where}: invalid JSON: {error}") from None
-
-
-def _unique_keys(where: object, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, count in collections.Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise InputError(f"{where}: key {name!r} occurs {count} times in one object")
-    return dict(pairs)
 
 
 def require_type(value: Any, kind: Any, where: object) -> Any:
@@ -257,16 +207,147 @@ def require_fields(item: Any, where: object, **kinds: Any) -> list[Any]:
     return [item[name] for name in kinds]
 
 
-def is_segment(times: Any, last: float) -> bool:
-    """Returns True if `times` is [start, end] with 0 <= start <= end <= last."""
-    if not isinstance(times, list) or len(times) != 2:
-        return False
-    numbers = all(isinstance(time, int | float) for time in times)
-    return numbers and 0 <= times[0] <= times[1] <= last
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text") from None
+
+
+def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """Parses a JSON file, or one line of it, and rejects repeated keys."""
+
+    def make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, count in collections.Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"key {name!r} occurs {count} times in one object")
+        return dict(pairs)
+
+    where = f"{path}, line {line}" if line else path
+    try:
+        return json.loads(text, object_pairs_hook=make_dict)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line or error.lineno}"
+        raise InputError(f"{where}: invalid JSON: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # from make_dict, or a number of thousands of digits
+        raise InputError(f"{where}: invalid JSON: {error}") from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields (place, cells) of each non-blank row, where the place names its first line."""
+    rows, line = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True), 1
+    try:
+        for row in rows:
+            where, line = f"{path}, line {line}", rows.line_num + 1
+            if row:
+                yield where, row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line}: invalid CSV: {error}") from None
+
+
+def read_captions(annotations: PathLike) -> Listing:
+    """Reads custom captions from JSON (a list of objects), JSON lines or CSV with a header.
+
+    Fields: `video`; `caption` (one) or `captions` (a list; in CSV use several rows); optional
+    `start`, `end` in seconds and `split` (train, val or test; default train). Rows of the same
+    video and segment are merged. An InputError names the line (or item) and field.
+    """
+    path = Path(annotations)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; --annotations must be the captions file itself")
+    clips: dict[str, Clip] = {}
+    for where, item in _read_items(path):
+        if not isinstance(item, dict):
+            raise InputError(f"{where}: must be an object with 'video' and 'caption' or 'captions'")
+        clip = _parse_clip(where, item)
+        known = clips.setdefault(clip.id, clip)
+        if known.split != clip.split:
+            splits = f"{clip.split} and {known.split}"
+            raise InputError(f"{where}: field 'split': {clip.id} is in {splits}")
+        if known is not clip:
+            clips[clip.id] = dataclasses.replace(known, captions=known.captions + clip.captions)
+    if not clips:
+        raise InputError(f"{path}: contains no captions")
+    return Listing(clips_by_id=clips)
+
+
+def _read_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (place, item) for each item of a captions file."""
+    match path.suffix.lower():
+        case ".json":
+            items = _parse_json(_read_text(path), path)
+            if not isinstance(items, list):
+                raise InputError(f"{path}: must be a list of objects with 'video' and 'caption'")
+            yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+        case ".jsonl":
+            for number, line in enumerate(_read_text(path).split("\n"), 1):
+                if line.strip():
+                    yield f"{path}, line {number}", _parse_json(line.strip(), path, number)
+        case ".csv":
+            rows = _read_csv(path)
+            where, header = next(rows, ("", []))
+            _check_fields(where, header)
+            for where, row in rows:
+                if len(row) != len(header):
+                    fields = f"the {len(header)} fields {','.join(header)}"
+                    raise InputError(f"{where}: {len(row)} values for {fields}")
+                # An empty optional cell is an absent field.
+                cells = zip(header, row, strict=True)
+                yield where, {k: v for k, v in cells if v or k in ("video", "caption")}
+        case _:
+            raise InputError(f"{path}: captions must be a .json, .jsonl, .csv file")
+
+
+def _check_fields(where: str, names: Iterable[str]) -> None:
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise InputError(f"{where}: field {name!r} occurs {count} times")
+        if name not in FIELDS:
+            allowed = ", ".join(FIELDS)
+            raise InputError(f"{where}: field {name!r}: unknown; must be one of {allowed}")
+
+
+def _parse_clip(where: str, item: Any) -> Clip:
+    """Validates one item and converts it to a Clip."""
+
+    def check(valid: bool, field: str, problem: str) -> None:
+        if not valid:
+            raise InputError(f"{where}: field {field!r}: {problem}")
+
+    _check_fields(where, list(item))
+    video, split = item.get("video"), item.get("split", "train")
+    check(_is_text(video), "video", "missing or not a file name")
+    field = "captions" if "captions" in item else "caption"
+    both = item.keys() >= {"caption", "captions"}
+    check(not both, field, "there is a 'caption' as well; use only one of the two")
+    captions = item.get(field)
+    captions = [captions] if isinstance(captions, str) else captions
+    is_list = isinstance(captions, list) and bool(captions)
+    check(is_list, field, "missing or not a sentence or a list of sentences")
+    problem = "contains an empty sentence or a value that is not text"
+    check(all(map(_is_text, captions)), field, problem)
+    for field in ("start", "end"):
+        problem = f"{item.get(field)!r} is not a number of seconds, at least 0"
+        check(item.get(field) is None or _is_seconds(item[field]), field, problem)
+    start, end = (None if item.get(f) is None else float(item[f]) for f in ("start", "end"))
+    if end is not None and end <= (start or 0):
+        check(False, "end", f"{end:g} s is not after the start at {start or 0:g} s")
+    check(split in SPLITS, "split", f"{split!r} must be one of {', '.join(SPLITS)}")
+    return Clip(video, tuple(map(normalize_spaces, captions)), split, start, end)
+
+
+def _is_text(value: Any) -> bool:
+    """Returns True for text that is not blank and has no lone surrogate (JSON may contain one)."""
+    is_text = isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    return is_text and bool(value.strip())
+
+
+def _is_seconds(value: Any) -> bool:
+    """Returns True for a finite number of at least 0, which CSV stores as text."""
+    try:
+        return not isinstance(value, bool) and 0 <= float(value) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False

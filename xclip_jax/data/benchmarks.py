@@ -2,40 +2,21 @@
 
 import collections
 import dataclasses
-import os
 from collections.abc import Callable
+from typing import Any
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.annotations import (
-    REPEATED,
-    SEGMENT,
-    SPLITS,
-    UNLISTED,
-    AnnotationFolder,
-    Listing,
-    Split,
-    is_segment,
-    require_fields,
-    require_type,
-)
-from xclip_jax.data.captions import read_captions
-
-PathLike = str | os.PathLike
+from xclip_jax.data import annotations
+from xclip_jax.data.annotations import SPLITS, AnnotationFolder, Listing, PathLike, Split
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFormat:
-    """The annotation format of a data set.
+    """The annotation format of a data set."""
 
-    Attributes:
-        read: function from a path (and a variant, if `variants` is not empty) to a Listing.
-        download: instructions for downloading the annotations.
-        variants: values of prepare's --split; the first is the default.
-    """
-
-    read: Callable[..., Listing]
-    download: str
-    variants: tuple[str, ...] = ()
+    read: Callable[..., Listing]  # from a path, and from a variant if there are any
+    download: str  # instructions for downloading the annotations
+    variants: tuple[str, ...] = ()  # values of prepare's --split; the first is the default
 
 
 MSRVTT_COUNTS = {
@@ -46,7 +27,7 @@ MSRVTT_COUNTS = {
 MSRVTT_SPLITS: dict[str, Split] = {"train": "train", "validate": "val", "test": "test"}
 
 
-def read_msrvtt(annotations: PathLike, variant: str = "9k") -> Listing:
+def read_msrvtt(source: PathLike, variant: str = "9k") -> Listing:
     """Reads MSR-VTT (Xu et al., CVPR 2016): 10,000 clips from the web with 20 captions each.
 
     Variants 9k and 7k are tested on the 1,000 pairs of 1k-A (Yu et al., ECCV 2018), full on the
@@ -54,22 +35,22 @@ def read_msrvtt(annotations: PathLike, variant: str = "9k") -> Listing:
     """
     lists = [] if variant == "full" else [f"MSRVTT_train.{variant}.csv", "MSRVTT_JSFUSION_test.csv"]
     names = ["MSRVTT_data.json", *lists]
-    folder = AnnotationFolder(annotations, names, DATASETS["msrvtt"].download)
+    folder = AnnotationFolder(source, names, DATASETS["msrvtt"].download)
     path, data = folder.json("MSRVTT_data.json", dict)
-    videos, sentences = require_fields(data, path, videos=list, sentences=list)
-    splits: dict[Split, list[str]] = {}
+    videos, sentences = annotations.require_fields(data, path, videos=list, sentences=list)
+    splits: dict[Split, list[str]] = collections.defaultdict(list)
     known = set()
     for number, item in enumerate(videos, 1):
         where = f"{path}, video {number}"
-        video, split = require_fields(item, where, video_id=str, split=str)
+        video, split = annotations.require_fields(item, where, video_id=str, split=str)
         if split not in MSRVTT_SPLITS:
             raise InputError(f"{where}: 'split' is {split!r}, must be one of {[*MSRVTT_SPLITS]}")
-        splits.setdefault(MSRVTT_SPLITS[split], []).append(video)
+        splits[MSRVTT_SPLITS[split]].append(video)
         known.add(video)
     captions = collections.defaultdict(list)
     for number, item in enumerate(sentences, 1):
         where = f"{path}, sentence {number}"
-        video, caption = require_fields(item, where, video_id=str, caption=str)
+        video, caption = annotations.require_fields(item, where, video_id=str, caption=str)
         captions[video].append(caption)
     listing = Listing(MSRVTT_COUNTS[variant])
     if variant != "full":
@@ -80,44 +61,45 @@ def read_msrvtt(annotations: PathLike, variant: str = "9k") -> Listing:
         for video in ids:
             listing.add(split, video, captions.get(video, ()))
     for video in sorted(captions.keys() - known):
-        listing.note(UNLISTED, video, f"{len(captions[video])} sentences in {path.name}")
+        listing.note(
+            annotations.UNLISTED, video, f"{len(captions[video])} sentences in {path.name}"
+        )
     return listing
 
 
 MSVD_PICKLE, MSVD_JSON = "raw-captions.pkl", "captions_msvd.json"
 
 
-def read_msvd(annotations: PathLike) -> Listing:
+def read_msvd(source: PathLike) -> Listing:
     """Reads MSVD (Chen and Dolan, ACL 2011): 1,970 clips from YouTube, about 40 captions each.
 
     Captions come from the released pickle or, without it, from JSON {id: [caption]}.
     """
     lists: dict[Split, str] = {split: f"{split}_list.txt" for split in SPLITS}
     download = DATASETS["msvd"].download
-    folder = AnnotationFolder(annotations, lists.values(), download)
+    folder = AnnotationFolder(source, lists.values(), download)
     if (folder.path / MSVD_PICKLE).is_file():
         path, captions = folder.plain_pickle(MSVD_PICKLE)
     else:
-        json_folder = AnnotationFolder(annotations, [MSVD_JSON], f"or {MSVD_PICKLE}; {download}")
+        json_folder = AnnotationFolder(source, [MSVD_JSON], f"or {MSVD_PICKLE}; {download}")
         path, captions = json_folder.json(MSVD_JSON, dict)
-    require_type(captions, dict, path)
+    annotations.require_type(captions, dict, path)
     listing = Listing({"train": 1200, "val": 100, "test": 670})
-    unlisted = dict(captions)
     for split, name in lists.items():
         for video in folder.ids(name):
-            unlisted.pop(video, None)
             where = f"{path}, {video}"
-            texts = require_type(captions.get(video, []), list, where)
+            texts = annotations.require_type(captions.get(video, []), list, where)
             listing.add(split, video, [_join_words(text, where) for text in texts])
-    for video in unlisted:
-        listing.note(UNLISTED, str(video), f"in {path.name}")
+    for video in captions:
+        if video not in listing.clips_by_id and video not in listing.lost:
+            listing.note(annotations.UNLISTED, str(video), f"in {path.name}")
     return listing
 
 
 def _join_words(text: str | list[str], where: str) -> str:
     """Joins the words of a caption, which the pickle stores as a list."""
     words = text if isinstance(text, list) else [text]
-    return " ".join(require_type(word, str, where) for word in words)
+    return " ".join(annotations.require_type(word, str, where) for word in words)
 
 
 LSMDC_FILES: dict[Split, str] = {
@@ -127,61 +109,70 @@ LSMDC_FILES: dict[Split, str] = {
 }
 
 
-def read_lsmdc(annotations: PathLike) -> Listing:
+def read_lsmdc(source: PathLike) -> Listing:
     """Reads LSMDC 2016 (Rohrbach et al., IJCV 2017): clips from films, one sentence each.
 
     A line has a clip id, four times and a sentence, separated by tabs; there is no header. The
     test split is the list of 1,000 clips, the val split the list of 7,408 clips.
     """
-    folder = AnnotationFolder(annotations, LSMDC_FILES.values(), DATASETS["lsmdc"].download)
+    folder = AnnotationFolder(source, LSMDC_FILES.values(), DATASETS["lsmdc"].download)
     listing = Listing({"train": 109673, "val": 7408, "test": 1000})
     for split, name in LSMDC_FILES.items():
         for number, line in enumerate(folder.lines(name), 1):
             cells = line.split("\t")
             if len(cells) != 6:
-                raise InputError(
-                    f"{folder.path / name}, line {number}: must have 6 fields separated by tabs, "
-                    f"has {len(cells)}: wrong file?"
-                )
+                problem = f"must have 6 fields separated by tabs, has {len(cells)}: wrong file?"
+                raise InputError(f"{folder.path / name}, line {number}: {problem}")
             listing.add(split, cells[0].strip(), [cells[5]])
     return listing
 
 
-def read_didemo(annotations: PathLike) -> Listing:
+def read_didemo(source: PathLike) -> Listing:
     """Reads DiDeMo (Hendricks et al., ICCV 2017): videos from Flickr, for paragraph retrieval.
 
     An id is a file name with a suffix or a bare dot. Videos are matched without the suffix, since
     some occur with two.
     """
     names = [f"{split}_{end}" for split in SPLITS for end in ("data.json", "list.txt")]
-    folder = AnnotationFolder(annotations, names, DATASETS["didemo"].download)
+    folder = AnnotationFolder(source, names, DATASETS["didemo"].download)
     listing = Listing({"train": 8392, "val": 1065, "test": 1004}, paragraphs=True)
+    kinds = {"video": str, "description": str, "times": list, "num_segments": int}
     for split in SPLITS:
         path, items = folder.json(f"{split}_data.json", list)
         captions, seen = collections.defaultdict(list), set()
         for number, item in enumerate(items, 1):
-            kinds = {"video": str, "description": str, "times": list, "num_segments": int}
-            video, text, times, count = require_fields(item, f"{path}, item {number}", **kinds)
+            video, text, times, count = annotations.require_fields(
+                item, f"{path}, item {number}", **kinds
+            )
             number = item.get("annotation_id", f"item {number}")
             if number in seen:
-                listing.note(REPEATED, video, f"annotation {number} in {path.name}")
+                listing.note(annotations.REPEATED, video, f"annotation {number} in {path.name}")
                 continue
             seen.add(number)
             captions[_stem(video)].append(text)
-            invalid = [pair for pair in times if not is_segment(pair, count - 1)]
+            invalid = [pair for pair in times if not _is_segment(pair, count - 1)]
             if invalid:
                 detail = f"{invalid[0]} of segments 0 to {count - 1} in {path.name}"
-                listing.note(SEGMENT, video, detail)
+                listing.note(annotations.SEGMENT, video, detail)
         ids = folder.ids(f"{split}_list.txt")
         for video in ids:
             listing.add(split, video, captions.get(_stem(video), ()))
         for video in sorted(captions.keys() - set(map(_stem, ids))):
-            listing.note(UNLISTED, video, f"in {path.name}, not in {split}_list.txt")
+            detail = f"in {path.name}, not in {split}_list.txt"
+            listing.note(annotations.UNLISTED, video, detail)
     return listing
 
 
 def _stem(video: str) -> str:
     return video.rpartition(".")[0] or video
+
+
+def _is_segment(times: Any, last: float) -> bool:
+    """Returns True if `times` is [start, end] with 0 <= start <= end <= last."""
+    if not isinstance(times, list) or len(times) != 2:
+        return False
+    numbers = all(isinstance(time, int | float) for time in times)
+    return numbers and 0 <= times[0] <= times[1] <= last
 
 
 ACTIVITYNET_COUNTS = {
@@ -191,43 +182,49 @@ ACTIVITYNET_COUNTS = {
 ROUNDING = 0.011  # seconds by which a segment may exceed its video: both are rounded
 
 
-def read_activitynet(annotations: PathLike, variant: str = "val_1") -> Listing:
+def read_activitynet(source: PathLike, variant: str = "val_1") -> Listing:
     """Reads ActivityNet Captions (Krishna et al., ICCV 2017): long videos, one paragraph each.
 
     The test split is val_1, as usual, or val_2. A video needs captions and an entry in the list of
     ids; v_WjEh7acrr5o, v_uTc2-oAxgbc and v_LURZ8QDfowU are corrupted and not in the lists.
     """
-    sources: dict[Split, tuple[str, str]] = {
+    sources: dict[Split, tuple[str, str]]
+    sources = {
         "train": ("train_ids.json", "train.json"),
         "test": ("val_ids.json", f"{variant}.json"),
     }
     names = [name for pair in sources.values() for name in pair]
-    folder = AnnotationFolder(annotations, names, DATASETS["activitynet"].download)
+    folder = AnnotationFolder(source, names, DATASETS["activitynet"].download)
     listing = Listing(ACTIVITYNET_COUNTS[variant], paragraphs=True)
+    kinds = {"duration": int | float, "timestamps": list, "sentences": list}
     for split, (ids_name, name) in sources.items():
         ids_path, ids = folder.json(ids_name, list)
         path, videos = folder.json(name, dict)
         captions = {}
         for video, item in videos.items():
             where = f"{path}, {video}"
-            kinds = {"duration": int | float, "timestamps": list, "sentences": list}
-            duration, times, texts = require_fields(item, where, **kinds)
-            captions[video] = [require_type(text, str, where) for text in texts]
+            duration, times, texts = annotations.require_fields(item, where, **kinds)
+            captions[video] = [annotations.require_type(text, str, where) for text in texts]
             if len(times) != len(texts):
-                listing.note(SEGMENT, video, f"{len(times)} for {len(texts)} sentences in {name}")
+                listing.note(
+                    annotations.SEGMENT, video, f"{len(times)} for {len(texts)} sentences in {name}"
+                )
             for pair in times:
-                if not is_segment(pair, duration + ROUNDING) or pair[0] == pair[1]:
-                    listing.note(SEGMENT, video, f"{pair} of {duration} s in {name}")
+                if not _is_segment(pair, duration + ROUNDING) or pair[0] == pair[1]:
+                    listing.note(annotations.SEGMENT, video, f"{pair} of {duration} s in {name}")
         for video in ids:
-            listing.add(split, require_type(video, str, ids_path), captions.get(video, ()))
+            annotations.require_type(video, str, ids_path)
+            listing.add(split, video, captions.get(video, ()))
         for video in sorted(captions.keys() - set(ids)):
-            listing.note(UNLISTED, video, f"in {name}, not in {ids_name}")
+            listing.note(annotations.UNLISTED, video, f"in {name}, not in {ids_name}")
     return listing
 
 
 CLIP4CLIP_DATA = "https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0"
 DATASETS = {
-    "captions": DatasetFormat(read_captions, download="docs/data.md describes the formats"),
+    "captions": DatasetFormat(
+        annotations.read_captions, download="docs/data.md describes the formats"
+    ),
     "msrvtt": DatasetFormat(
         read_msrvtt,
         download=f"unpack {CLIP4CLIP_DATA}/msrvtt_data.zip (captions and splits) and "

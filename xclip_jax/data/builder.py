@@ -19,39 +19,31 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow_datasets as tfds
 
-from xclip_jax.cli import InputError
-from xclip_jax.data.beam import BeamRunner, map_on_beam
+from xclip_jax.cli import InputError, first_line
+from xclip_jax.data.annotations import PathLike
 from xclip_jax.data.benchmarks import DATASETS
+from xclip_jax.workers import BeamRunner, map_on_beam
 
 NAME, VERSION = "xclip_clips", "1.1.0"
 SHARD_BYTES = 64 << 20
 FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 
 
-def dataset_folder(path: str | os.PathLike) -> Path:
+def dataset_folder(path: PathLike) -> Path:
     """Returns the folder of the TFDS files in `path`, which exists only if they are complete."""
     return Path(path) / NAME / VERSION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
-    """The settings a data set was prepared with, stored in its metadata.
+    """The settings a data set was prepared with, stored in its metadata."""
 
-    Attributes:
-        dataset: prepare's --dataset.
-        variant: its --split; "" if it has none.
-        image_size: S, side of the stored frames in pixels.
-        paragraphs: True if all captions of a video were joined into one text.
-        max_seconds: the last second read of each clip; None: all were read.
-        expected: {split: expected number of clips}, which is the paper's for a benchmark; by
-            default the number of records.
-    """
-
-    dataset: str = "captions"
-    variant: str = ""
-    image_size: int = 224
-    paragraphs: bool = False
-    max_seconds: float | None = None
+    dataset: str = "captions"  # prepare's --dataset
+    variant: str = ""  # its --split, if it has any
+    image_size: int = 224  # S, side of the stored frames in pixels
+    paragraphs: bool = False  # True if all captions of a video were joined into one text
+    max_seconds: float | None = None  # the last second read of each clip; None: all were read
+    # {split: expected number of clips}, the paper's for a benchmark; None: the number of records.
     expected: dict[str, int] | None = None
 
 
@@ -59,30 +51,23 @@ class DatasetSettings:
 class PendingRecord:
     """A record to be written.
 
-    Attributes:
-        make: returns {"id": str, "captions": [str], "frames": [JPEG bytes], "times": [seconds
-            after the file's first frame]}.
-        num_captions: number of its captions.
-        digest: a string that differs between different records.
-        size: its approximate number of bytes.
+    `make` returns {"id": str, "captions": [str], "frames": [JPEG bytes], "times": [seconds after
+    the file's first frame]}.
     """
 
     make: Callable[[], dict[str, Any]]
     num_captions: int
-    digest: str
-    size: int = 0
+    digest: str  # differs between different records
+    size: int = 0  # approximate number of bytes
 
 
 def write_dataset(
-    path: str | os.PathLike,
-    records: Mapping[str, Sequence[PendingRecord]],
+    path: PathLike,
+    records: Mapping[str, Sequence[PendingRecord]],  # of each split, in order
     settings: DatasetSettings,
     beam_runner: BeamRunner | None = None,
 ) -> None:
-    """Writes the data set of `records` ({split: its records in order}) under `path`, atomically.
-
-    With a `beam_runner` (see `data.beam`) the shards are written on Apache Beam.
-    """
+    """Writes the data set of `records` under `path`, atomically, on this machine or on Beam."""
     folder = dataset_folder(path)
     for incomplete in folder.parent.glob("incomplete.*"):  # of a killed run
         shutil.rmtree(incomplete)
@@ -90,11 +75,11 @@ def write_dataset(
     work.mkdir(parents=True)
     splits = [_write_split(work, split, r, beam_runner) for split, r in records.items()]
     digests = ((split, record.digest) for split, r in records.items() for record in r)
-    content = (settings.image_size, *digests)
+    content = repr((settings.image_size, *digests))
     metadata = dataclasses.asdict(settings) | {
         "expected": settings.expected or {split: len(r) for split, r in records.items()},
         "captions_per_clip": {s: [record.num_captions for record in r] for s, r in records.items()},
-        "content": hashlib.sha256(repr(content).encode()).hexdigest(),
+        "content": hashlib.sha256(content.encode()).hexdigest(),
     }
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
@@ -113,14 +98,10 @@ def write_dataset(
 
 def _features() -> tfds.features.FeaturesDict:
     text = tfds.features.Text()  # any bytes, hence also JPEG
-    return tfds.features.FeaturesDict(
-        {
-            "id": text,
-            "captions": tfds.features.Sequence(text),
-            "frames": tfds.features.Sequence(text),
-            "times": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
-        }
-    )
+    texts = tfds.features.Sequence(text)
+    times = tfds.features.Sequence(tfds.features.Scalar(np.float32))
+    content = {"id": text, "captions": texts, "frames": texts, "times": times}
+    return tfds.features.FeaturesDict(content)
 
 
 def _write_split(
@@ -134,20 +115,15 @@ def _write_split(
             size = 0
         shards[-1].append(record.make)
         size += record.size
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=tfds.core.Path(folder),
-        dataset_name=NAME,
-        split=split,
-        filetype_suffix=FORMAT.value,
-    )
-    count = len(shards)
-    paths = [template.sharded_filepath(shard_index=i, num_shards=count) for i in range(count)]
-    jobs = list(zip(map(str, paths), shards, strict=True))
+    options: Any = {"split": split, "filetype_suffix": FORMAT.value}
+    template = tfds.core.ShardedFileTemplate(tfds.core.Path(folder), dataset_name=NAME, **options)
+    paths = map(str, template.sharded_filepaths(len(shards)))
+    jobs = list(zip(paths, shards, strict=True))
     if beam_runner is None:
-        sizes = list(map(_write_shard, jobs))
+        sizes = map(_write_shard, jobs)
     else:
         sizes = map_on_beam(_write_shard, jobs, folder, beam_runner)
-    lengths = [len(shard) for shard in shards]
+    lengths = list(map(len, shards))
     return tfds.core.SplitInfo(
         name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template
     )
@@ -171,31 +147,26 @@ def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
 
 
 class Dataset:
-    """A prepared data set.
+    """A prepared data set, with the attributes of DatasetSettings (`name` is its `dataset`).
 
-    Attributes:
-        path: the folder that xclip_jax.prepare wrote.
-        name, variant, image_size, paragraphs, max_seconds, expected: see DatasetSettings; `name`
-            is its `dataset`.
-        captions_per_clip: {split: int array, the number of captions of each clip}.
-        fingerprint: a string that differs between data sets of different content.
+    `path` is the folder that xclip_jax.prepare wrote, `captions_per_clip` is {split: int array, the
+    number of captions of each clip}, and `fingerprint` differs between data sets of different
+    content.
     """
 
-    def __init__(self, path: str | os.PathLike, name: str = "", variant: str = "") -> None:
+    def __init__(self, path: PathLike, name: str = "", variant: str = "") -> None:
         """Opens a data set, which must be of the given `name` and `variant` unless these are ""."""
         self.path = Path(path)
         folder = dataset_folder(path)
         if not str(path):
             raise InputError("config.data.path is empty: set it to a folder of xclip_jax.prepare")
         if not folder.is_dir():
-            raise InputError(
-                f"no prepared data set in {path}: {folder} does not exist; "
-                + _how_to_prepare(path, name, variant)
-            )
+            problem = f"no prepared data set in {path}: {folder} does not exist"
+            raise InputError(f"{problem}; {_how_to_prepare(path, name, variant)}")
         try:
             self._builder: Any = tfds.builder_from_directory(str(folder))
-            files = (folder / name for name in ("dataset_info.json", "metadata.json"))
-            content = b"".join(path.read_bytes() for path in files)
+            files = ("dataset_info.json", "metadata.json")
+            content = b"".join((folder / name).read_bytes() for name in files)
             metadata: Any = self._builder.info.metadata
             self.name: str = metadata["dataset"]
             self.variant: str = metadata["variant"]
@@ -203,38 +174,29 @@ class Dataset:
             self.paragraphs: bool = metadata["paragraphs"]
             self.max_seconds: float | None = metadata["max_seconds"]
             self.expected: dict[str, int] = metadata["expected"]
-            counts = {split: np.asarray(n) for split, n in metadata["captions_per_clip"].items()}
+            counts = metadata["captions_per_clip"]
+            self.captions_per_clip = {split: np.asarray(n) for split, n in counts.items()}
         except Exception as error:  # TFDS has no one type for a corrupted data set
             raise InputError(f"{folder} is corrupted, prepare it again: {error}") from None
         if name not in ("", self.name) or variant not in ("", self.variant):
-            raise InputError(
-                f"{path} holds {' '.join([self.name, self.variant]).strip()}, the config requires "
-                f"{' '.join([name, variant]).strip()}; "
-                + _how_to_prepare("ANOTHER_FOLDER", name, variant)
-            )
-        self.captions_per_clip = counts
+            held, required = f"{self.name} {self.variant}".strip(), f"{name} {variant}".strip()
+            problem = f"{path} holds {held}, the config requires {required}"
+            raise InputError(f"{problem}; {_how_to_prepare('ANOTHER_FOLDER', name, variant)}")
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def clips(self, split: str) -> Sequence[Mapping[str, Any]]:
-        """Returns the records of a split (see PendingRecord), with bytes in place of str.
-
-        Raises:
-            InputError: the data set has no such split, or its files are corrupted.
-        """
+        """Returns the records of a split (see PendingRecord), with bytes in place of str."""
         if split not in self.captions_per_clip:
-            raise InputError(
-                f"{self.path} has no split {split!r}, only {', '.join(self.captions_per_clip)}"
-            )
+            splits = ", ".join(self.captions_per_clip)
+            raise InputError(f"{self.path} has no split {split!r}, only {splits}")
         try:
             return self._builder.as_data_source(split)
         except Exception as error:  # ArrayRecord raises several types for a truncated file
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self.path}, {split} is corrupted, prepare it again: {reason}"
-            ) from None
+            problem = f"{self.path}, {split} is corrupted, prepare it again"
+            raise InputError(f"{problem}: {first_line(error)}") from None
 
 
-def _how_to_prepare(path: str | os.PathLike, name: str, variant: str) -> str:
+def _how_to_prepare(path: PathLike, name: str, variant: str) -> str:
     """Returns instructions for downloading and preparing a data set."""
     if not name:
         return f"run python -m xclip_jax.prepare --output={path} (see its --help)"

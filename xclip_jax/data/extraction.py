@@ -1,4 +1,4 @@
-"""Extracts frames of clips into cache files, locally or on Beam, and reports failures."""
+"""Finds the video files of clips, extracts their frames into cache files and reports failures."""
 
 import collections
 import dataclasses
@@ -7,111 +7,152 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xclip_jax.cli import InputError, progress
-from xclip_jax.data.annotations import Finding, Listing
-from xclip_jax.data.beam import BeamRunner, map_on_beam
+from xclip_jax.data.annotations import Clip, Finding, Listing
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
-from xclip_jax.workers import run_jobs
+from xclip_jax.workers import BeamRunner, map_on_beam, run_jobs
 
 CRASHED = "the decoder crashed on this file"
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mpg", ".mpeg", ".m2v"),
+    *(".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv"),
+    *(".3gpp", ".rm", ".rmvb", ".mxf", ".ogg", ".gif"),
+)
+
+
+class VideoFolder:
+    """The files in a folder and its sub-folders, indexed by the names annotations may use.
+
+    A video file is found by its path below the folder and by its name, each also without its
+    suffix and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with
+    another suffix is found by its full name or path only. Symbolic links are followed, each folder
+    once.
+    `files` are the video files, sorted; if there is none, an InputError is raised.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"no such folder of videos: {folder}")
+        self.files: list[Path] = []
+        self._by_path: dict[str, Path] = {}
+        self._by_name: dict[str, list[Path]] = collections.defaultdict(list)
+        paths, seen = [], set()
+        for parent, folders, names in os.walk(folder, followlinks=True):
+            if (real := os.path.realpath(parent)) in seen:  # links may form a cycle
+                folders.clear()
+                continue
+            seen.add(real)
+            paths += [path for name in names if (path := Path(parent, name)).is_file()]
+        for path in sorted(paths):
+            below = path.relative_to(folder)
+            names = [path.name]
+            while stem := _without_suffix(names[-1]):
+                names.append(stem)
+            self._by_path[below.as_posix()] = path
+            for name in {*names, *((below.parent / name).as_posix() for name in names)}:
+                self._by_name[name].append(path)
+            if len(names) > 1:
+                self.files.append(path)
+        if not self.files:
+            raise InputError(f"no video files in {folder}")
+
+    def locate(self, video: str, *, is_path: bool = False) -> Path | None:
+        """Returns the file that an annotation refers to by an id or a name of any suffix, or None.
+
+        With `is_path`, `video` may be a path in the folder, which then matches that file only. If
+        several files match, an InputError names them.
+        """
+        if is_path and video in self._by_path:
+            return self._by_path[video]
+        paths = self._by_name.get(video, [])
+        if not is_path or not paths:
+            paths = sorted({*paths, *self._by_name.get(_without_suffix(video), [])})
+        if len(paths) > 1:
+            raise InputError(f"video {video!r} is ambiguous: {' and '.join(map(str, paths[:3]))}")
+        return paths[0] if paths else None
+
+
+def _without_suffix(name: str) -> str:
+    """Returns the name without its video suffix or final dot (DiDeMo), "" if it has neither."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and (not suffix or f".{suffix.lower()}" in VIDEO_SUFFIXES) else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipJob:
-    """A clip to read, from `start` to `end` seconds of the file `path`, into the file `cache`.
+    """A clip to read from `path` (None: not found), up to the second `end`, into `cache`."""
 
-    `path` and `cache` are None if there is no file for the annotation's `video`.
-    """
-
-    video: str
+    clip: Clip
     image_size: int
     path: Path | None = None
     cache: Path | None = None
-    start: float | None = None
     end: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Result of a ClipJob.
+class Outcome(NamedTuple):
+    """Result of a ClipJob."""
 
-    Attributes:
-        failure: reason why there are no frames, or None.
-        note: reason why frames are missing, or None.
-        size: bytes of the frames.
-        digest: of the frames and their times.
-    """
-
-    failure: str | None = None
-    note: str | None = None
-    size: int = 0
-    digest: str = ""
+    failure: str | None = None  # reason why there are no frames
+    note: str | None = None  # reason why frames are missing
+    size: int = 0  # bytes of the frames
+    digest: str = ""  # of the frames and their times
 
 
 def make_job(
-    video: str,
-    path: Path | None,
-    *,
-    image_size: int,
-    folder: Path,
-    start: float | None = None,
-    end: float | None = None,
+    clip: Clip, path: Path | None, image_size: int, max_seconds: float | None, folder: Path
 ) -> ClipJob:
     """Returns a job whose cache file in `folder` is named by a hash of all its inputs."""
     if path is None:
-        return ClipJob(video, image_size)
+        return ClipJob(clip, image_size)
+    end = clip.end
+    if max_seconds is not None:
+        last = (clip.start or 0) + max_seconds
+        end = last if end is None else min(end, last)
     status = path.stat()
-    key = repr((str(path), status.st_size, status.st_mtime_ns, start, end, image_size))
+    key = repr((str(path), status.st_size, status.st_mtime_ns, clip.start, end, image_size))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    cache = folder / name[:2] / f"{name}.npz"
-    return ClipJob(video, image_size, path=path, cache=cache, start=start, end=end)
+    return ClipJob(clip, image_size, path, folder / name[:2] / f"{name}.npz", end)
 
 
 def extract(job: ClipJob) -> Outcome:
     """Reads the frames of one clip into its cache file, unless that exists."""
     if job.path is None or job.cache is None:
-        return Outcome(f"no video file found for {job.video!r}")
-    if job.cache.is_file():
-        with np.load(job.cache) as arrays:
-            return _outcome(arrays)
-    try:
-        frames = read_frames(job.path, job.image_size, start=job.start, end=job.end)
-    except VideoError as error:
-        return Outcome(str(error))
-    jpegs = [encode_jpeg(frame) for frame in frames.frames]
-    content = {
-        "sizes": np.array([len(jpeg) for jpeg in jpegs]),
-        "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
-        "times": np.array(frames.times, np.float32),
-    }
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in content.values())).hexdigest()
-    content |= {"note": np.array(frames.note or ""), "digest": np.array(digest)}
-    job.cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = job.cache.with_suffix(f".{os.getpid()}.part")
-    with partial.open("wb") as file:
-        np.savez(file, **content)
-    partial.replace(job.cache)  # atomic: a kill leaves no incomplete cache file
-    return _outcome(content)
+        return Outcome(f"no video file found for {job.clip.video!r}")
+    if not job.cache.is_file():
+        try:
+            frames = read_frames(job.path, job.image_size, start=job.clip.start, end=job.end)
+        except VideoError as error:
+            return Outcome(str(error))
+        jpegs = [encode_jpeg(frame) for frame in frames.frames]
+        content = {
+            "sizes": np.array([len(jpeg) for jpeg in jpegs]),
+            "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
+            "times": np.array(frames.times, np.float32),
+        }
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in content.values()))
+        job.cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = job.cache.with_suffix(f".{os.getpid()}.part")
+        with partial.open("wb") as file:
+            np.savez(file, **content, note=frames.note or "", digest=digest.hexdigest())
+        partial.replace(job.cache)  # atomic: a kill leaves no incomplete cache file
+    with np.load(job.cache) as arrays:
+        note, size = str(arrays["note"]) or None, int(arrays["sizes"].sum())
+        return Outcome(None, note, size, str(arrays["digest"]))
 
 
-def _outcome(content: Any) -> Outcome:
-    """Returns the Outcome of a cache file's content."""
-    note, digest = str(content["note"]) or None, str(content["digest"])
-    return Outcome(note=note, size=int(content["sizes"].sum()), digest=digest)
-
-
-def make_record(clip_id: str, captions: Iterable[str], cache: Path) -> dict[str, Any]:
+def make_record(clip: Clip, cache: Path) -> dict[str, Any]:
     """Returns the record of a clip (see `data.builder`), from its cache file."""
     with np.load(cache) as arrays:
         ends = np.cumsum(arrays["sizes"])
         jpegs = arrays["jpegs"].tobytes()
         return {
-            "id": clip_id,
-            "captions": list(captions),
+            "id": clip.id,
+            "captions": list(clip.captions),
             "frames": [jpegs[e - n : e] for e, n in zip(ends, arrays["sizes"], strict=True)],
             "times": arrays["times"],
         }
@@ -120,13 +161,9 @@ def make_record(clip_id: str, captions: Iterable[str], cache: Path) -> dict[str,
 def extract_all(
     jobs: Sequence[ClipJob], folder: Path, beam_runner: BeamRunner | None = None
 ) -> list[Outcome]:
-    """Runs `extract` on every job: in worker processes with a progress bar, or on Beam.
-
-    `folder` must be accessible to all machines.
-    """
+    """Runs `extract` on every job: in worker processes, or on Beam with a shared `folder`."""
     if beam_runner is not None:
-        results = map_on_beam(_extract_as_dict, jobs, folder, beam_runner)
-        return [Outcome(**result) for result in results]
+        return [Outcome(*result) for result in map_on_beam(extract, jobs, folder, beam_runner)]
     outcomes, failures = [Outcome(CRASHED)] * len(jobs), 0
 
     def store(index: int, outcome: Outcome | None) -> None:
@@ -141,39 +178,20 @@ def extract_all(
     return outcomes
 
 
-def _extract_as_dict(job: ClipJob) -> dict[str, Any]:
-    return dataclasses.asdict(extract(job))
-
-
-# Reports
-
-
 def report_findings(
-    output: Path,
-    title: str,
-    listing: Listing,
-    *,
-    paths: Sequence[Path | None],
-    files: Iterable[Path],
+    output: Path, title: str, listing: Listing, paths: Sequence[Path | None], files: Iterable[Path]
 ) -> None:
     """Writes findings.jsonl and prints the numbers of expected clips, found clips and findings.
 
-    Args:
-        output: folder of findings.jsonl.
-        title: of the printed table.
-        listing: all clips of the annotations.
-        paths: the file of each clip, or None.
-        files: all video files in the folder.
+    `paths` has the file of each clip, or None; `files` are all video files in the folder.
     """
     pairs = zip(listing.clips, paths, strict=True)
     absent = [Finding("id without a file", clip.video, clip.split) for clip, p in pairs if not p]
     used = set(paths)
     unused = [Finding("file that no clip uses", str(p)) for p in files if p not in used]
     findings = [*listing.findings, *absent, *unused]
-    lines = (json.dumps(dataclasses.asdict(finding), ensure_ascii=False) for finding in findings)
     path = output / "findings.jsonl"
-    text = "".join(line + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    _write_lines(path, map(dataclasses.asdict, findings))
     if listing.expected:
         print(f"{title:20}{'expected':>10}{'found':>10}{'missing':>10}")
     counts = listing.counts() - collections.Counter(finding.detail for finding in absent)
@@ -181,10 +199,9 @@ def report_findings(
         missing = expected - counts[split]
         line = f"  {split:18}{expected:10,}{counts[split]:10,}{max(0, missing):10,}"
         print(line + (f"  {-missing:,} too many: wrong list?" if missing < 0 else ""))
-    kinds = collections.Counter(finding.what for finding in findings)
-    for what, count in kinds.items():
+    for what, count in collections.Counter(finding.what for finding in findings).items():
         print(f"  {count:,} x {what}")
-    if kinds:
+    if findings:
         print(f"  listed in {path}")
 
 
@@ -192,40 +209,37 @@ def report_failures(
     output: Path, listing: Listing, outcomes: Sequence[Outcome], max_failures: float
 ) -> None:
     """Writes failures.jsonl, prints counts and raises InputError if too many clips failed."""
-    clips = listing.clips
-    entries = [
-        {"id": clip.id, "reason": outcome.failure or outcome.note, "kept": not outcome.failure}
-        for clip, outcome in zip(clips, outcomes, strict=True)
-        if outcome.failure or outcome.note
-    ]
-    entries += [{"id": lost.id, "reason": lost.what, "kept": False} for lost in listing.lost]
     path = output / "failures.jsonl"
-    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    path.write_text("".join(lines), encoding="utf-8")
+    results = [
+        (clip.split, clip.id, outcome.failure or outcome.note, not outcome.failure)
+        for clip, outcome in zip(listing.clips, outcomes, strict=True)
+    ]
+    results += [(lost.detail, lost.id, lost.what, False) for lost in listing.lost.values()]
+    entries = [
+        {"id": name, "reason": reason, "kept": kept} for _, name, reason, kept in results if reason
+    ]
+    _write_lines(path, entries)
     failed = [entry for entry in entries if not entry["kept"]]
-    total, partial = len(clips) + len(listing.lost), len(entries) - len(failed)
+    total, partial = len(results), len(entries) - len(failed)
     print(
         f"{total - len(failed)} of {total} clips read"
         + (f", {partial} of them only in part" if partial else "")
         + (f"; {len(failed)} failed" if failed else "")
         + (f" (listed in {path})" if entries else "")
     )
+    allowed = f", more than --max_failures={max_failures:g} allows"
+    listed = f"; all failures are listed in {path}"
     if len(failed) / total > max_failures or len(failed) == total:
-        message = f"{len(failed)} of {total} clips failed"
-        if len(failed) < total:
-            message += f", more than --max_failures={max_failures:g} allows"
-        message += f"; the first is {failed[0]['id']}: {failed[0]['reason']}"
-        raise InputError(f"{message}; all failures are listed in {path}")
+        count = f"{len(failed)} of {total} clips failed" + (allowed if len(failed) < total else "")
+        raise InputError(f"{count}; the first is {failed[0]['id']}: {failed[0]['reason']}{listed}")
     # A small split may fail completely within the failures allowed for all.
-    totals, failures = listing.counts(), collections.Counter[str]()
-    for clip, outcome in zip(clips, outcomes, strict=True):
-        failures[clip.split] += outcome.failure is not None
-    for lost in listing.lost:
-        totals[lost.detail] += 1
-        failures[lost.detail] += 1
+    totals = collections.Counter(split for split, *_ in results)
+    failures = collections.Counter(split for split, *_, kept in results if not kept)
     for split, count in failures.items():
         if count / totals[split] > max_failures:
-            raise InputError(
-                f"{count} of {totals[split]} {split} clips failed, more than "
-                f"--max_failures={max_failures:g} allows; all failures are listed in {path}"
-            )
+            raise InputError(f"{count} of {totals[split]} {split} clips failed{allowed}{listed}")
+
+
+def _write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")

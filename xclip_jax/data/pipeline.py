@@ -18,7 +18,7 @@ from xclip_jax.data.video import decode_jpeg
 
 Record = Mapping[str, Any]  # see data.builder.PendingRecord, with bytes in place of str
 Pair = tuple[Record, int, int | None]  # record, video, caption: None until one is drawn
-_READ_OPTIONS = {"num_threads": 4, "prefetch_buffer_size": 4}
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
 def choose_frames(num_frames: int, max_frames: int) -> Int[np.ndarray, " F"]:
@@ -31,11 +31,7 @@ def choose_frames(num_frames: int, max_frames: int) -> Int[np.ndarray, " F"]:
 def load_frames(
     record: Record, max_frames: int, image_size: int
 ) -> tuple[UInt8[np.ndarray, "F S S 3"], Bool[np.ndarray, " F"]]:
-    """Decodes a record's frames, padded to F = `max_frames` with 0.
-
-    Returns:
-        (frames_FxSxSx3, mask_F), True = real.
-    """
+    """Returns a record's frames, padded to F = `max_frames` with 0, and their mask, True = real."""
     chosen = choose_frames(len(record["frames"]), max_frames)
     frames_FxSxSx3 = np.zeros((max_frames, image_size, image_size, 3), np.uint8)
     for position, index in enumerate(chosen):
@@ -47,8 +43,8 @@ class TrainingPairs:
     """The (caption, video) pairs of a split, as a random-access source for grain.
 
     With captions="all" each caption is a pair of its own. With "random" there is one pair per
-    video, whose caption `choose_caption` draws. At most `max_videos` (0: all) are used: a
-    fixed selection, in which a smaller number gives a subset of a larger one.
+    video, whose caption is drawn later. At most `max_videos` (0: all) are used: a fixed selection,
+    in which a smaller number gives a subset of a larger one.
     """
 
     def __init__(
@@ -71,25 +67,11 @@ class TrainingPairs:
         return self._clips[video], video, caption
 
 
-def choose_caption(pair: Pair, rng: np.random.Generator) -> Pair:
-    """Returns the pair with its caption, or with a randomly drawn one if it has none."""
-    record, video, caption = pair
-    if caption is None:
-        caption = int(rng.integers(len(record["captions"])))
-    return record, video, caption
-
-
 def steps_per_epoch(pairs: TrainingPairs, batch_size: int) -> int:
-    """Returns the number of complete batches in one pass over the pairs.
-
-    Raises:
-        InputError: there is no complete batch.
-    """
+    """Returns the number of complete batches in one pass, or raises InputError if there is none."""
     if len(pairs) < batch_size:
-        raise InputError(
-            f"config.train.batch_size = {batch_size}: must be at most the {len(pairs)} training "
-            "pairs of the data set"
-        )
+        limit = f"at most the {len(pairs)} training pairs of the data set"
+        raise InputError(f"config.train.batch_size = {batch_size}: must be {limit}")
     return len(pairs) // batch_size
 
 
@@ -104,29 +86,21 @@ def training_batches(
     start_step: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns endless batches from `start_step` on, reshuffled in each epoch.
+    """Returns endless batches from step `start_step` on, reshuffled in each epoch.
 
-    Incomplete batches are dropped.
-
-    Args:
-        pairs: the pairs of the training split.
-        tokenizer: see `data.text`.
-        batch_size: B, the number of pairs over all processes.
-        max_frames: F.
-        image_size: S, pixels.
-        seed: seed of the order and of the drawn captions.
-        start_step: number of batches to skip.
-        process: (process index, number of processes).
+    A global batch has B = `batch_size` pairs; each process, (index, number of processes), gets its
+    part. Incomplete batches are dropped. The order and the drawn captions depend on `seed`.
 
     Yields:
         dict with ids B x W int32, text_mask B x W bool, frames B x F x S x S x 3 uint8, frame_mask
-        B x F bool, video B int32 (equal for two captions of a video), truncated B bool, for this
-        process's part of B.
+        B x F bool, video B int32 (equal for two captions of a video), truncated B bool.
     """
     index, count = process
 
-    def make_example(pair: Pair) -> dict[str, Any]:
+    def make_example(pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         record, video, caption = pair
+        if caption is None:
+            caption = int(rng.integers(len(record["captions"])))
         text = record["captions"][caption].decode()
         ids_1xW, mask_1xW = tokenizer([text])
         frames, frame_mask = load_frames(record, max_frames, image_size)
@@ -139,11 +113,11 @@ def training_batches(
             "truncated": np.bool_(tokenizer.is_truncated(text)),
         }
 
-    steps = steps_per_epoch(pairs, batch_size)
-    stream = grain.MapDataset.source(pairs).seed(seed).shuffle()[: steps * batch_size]
-    stream = stream.repeat().random_map(choose_caption)[start_step * batch_size :]
-    stream = stream[index::count].map(make_example).batch(batch_size // count, drop_remainder=True)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS)))
+    pairs_per_epoch = steps_per_epoch(pairs, batch_size) * batch_size
+    stream = grain.MapDataset.source(pairs).seed(seed).shuffle()[:pairs_per_epoch].repeat()
+    stream = stream.random_map(make_example)[start_step * batch_size :][index::count]
+    stream = stream.batch(batch_size // count, drop_remainder=True)
+    return iter(stream.to_iter_dataset(_READ_OPTIONS))
 
 
 def evaluation_batches(
@@ -153,10 +127,9 @@ def evaluation_batches(
     image_size: int,
     part: slice = slice(None),
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[list[str]], list[str]]]:
-    """Returns batches of the clips in `part` of a split in order (the last may be smaller).
+    """Yields the clips in `part` of a split in order, in batches (the last may be smaller).
 
-    Yields:
-        (frames B x F x S x S x 3 uint8, frame_mask B x F bool, captions of each clip, ids).
+    A batch is (frames B x F x S x S x 3 uint8, frame_mask B x F bool, captions of each clip, ids).
     """
 
     def make_example(record: Record) -> tuple[Any, ...]:
@@ -169,4 +142,4 @@ def evaluation_batches(
 
     stream = grain.MapDataset.source(clips)[part].map(make_example)
     stream = stream.batch(batch_size, batch_fn=make_batch)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS)))
+    return iter(stream.to_iter_dataset(_READ_OPTIONS))

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Int32
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, first_line
 
-HUB_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json")
+HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json"]
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_MERGES = 48894  # the rest of OpenAI's vocabulary file is not used: 49,408 tokens
 
@@ -36,17 +36,12 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """A converter of texts to at most `max_words` token ids."""
+    """A converter of texts to at most `max_words` token ids, 0 to vocab_size - 1."""
 
     def __init__(self, backend: Any, max_words: int = 77) -> None:
         self._backend = backend
-        self.max_words = max_words
+        self.max_words, self.vocab_size = max_words, len(backend)
         self.start, self.end = backend.convert_tokens_to_ids([START, END])
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, 0 to vocab_size - 1."""
-        return len(self._backend)
 
     def encode(self, text: str) -> list[int]:
         """Returns all ids of one text, cleaned, without start and end token."""
@@ -61,11 +56,9 @@ class Tokenizer:
     def __call__(
         self, texts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, "T W"], Bool[np.ndarray, "T W"]]:
-        """Returns the ids and the mask of T texts.
+        """Returns the ids of T texts, padded with 0, and their mask, True from start to end token.
 
-        Returns:
-            (ids_TxW, mask_TxW): ids with start and end token, padded with 0; mask True from the
-            start to the end token. Longer texts are truncated before their end token.
+        Longer texts are truncated before their end token.
         """
         ids_TxW = np.zeros((len(texts), self.max_words), np.int32)
         mask_TxW = np.zeros((len(texts), self.max_words), bool)
@@ -85,77 +78,52 @@ class Tokenizer:
 
 
 def load_tokenizer(path_or_hub_id: str | os.PathLike, max_words: int = 77) -> Tokenizer:
-    """Loads a CLIP tokenizer from a folder, from OpenAI's vocabulary file or from the hub.
+    """Loads a CLIP tokenizer with W = `max_words` positions, or raises InputError.
 
-    Args:
-        path_or_hub_id: a folder in Hugging Face layout; else a file such as
-            bpe_simple_vocab_16e6.txt.gz, compressed or not; else a name on the Hugging Face hub.
-        max_words: W, the number of positions.
-
-    Raises:
-        InputError: no tokenizer can be loaded.
+    It is in a folder in Hugging Face layout, in a file such as bpe_simple_vocab_16e6.txt.gz,
+    compressed or not, or on the Hugging Face hub.
     """
     folder = Path(path_or_hub_id)
     try:
         if folder.is_file():
             return _from_merges(_read_merges(folder), max_words)
         if not folder.is_dir():
-            folder = _from_hub(str(path_or_hub_id))
+            # CLIPTokenizer would request each file separately, and without a network retry each for
+            # half a minute.
+            try:
+                folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
+            except Exception as error:
+                problem = "no such file, folder or Hugging Face hub repository"
+                raise OSError(f"{problem}: {first_line(error)}") from None
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise OSError("it contains neither tokenizer.json nor vocab.json")
         backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer = Tokenizer(backend, max_words)
         tokenizer.encode("!")  # raises if the vocabulary is not of CLIP's type
     except Exception as error:  # many types, from a corrupted folder to no network
-        raise InputError(f"no tokenizer in {path_or_hub_id}: {_first_line(error)}") from None
+        raise InputError(f"no tokenizer in {path_or_hub_id}: {first_line(error)}") from None
     return tokenizer
 
 
-def _from_hub(hub_id: str) -> Path:
-    """Returns the folder of a hub repository's tokenizer files, downloaded unless cached.
-
-    CLIPTokenizer.from_pretrained would request each file separately, and without a network retry
-    each for half a minute.
-    """
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
-    except Exception as error:
-        reason = f"no such file, folder or Hugging Face hub repository: {_first_line(error)}"
-        raise OSError(reason) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    """Returns the merges of OpenAI's vocabulary file: a header, then a pair of tokens per line.
-
-    Raises:
-        OSError: the file has another format.
-    """
+    """Returns the merges of OpenAI's vocabulary file: a header, then a pair of tokens per line."""
     data = path.read_bytes()
     try:
         text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode()
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError):
         raise OSError("the file is corrupted or not a vocabulary file") from None
-    header, *lines = text.rstrip().splitlines() or [""]
-    known = set(_byte_tokens())
-    if not lines or _is_merge(tuple(header.split()), known):
-        raise OSError("the file has no merges below a header line")
-    merges = []
-    for number, line in enumerate(lines[:MAX_MERGES], 2):
-        pair = tuple(line.split())
-        if not _is_merge(pair, known):
+    lines = text.rstrip().splitlines()[: MAX_MERGES + 1]
+    known, merges = set(_byte_tokens()), []
+    for number, line in enumerate(lines, 1):
+        pair = line.split()
+        if len(pair) == 2 and known.issuperset(pair) and "".join(pair) not in known:
+            known.add("".join(pair))
+            merges.append((pair[0], pair[1]))
+        elif number > 1:
             raise OSError(f"line {number} is not a new token from two earlier ones")
-        known.add("".join(pair))
-        merges.append((pair[0], pair[1]))
+    if not merges or len(merges) == len(lines):
+        raise OSError("the file has no merges below a header line")
     return merges
-
-
-def _is_merge(pair: tuple[str, ...], known: set[str]) -> bool:
-    """Returns True if `pair` is two known tokens whose concatenation is not known."""
-    return len(pair) == 2 and known.issuperset(pair) and "".join(pair) not in known
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int = 77) -> Tokenizer:
@@ -175,12 +143,8 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int
     return _from_merges(merges, max_words)
 
 
-def _from_merges(merges: Any, max_words: int) -> Tokenizer:
-    """Returns the tokenizer of a list of merges (pairs of str), its vocabulary in CLIP's order.
-
-    The order is: 256 bytes, 256 bytes at the end of a word, merged pairs, start, end. Every text
-    can be encoded.
-    """
+def _from_merges(merges: list[tuple[str, str]], max_words: int) -> Tokenizer:
+    """Returns the tokenizer of these merges, ids in CLIP's order: bytes, merges, start, end."""
     merged = dict.fromkeys("".join(pair) for pair in merges)
     vocab = {token: index for index, token in enumerate([*_byte_tokens(), *merged, START, END])}
     return Tokenizer(CLIPTokenizer(vocab=vocab, merges=merges), max_words)

@@ -4,6 +4,7 @@ Files are decoded sequentially from the start, and frames are chosen by presenta
 files (variable rates, broken indices, wrong headers) seeking and counting frames are inexact.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -16,13 +17,11 @@ import av
 import av.logging
 import numpy as np
 import simplejpeg
+from av import VideoFrame, VideoStream
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.packet import Packet
 from av.stream import Disposition
-from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
-from av.video.stream import VideoStream
+from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -32,6 +31,8 @@ from PIL import Image, ImageOps
 _DEFAULT = Interpolation.BILINEAR
 _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNSPECIFIED_COLORSPACE = 2
+_SQUARE = Fraction(1)
+PathLike = str | os.PathLike
 
 # Steps between time stamps outside these bounds, in seconds, are a restart (joined recordings) or
 # an invalid stamp, not a pause; the backward bound is ffmpeg's own.
@@ -44,13 +45,10 @@ class VideoError(Exception):
 
 @dataclasses.dataclass
 class Frames:
-    """One or more frames of a video.
+    """One or more frames of a video, RGB in [0, 255].
 
-    Attributes:
-      frames: RGB in [0, 255]; a frame shown for more than a second occurs repeatedly (the same
-        array).
-      times: presentation times of these frames in seconds after the file's first frame.
-      note: None, or the reason why only a part of the file was read.
+    A frame shown for more than a second occurs repeatedly, as the same array. `times` are seconds
+    after the file's first frame, `note` is the reason why only a part of it was read, or None.
     """
 
     frames: list[UInt8[np.ndarray, "S S 3"]]
@@ -59,16 +57,12 @@ class Frames:
 
 
 def read_frames(
-    path: str | os.PathLike,
-    image_size: int,
-    *,
-    start: float | None = None,
-    end: float | None = None,
+    path: PathLike, image_size: int, *, start: float | None = None, end: float | None = None
 ) -> Frames:
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
     Args:
-      path: the video file, whose first video stream other than a cover image is read.
+      path: the video file, whose default video stream is read.
       image_size: S, pixels.
       start: seconds after the file's first frame; None is 0.
       end: upper bound of start + k in the same seconds; None is the time of the last frame.
@@ -88,39 +82,65 @@ class VideoReader:
     """An iterator over the pictures of `read_frames`, as (presentation time, Picture).
 
     A picture shown for more than a second occurs repeatedly, as the same object. Iteration raises
-    VideoError if no frame can be read.
-
-    Attributes, valid after the last picture:
-      note: None, or the reason why only a part of the file was read.
-      end: seconds from the file's first frame to the end of its last.
+    VideoError if no frame can be read. After the last picture, `note` is the reason why only a part
+    of the file was read, or None, `count` the number of decoded frames, and `end` the seconds from
+    the file's first frame to the end of its last.
     """
 
+    note: str | None = None
+    count, end = 0, 0.0
+    _error: Exception | None = None
+
     def __init__(
-        self, path: str | os.PathLike, *, start: float | None = None, end: float | None = None
+        self, path: PathLike, *, start: float | None = None, end: float | None = None
     ) -> None:
         self.path, self.start, self.until = path, start, end
-        self.note: str | None = None
-        self.end = 0.0
 
     def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
-        av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
+        self.count, self._error = 0, None
         first = max(_seconds(self.start or 0.0), 0)
         last = math.inf if self.until is None else _seconds(self.until)
-        with _open(self.path) as container:
-            stream = _video_stream(container)
-            decoder = _Decoder(container, stream)
-            upright = _Converter(stream.sample_aspect_ratio)
-            second, empty = _ticks_per_second(stream), True
-            for ticks, frame in _choose_each_second(decoder, first * second, last * second, second):
-                empty = False
-                yield float(ticks / second), upright(frame)
-            if not decoder.count:
-                raise VideoError(f"no frame could be decoded: {_reason(decoder.error)}")
-            if empty:
+        with _open(self.path) as (container, stream, second):
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            clock, shown, picture = _Clock(second, rate), None, None
+            frames = self._decode(container, stream, clock)
+            for ticks, frame in _choose_each_second(frames, first * second, last * second, second):
+                if picture is None or frame is not shown:
+                    shown, picture = frame, _to_picture(frame, stream.sample_aspect_ratio)
+                yield float(ticks / second), picture
+            if not self.count:
+                raise VideoError(f"no frame could be decoded: {_reason(self._error)}")
+            if picture is None:
                 until = "its end" if self.until is None else f"{self.until} s"
                 raise VideoError(f"no frame between {self.start or 0} s and {until}")
-            self.note = decoder.describe_missing_frames(stream.frames if self.until is None else 0)
-            self.end = float(decoder.clock.end / second)
+            if self._error:
+                self.note = f"decoder stopped at frame {self.count}: {_reason(self._error)}"
+            elif self.until is None and self.count < 0.9 * stream.frames:
+                counts = f"{self.count} of {stream.frames}"
+                self.note = f"far fewer frames than the header states ({counts})"
+            self.end = float((clock.now + clock.period) / second)
+
+    def _decode(
+        self, container: InputContainer, stream: VideoStream, clock: "_Clock"
+    ) -> Iterator[tuple[int, VideoFrame]]:
+        """Yields (ticks since the first frame, frame) in decoding order, up to an error."""
+        # AVI stores decoding times only; with B-frames, the presentation times that FFmpeg derives
+        # from them are out of order.
+        stamp = "dts" if container.format.name == "avi" else "pts"
+        try:
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except (FFmpegError, ValueError) as error:
+                    # A recording cut out of a broadcast starts with packets that cannot be decoded.
+                    frames, self._error = [], error
+                    if self.count:
+                        return
+                for frame in frames:
+                    self.count, self._error = self.count + 1, None
+                    yield clock(getattr(frame, stamp)), frame
+        except (FFmpegError, ValueError) as error:  # of the container
+            self._error = error
 
 
 class Picture:
@@ -145,59 +165,39 @@ class Picture:
         return simplejpeg.encode_jpeg(np.array(small), quality=80, colorspace="RGB")
 
 
-def read_still(path: str | os.PathLike, second: float, longest: int = 320) -> bytes:
-    """Returns a JPEG of the picture shown `second` seconds after the first frame, by seeking.
+def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
+    """Returns a JPEG of the picture shown `second` seconds after the first frame.
 
-    Fast, but inexact on files with invalid time stamps or indices: for display only.
-
-    Raises:
-      VideoError: there is no such picture.
+    It seeks, which is inexact on files with invalid time stamps or indices: for display only.
     """
-    av.logging.set_level(None)
-    with _open(path) as container:
-        stream = _video_stream(container)
-        start = stream.start_time or 0
+    with _open(path) as (container, stream, ticks_per_second):
+        start, frame = stream.start_time or 0, None
         try:
-            target = start + round(_seconds(second) * _ticks_per_second(stream))
-            frame = _seek(container, stream, target, target)
-            if frame is None or frame.is_corrupt:  # not decodable from where seeking arrived
-                frame = _seek(container, stream, start, target)
+            target = start + round(_seconds(second) * ticks_per_second)
+            for origin in (target, start):
+                container.seek(origin, stream=stream)
+                for frame in container.decode(stream):
+                    if frame.pts is None or frame.pts + (frame.duration or 1) > target:
+                        break
+                if frame is not None and not frame.is_corrupt:
+                    break  # else it is not decodable from where seeking arrived
         except (FFmpegError, ValueError, OverflowError) as error:
             raise VideoError(f"no picture at {second} s: {_reason(error)}") from error
         if frame is None:
             raise VideoError(f"no picture at {second} s")
-        return _Converter(stream.sample_aspect_ratio)(frame).encode_thumbnail(longest)
-
-
-def _seek(
-    container: InputContainer, stream: VideoStream, start: int, target: int
-) -> VideoFrame | None:
-    """Returns the frame shown at `target`, or the last, decoding from about `start` (in ticks)."""
-    frame = None
-    container.seek(start, stream=stream)
-    for frame in container.decode(stream):
-        if frame.pts is None or frame.pts + (frame.duration or 1) > target:
-            break
-    return frame
+        return _to_picture(frame, stream.sample_aspect_ratio).encode_thumbnail(longest)
 
 
 def preprocess(
     image: Image.Image | UInt8[np.ndarray, "H W 3"],
     image_size: int,
-    pixel_aspect: Fraction | float = 1,
+    pixel_aspect: Fraction = _SQUARE,
 ) -> UInt8[np.ndarray, "S S 3"]:
     """Applies CLIP's preprocessing before normalisation: short side to S, bicubic, centre crop.
 
     Equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on a Pillow image, as in
-    https://github.com/openai/CLIP/blob/main/clip/clip.py.
-
-    Args:
-      image: a Pillow image or RGB in [0, 255].
-      image_size: S, pixels.
-      pixel_aspect: width of a pixel divided by its height; the resize corrects it to 1.
-
-    Returns:
-      RGB in [0, 255].
+    https://github.com/openai/CLIP/blob/main/clip/clip.py, for RGB in [0, 255] and S = `image_size`.
+    `pixel_aspect` is the width of a pixel divided by its height; the resize corrects it to 1.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image = image if image.mode == "RGB" else image.convert("RGB")
@@ -216,8 +216,8 @@ def encode_jpeg(frame_SxSx3: UInt8[np.ndarray, "S S 3"]) -> bytes:
     """Returns a JPEG of an RGB frame in [0, 255]."""
     # 4:4:4: on five test frames 18 % more bytes than 4:2:0, a mean error of 1.2 levels instead of
     # 1.6, and at worst (saturated edges) 22 levels instead of 67.
-    frame_SxSx3 = np.ascontiguousarray(frame_SxSx3)
-    return simplejpeg.encode_jpeg(frame_SxSx3, quality=95, colorspace="RGB", colorsubsampling="444")
+    frame = np.ascontiguousarray(frame_SxSx3)
+    return simplejpeg.encode_jpeg(frame, quality=95, colorspace="RGB", colorsubsampling="444")
 
 
 def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
@@ -225,14 +225,21 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
     return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
-def _open(path: str | os.PathLike) -> InputContainer:
+@contextlib.contextmanager
+def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream, Fraction]]:
+    """Opens a file and yields (container, video stream, its ticks per second)."""
+    av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     try:
         if os.path.getsize(path) == 0:
             raise VideoError("empty file (0 bytes)")
         # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
-        return av.open(os.path.abspath(path), metadata_errors="replace")
+        container = av.open(os.path.abspath(path), metadata_errors="replace")
     except (OSError, ValueError, FFmpegError) as error:
         raise VideoError(f"cannot be opened: {_reason(error)}") from error
+    with container:
+        stream = _video_stream(container)
+        stream.codec_context.thread_count = 1  # callers run one process per core
+        yield container, stream, 1 / (stream.time_base or Fraction(1, 1_000_000))
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -242,59 +249,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     streams = [s for s in streams if s.codec_context is not None]
     if not streams:
         raise VideoError("no decoder for the video stream")
-    stream = next((s for s in streams if s.disposition & Disposition.default), streams[0])
-    stream.codec_context.thread_count = 1  # callers run one process per core
-    return stream
-
-
-def _ticks_per_second(stream: VideoStream) -> Fraction:
-    return 1 / (stream.time_base or Fraction(1, 1_000_000))
-
-
-class _Decoder:
-    """An iterator over (ticks, frame) in decoding order, up to the first error.
-
-    Ticks are units of the stream's time base, counted from the first frame.
-    """
-
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self.container, self.stream = container, stream
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        self.clock = _Clock(_ticks_per_second(stream), rate)
-        self.count = 0
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
-        # AVI stores decoding times only; with B-frames, the presentation times that FFmpeg derives
-        # from them are out of order.
-        stamp = "dts" if self.container.format.name == "avi" else "pts"
-        try:
-            for packet in self.container.demux(self.stream):
-                for frame in self._decode(packet):
-                    self.count += 1
-                    yield self.clock(getattr(frame, stamp)), frame
-        except (FFmpegError, ValueError) as error:
-            self.error = error
-
-    def _decode(self, packet: Packet) -> list[VideoFrame]:
-        try:
-            frames = packet.decode()
-        except (FFmpegError, ValueError) as error:
-            if self.count:
-                raise
-            # A recording cut out of a broadcast starts with packets that cannot be decoded.
-            self.error, frames = error, []
-        if frames:
-            self.error = None
-        return frames
-
-    def describe_missing_frames(self, expected: int) -> str | None:
-        """Returns why frames are missing, or None, given the expected number (0: unknown)."""
-        if self.error:
-            return f"decoder stopped at frame {self.count}: {_reason(self.error)}"
-        if self.count < 0.9 * expected:
-            return f"far fewer frames than the header states ({self.count} of {expected})"
-        return None
+    return next((s for s in streams if s.disposition & Disposition.default), streams[0])
 
 
 class _Clock:
@@ -310,18 +265,13 @@ class _Clock:
         self.zero: int | None = None
         self.now = -self.period
 
-    @property
-    def end(self) -> int:
-        """Ticks from the first frame to the end of the last, assuming an average duration."""
-        return self.now + self.period
-
     def __call__(self, stamp: int | None) -> int:
-        expected = self.end
+        expected = self.now + self.period
         if stamp is None:
             self.now = expected
             return expected
-        step = 0 if self.zero is None else stamp - self.zero - self.now
-        if self.zero is None or not self.steps[0] <= step <= self.steps[1]:
+        back, pause = self.steps
+        if self.zero is None or not back <= stamp - self.zero - self.now <= pause:
             self.zero = stamp - expected
         self.now = max(self.now, stamp - self.zero)
         return self.now
@@ -347,47 +297,29 @@ def _choose_each_second(
         target += second
 
 
-class _Converter:
-    """A converter of decoded frames to Pictures that reuses the Picture of a repeated frame."""
-
-    def __init__(self, pixel_aspect: Fraction | None) -> None:
-        # Values beyond these bounds are invalid header data.
-        valid = pixel_aspect is not None and Fraction(1, 8) <= pixel_aspect <= 8
-        self.pixel_aspect = pixel_aspect if valid and pixel_aspect else Fraction(1)
-        self.reformatter = VideoReformatter()
-        self.last: tuple[VideoFrame, Picture] | None = None
-
-    def __call__(self, frame: VideoFrame) -> Picture:
-        if self.last is None or self.last[0] is not frame:
-            image = Image.fromarray(self._to_rgb(frame).to_ndarray())
-            mirrored, degrees = _display_transform(frame)
-            image = (ImageOps.flip(image) if mirrored else image).rotate(degrees, expand=True)
-            aspect = self.pixel_aspect if degrees % 180 == 0 else 1 / self.pixel_aspect
-            self.last = frame, Picture(image, aspect)
-        return self.last[1]
-
-    def _to_rgb(self, frame: VideoFrame) -> VideoFrame:
-        flags = _DEFAULT if frame.format.components[0].bits <= 8 else _ACCURATE
-        options: dict[str, Any] = {"format": "rgb24", "interpolation": flags, "threads": 1}
-        try:
-            return self.reformatter.reformat(frame, **options)
-        except FFmpegError:  # a matrix that swscale does not support, such as YCgCo
-            frame.colorspace = _UNSPECIFIED_COLORSPACE
-            return self.reformatter.reformat(frame, **options)
-
-
-def _display_transform(frame: VideoFrame) -> tuple[bool, int]:
-    """Returns (True to flip upside down, degrees to then rotate counterclockwise by).
+def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
+    """Converts a frame to RGB and turns it upright.
 
     PyAV's rotation ignores mirroring, which is a negative determinant of the display matrix
     (ISO/IEC 14496-12, 6.2.2).
     """
+    flags = _DEFAULT if frame.format.components[0].bits <= 8 else _ACCURATE
+    options: dict[str, Any] = {"interpolation": flags, "threads": 1}
+    try:
+        image = frame.to_image(**options)
+    except FFmpegError:  # a matrix that swscale does not support, such as YCgCo
+        frame.colorspace = _UNSPECIFIED_COLORSPACE
+        image = frame.to_image(**options)
+    # Values beyond these bounds are invalid header data.
+    aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else _SQUARE
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, 0
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
-    determinant = a * d - b * c
-    return determinant < 0, 90 * round(frame.rotation / 90) if determinant else 0
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+        determinant = a * d - b * c
+        degrees = 90 * round(frame.rotation / 90) if determinant else 0  # counterclockwise
+        image = (ImageOps.flip(image) if determinant < 0 else image).rotate(degrees, expand=True)
+        aspect = aspect if degrees % 180 == 0 else 1 / aspect
+    return Picture(image, aspect)
 
 
 def _seconds(value: float) -> Fraction:

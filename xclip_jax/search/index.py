@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError
-from xclip_jax.data.locate import VIDEO_SUFFIXES
+from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.evaluate import list_words
 from xclip_jax.inference import apply_model, copy_to_local_devices
 from xclip_jax.retriever import Retriever, load
