@@ -61,8 +61,10 @@ def prepare(
     paths = [folder.locate(clip.video, is_path=dataset == "captions") for clip in clips]
     _check_names(listing, paths)
     request = {"dataset": dataset, "variant": variant, "image_size": settings.image_size}
-    request |= {"max_seconds": settings.max_seconds, "annotations": _digest(clips)}
-    request["videos"] = _digest([path and (path.name, path.stat().st_size) for path in paths])
+    request["max_seconds"] = settings.max_seconds
+    files = [path and (path.name, path.stat().st_size) for path in paths]
+    for name, value in (("annotations", clips), ("videos", files)):
+        request[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
     if _is_prepared(output, request):
         return
     title = f"{dataset} {variant}".strip()
@@ -124,10 +126,6 @@ def _check_names(listing: Listing, paths: Sequence[Path | None]) -> None:
         if name != clip.video:
             both = f"{name!r} and {clip.video!r}"
             raise InputError(f"videos {both} are the same file {path}: use the same name for both")
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _is_prepared(output: Path, request: dict[str, Any]) -> bool:

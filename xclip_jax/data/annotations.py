@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, first_line
 
 PathLike = str | os.PathLike
 Split = Literal["train", "val", "test"]
@@ -176,17 +176,16 @@ class AnnotationFolder:
         try:
             with path.open("rb") as file:
                 return path, _PlainUnpickler(file, encoding="utf-8").load()
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
         except Exception as error:  # a corrupted pickle may raise any exception
-            raise InputError(f"{path}: not a complete pickle ({type(error).__name__})") from None
+            problem = f"not a complete pickle of plain data ({first_line(error)})"
+            raise InputError(f"{path}: {problem}") from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """An unpickler of dicts, lists, strings and numbers that rejects classes and functions."""
 
     def find_class(self, module_name: str, global_name: str) -> None:
-        raise InputError(f"refers to {module_name}.{global_name}: only plain data is read")
+        raise ValueError(f"refers to {module_name}.{global_name}")
 
 
 def require_type(value: Any, kind: Any, where: object) -> Any:
@@ -311,8 +310,6 @@ def _check_fields(where: str, names: Iterable[str]) -> None:
 
 
 def _parse_clip(where: str, item: Any) -> Clip:
-    """Validates one item and converts it to a Clip."""
-
     def check(valid: bool, field: str, problem: str) -> None:
         if not valid:
             raise InputError(f"{where}: field {field!r}: {problem}")

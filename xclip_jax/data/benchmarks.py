@@ -141,9 +141,8 @@ def read_didemo(source: PathLike) -> Listing:
         path, items = folder.json(f"{split}_data.json", list)
         captions, seen = collections.defaultdict(list), set()
         for number, item in enumerate(items, 1):
-            video, text, times, count = annotations.require_fields(
-                item, f"{path}, item {number}", **kinds
-            )
+            values = annotations.require_fields(item, f"{path}, item {number}", **kinds)
+            video, text, times, count = values
             number = item.get("annotation_id", f"item {number}")
             if number in seen:
                 listing.note(annotations.REPEATED, video, f"annotation {number} in {path.name}")
@@ -188,12 +187,9 @@ def read_activitynet(source: PathLike, variant: str = "val_1") -> Listing:
     The test split is val_1, as usual, or val_2. A video needs captions and an entry in the list of
     ids; v_WjEh7acrr5o, v_uTc2-oAxgbc and v_LURZ8QDfowU are corrupted and not in the lists.
     """
-    sources: dict[Split, tuple[str, str]]
-    sources = {
-        "train": ("train_ids.json", "train.json"),
-        "test": ("val_ids.json", f"{variant}.json"),
-    }
-    names = [name for pair in sources.values() for name in pair]
+    sources: dict[Split, list[str]] = {"train": ["train_ids.json", "train.json"]}
+    sources["test"] = ["val_ids.json", f"{variant}.json"]
+    names = [*sources["train"], *sources["test"]]
     folder = AnnotationFolder(source, names, DATASETS["activitynet"].download)
     listing = Listing(ACTIVITYNET_COUNTS[variant], paragraphs=True)
     kinds = {"duration": int | float, "timestamps": list, "sentences": list}
@@ -206,9 +202,8 @@ def read_activitynet(source: PathLike, variant: str = "val_1") -> Listing:
             duration, times, texts = annotations.require_fields(item, where, **kinds)
             captions[video] = [annotations.require_type(text, str, where) for text in texts]
             if len(times) != len(texts):
-                listing.note(
-                    annotations.SEGMENT, video, f"{len(times)} for {len(texts)} sentences in {name}"
-                )
+                detail = f"{len(times)} for {len(texts)} sentences in {name}"
+                listing.note(annotations.SEGMENT, video, detail)
             for pair in times:
                 if not _is_segment(pair, duration + ROUNDING) or pair[0] == pair[1]:
                     listing.note(annotations.SEGMENT, video, f"{pair} of {duration} s in {name}")

@@ -210,14 +210,11 @@ def report_failures(
 ) -> None:
     """Writes failures.jsonl, prints counts and raises InputError if too many clips failed."""
     path = output / "failures.jsonl"
-    results = [
-        (clip.split, clip.id, outcome.failure or outcome.note, not outcome.failure)
-        for clip, outcome in zip(listing.clips, outcomes, strict=True)
-    ]
+    pairs = zip(listing.clips, outcomes, strict=True)
+    results = [(c.split, c.id, o.failure or o.note, not o.failure) for c, o in pairs]
     results += [(lost.detail, lost.id, lost.what, False) for lost in listing.lost.values()]
-    entries = [
-        {"id": name, "reason": reason, "kept": kept} for _, name, reason, kept in results if reason
-    ]
+    names = ("id", "reason", "kept")
+    entries = [dict(zip(names, values, strict=True)) for _, *values in results if values[1]]
     _write_lines(path, entries)
     failed = [entry for entry in entries if not entry["kept"]]
     total, partial = len(results), len(entries) - len(failed)
@@ -240,6 +237,6 @@ def report_failures(
             raise InputError(f"{count} of {totals[split]} {split} clips failed{allowed}{listed}")
 
 
-def _write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+def _write_lines(path: Path, entries: Iterable[Any]) -> None:
     text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     path.write_text(text, encoding="utf-8", errors="surrogateescape")

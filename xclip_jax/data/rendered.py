@@ -148,9 +148,8 @@ def _draw_related_scenes(rng: random.Random) -> list[Scene]:
         (c1, s1), (c2, s2) = rng.sample([*itertools.product(COLOURS, SHAPES)], 2)
         swaps = dict.fromkeys([(s1, s2), (s2, s1)] if c1 != c2 else [(s1, s2)])
         first, second = rng.choices(("small", "large"), k=2)
-        return [
-            Scene((Event(c1, a, first, "still"), Event(c2, b, second, "still"))) for a, b in swaps
-        ]
+        events = [(Event(c1, a, first, "still"), Event(c2, b, second, "still")) for a, b in swaps]
+        return list(map(Scene, events))
     motion, *_ = rng.choice(AXES)
     sizes = ("medium",) if motion == "grow" else ("small", "large")
     return [Scene((Event(colour, shape, size, motion),)) for size in sizes]
@@ -158,18 +157,15 @@ def _draw_related_scenes(rng: random.Random) -> list[Scene]:
 
 def _draw_variants(scene: Scene, rng: random.Random) -> Iterable[Scene]:
     """Returns the scene with another place and background, and its mirror."""
-    events = tuple(
-        replace(
-            event,
-            place=(rng.uniform(0.36, 0.64), rng.uniform(0.36, 0.64)),
-            scale=rng.uniform(0.92, 1.08),
-            tilt=rng.uniform(-0.15, 0.15),
-        )
-        for event in scene.events
-    )
+    events = []
+    for event in scene.events:
+        place = (rng.uniform(0.36, 0.64), rng.uniform(0.36, 0.64))
+        scale, tilt = rng.uniform(0.92, 1.08), rng.uniform(-0.15, 0.15)
+        events.append(replace(event, place=place, scale=scale, tilt=tilt))
     grey = rng.choice((rng.randint(15, 65), rng.randint(180, 225)))
     background = tuple(grey + rng.randint(-12, 12) for _ in range(3))
-    scene = replace(scene, events=events, background=background, noise=rng.randrange(1 << 30))
+    noise = rng.randrange(1 << 30)
+    scene = replace(scene, events=tuple(events), background=background, noise=noise)
     return dict.fromkeys((scene, mirror(scene)))  # one object at rest is its own mirror
 
 
@@ -298,7 +294,6 @@ def render_dataset(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a file atomically."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     partial.write_bytes(data)
     os.replace(partial, path)

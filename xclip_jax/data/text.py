@@ -143,7 +143,7 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int
     return _from_merges(merges, max_words)
 
 
-def _from_merges(merges: list[tuple[str, str]], max_words: int) -> Tokenizer:
+def _from_merges(merges: Any, max_words: int) -> Tokenizer:
     """Returns the tokenizer of these merges, ids in CLIP's order: bytes, merges, start, end."""
     merged = dict.fromkeys("".join(pair) for pair in merges)
     vocab = {token: index for index, token in enumerate([*_byte_tokens(), *merged, START, END])}

@@ -33,6 +33,7 @@ _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.
 _UNSPECIFIED_COLORSPACE = 2
 _SQUARE = Fraction(1)
 PathLike = str | os.PathLike
+Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
 # Steps between time stamps outside these bounds, in seconds, are a restart (joined recordings) or
 # an invalid stamp, not a pause; the backward bound is ffmpeg's own.
@@ -122,8 +123,8 @@ class VideoReader:
 
     def _decode(
         self, container: InputContainer, stream: VideoStream, clock: "_Clock"
-    ) -> Iterator[tuple[int, VideoFrame]]:
-        """Yields (ticks since the first frame, frame) in decoding order, up to an error."""
+    ) -> Iterator[Stamped]:
+        """Yields the frames in decoding order, up to an error."""
         # AVI stores decoding times only; with B-frames, the presentation times that FFmpeg derives
         # from them are out of order.
         stamp = "dts" if container.format.name == "avi" else "pts"
@@ -255,37 +256,33 @@ def _video_stream(container: InputContainer) -> VideoStream:
 class _Clock:
     """A converter of time stamps, possibly invalid, to non-decreasing ticks since the first frame.
 
-    Ticks are integers, as 17.8 s - 16.8 s is not 1 s in floating point.
+    A second has `second` ticks and `rate` frames. Ticks are integers: in floating point, 17.8 s -
+    16.8 s is not 1 s.
     """
 
     def __init__(self, second: Fraction, rate: Fraction) -> None:
-        """Starts a clock with `second` ticks and `rate` frames per second."""
         self.period = max(round(second / rate), 1)
         self.steps = round(_LARGEST_STEP_BACK * second), round(_LONGEST_PAUSE * second)
         self.zero: int | None = None
         self.now = -self.period
 
     def __call__(self, stamp: int | None) -> int:
-        expected = self.now + self.period
         if stamp is None:
-            self.now = expected
-            return expected
+            self.now += self.period
+            return self.now
         back, pause = self.steps
         if self.zero is None or not back <= stamp - self.zero - self.now <= pause:
-            self.zero = stamp - expected
+            self.zero = stamp - self.now - self.period
         self.now = max(self.now, stamp - self.zero)
         return self.now
 
 
 def _choose_each_second(
-    stamped_frames: Iterable[tuple[int, VideoFrame]],
-    start: Fraction,
-    end: Fraction | float,
-    second: Fraction,
-) -> Iterator[tuple[int, VideoFrame]]:
+    frames: Iterable[Stamped], start: Fraction, end: Fraction | float, second: Fraction
+) -> Iterator[Stamped]:
     """Yields the last frame shown by start, start + second, ... until `end` or the last frame."""
     target, shown = start, None
-    for now, frame in stamped_frames:
+    for now, frame in frames:
         while shown and target < now and target <= end:
             yield shown
             target += second
