@@ -39,14 +39,13 @@ def read_msrvtt(source: PathLike, variant: str = "9k") -> Listing:
     path, data = folder.json("MSRVTT_data.json", dict)
     videos, sentences = annotations.require_fields(data, path, videos=list, sentences=list)
     splits: dict[Split, list[str]] = collections.defaultdict(list)
-    known = set()
     for number, item in enumerate(videos, 1):
         where = f"{path}, video {number}"
         video, split = annotations.require_fields(item, where, video_id=str, split=str)
         if split not in MSRVTT_SPLITS:
             raise InputError(f"{where}: 'split' is {split!r}, must be one of {[*MSRVTT_SPLITS]}")
         splits[MSRVTT_SPLITS[split]].append(video)
-        known.add(video)
+    known = {video for ids in splits.values() for video in ids}
     captions = collections.defaultdict(list)
     for number, item in enumerate(sentences, 1):
         where = f"{path}, sentence {number}"
@@ -88,18 +87,15 @@ def read_msvd(source: PathLike) -> Listing:
     for split, name in lists.items():
         for video in folder.ids(name):
             where = f"{path}, {video}"
-            texts = annotations.require_type(captions.get(video, []), list, where)
-            listing.add(split, video, [_join_words(text, where) for text in texts])
+            texts = []
+            for text in annotations.require_type(captions.get(video, []), list, where):
+                words = text if isinstance(text, list) else [text]  # a list in the pickle
+                texts.append(" ".join(annotations.require_type(w, str, where) for w in words))
+            listing.add(split, video, texts)
     for video in captions:
         if video not in listing.clips_by_id and video not in listing.lost:
             listing.note(annotations.UNLISTED, str(video), f"in {path.name}")
     return listing
-
-
-def _join_words(text: str | list[str], where: str) -> str:
-    """Joins the words of a caption, which the pickle stores as a list."""
-    words = text if isinstance(text, list) else [text]
-    return " ".join(annotations.require_type(word, str, where) for word in words)
 
 
 LSMDC_FILES: dict[Split, str] = {

@@ -123,7 +123,10 @@ def extract(job: ClipJob) -> Outcome:
     """Reads the frames of one clip into its cache file, unless that exists."""
     if job.path is None or job.cache is None:
         return Outcome(f"no video file found for {job.clip.video!r}")
-    if not job.cache.is_file():
+    if job.cache.is_file():
+        with np.load(job.cache) as arrays:
+            content = {name: arrays[name] for name in ("sizes", "note", "digest")}
+    else:
         try:
             frames = read_frames(job.path, job.image_size, start=job.clip.start, end=job.end)
         except VideoError as error:
@@ -134,15 +137,15 @@ def extract(job: ClipJob) -> Outcome:
             "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
             "times": np.array(frames.times, np.float32),
         }
-        digest = hashlib.sha256(b"".join(array.tobytes() for array in content.values()))
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in content.values())).hexdigest()
+        content |= {"note": np.array(frames.note or ""), "digest": np.array(digest)}
         job.cache.parent.mkdir(parents=True, exist_ok=True)
         partial = job.cache.with_suffix(f".{os.getpid()}.part")
         with partial.open("wb") as file:
-            np.savez(file, **content, note=frames.note or "", digest=digest.hexdigest())
+            np.savez(file, **content)
         partial.replace(job.cache)  # atomic: a kill leaves no incomplete cache file
-    with np.load(job.cache) as arrays:
-        note, size = str(arrays["note"]) or None, int(arrays["sizes"].sum())
-        return Outcome(None, note, size, str(arrays["digest"]))
+    size, digest = int(content["sizes"].sum()), str(content["digest"])
+    return Outcome(None, str(content["note"]) or None, size, digest)
 
 
 def make_record(clip: Clip, cache: Path) -> dict[str, Any]:

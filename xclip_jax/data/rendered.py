@@ -191,7 +191,16 @@ def render_frame(scene: Scene, time: float) -> UInt8[np.ndarray, "S S 3"]:
         phase = min(time / span, 1.0)
         if time >= LAST / 2:
             event, phase = scene.events[1], max(1.0 - (LAST - time) / span, 0.0)
-    x, y, radius = _position(event, phase)
+    if event.motion in ("left", "up", "shrink"):
+        phase = 1.0 - phase
+    (x, y), radius = event.place, RADII[event.size] * event.scale
+    along = radius + phase * (1 - 2 * radius)  # from border to border; y points down
+    if event.motion in AXES[0]:
+        x = along
+    elif event.motion in AXES[1]:
+        y = along
+    elif event.motion in AXES[2]:
+        radius = event.scale * (0.09 + 0.26 * phase)
     centres = (np.arange(SIDE) + 0.5) / SIDE
     right, down = centres[None, :] - x, centres[:, None] - y
     cos, sin = np.cos(event.tilt), np.sin(event.tilt)
@@ -199,22 +208,6 @@ def render_frame(scene: Scene, time: float) -> UInt8[np.ndarray, "S S 3"]:
     cover = np.clip(0.5 - distance * SIDE, 0, 1)[..., None]  # an edge one pixel wide
     background = _render_background(scene.background, scene.noise)
     return np.rint(background + cover * (COLOURS[event.colour] - background)).astype(np.uint8)
-
-
-def _position(event: Event, phase: float) -> tuple[float, float, float]:
-    """Returns x, y (downwards) and radius as fractions of the side, moving border to border."""
-    (x, y), radius = event.place, RADII[event.size] * event.scale
-    if event.motion in ("left", "up", "shrink"):
-        phase = 1.0 - phase
-    along = radius + phase * (1 - 2 * radius)
-    match event.motion:
-        case "grow" | "shrink":
-            return x, y, event.scale * (0.09 + 0.26 * phase)
-        case "right" | "left":
-            return along, y, radius
-        case "up" | "down":
-            return x, along, radius
-    return x, y, radius
 
 
 def _distance(
