@@ -18,8 +18,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError, progress
-from xclip_jax.data.extraction import CRASHED
-from xclip_jax.data.extraction import VideoFolder
+from xclip_jax.data.extraction import CRASHED, VideoFolder
 from xclip_jax.inference import encode_videos
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.segments import (
