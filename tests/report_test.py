@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from xclip_jax import report
-from xclip_jax.report import canvas, figures, queries
+from xclip_jax.report import canvas, figures
 
 NASTY = [
     "<script>alert('x')</script> & \"quotes\"",
@@ -79,46 +79,51 @@ class Page(html.parser.HTMLParser):
 
 def test_text_queries_rank_videos_and_mark_the_right_one():
     sim_TxV = np.array([[1, 9, 5, 7], [8, 2, 3, 4], [6, 5, 4, 3], [1, 2, 3, 4]], np.float32)
-    shown = {q.item: q for q in queries.text_queries(sim_TxV, np.array([3, 1, 0, 2]))}
+    by_text, _ = figures.rank_queries(sim_TxV, np.array([3, 1, 0, 2]), "abcd", "wxyz").values()
+    shown = {query.item: query for query in by_text}
     assert [(hit.item, hit.score, hit.kind) for hit in shown[0].hits] == [
         (1, 9, "wrong"), (3, 7, "right"), (2, 5, "wrong"),
     ]  # fmt: skip
+    assert (shown[0].text, [hit.text for hit in shown[0].hits]) == ("a", ["x", "z", "y"])
     assert [hit.kind for hit in shown[1].hits] == ["wrong"] * 3
     assert {item: query.rank for item, query in shown.items()} == {0: 2, 1: 4, 2: 1, 3: 2}
-    assert (shown[1].answers, shown[1].truth.score, shown[1].candidates) == ([1], 2, 4)
+    assert (shown[1].truth.item, shown[1].truth.score, shown[1].truth.note) == (1, 2, "")
+    assert shown[1].rank_label == "rank 4 of 4"
 
 
 def test_video_queries_rank_one_caption_per_video():
     # Texts 0 and 1 describe video 2, text 2 video 0, text 3 video 1.
     text_video = np.array([2, 2, 0, 1])
     sim_TxV = np.array([[5, 1, 8], [6, 1, 9], [4, 1, 1], [7, 1, 2]], np.float32)
-    shown = {q.item: q for q in queries.video_queries(sim_TxV, text_video)}
+    _, by_video = figures.rank_queries(sim_TxV, text_video, "abcd", "xyz").values()
+    shown = {query.item: query for query in by_video}
     assert set(shown) == {0, 1, 2}
     assert [(h.item, h.score, h.kind) for h in shown[0].hits] == [
         (3, 7, "wrong"), (1, 6, "wrong"), (2, 4, "right"),
     ]  # fmt: skip
-    assert shown[2].answers == [1, 0]  # best first
+    assert (shown[0].text, [hit.text for hit in shown[0].hits]) == ("x", ["d", "b", "c"])
+    assert (shown[2].truth.item, shown[2].truth.score, shown[2].truth.note) == (1, 9, "+ 1 more")
     assert (shown[2].hits[0].item, shown[2].hits[0].kind, shown[2].rank) == (1, "right", 1)
     assert {video: query.rank for video, query in shown.items()} == {0: 3, 1: 2, 2: 1}
-    assert shown[0].candidates == 3
+    assert [shown[0].rank_label, shown[2].rank_label] == ["rank 3 of 3", "✓ rank 1 of 3"]
 
 
 def test_sample_ignores_ranks_and_worst_misses_are_added():
     rank_Q = np.ones(100)
-    sample = [q for q, _ in queries.choose_queries(rank_Q, np.arange(100))]
+    sample = [q for q, _ in figures.choose_queries(rank_Q, np.arange(100))]
     assert len(set(sample)) == 6
     bad, worst, worse = [q for q in range(100) if q not in sample][:3]
     rank_Q[[bad, worst, worse]] = [5, 90, 40]
-    picked = queries.choose_queries(rank_Q, np.arange(100))
+    picked = figures.choose_queries(rank_Q, np.arange(100))
     assert [q for q, _ in picked[:4]] == sample[:4]
     assert picked[4:] == [(worst, "one of the worst misses"), (worse, "one of the worst misses")]
-    assert queries.choose_queries(rank_Q, np.arange(100)) == picked
+    assert figures.choose_queries(rank_Q, np.arange(100)) == picked
 
 
 @pytest.mark.parametrize("missed", [0, 1, 2, 3])
 def test_no_video_is_shown_twice_and_a_few_are_all_shown(missed):
     rank_Q = np.where(np.arange(8) < missed, 2.0, 1.0)
-    picked = [q for q, _ in queries.choose_queries(rank_Q, np.arange(8) // 2)]
+    picked = [q for q, _ in figures.choose_queries(rank_Q, np.arange(8) // 2)]
     assert sorted(q // 2 for q in picked) == [0, 1, 2, 3]
 
 
@@ -234,22 +239,23 @@ def test_attention_map_size_is_bounded(tmp_path):
 
 
 def test_long_captions_are_wrapped_and_cut():
-    sheet = canvas.Canvas(400, 100)
-    with canvas.ignore_missing_glyphs():
+    with canvas.drawing_style():
+        sheet = canvas.Canvas(400, 100)
         for caption in NASTY:
             lines = sheet.wrap(caption, 200, 2)
             assert 1 <= len(lines) <= 2
-            assert all(sheet.measure_width(line, 13) <= 200 for line in lines)
+            extents = [sheet.text(0, 50, line).get_window_extent() for line in lines]
+            assert all(sheet.axes.transData.inverted().transform(e)[1, 0] <= 201 for e in extents)
         assert sheet.wrap(NASTY[5], 200, 2)[-1].endswith("…")
         assert sheet.wrap("short one", 200, 2) == ["short one"]
 
 
 def test_strip_shows_six_evenly_spaced_frames():
     frames = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    strip = figures.make_strip(frames)
-    centres = figures.FRAME_SIDE // 2 + np.arange(6) * (figures.FRAME_SIDE + figures.FRAME_GAP)
+    strip = np.asarray(figures.make_strip(frames))
+    centres = figures.FRAME_SIDE // 2 + np.arange(6) * figures.FRAME_PITCH
     assert strip[50, centres, 0].tolist() == [0, 13, 25, 38, 50, 63]
-    assert figures.make_strip(frames[:2]).shape[1] == figures.strip_width(2)
+    assert figures.make_strip(frames[:2]).width == figures.FRAME_PITCH + figures.FRAME_SIDE
 
 
 def test_smoothing_keeps_a_constant_and_does_not_lag():

@@ -15,9 +15,8 @@ from tiny import make_config, make_dataset
 from xclip_jax import train
 from xclip_jax.cli import InputError
 from xclip_jax.config import validate
-from xclip_jax.study import Study, Variant, chart, load_studies, report
-from xclip_jax.study.runs import Run, execute_runs, folder_name, plan_runs
-from xclip_jax.study.table import (
+from xclip_jax.study import Study, Variant, load_studies, report
+from xclip_jax.study.report import (
     Row,
     Table,
     estimate_difference,
@@ -25,8 +24,8 @@ from xclip_jax.study.table import (
     make_table,
     metric_values,
     table_from_json,
-    table_to_json,
 )
+from xclip_jax.study.runs import Run, execute_runs, folder_name, plan_runs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = str(ROOT / "configs" / "studies" / "*.py")
@@ -45,15 +44,10 @@ def studies(base):
     return load_studies([STUDIES], base) | load_studies([few_videos], base)
 
 
-def plan(studies, base, overrides=None, num_seeds=1, output=Path("o")):
-    return plan_runs(
-        studies,
-        base,
-        config_file="c.py",
-        overrides=overrides or {},
-        num_seeds=num_seeds,
-        output=output,
-    )
+def plan(studies, base, overrides=None, num_seeds=1, output=Path("o/runs")):
+    fields = overrides or {}
+    run = Run(name="base", config_file="c.py", workdir=output, config=base, fields=fields)
+    return plan_runs(studies, run, num_seeds)
 
 
 # Study files
@@ -251,7 +245,7 @@ def test_test_time_options_share_a_run(base):
     assert {"--config.eval.dual_softmax=True", "--config.eval.qb_norm=5"} < set(run.arguments)
     assert [option.option for option in options] == ["dual softmax", "QB-Norm", ""]
     other = Study("Others", ("",), {"q": Variant({"eval.qb_norm": 9})})
-    with pytest.raises(InputError, match=r"eval.qb_norm = 9, but 5 in another"):
+    with pytest.raises(InputError, match=r"qb_norm = 9, but 5 in a variant with the same"):
         plan({"s": study, "t": other}, base)
 
 
@@ -425,7 +419,7 @@ def make_row(name, mean, paper=None, difference=True):
         labels=(name,),
         stats=stats,
         differences=dict.fromkeys(WAYS, below) if difference else {},
-        seeds={0: None, 1: None},
+        seeds={"0": None, "1": None},
         paper=paper,
     )
 
@@ -436,9 +430,9 @@ SPECIAL = "50% of a|b_c & <i>τ</i>"
 
 @pytest.fixture
 def table():
-    reason = {0: "failed: out of memory | now"}
+    reason = {"0": "failed: out of memory | now"}
     failed = dataclasses.replace(make_row("broken", 0), stats={}, differences={}, seeds=reason)
-    partial = dataclasses.replace(make_row(SPECIAL, 40), seeds={0: None, 1: "failed: NaN"})
+    partial = dataclasses.replace(make_row(SPECIAL, 40), seeds={"0": None, "1": "failed: NaN"})
     rows = [make_row("low", 30.0, 43.9), failed, partial, make_row("best", 60.0, 46.1, False)]
     return Table(
         title="Table 9: τ",
@@ -456,7 +450,7 @@ def cells_of(lines):
 
 
 def test_markdown_is_aligned_with_best_means_in_bold_and_failures(table):
-    text = report.format_markdown(table)
+    text = report.format_tables("study.md", {"table9": table})
     lines = [line for line in text.splitlines() if line.startswith("|")]
     first, second = lines[:6], lines[6:]
     for part in (first, second):
@@ -480,12 +474,14 @@ def test_markdown_is_aligned_with_best_means_in_bold_and_failures(table):
 
 
 def test_legend_counts_finished_seeds(table):
-    one = dataclasses.replace(table.rows[0], seeds={0: None, 1: "not run yet"})
-    assert "one seed" in report.legend(dataclasses.replace(table, rows=[one]))
+    one = dataclasses.replace(table.rows[0], seeds={"0": None, "1": "not run yet"})
+    assert "one seed" in report.format_tables(
+        "study.md", {"x": dataclasses.replace(table, rows=[one])}
+    )
 
 
 def test_latex_is_escaped_with_equally_many_cells_in_every_row(table):
-    text = report.format_latex(table, "table9")
+    text = report.format_tables("tables.tex", {"table9": table})
     assert r"50\% of a|b\_c \& $<$i$>$$\tau$$<$/i$>$" in text
     assert r"\textbf{61.0} $\pm$ 0.0" in text
     assert r"\multicolumn{9}{l}{failed: out of memory | now}" in text
@@ -508,12 +504,20 @@ def test_csv_has_every_number_unrounded(table):
 
 
 def test_json_round_trip_preserves_a_table(table):
-    assert table_from_json(table_to_json(table)) == table
+    text = json.dumps(dataclasses.asdict(table))
+    restored = table_from_json(text)
+    assert json.dumps(dataclasses.asdict(restored)) == text
+    assert report.format_tables("studies.html", {"x": restored}) == report.format_tables(
+        "studies.html", {"x": table}
+    )
+    assert report.format_csv(restored) == report.format_csv(table)
+    with pytest.raises(TypeError, match="not the table of a study"):
+        table_from_json('{"title": "another file"}')
 
 
 def test_html_is_escaped_and_shows_all_studies(table):
     tables = {"table9": table, "other": table, '"><b>x': dataclasses.replace(table, title=SPECIAL)}
-    html = report.format_html(tables)
+    html = report.format_tables("studies.html", tables)
     assert '"><b>x' not in html
     assert html.count("<h2>Table 9: τ</h2>") == 2
     assert "<i>" not in html
@@ -523,15 +527,18 @@ def test_html_is_escaped_and_shows_all_studies(table):
 
 
 @pytest.mark.parametrize("lines", [False, True])
-def test_chart_is_drawn_with_and_without_results(table, tmp_path, lines):
+def test_chart_is_drawn_with_and_without_results(table, lines):
     if lines:
         rows = [
             dataclasses.replace(row, labels=("one", str(k + 1))) for k, row in enumerate(table.rows)
         ]
         table = dataclasses.replace(table, columns=("series", "size"), rows=rows, lines=True)
-    for name, rows in (("full", table.rows), ("empty", table.rows[1:2])):
-        chart.draw_chart(dataclasses.replace(table, rows=rows), tmp_path / f"{name}.png")
-    assert (tmp_path / "full.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
+    full, empty = (
+        report.draw_chart(dataclasses.replace(table, rows=rows))
+        for rows in (table.rows, table.rows[1:2])
+    )
+    assert full.startswith(b"\x89PNG")
+    assert len(full) > len(empty)
 
 
 def test_execute_runs_accepts_no_runs():

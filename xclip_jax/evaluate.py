@@ -205,10 +205,10 @@ def _count_ranks(
     sim_TxV, text_video_T = evaluation.sim_TxV, evaluation.text_video_T
     counts: dict[str, Counts] = {"": metrics.retrieval_counts(sim_TxV, text_video_T)}
     if config.eval.dual_softmax:
-        by_video = metrics.dual_softmax(sim_TxV.T).T
+        by_video = metrics.best_caption_scores(metrics.dual_softmax(sim_TxV.T).T, text_video_T)
         counts["dual softmax"] = {
             "text_to_video": metrics.rank_counts(metrics.dual_softmax(sim_TxV), text_video_T),
-            "video_to_text": metrics.video_to_text_counts(by_video, text_video_T),
+            "video_to_text": metrics.rank_counts(by_video, np.arange(len(by_video))),
         }
     if config.eval.qb_norm:
         model, params = retriever.model, retriever.params

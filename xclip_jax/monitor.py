@@ -1,5 +1,6 @@
 """Monitors training: progress, metrics.jsonl, TensorBoard, profiles, finite losses."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,60 +16,44 @@ from xclip_jax.config import RunConfig
 from xclip_jax.distributed import is_first_process
 
 METRICS_FILE = "metrics.jsonl"
+Schedule = Callable[..., Any]  # learning rate by step
 
 
-class Monitor:
-    """Reports a training run and stops it if the loss is not finite.
+class Monitor(contextlib.ExitStack):
+    """Reports a training run's `steps` (from the resumed one) and stops if a loss is not finite.
 
     Metrics are read one step late, so the devices never wait for the host. A resumed run first
     drops the lines of metrics.jsonl that come after its checkpoint.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        workdir: Path,
-        schedule: Callable[..., Any],
-        *,
-        total_steps: int,
-        start: int,
-    ) -> None:
+    def __init__(self, config: RunConfig, workdir: Path, schedule: Schedule, steps: range) -> None:
+        super().__init__()
         self._config, self._workdir, self._schedule = config, workdir, schedule
-        self._profiling = False
-        self._bar = progress(total_steps, "training", "step", initial=start)
+        bar = progress(steps.stop, "training", "step", initial=steps.start)
+        self._bar = self.enter_context(bar)
+        self._trace = self.enter_context(contextlib.ExitStack())
         self._pending, self._truncated = None, 0
-        self._last_log = start, time.perf_counter()
+        self._last_log = steps.start, time.perf_counter()
         self._file = self._board = None
         if is_first_process():
             path = workdir / METRICS_FILE
-            lines = [line for line in read_metrics(workdir) if line["step"] <= start]
+            lines = [line for line in read_metrics(workdir) if line["step"] <= steps.start]
             partial = path.with_suffix(".part")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             os.replace(partial, path)
-            self._file = path.open("a")
+            self._file = self.enter_context(path.open("a"))
             if config.log.tensorboard:
                 from tensorboardX import SummaryWriter  # imports torch where it is installed
 
-                self._board = SummaryWriter(str(workdir), purge_step=start + 1)
-
-    def __enter__(self) -> "Monitor":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._profiling:
-            jax.profiler.stop_trace()
-        for resource in (self._bar, self._file, self._board):
-            if resource is not None:
-                resource.close()
+                board = SummaryWriter(str(workdir), purge_step=steps.start + 1)
+                self._board = self.enter_context(board)
 
     def profile(self, step: int) -> None:
         """Starts before step config.log.profile_from, stops after config.log.profile_to."""
         if step == self._config.log.profile_from and is_first_process():
-            jax.profiler.start_trace(str(self._workdir))
-            self._profiling = True
-        if self._profiling and step > self._config.log.profile_to:
-            jax.profiler.stop_trace()
-            self._profiling = False
+            self._trace.enter_context(jax.profiler.trace(str(self._workdir)))
+        if step > self._config.log.profile_to:
+            self._trace.close()
 
     def log_step(self, step: int, metrics: Mapping[str, jax.Array], truncated: int) -> None:
         """Stores the metrics of a dispatched step and logs those of the previous one."""
@@ -86,27 +71,23 @@ class Monitor:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        loss, norm = values["loss"], values["gradient_norm"]
+        if not math.isfinite(loss + norm):
             raise InputError(
-                f"the loss is {values['loss']:g} (gradient norm {values['gradient_norm']:g}) at "
-                f"step {step}; checkpoints of earlier steps are kept. Try, in another --workdir, a "
-                "smaller config.optimizer.lr or encoder_lr, a longer config.optimizer.warmup, or "
-                "config.model.dtype=float32"
+                f"the loss is {loss:g} (gradient norm {norm:g}) at step {step}; checkpoints of "
+                "earlier steps are kept. Try, in another --workdir, a smaller config.optimizer.lr "
+                "or encoder_lr, a longer config.optimizer.warmup, or config.model.dtype=float32"
             )
         self._bar.update()
         if step % self._config.log.every == 0:
-            self._log(step, values)
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        (last_step, last_time), now = self._last_log, time.perf_counter()
-        self._last_log = step, now
-        rate = (step - last_step) * self._config.train.batch_size / (now - last_time)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}, {rate:.0f} videos/s"
-        )
-        values |= {"learning_rate": float(self._schedule(step - 1)), "videos_per_second": rate}
-        values["truncated_captions"] = self._truncated
-        self._write(step, {f"train/{name}": value for name, value in values.items()})
+            (last_step, last_time), now = self._last_log, time.perf_counter()
+            self._last_log = step, now
+            rate = (step - last_step) * self._config.train.batch_size / (now - last_time)
+            status = f"loss {loss:.3f}, accuracy {values['accuracy']:.2f}, {rate:.0f} videos/s"
+            self._bar.set_postfix_str(status)
+            values |= {"learning_rate": float(self._schedule(step - 1)), "videos_per_second": rate}
+            values["truncated_captions"] = self._truncated
+            self._write(step, {f"train/{name}": value for name, value in values.items()})
 
     def log_validation(
         self, step: int, split: str, metrics: Mapping[str, Mapping[str, float]]
@@ -114,16 +95,12 @@ class Monitor:
         """Logs the metrics of a split and returns the mean R@1 of both directions, in percent."""
         scalars = {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
         self._write(step, scalars)
-        text_to_video, video_to_text = (
-            metrics[way]["R@1"] for way in ("text_to_video", "video_to_text")
-        )
+        texts, videos = (metrics[way]["R@1"] for way in ("text_to_video", "video_to_text"))
         if is_first_process():
-            self._bar.write(
-                f"step {step}: {split} R@1 {text_to_video:.1f} text to video, "
-                f"{video_to_text:.1f} video to text"
-            )
+            recalls = f"{texts:.1f} text to video, {videos:.1f} video to text"
+            self._bar.write(f"step {step}: {split} R@1 {recalls}")
         self._last_log = step, time.perf_counter()
-        return (text_to_video + video_to_text) / 2
+        return (texts + videos) / 2
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._file:
@@ -136,11 +113,8 @@ class Monitor:
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, without a last line truncated by a kill."""
-    path = Path(workdir) / METRICS_FILE
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (Path(workdir) / METRICS_FILE).read_text().splitlines():
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return lines

@@ -102,7 +102,7 @@ def _run_steps(
     eval_every = config.train.eval_every or setup.epoch_steps
     batches = prefetch(itertools.islice(setup.batches(start), total - start), setup.mesh)
     must_stop = distributed.watch_for_preemption()
-    with Monitor(config, workdir, setup.schedule, total_steps=total, start=start) as monitor:
+    with Monitor(config, workdir, setup.schedule, range(start, total)) as monitor:
         for step, (batch, truncated) in enumerate(batches, start + 1):
             monitor.profile(step)
             state, metrics = step_fn(state, batch)

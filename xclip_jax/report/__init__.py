@@ -1,50 +1,33 @@
-"""Writes the report of an evaluation: a folder of web pages and pictures.
+"""Writes the report of an evaluation, a folder of web pages and pictures, and renders templates."""
 
-The plain-text table of metrics and the rendering of all HTML and LaTeX templates are here too.
-"""
-
-import unicodedata
+import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 
 from xclip_jax.report import figures
 from xclip_jax.report.figures import WordFrameAttention
-from xclip_jax.report.queries import text_queries, video_queries
 
 __all__ = ["WordFrameAttention", "format_table", "write_report"]
 
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 DIRECTIONS = {"text_to_video": "text to video", "video_to_text": "video to text"}
-# LaTeX is full of braces, so its templates use other delimiters.
-_LATEX_DELIMITERS: dict[str, Any] = {
-    **{"block_start_string": "<%", "block_end_string": "%>"},
-    **{"variable_start_string": "<<", "variable_end_string": ">>"},
-}
+_LATEX_DELIMITERS = ("<%", "%>", "<<", ">>")  # as LaTeX is full of braces
 _LATEX_ESCAPES = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"τ": r"$\tau$", "✓": r"$\checkmark$", "±": r"$\pm$", "Δ": r"$\Delta$", "→": r"$\to$"},
     **{"−": "$-$", "–": "--", "<": "$<$", ">": "$>$"},
 }
-
-
-class MetricRow(NamedTuple):
-    """A line of the metric table: this model, with a test-time option, the paper, or chance."""
-
-    label: str
-    metrics: Mapping[str, int | float | None]  # recalls in percent; None where not reported
-    kind: Literal["ours", "option", "paper", "chance"]
-
-    def cells(self) -> list[str]:
-        """Returns the metrics as text, in the order of METRICS, with - for missing ones."""
-        values = map(self.metrics.get, METRICS)
-        return ["-" if value is None else f"{value:.1f}" for value in values]
+_MARKDOWN_ESCAPES = {"\n": " ", **{character: f"\\{character}" for character in "\\`*<>|"}}
+# A line of the metric table: label; metrics, recalls in percent, None where not reported; and kind,
+# "ours", "option" (of ours, at test time), "paper" or "chance".
+_Row = tuple[str, Mapping[str, float | None], str]
 
 
 def write_report(
@@ -64,41 +47,39 @@ def write_report(
     Args:
         directory: created if missing; an older report in it is replaced.
         results: content of results.json, recalls in percent; a `note` is shown at the top.
-        sim_TxV: finite logits, rows texts, columns videos; every video has a text.
-        captions: T strings with any content.
+        sim_TxV: finite logits; every video has a text.
+        captions: texts with any content.
         text_video_T: index of the video that each text describes.
-        clip_names: V strings with any content.
+        clip_names: names of the videos, with any content.
         load_frames: returns the real frames of a video index; called for shown videos only.
         attentions: attention maps of a few pairs.
-        curves: lines of metrics.jsonl: dicts with `step` and some scalars.
+        curves: lines of metrics.jsonl.
     """
     directory = Path(directory)
     (directory / "strips").mkdir(parents=True, exist_ok=True)
-    pictures = ("text_to_video.png", "video_to_text.png", "attention_*.png", "curves.png")
-    for pattern in ("index.html", *pictures, "strips/clip_*.png"):  # and no other files
+    for pattern in ("index.html", "attention_*.png", "curves.png", "strips/clip_*.png"):
         for path in directory.glob(pattern):
             path.unlink()
-    by_text, by_video = text_queries(sim_TxV, text_video_T), video_queries(sim_TxV, text_video_T)
+    ranked = figures.rank_queries(sim_TxV, text_video_T, captions, clip_names)
+    by_text, by_video = ranked.values()
     shown = {query.item for query in by_video}
     shown |= {item.item for query in by_text for item in (query.truth, *query.hits)}
     strips = {video: figures.make_strip(load_frames(video)) for video in sorted(shown)}
     for video, strip in strips.items():
-        Image.fromarray(strip).save(directory / f"strips/clip_{video:05}.png", optimize=True)
-    gallery = figures.Gallery(captions, clip_names, strips)
-    figures.draw_text_to_video(directory / "text_to_video.png", by_text, gallery)
-    figures.draw_video_to_text(directory / "video_to_text.png", by_video, gallery)
+        strip.save(directory / f"strips/clip_{video:05}.png", optimize=True)
+    figures.draw_queries(directory / "text_to_video.png", by_text, strips, are_texts=True)
+    figures.draw_queries(directory / "video_to_text.png", by_video, strips, are_texts=False)
     attentions = [one for one in attentions if one.weights_WxF.size]
     for k, attention in enumerate(attentions, 1):
         figures.draw_attention(directory / f"attention_{k}.png", attention)
     page = render(
         "report.html",
-        facts=list_facts(results),
+        facts=_list_facts(results),
         results=results,
         metrics=METRICS,
-        rows=[*metric_rows(results), chance_row(results["num_videos"])],
-        num_videos=format_count(results["num_videos"], "video"),
-        gallery=gallery,
-        full_width=figures.strip_width(),
+        rows=_metric_rows(results),
+        strips=strips,
+        full_width=figures.STRIP_WIDTH,
         by_text=by_text,
         by_video=by_video,
         many_captions=len(captions) > len(clip_names),
@@ -111,79 +92,65 @@ def write_report(
 
 def format_table(results: Mapping[str, Any]) -> str:
     """Returns the metrics of results.json as an aligned plain-text table."""
-    lines = [", ".join(list_facts(results))]
-    if results.get("note"):
-        lines.append(f"note: {results['note']}")
-    rows = metric_rows(results)
-    width = max(len(row.label) for row in rows)
+    *rows, _ = _metric_rows(results)  # without chance
+    width = max(len(label) for label, _, _ in rows)
+    note = [f"note: {results['note']}"] if results.get("note") else []
+    lines = [", ".join(_list_facts(results)), *note]
     lines.append(" " * width + "".join(f"{name:>8}" for name in METRICS))
-    for row in rows:
-        lines.append(f"{row.label:{width}}" + "".join(f"{cell:>8}" for cell in row.cells()))
+    for label, metrics, _ in rows:
+        values = [metrics.get(name) for name in METRICS]
+        cells = (f"{'-':>8}" if value is None else f"{value:8.1f}" for value in values)
+        lines.append(f"{label:{width}}" + "".join(cells))
     return "\n".join(lines)
 
 
-def list_facts(results: Mapping[str, Any]) -> list[str]:
+def _list_facts(results: Mapping[str, Any]) -> list[str]:
     """Returns short texts on the data, the protocol and the weights of an evaluation."""
+    dataset, selected_on = results["dataset"], results["selected_on"]
+    selection = {None: "", "last step": " (the last)"}
     texts, videos = results["num_texts"], results["num_videos"]
     surplus = videos - results["expected_videos"]
-    selected_on = results["selected_on"]
-    selection = {None: "", "last step": " (the last)"}.get(
-        selected_on, f" (selected on {selected_on})"
-    )
-    return [
-        *([results["dataset"]] if results["dataset"] != "captions" else []),
+    facts = [
+        dataset if dataset != "captions" else "",
         f"{results['split']} split",
-        f"step {results['step']}{selection}",
+        f"step {results['step']}{selection.get(selected_on, f' (selected on {selected_on})')}",
         results["protocol"],
-        *([f"up to second {results['max_seconds']:g}"] if results["max_seconds"] else []),
-        format_count(texts, "text"),
-        format_count(videos, "video"),
+        f"up to second {results['max_seconds']:g}" if results["max_seconds"] else "",
+        f"{texts:,} text{'s' * (texts != 1)}",
+        f"{videos:,} video{'s' * (videos != 1)}",
         f"{-surplus:,} missing" if surplus <= 0 else f"{surplus:,} more than expected",
     ]
+    return [fact for fact in facts if fact]
 
 
-def metric_rows(results: Mapping[str, Any]) -> list[MetricRow]:
-    """Returns the rows of each direction: this model, with test-time options, and the paper."""
+def _metric_rows(results: Mapping[str, Any]) -> list[_Row]:
+    """Returns this model, with test-time options, and the paper, for each direction, and chance."""
     rows = []
     for key, name in DIRECTIONS.items():
-        rows.append(MetricRow(name, results[key], "ours"))
+        rows.append((name, results[key], "ours"))
         for option, both in results.get("normalized", {}).items():
             if key in both:
-                rows.append(MetricRow(f"  with {option}", both[key], "option"))
+                rows.append((f"  with {option}", both[key], "option"))
         for backbone, both in results.get("paper", {}).items():
-            rows.append(MetricRow(f"  paper, {backbone}", both[key], "paper"))
-    return rows
-
-
-def chance_row(num_videos: int) -> MetricRow:
-    """Returns the expected metrics of a random ranking of `num_videos` videos."""
-    middle = (num_videos + 1) / 2
-    recalls = {f"R@{k}": 100 * min(1, k / num_videos) for k in (1, 5, 10)}
-    return MetricRow("chance", {**recalls, "MdR": middle, "MnR": middle}, "chance")
-
-
-def format_count(number: int, noun: str) -> str:
-    """Returns "1 video" or "2,000 videos"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+            rows.append((f"  paper, {backbone}", both[key], "paper"))
+    total = results["num_videos"]
+    chance = {f"R@{k}": 100 * min(1, k / total) for k in (1, 5, 10)}
+    return [*rows, ("chance", chance | dict.fromkeys(("MdR", "MnR"), (total + 1) / 2), "chance")]
 
 
 def render(template: str, **values: Any) -> str:
     """Renders a file of templates/ with the given values, escaped if it is HTML."""
-    is_latex = template.endswith(".tex")
     environment = jinja2.Environment(
+        *(_LATEX_DELIMITERS if template.endswith(".tex") else ()),
         loader=jinja2.PackageLoader("xclip_jax.report"),
-        autoescape=not is_latex,  # captions and file names are untrusted
+        autoescape=template.endswith(".html"),  # captions and file names are untrusted
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        **(_LATEX_DELIMITERS if is_latex else {}),
     )
-    environment.filters["clean"] = _remove_control_characters
-    environment.filters["latex"] = lambda text: text.translate(str.maketrans(_LATEX_ESCAPES))
+    control = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and surrogates
+    environment.filters["clean"] = lambda text: control.sub("", text).strip()
+    for name, escapes in (("latex", _LATEX_ESCAPES), ("markdown", _MARKDOWN_ESCAPES)):
+        environment.filters[name] = operator.methodcaller("translate", str.maketrans(escapes))
     return environment.get_template(template).render(**values)
-
-
-def _remove_control_characters(text: str) -> str:
-    hidden = ("Cc", "Cs")
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in hidden).strip()

@@ -1,44 +1,174 @@
-"""Draws the pictures of a report as PNG: rankings, word-frame attention, training curves."""
+"""Selects the queries that a report shows, and draws its pictures as PNG."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import matplotlib
 import numpy as np
-from jaxtyping import Float, UInt8
-from matplotlib.axes import Axes
+from jaxtyping import Float, Int, UInt8
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from xclip_jax.report.canvas import (
-    AMBER,
-    BLUE,
-    CHART_STYLE,
-    GREEN,
-    INK,
-    LINE,
-    MUTED,
-    ORANGE,
-    PAPER,
-    Canvas,
-    Pixels,
-    ignore_missing_glyphs,
-    printable,
-)
-from xclip_jax.report.queries import RankedItem, ShownQuery
+from xclip_jax.metrics import expected_ranks, retrieval_counts
+from xclip_jax.report import canvas
+from xclip_jax.report.canvas import BLUE, GREEN, INK, MUTED, Canvas, drawing_style
 
+SHOWN, WORST, HITS = 6, 2, 3  # numbers of queries, worst misses among them, items per ranking
+STRIP_FRAMES, FRAME_SIDE, FRAME_PITCH = 6, 112, 116  # frames of a strip, pixels of one, to the next
+STRIP_WIDTH = (STRIP_FRAMES - 1) * FRAME_PITCH + FRAME_SIDE
+CARD, INNER, MARGIN = 560, 524, 20  # pixels: width of a card and its content, space around cards
+Videos = Int[np.ndarray, " Q"]  # video of each query
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f6fb", "#aebcf0", "#4a63d3", "#1b2a7a"])
-STRIP_FRAMES, FRAME_SIDE, FRAME_GAP = 6, 112, 4  # frames of a strip, pixels of one, between two
-CARD, MARGIN = 560, 20  # pixels: width of a query's card, space around the cards
-INNER = CARD - 36  # width of a card's content
 MAX_WORDS, MAX_THUMBNAILS = 30, 12  # of a heat map
-LABELS, ROW = 150, 28  # pixels: left column and height of a word in a heat map
-PANELS = {"Loss": "/loss", "Accuracy in the batch": "/accuracy", "R@1, %": "/R@1"}
-Series = dict[str, list[tuple[int, int | float]]]  # {key: [(step, value), ...]}
+LABELS, WIDTH, ROW = 150, 760, 28  # pixels: column of words, heat map, height of a word
+PANELS = {"loss": "Loss", "accuracy": "Accuracy in the batch", "R@1": "R@1, %"}
+
+
+class RankedItem(NamedTuple):
+    """A video (or text) that is a right answer of a query or among its first results."""
+
+    label: str
+    item: int
+    text: str  # the caption, or the clip's name
+    score: float
+    kind: Literal["truth", "right", "wrong"]
+    note: str = ""
+
+
+class ShownQuery(NamedTuple):
+    """A text (or video) with its right answer and the items ranked first."""
+
+    item: int
+    text: str  # the caption, or the clip's name
+    rank: float  # of the best right item, as the metrics count it
+    rank_label: str  # "✓ rank 1 of 1,000"
+    truth: RankedItem  # the best right item, with the number of others as its note
+    hits: list[RankedItem]  # best first
+    reason: str  # why the query is shown
+
+
+Strips = Mapping[int, Image.Image]  # of the shown videos
+Queries = dict[str, list[ShownQuery]]  # by direction
+
+
+def choose_queries(rank_Q: Float[np.ndarray, " Q"], video_Q: Videos) -> list[tuple[int, str]]:
+    """Returns (query, reason) of a random sample and of the worst misses, no video twice.
+
+    A miss is a query whose right answer is not ranked first. The sample does not depend on ranks.
+    """
+    missed = [q for q in np.argsort(-rank_Q, kind="stable").tolist() if rank_Q[q] > 1]
+    order = np.random.default_rng(0).permutation(len(rank_Q)).tolist()
+    sample, miss = "drawn at random", "one of the worst misses"
+    first = SHOWN - min(WORST, len(missed))
+    chosen: dict[int, tuple[int, str]] = {}  # by video
+    # The third step counts if the worst misses are fewer, or of videos that are chosen already.
+    steps = (order, sample, first), (missed, miss, SHOWN), (order, sample, SHOWN)
+    for queries, reason, total in steps:
+        for query in queries:
+            if len(chosen) < total:
+                chosen.setdefault(int(video_Q[query]), (query, reason))
+    return sorted(chosen.values(), key=operator.itemgetter(1))
+
+
+def rank_queries(
+    sim_TxV: Float[np.ndarray, "T V"],
+    text_video_T: Videos,
+    captions: Sequence[str],
+    clip_names: Sequence[str],
+) -> Queries:
+    """Returns the texts to show with the videos ranked first, and the videos with captions.
+
+    As in the metric, only the best-scoring caption of each video is ranked.
+    """
+    counts, video_V = retrieval_counts(sim_TxV, text_video_T), np.arange(sim_TxV.shape[1])
+    shown: Queries = {way: [] for way in counts}
+    for way, scores_QxI, video_Q, video_I, texts_Q, texts_I in (  # of queries and items
+        ("text_to_video", sim_TxV, text_video_T, video_V, captions, clip_names),
+        ("video_to_text", sim_TxV.T, video_V, text_video_T, clip_names, captions),
+    ):
+        rank_Q = expected_ranks(*counts[way])
+        for query, reason in choose_queries(rank_Q, video_Q):
+            scores_I, is_right_I = scores_QxI[query], video_I == video_Q[query]
+            order_I = np.argsort(-scores_I, kind="stable")
+            _, first = np.unique(video_I[order_I], return_index=True)  # of each video
+            hits = []
+            for k, item in enumerate(map(int, order_I[np.sort(first)[:HITS]]), 1):
+                label, kind = (f"{k} ✓", "right") if is_right_I[item] else (f"{k}", "wrong")
+                hits.append(RankedItem(label, item, texts_I[item], float(scores_I[item]), kind))
+            best, *others = map(int, order_I[is_right_I[order_I]])
+            note = f"+ {len(others)} more" if others else ""
+            score = float(scores_I[best])
+            truth = RankedItem("true", best, texts_I[best], score, "truth", note)
+            rank = float(rank_Q[query])
+            label = f"{'✓ ' if rank == 1 else ''}rank {rank:g} of {len(video_V):,}"
+            shown[way].append(ShownQuery(query, texts_Q[query], rank, label, truth, hits, reason))
+    return shown
+
+
+def make_strip(frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"]) -> Image.Image:
+    """Returns up to six evenly spaced frames in a row, RGBA with transparent gaps."""
+    count = min(len(frames_FxSxSx3), STRIP_FRAMES)
+    strip = Image.new("RGBA", (STRIP_WIDTH - (STRIP_FRAMES - count) * FRAME_PITCH, FRAME_SIDE))
+    for k, index in enumerate(np.linspace(0, len(frames_FxSxSx3) - 1, count).round().astype(int)):
+        frame = Image.fromarray(np.ascontiguousarray(frames_FxSxSx3[index]))
+        frame = frame.resize((FRAME_SIDE, FRAME_SIDE), Image.Resampling.BICUBIC)
+        strip.paste(frame, (k * FRAME_PITCH, 0))
+    return strip
+
+
+@drawing_style()
+def draw_queries(
+    path: Path, queries: Sequence[ShownQuery], strips: Strips, *, are_texts: bool
+) -> None:
+    """Draws a card for each text (or video), with its right answer and the items ranked first."""
+    columns = min(2, len(queries))
+    first, pitch = (123, 76) if are_texts else (170, 46)  # middle of the right answer, next row
+    height = first + pitch * (0.5 + len(queries[0].hits)) + 22
+    rows = -(-len(queries) // columns)
+    sheet = Canvas(columns * (CARD + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN)
+    for k, query in enumerate(queries):
+        left, top = (
+            MARGIN + k % columns * (CARD + MARGIN),
+            MARGIN + k // columns * (height + MARGIN),
+        )
+        x, y, right = left + 18, top + first, left + 18 + INNER
+        sheet.box(left, top, CARD, height, 10)
+        color = GREEN if query.rank == 1 else canvas.AMBER
+        sheet.text(x, top + 22, query.rank_label, 12, color, weight="bold")
+        sheet.text(right, top + 22, query.reason, 11.5, MUTED, ha="right")
+        if are_texts:
+            sheet.paragraph(x, top + 58, query.text, INNER, 2, size=15, weight="bold")
+        else:
+            strip = strips[query.item]
+            sheet.image(strip, x, top + 40, strip.width * INNER / STRIP_WIDTH, 85)
+            sheet.paragraph(x, top + 137, query.text, INNER, size=10.5, color=MUTED)
+        sheet.axes.hlines(y + pitch / 2 + 4, x, right, color=canvas.LINE, linewidth=0.72)
+        for item in (query.truth, *query.hits):
+            is_right, note = item.kind == "right", item.note
+            if are_texts:
+                strip, note = strips[item.item], item.text
+                width = strip.width * 62 / FRAME_SIDE
+                if is_right:
+                    sheet.box(x + 33, y - 35, width + 8, 70, 4, facecolor=GREEN, edgecolor=GREEN)
+                sheet.image(strip, x + 37, y - 31, width, 62)
+            else:
+                if is_right:
+                    sheet.box(x, y - 21, INNER, 42, 5, facecolor="#e9f6ee", edgecolor=GREEN)
+                sheet.paragraph(x + 42, y, item.text, INNER - 120, 2)
+            color = GREEN if is_right else MUTED
+            sheet.text(x + 16, y, item.label, 13, color, ha="center", weight="bold")
+            above, score = 9 if note else 0, f"{item.score:.2f}"
+            sheet.text(right - 8, y - above, score, ha="right", weight="bold")
+            if note:
+                sheet.paragraph(right - 8, y + 9, note, 88, size=10.5, color=MUTED, ha="right")
+            y += pitch + (11 if item is query.truth else 0)
+    sheet.figure.savefig(path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,118 +183,7 @@ class WordFrameAttention:
     weights_WxF: Float[np.ndarray, "W F"]  # shares of the attention, with sum 1
 
 
-class Gallery(NamedTuple):
-    """The texts and videos that queries refer to by index, with strips of the shown videos."""
-
-    captions: Sequence[str]
-    clip_names: Sequence[str]
-    strips: Mapping[int, UInt8[np.ndarray, "_ _ 4"]]
-
-
-def strip_width(frames: int = STRIP_FRAMES) -> int:
-    """Returns the width in pixels of a strip of `frames` frames."""
-    return frames * (FRAME_SIDE + FRAME_GAP) - FRAME_GAP
-
-
-def make_strip(frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"]) -> UInt8[np.ndarray, "_ _ 4"]:
-    """Returns up to six evenly spaced frames in a row, RGBA with transparent gaps."""
-    count = len(frames_FxSxSx3)
-    shown = np.unique(np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int))
-    strip = Image.new("RGBA", (strip_width(len(shown)), FRAME_SIDE))
-    for k, index in enumerate(shown):
-        frame = _resize(frames_FxSxSx3[index], FRAME_SIDE)
-        strip.paste(frame, (k * (FRAME_SIDE + FRAME_GAP), 0))
-    return np.asarray(strip)
-
-
-def _resize(frame_SxSx3: UInt8[np.ndarray, "S S 3"], side: int) -> Image.Image:
-    image = Image.fromarray(np.ascontiguousarray(frame_SxSx3))
-    return image.resize((side, side), Image.Resampling.BICUBIC)
-
-
-@ignore_missing_glyphs()
-def _draw_cards(
-    path: Path,
-    queries: Sequence[ShownQuery],
-    heights: tuple[Pixels, Pixels],
-    draw_content: Callable[[Canvas, ShownQuery, Pixels, Pixels], None],
-) -> None:
-    """Draws cards in two columns.
-
-    `heights`: height of a card without hits, and height that each hit adds.
-    """
-    columns = min(2, max(1, len(queries)))
-    height = heights[0] + heights[1] * max((len(query.hits) for query in queries), default=0)
-    pitch, rows = height + MARGIN, max(1, -(-len(queries) // columns))
-    canvas = Canvas(columns * (CARD + MARGIN) + MARGIN, rows * pitch + MARGIN)
-    for k, query in enumerate(queries):
-        x, y = MARGIN + k % columns * (CARD + MARGIN), MARGIN + k // columns * pitch
-        canvas.box(x, y, CARD, height, 10)
-        color = GREEN if query.rank == 1 else AMBER
-        canvas.text(x + 18, y + 22, query.rank_label, 12, color, weight="bold")
-        canvas.text(x + 18 + INNER, y + 22, query.reason, 11.5, MUTED, ha="right")
-        draw_content(canvas, query, x + 18, y + 14)
-    canvas.save(path)
-
-
-def draw_text_to_video(path: Path, queries: Sequence[ShownQuery], gallery: Gallery) -> None:
-    """Draws each query's caption, the clip it describes, and the clips ranked first."""
-    side = 62
-    full_width = strip_width() / FRAME_SIDE * side
-
-    def draw_row(canvas: Canvas, answer: RankedItem, x: Pixels, y: Pixels) -> None:
-        strip = gallery.strips[answer.item]
-        width = strip.shape[1] / strip.shape[0] * side
-        color = GREEN if answer.kind == "right" else MUTED
-        canvas.text(x + 14, y + side / 2, answer.label, 13, color, ha="center", weight="bold")
-        if answer.kind == "right":
-            canvas.box(x + 33, y - 4, width + 8, side + 8, 4, facecolor=GREEN, edgecolor=GREEN)
-        canvas.image(strip, x + 37, y, width, side, interpolation="lanczos")
-        beside = x + 37 + full_width + 12
-        canvas.text(beside, y + side / 2 - 9, f"{answer.score:.2f}", weight="bold")
-        name = canvas.wrap(gallery.clip_names[answer.item], INNER - full_width - 49, 1, 10.5)[0]
-        canvas.text(beside, y + side / 2 + 9, name, 10.5, MUTED)
-
-    def draw_card(canvas: Canvas, query: ShownQuery, x: Pixels, y: Pixels) -> None:
-        caption = gallery.captions[query.item]
-        canvas.paragraph(x, y + 44, caption, INNER, 2, size=15, weight="bold")
-        draw_row(canvas, query.truth, x, y + 78)
-        canvas.bar(x, y + 78 + side + 9, INNER, 1, LINE)
-        for k, hit in enumerate(query.hits):
-            draw_row(canvas, hit, x, y + 78 + side + 22 + k * (side + 14))
-
-    _draw_cards(path, queries, (14 + 78 + side + 22 + 4, side + 14), draw_card)
-
-
-def draw_video_to_text(path: Path, queries: Sequence[ShownQuery], gallery: Gallery) -> None:
-    """Draws each clip's frames, a caption that describes it, and the captions ranked first."""
-    side, row = INNER * FRAME_SIDE / strip_width(), 46
-
-    def draw_row(canvas: Canvas, answer: RankedItem, x: Pixels, y: Pixels, note: str = "") -> None:
-        color = GREEN if answer.kind == "right" else MUTED
-        if answer.kind == "right":
-            canvas.box(x, y - 21, INNER, 42, 5, facecolor="#e9f6ee", edgecolor=GREEN)
-        canvas.text(x + 19, y, answer.label, 13, color, ha="center", weight="bold")
-        canvas.paragraph(x + 42, y, gallery.captions[answer.item], INNER - 112, 2)
-        right, above = x + INNER - 8, 8 if note else 0
-        canvas.text(right, y - above, f"{answer.score:.2f}", ha="right", weight="bold")
-        canvas.text(right, y + 9, note, 10.5, MUTED, ha="right")
-
-    def draw_card(canvas: Canvas, query: ShownQuery, x: Pixels, y: Pixels) -> None:
-        strip, more = gallery.strips[query.item], len(query.answers) - 1
-        canvas.image(strip, x, y + 26, strip.shape[1] / strip.shape[0] * side, side)
-        name = canvas.wrap(gallery.clip_names[query.item], INNER, 1, 10.5)[0]
-        canvas.text(x, y + 26 + side + 12, name, 10.5, MUTED)
-        middle = y + 26 + side + 46
-        draw_row(canvas, query.truth, x, middle, f"+ {more} more" if more else "")
-        canvas.bar(x, middle + 28, INNER, 1, LINE)
-        for k, hit in enumerate(query.hits):
-            draw_row(canvas, hit, x, middle + 60 + k * row)
-
-    _draw_cards(path, queries, (14 + side + 72 + 35 + 12, row), draw_card)
-
-
-@ignore_missing_glyphs()
+@drawing_style()
 def draw_attention(path: Path, attention: WordFrameAttention) -> None:
     """Draws a heat map of words by frames, with bars for the share of each word and frame.
 
@@ -172,99 +191,86 @@ def draw_attention(path: Path, attention: WordFrameAttention) -> None:
     """
     num_words, columns = attention.weights_WxF.shape
     shown = np.sort(np.argsort(-attention.weights_WxF.sum(1), kind="stable")[:MAX_WORDS])
-    shown_WxF = attention.weights_WxF[shown]
+    weights_WxF = attention.weights_WxF[shown]
     thumbnails = min(columns, MAX_THUMBNAILS)  # each the middle frame of a group of columns
-    width, height, right = 760, len(shown) * ROW, 140
-    cell = min(110, width / columns)
-    side = min(96, cell * columns / thumbnails - 3)
-    top = 74 + side + 26
-    canvas = Canvas(LABELS + width + right, top + height + 92)
-    caption_width = LABELS + width + right - 48
-    canvas.paragraph(24, 38, attention.caption, caption_width, 2, size=15, weight="bold")
+    cell = min(110, WIDTH / columns)
+    group = cell * columns / thumbnails
+    side = min(96, group - 3)
+    top, right = 100 + side, LABELS + cell * columns
+    bottom = top + ROW * len(shown)
+    sheet = Canvas(LABELS + WIDTH + 140, bottom + 92)
+    sheet.paragraph(24, 38, attention.caption, LABELS + WIDTH + 92, 2, size=15, weight="bold")
     for k in range(thumbnails):
-        index = int((k + 0.5) * columns / thumbnails)
-        middle = LABELS + (k + 0.5) * cell * columns / thumbnails
-        frame = np.asarray(_resize(attention.frames_FxSxSx3[index], 2 * FRAME_SIDE))
-        canvas.image(frame, middle - side / 2, 70, side, side)
-        seconds = f"{attention.times[index]:.3g} s"
-        canvas.text(middle, top - 15, seconds, 11, MUTED, ha="center")
-    _draw_heat(canvas, shown_WxF, top, cell)
-    words, share_F = [attention.words[index] for index in shown], attention.weights_WxF.sum(0)
-    _draw_shares(canvas, words, shown_WxF.sum(1), share_F, top=top, cell=cell)
-    notes = [printable(attention.clip)[:60], f"darkest cell {shown_WxF.max():.1%}"]
+        index, x = int((k + 0.5) * columns / thumbnails), LABELS + (k + 0.5) * group
+        sheet.image(attention.frames_FxSxSx3[index], x - side / 2, 70, side, side)
+        sheet.text(x, top - 15, f"{attention.times[index]:.3g} s", 11, MUTED, ha="center")
+    largest = max(weights_WxF.max(), 1e-12)
+    edges = LABELS + cell * np.arange(columns + 1), top + ROW * np.arange(len(shown) + 1)
+    style = {"cmap": HEAT, "vmin": 0, "edgecolors": "white", "linewidth": min(1.1, cell / 30)}
+    sheet.axes.pcolormesh(*edges, weights_WxF, **style)
+    x_F, y_W = (((low[:-1] + low[1:]) / 2).tolist() for low in edges)
+    if cell >= 40:
+        for row, column in np.argwhere(weights_WxF >= largest / 5):
+            weight = weights_WxF[row, column]
+            color = "white" if weight > largest / 2 else INK
+            sheet.text(x_F[column], y_W[row], f"{100 * weight:.1f}", 10.5, color, ha="center")
+    for index, y in zip(shown, y_W, strict=True):
+        word = attention.words[index]
+        sheet.paragraph(LABELS - 10, y, word, LABELS - 36, size=13.5, ha="right")
+    sheet.text(LABELS - 10, bottom + 24, "all words", 11, MUTED, ha="right")
+    share_W, share_F = weights_WxF.sum(1), attention.weights_WxF.sum(0)
+    bars_W = sheet.axes.barh(y_W, 70 * share_W / share_W.max(), 10, left=right + 10, color=BLUE)
+    bars_F = sheet.axes.bar(x_F, 26 * share_F / share_F.max(), 0.8 * cell, bottom + 8, color=BLUE)
+    for bars, shares in ((bars_W, share_W), (bars_F, share_F)):
+        if bars is bars_W or cell >= 40:
+            labels = [f"{share:.0%}" for share in shares]
+            sheet.axes.bar_label(bars, labels, padding=4, color=MUTED, fontsize=8)
+    notes = [attention.clip[:60], f"darkest cell {largest:.1%}"]
     if len(shown) < num_words:
         notes.append(f"the {len(shown)} of {num_words} words with the largest shares")
-    canvas.text(LABELS, top + height + 70, " · ".join(notes), 11, MUTED)
-    canvas.save(path)
+    sheet.paragraph(LABELS, bottom + 70, " · ".join(notes), WIDTH, size=11, color=MUTED)
+    sheet.figure.savefig(path)
 
 
-def _draw_heat(canvas: Canvas, weights_WxF: np.ndarray, top: Pixels, cell: Pixels) -> None:
-    """Draws the cells, with percentages in the larger ones if they are wide enough."""
-    rows, columns = weights_WxF.shape
-    height, largest = rows * ROW, max(weights_WxF.max(), 1e-12)
-    heat = {"cmap": HEAT, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
-    canvas.image(weights_WxF, LABELS, top, cell * columns, height, **heat)
-    for k in range(1, rows):
-        canvas.bar(LABELS, top + k * ROW - 0.75, cell * columns, 1.5, PAPER)
-    for k in range(1, columns if columns <= 32 else 0):
-        canvas.bar(LABELS + k * cell - 0.75, top, 1.5, height, PAPER)
-    for row, column in np.argwhere(weights_WxF >= largest / 5) if cell >= 40 else ():
-        weight = weights_WxF[row, column]
-        color = PAPER if weight > largest / 2 else INK
-        x, y = LABELS + (column + 0.5) * cell, top + (row + 0.5) * ROW
-        canvas.text(x, y, f"{100 * weight:.1f}", 10.5, color, ha="center")
-
-
-def _draw_shares(
-    canvas: Canvas,
-    words: list[str],
-    share_W: np.ndarray,
-    share_F: np.ndarray,
-    *,
-    top: Pixels,
-    cell: Pixels,
-) -> None:
-    """Draws the words left of the heat map, and the shares as bars right of it and below."""
-    right, bottom = LABELS + cell * len(share_F), top + ROW * len(words)
-    for k, (word, share) in enumerate(zip(words, share_W, strict=True)):
-        middle, length = top + (k + 0.5) * ROW, 70 * share / share_W.max()
-        label = canvas.wrap(word, LABELS - 36, 1, 13.5)[0]
-        canvas.text(LABELS - 10, middle, label, 13.5, ha="right")
-        canvas.bar(right + 10, middle - 5, length, 10, BLUE)
-        canvas.text(right + 16 + length, middle, f"{share:.0%}", 11, MUTED)
-    canvas.text(LABELS - 10, bottom + 24, "all words", 11, MUTED, ha="right")
-    for k, share in enumerate(share_F):
-        length, middle = 26 * share / share_F.max(), LABELS + (k + 0.5) * cell
-        canvas.bar(middle - 0.4 * cell, bottom + 8, 0.8 * cell, length, BLUE)
-        if cell >= 40:
-            canvas.text(middle, bottom + 18 + length, f"{share:.0%}", 11, MUTED, ha="center")
-
-
+@drawing_style()
 def draw_curves(path: Path, lines: Iterable[Mapping[str, Any]]) -> bool:
     """Draws loss, accuracy and R@1 of metrics.jsonl by step, or returns False if it has none."""
-    lines = list(lines)
-    panels = {title: _read_series(lines, ending) for title, ending in PANELS.items()}
-    panels = {title: series for title, series in panels.items() if series}
-    if not panels:
-        return False
-    with matplotlib.rc_context(CHART_STYLE):
-        layout = ConstrainedLayoutEngine(wspace=0.06, w_pad=0.1, h_pad=0.1)
-        figure = Figure((4 * len(panels), 3.1), facecolor=PAPER, layout=layout)
-        for k, (title, series) in enumerate(panels.items(), 1):
-            _draw_panel(figure.add_subplot(1, len(panels), k), title, series)
-        figure.savefig(path)
-    return True
-
-
-def _read_series(lines: Iterable[Mapping[str, Any]], ending: str) -> Series:
-    """Returns the finite scalars whose key has the ending, in order of appearance."""
-    series: Series = {}
+    panels = {name: collections.defaultdict(list) for name in PANELS}
     for line in lines:
         for key, value in line.items():
-            is_finite = isinstance(value, int | float) and np.isfinite(value)
-            if key.endswith(ending) and is_finite and "step" in line:
-                series.setdefault(key, []).append((line["step"], value))
-    return series
+            name = key.rpartition("/")[2]
+            if name in panels and math.isfinite(value):
+                panels[name][key].append((line["step"], value))
+    panels = {name: series for name, series in panels.items() if series}
+    if not panels:
+        return False
+    figure = Figure((4 * len(panels), 3.1), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, series) in zip(all_axes, panels.items(), strict=True):
+        highest = max(points[-1][1] for points in series.values())
+        for color, (key, points) in zip(
+            itertools.cycle(canvas.COLORS), series.items(), strict=False
+        ):
+            steps, values = np.array(points).T
+            if len(values) > 60:
+                axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
+                values = smooth(values, len(values) // 30 | 1)
+            label = key.rpartition("/")[0].replace("/", ", ").replace("_", " ")
+            marker = "o" if len(values) <= 20 else None
+            axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, ms=4, label=label)
+            above = "center" if len(series) == 1 else "bottom"
+            axes.annotate(
+                f"{values[-1]:.3g}", (steps[-1], values[-1]), (5, 0), textcoords="offset points",
+                va=above if points[-1][1] == highest else "top", color=color, weight="bold",
+            )  # fmt: skip
+        axes.set_title(PANELS[name], loc="left", fontweight="bold", fontsize=11)
+        axes.set_xlabel("step")
+        axes.margins(x=0.09)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.grid(axis="y")
+        axes.legend(fontsize=8.5)
+    figure.savefig(path)
+    return True
 
 
 def smooth(values_N: np.ndarray, span: int) -> Float[np.ndarray, " N"]:
@@ -272,28 +278,3 @@ def smooth(values_N: np.ndarray, span: int) -> Float[np.ndarray, " N"]:
     window = np.ones(span)
     count_N = np.convolve(np.ones(len(values_N)), window, "same")
     return np.convolve(values_N, window, "same") / count_N
-
-
-def _draw_panel(axes: Axes, title: str, series: Series) -> None:
-    """Draws a line for each series, labelled with its last value."""
-    colors = [BLUE, ORANGE, GREEN, MUTED, AMBER]
-    highest = max(series, key=lambda key: series[key][-1][1])
-    for k, (key, points) in enumerate(series.items()):
-        (steps, values), color = np.array(points).T, colors[k % len(colors)]
-        if len(values) > 60:
-            axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
-            values = smooth(values, len(values) // 30 | 1)
-        label = key.rsplit("/", 1)[0].replace("/", ", ").replace("_", " ")
-        marker = "o" if len(values) <= 20 else None
-        axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, ms=4, label=label)
-        align = "center" if len(series) == 1 else "bottom" if key == highest else "top"
-        axes.annotate(
-            f"{values[-1]:.3g}", (steps[-1], values[-1]), (5, 0), textcoords="offset points",
-            va=align, color=color, fontweight="bold", annotation_clip=False,
-        )  # fmt: skip
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    axes.set_xlabel("step")
-    axes.margins(x=0.09)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    axes.grid(axis="y")
-    axes.legend(fontsize=8.5)

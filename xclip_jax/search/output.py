@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from xclip_jax.cli import InputError, progress
 from xclip_jax.data.video import VideoError, read_still
-from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, ignore_missing_glyphs
+from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, drawing_style
 from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.index import Index
 
@@ -103,7 +103,7 @@ def play(hit: Hit) -> None:
     print(f"mpv, VLC or ffplay is not installed: the best second is {time}", file=sys.stderr)
 
 
-@ignore_missing_glyphs()
+@drawing_style()
 def draw_grid(
     path: str | Path, title: str, hits: Sequence[Hit], *, thumbnail: Callable[[str], bytes]
 ) -> None:
@@ -124,7 +124,7 @@ def draw_grid(
         x = MARGIN + index % columns * (CELL_WIDTH + MARGIN)
         y = 70 + index // columns * (CELL_HEIGHT + 62)
         _draw_hit(canvas, x, y, hit, _read_picture(hit, thumbnail))
-    canvas.save(path)
+    canvas.figure.savefig(path)
 
 
 def _draw_hit(
@@ -134,13 +134,13 @@ def _draw_hit(
     width, height = pixels.shape[1] * scale, pixels.shape[0] * scale
     canvas.box(x, y, CELL_WIDTH, CELL_HEIGHT, 4, facecolor="#11151d", edgecolor="#11151d")
     left, top = x + (CELL_WIDTH - width) / 2, y + (CELL_HEIGHT - height) / 2
-    canvas.image(pixels, left, top, width, height, interpolation="lanczos")
+    canvas.image(pixels, left, top, width, height)
     baseline = y + CELL_HEIGHT + 15
     canvas.text(x, baseline, f"{hit.rank}", 13, BLUE, weight="bold")
     canvas.text(x + CELL_WIDTH, baseline, f"{hit.score:.2f}", 13, INK, ha="right")
     canvas.text(x + 26, baseline, format_time(hit.second), 13, INK, weight="bold")
-    name = canvas.wrap(os.path.basename(hit.path), CELL_WIDTH, 1, 11)[0]
-    canvas.text(x, y + CELL_HEIGHT + 34, name, 11, MUTED)
+    name = os.path.basename(hit.path)
+    canvas.paragraph(x, y + CELL_HEIGHT + 34, name, CELL_WIDTH, size=11, color=MUTED)
 
 
 def _read_picture(hit: Hit, thumbnail: Callable[[str], bytes]) -> UInt8[np.ndarray, "H W 3"]:

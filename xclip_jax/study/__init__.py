@@ -21,16 +21,14 @@ OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
 class Variant:
     """A row of a study's table.
 
-    Attributes:
-        overrides: config fields that the variant changes: {"model.tau": 0.1}. With the test-time
-            option eval.dual_softmax or eval.qb_norm, the row has the metrics with that option.
-        paper: R@1 text to video on MSR-VTT 1k-A in the paper, by backbone: {"ViT-B/32": 46.1}.
-        cells: texts of the row's columns; the variant's name if empty.
+    With the test-time option eval.dual_softmax or eval.qb_norm among the overrides, it has the
+    metrics with that option.
     """
 
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"model.tau": 0.1}
+    # R@1 text to video on MSR-VTT 1k-A in the paper, by backbone: {"ViT-B/32": 46.1}.
     paper: dict[str, float] = dataclasses.field(default_factory=dict)
-    cells: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()  # texts of the row's columns; the variant's name if empty
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field has a wrong type, or there are several test-time options."""
@@ -49,44 +47,37 @@ class Variant:
 class Study:
     """A table of variants and the chart of their results.
 
-    Attributes:
-        title: heading.
-        columns: headings of the first columns, which distinguish the variants.
-        variants: the rows by name.
-        reference: name of the variant that the others are compared with; the last if empty.
-        lines: True for a line chart, with a line for each text in the first column and the numbers
-            of the second on the x axis; False for bars.
-        note: a sentence below the table.
+    With lines=True, the chart has a line for each text in the first column and the numbers of the
+    second on the x axis, otherwise bars.
     """
 
     title: str
-    columns: tuple[str, ...]
-    variants: dict[str, Variant]
-    reference: str = ""
+    columns: tuple[str, ...]  # headings of the first columns, which distinguish the variants
+    variants: dict[str, Variant]  # the rows by name
+    reference: str = ""  # the variant that the others are compared with; the last if empty
     lines: bool = False
-    note: str = ""
+    note: str = ""  # a sentence below the table
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field has a wrong type, or fields contradict each other."""
-        if not _is_tuple_of_texts(self.columns):
-            raise ValueError(f"columns = {self.columns!r}: must be a tuple of strings")
+        columns = self.columns
+        if not isinstance(columns, tuple) or not all(isinstance(text, str) for text in columns):
+            raise ValueError(f"columns = {columns!r}: must be a tuple of strings")
         if not isinstance(self.variants, dict) or not self.variants:
             raise ValueError("variants must be a dict with at least one Variant")
-        if self.reference and self.reference not in self.variants:
+        if self.reference not in ("", *self.variants):
             raise ValueError(f"reference = {self.reference!r}: must be one of the variants")
-        if self.lines and len(self.columns) != 2:
+        if self.lines and len(columns) != 2:
             raise ValueError("lines=True needs two columns: the series and a number")
         for name, variant in self.variants.items():
+            where = f"variant {name!r}"
             if not isinstance(name, str) or not isinstance(variant, Variant):
-                raise ValueError(f"variant {name!r}: must be a string and a Variant")
+                raise ValueError(f"{where}: must be a string and a Variant")
             cells = self.labels(name)
-            if not _is_tuple_of_texts(cells) or len(cells) != len(self.columns):
-                raise ValueError(
-                    f"variant {name!r}: cells = {cells!r}: must be one string for each of "
-                    f"{self.columns!r}"
-                )
+            if [type(cell) for cell in cells] != [str] * len(columns):
+                raise ValueError(f"{where}: {cells!r} must be one string for each of {columns!r}")
             if self.lines and not re.fullmatch(r"[0-9.]+", cells[1]):
-                raise ValueError(f"variant {name!r}: {cells[1]!r} must be a number for lines=True")
+                raise ValueError(f"{where}: {cells[1]!r} must be a number for lines=True")
 
     def labels(self, name: str) -> tuple[str, ...]:
         """Returns the texts of a variant's first columns."""
@@ -96,10 +87,8 @@ class Study:
 def load_studies(patterns: Iterable[str], config: Any) -> dict[str, Study]:
     """Returns the studies of files such as configs/studies/table*.py, by file name.
 
-    Args:
-        patterns: paths or glob patterns. Text after a colon is passed to get_study as a string:
-            fig5.py:500,1000. If a file occurs twice, the last occurrence counts.
-        config: the config that the variants change, passed to get_study.
+    `patterns` are paths or glob patterns. Text after a colon is passed to get_study as a string:
+    fig5.py:500,1000. If a file occurs twice, the last occurrence counts.
 
     Raises:
         InputError: a file does not exist or does not define a valid study.
@@ -107,22 +96,19 @@ def load_studies(patterns: Iterable[str], config: Any) -> dict[str, Study]:
     files = {}
     for pattern in patterns:
         path, colon, argument = pattern.partition(":")
-        matches = sorted(glob.glob(path))
+        matches = {
+            Path(file).resolve(): file + colon + argument for file in sorted(glob.glob(path))
+        }
         if not matches:
             raise InputError(f"--study={path}: no such file, see configs/studies/*.py")
-        files |= {str(Path(file).resolve()): file + colon + argument for file in matches}
+        files |= matches
     studies = {}
     for path, file in files.items():
-        name = Path(path).stem
-        if name in studies:
-            raise InputError(f"--study: two files are named {name}.py")
+        if path.stem in studies:
+            raise InputError(f"--study: two files are named {path.name}")
         study = call_user_file("--study", file, "get_study", config)
         if not isinstance(study, Study):
             raise InputError(f"--study={file}: get_study must return a Study, not {study!r}")
         reference = study.reference or list(study.variants)[-1]
-        studies[name] = dataclasses.replace(study, reference=reference)
+        studies[path.stem] = dataclasses.replace(study, reference=reference)
     return studies
-
-
-def _is_tuple_of_texts(values: Any) -> bool:
-    return isinstance(values, tuple) and all(isinstance(value, str) for value in values)

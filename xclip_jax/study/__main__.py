@@ -12,11 +12,12 @@ divides the runs between them. --print_commands lists the runs for a cluster's j
 How to write a study: docs/studies.md.
 """
 
+import itertools
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from xclip_jax import prepare
@@ -31,14 +32,11 @@ from xclip_jax.study.runs import Run, execute_runs, plan_runs
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m xclip_jax.study", description=__doc__)
     add = parser.add_argument
-    text = "a file of configs/studies/, or a pattern in quotes; may be repeated"
-    add("--study", action="append", required=True, help=text)
-    text = "number of runs of each variant, with seeds from config.seed on (default 1)"
-    add("--seeds", type=int, default=1, help=text)
+    add("--study", action="append", required=True, help="file or quoted pattern; may be repeated")
+    add("--seeds", type=int, default=1, help="runs per variant, from config.seed on (default 1)")
     add("--only", action="append", default=[], help="run only this variant; may be repeated")
     add("--output", help="folder of runs and report (default runs/studies/CONFIG_NAME)")
-    text = "print the commands of the unfinished runs instead of running them"
-    add("--print_commands", action="store_true", help=text)
+    add("--print_commands", action="store_true", help="print the unfinished runs' commands only")
     add("--report_only", action="store_true", help="write the report of finished runs; run none")
     return parser
 
@@ -54,18 +52,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare.render_if_missing(base)
         studies = load_studies(arguments.study, base)
         output = Path(arguments.output or f"runs/studies/{base.name}")
-        planned = plan_runs(
-            studies,
-            base,
+        run = Run(
+            name=base.name,
             config_file=arguments.config,
-            overrides=overrides,
-            num_seeds=arguments.seeds,
-            output=output,
+            workdir=output / "runs",
+            config=base,
+            fields=overrides,
         )
-        every_run = _select_runs(planned, [name for _, name in planned])
-        for run in every_run:
+        planned = plan_runs(studies, run, arguments.seeds)
+        known = list(dict.fromkeys(name for _, name in planned))
+        for name in arguments.only:
+            if name not in known:
+                raise InputError(f"--only={name}: no such variant, choose from {', '.join(known)}")
+        for run in itertools.chain(*planned.values()):
             run.check_workdir()
-        selected = _select_runs(planned, arguments.only) if arguments.only else every_run
+        chosen = [runs for (_, name), runs in planned.items() if name in (arguments.only or known)]
+        selected = list(dict.fromkeys(itertools.chain(*zip(*chosen, strict=True))))  # seed by seed
         if arguments.print_commands:
             for run in selected:
                 if run.load_ranks() is None:
@@ -89,19 +91,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"report: {reports / 'index.html'}")
         if not arguments.report_only and any(run.load_ranks() is None for run in selected):
             sys.exit(1)
-
-
-def _select_runs(
-    planned: Mapping[tuple[str, str], Sequence[Run]], names: Sequence[str]
-) -> list[Run]:
-    """Returns the runs of the named variants, each once, in the order of their seeds."""
-    known = list(dict.fromkeys(name for _, name in planned))
-    for name in names:
-        if name not in known:
-            raise InputError(f"--only={name}: no such variant, choose from {', '.join(known)}")
-    selected = [runs for (_, name), runs in planned.items() if name in names]
-    by_seed = [run for runs in zip(*selected, strict=True) for run in runs]
-    return list({run.workdir: run for run in by_seed}.values())
 
 
 if __name__ == "__main__":

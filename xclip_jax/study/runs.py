@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from xclip_jax.checkpoint import check_same_run
+from xclip_jax.checkpoint import check_same_run, plain_fields
 from xclip_jax.cli import InputError, progress
 from xclip_jax.config import field_value, validate
 from xclip_jax.data.builder import Dataset
@@ -39,7 +39,7 @@ POLL_SECONDS = 1
 _open_dataset = functools.cache(Dataset)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Run:
     """A training of one variant with one seed."""
 
@@ -84,25 +84,13 @@ class Run:
 
 
 def plan_runs(
-    studies: Mapping[str, Study],
-    base: Any,
-    *,
-    config_file: str,
-    overrides: Mapping[str, Any],
-    num_seeds: int,
-    output: Path,
+    studies: Mapping[str, Study], base: Run, num_seeds: int
 ) -> dict[tuple[str, str], list[Run]]:
-    """Returns the runs of every (study, variant), one for each seed.
+    """Returns the runs of every (study, variant), one for each seed from that of `base` on.
 
-    Variants with the same training share their runs, within a study and between studies.
-
-    Args:
-        studies: by name.
-        base: the config with `overrides` applied.
-        config_file: --config of the command line, including the text after the colon.
-        overrides: the fields overridden on the command line, repeated for every run.
-        num_seeds: runs of each variant, with seeds from base.seed on.
-        output: folder of all runs.
+    Variants with the same training share their runs, within a study and between studies. `base`
+    is the run that they change: its `config` has the `fields` of the command line applied, its
+    `workdir` is the folder of all runs.
 
     Raises:
         InputError: a variant changes an unknown field or uses a wrong type, or two variants need
@@ -112,29 +100,28 @@ def plan_runs(
     for study_name, study in studies.items():
         for name, variant in study.variants.items():
             where = f"--study={study_name}, variant {name!r}"
-            effective = _effective_overrides(base, variant.overrides, where)
+            effective = _effective_overrides(base.config, variant.overrides, where)
             training = {k: v for k, v in effective.items() if not k.startswith("eval.")}
-            evaluation = {k[len("eval.") :]: effective[k] for k in effective.keys() - training}
-            runs = []
-            for seed in range(base.seed, base.seed + num_seeds):
-                fields = {**overrides, **training, "seed": seed}
+            planned[study_name, name] = []
+            for seed in range(base.config.seed, base.config.seed + num_seeds):
+                fields = {**base.fields, **training, "seed": seed}
                 run = Run(
                     name=f"{study_name}: {name}, seed {seed}",
-                    config_file=config_file,
-                    workdir=output / "runs" / folder_name(training) / f"seed{seed}",
-                    config=_apply_overrides(base, fields, where),
+                    config_file=base.config_file,
+                    workdir=base.workdir / folder_name(training) / f"seed{seed}",
+                    config=_apply_overrides(base.config, fields, where),
                     fields=fields,
                 )
                 run = by_folder.setdefault(run.workdir, run)
-                for option, value in evaluation.items():
-                    if run.evaluation.setdefault(option, value) != value:
+                planned[study_name, name].append(run)
+                for field in effective.keys() - training:
+                    value = effective[field]
+                    other = run.evaluation.setdefault(field.removeprefix("eval."), value)
+                    if other != value:
                         raise InputError(
-                            f"{where}: config.eval.{option} = {value!r}, but "
-                            f"{run.evaluation[option]!r} in another variant with the same "
-                            "training: run one of them with another --output"
+                            f"{where}: config.{field} = {value!r}, but {other!r} in a variant "
+                            "with the same training: run one of them with another --output"
                         )
-                runs.append(run)
-            planned[study_name, name] = runs
     return planned
 
 
@@ -159,29 +146,25 @@ def _effective_overrides(base: Any, overrides: Mapping[str, Any], where: str) ->
     """
     if "seed" in overrides:
         raise InputError(f"{where}: seeds are set by --seeds and --config.seed")
+
+    def resolve(config: Any) -> dict[str, Any]:
+        plain = plain_fields(config)
+        return {**plain, "model": read_model_config(plain["model"])}  # with the preset's fields
+
     changed = _apply_overrides(base, overrides, where)
     effective = {field: field_value(changed, field) for field in overrides}
-    try:
+    with contextlib.suppress(InputError):
         validate(changed)
-    except InputError:
-        return effective
-    meaning = _resolve_config(changed)
-    for field in overrides:
-        rest = {other: value for other, value in effective.items() if other != field}
-        if _resolve_config(_apply_overrides(base, rest, where)) == meaning:
-            effective = rest
+        for field in overrides:
+            rest = {other: value for other, value in effective.items() if other != field}
+            if resolve(_apply_overrides(base, rest, where)) == resolve(changed):
+                effective = rest
     return effective
-
-
-def _resolve_config(config: Any) -> dict[str, Any]:
-    """Returns a config as a dict, in which the fields that preset and head determine are set."""
-    plain = json.loads(config.to_json())
-    return {**plain, "model": read_model_config(plain["model"])}
 
 
 def folder_name(overrides: Mapping[str, Any]) -> str:
     """Returns a folder name unique to the overrides: "base", "model.tau=0.1"."""
-    texts = {k: "+".join(v) if isinstance(v, tuple) else str(v) for k, v in overrides.items()}
+    texts = {k: "+".join(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
     exact = ",".join(f"{field}={texts[field]}" for field in sorted(texts)) or "base"
     name = re.sub(r"[^\w.+=,-]+", "_", exact)
     if name == exact and len(name) <= MAX_FOLDER_NAME:
@@ -201,37 +184,24 @@ def execute_runs(runs: Sequence[Run], report: Callable[[Run], None]) -> None:
         while pending:
             before = len(pending)
             for run in list(pending):
-                if _finish_run(run, start, bar):
+                run.workdir.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(Timeout), FileLock(run.workdir / "run.lock", timeout=0):
+                    _finish_run(run, start, bar)
                     pending.remove(run)
                     bar.update()
                     report(run)
             if len(pending) == before:
-                _show_status(bar, f"{before} under way in another process")
+                status = f"{before} under way in another process"
+                bar.set_postfix_str(status, refresh=sys.stderr.isatty())
                 time.sleep(POLL_SECONDS)
 
 
-def _finish_run(run: Run, start: float, bar: tqdm) -> bool:
-    """Executes a run unless it ended after `start`, or returns False if another process does."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(Timeout), FileLock(run.workdir / "run.lock", timeout=0):
-        failed = run.workdir / FAILED
-        has_failed = failed.is_file() and failed.stat().st_mtime > start
-        if not has_failed and run.load_ranks() is None:
-            failed.unlink(missing_ok=True)
-            reason = _execute_run(run, bar)
-            if reason:
-                failed.write_text(reason)
-                bar.write(f"{run.name}: failed: {reason}")
-            else:
-                results = json.loads((run.workdir / RESULTS).read_text())
-                recalls = " / ".join(f"{results[way]['R@1']:.1f}" for way in DIRECTIONS)
-                bar.write(f"{run.name}: R@1 {recalls}")
-        return True
-    return False
-
-
-def _execute_run(run: Run, bar: tqdm) -> str | None:
-    """Trains and evaluates, and returns the reason of a failure, or None."""
+def _finish_run(run: Run, start: float, bar: tqdm) -> None:
+    """Executes a run unless it has ended after `start`, and prints its results or its failure."""
+    failed = run.workdir / FAILED
+    if run.load_ranks() is not None or (failed.is_file() and failed.stat().st_mtime > start):
+        return
+    failed.unlink(missing_ok=True)
     log = run.workdir / "log.txt"  # output of all attempts
     log.touch()
     log_start = log.stat().st_size
@@ -239,16 +209,20 @@ def _execute_run(run: Run, bar: tqdm) -> str | None:
     try:
         while process.exitcode is None:
             process.join(POLL_SECONDS)
-            lines = read_metrics(run.workdir)
-            _show_status(bar, f"{run.name}, step {lines[-1]['step'] if lines else 0}")
+            steps = [0, *(line["step"] for line in read_metrics(run.workdir))]
+            bar.set_postfix_str(f"{run.name}, step {steps[-1]}", refresh=sys.stderr.isatty())
     finally:
         if process.exitcode is None:  # this process is ending: the run saves, to be resumed later
             process.terminate()
             process.join()
     if process.exitcode == 0 and run.load_ranks() is not None:
-        return None
-    output = log.read_bytes()[log_start:].decode(errors="replace")
-    return failure_reason(process.exitcode, output)
+        results = json.loads((run.workdir / RESULTS).read_text())
+        recalls = " / ".join(f"{results[way]['R@1']:.1f}" for way in DIRECTIONS)
+        bar.write(f"{run.name}: R@1 {recalls}")
+    else:
+        output = log.read_bytes()[log_start:].decode(errors="replace")
+        failed.write_text(failure_reason(process.exitcode, output))
+        bar.write(f"{run.name}: failed: {failed.read_text()}")
 
 
 def failure_reason(exit_status: int | None, output: str) -> str:
@@ -259,9 +233,3 @@ def failure_reason(exit_status: int | None, output: str) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
     return (errors or lines or [f"exit status {exit_status}"])[-1].removeprefix("error: ")
-
-
-def _show_status(bar: tqdm, text: str) -> None:
-    bar.set_postfix_str(text, refresh=False)
-    if sys.stderr.isatty():  # a log file does not need a line a second
-        bar.refresh()
