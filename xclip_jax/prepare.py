@@ -129,10 +129,7 @@ def _check_names(listing: Listing, paths: Sequence[Path | None]) -> None:
 
 
 def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
-    """Returns True if the data set exists, else stores the request.
-
-    Raises InputError if the data set was prepared with another request.
-    """
+    """Returns True if the data set exists and fits the request, or stores the request."""
     path, work = output / "request.json", output / "work"
     if not dataset_folder(output).is_dir():
         work.mkdir(parents=True, exist_ok=True)

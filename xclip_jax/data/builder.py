@@ -130,15 +130,13 @@ def _write_split(
 
 
 def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
-    """Writes one shard, from (path, functions that return a record), and returns its size.
-
-    Serialisation is deterministic: by default, protobuf's order of the features varies by process.
-    """
+    """Writes one shard, from (path, functions that return a record), and returns its size."""
     path, makers = job
     features = _features()
     specs: Any = features.get_serialized_info()
     serializer = tfds.core.ExampleSerializer(specs)
     examples = (serializer.get_tf_example(features.encode_example(make())) for make in makers)
+    # By default, protobuf's order of the features varies by process.
     serialized = (example.SerializeToString(deterministic=True) for example in examples)
     partial = f"{path}.{uuid.uuid4().hex}.part"  # Beam may run a job twice at the same time
     tfds.core.ExampleWriter(FORMAT).write(partial, enumerate(serialized))

@@ -151,9 +151,7 @@ def _from_merges(merges: Any, max_words: int) -> Tokenizer:
 
 
 def _byte_tokens() -> list[str]:
-    """Returns CLIP's 256 characters for bytes in order of id, then each with "</w>" appended.
-
-    The character of a printable byte is its Latin-1 character, that of another starts at U+0100.
-    """
+    """Returns CLIP's 256 characters for bytes in order of id, then each with "</w>" appended."""
+    # A printable byte is its Latin-1 character; those of the others start at U+0100.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [*letters, *(letter + "</w>" for letter in letters)]

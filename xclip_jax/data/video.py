@@ -62,17 +62,9 @@ def read_frames(
 ) -> Frames:
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
-    Args:
-      path: the video file, whose default video stream is read.
-      image_size: S, pixels.
-      start: seconds after the file's first frame; None is 0.
-      end: upper bound of start + k in the same seconds; None is the time of the last frame.
-
-    Returns:
-      Frames, rotated upright, with square pixels, preprocessed as by `preprocess`.
-
-    Raises:
-      VideoError: no frame could be read.
+    Times are seconds after the file's first frame. `start` is 0 by default; start + k is at most
+    `end`, by default the time of the last frame. Frames are upright, with square pixels, and
+    preprocessed to S = `image_size` pixels as by `preprocess`. Raises VideoError if there is none.
     """
     reader = VideoReader(path, start=start, end=end)
     pairs = [(picture.to_square(image_size), time) for time, picture in reader]
@@ -295,11 +287,7 @@ def _choose_each_second(
 
 
 def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
-    """Converts a frame to RGB and turns it upright.
-
-    PyAV's rotation ignores mirroring, which is a negative determinant of the display matrix
-    (ISO/IEC 14496-12, 6.2.2).
-    """
+    """Converts a frame to RGB and turns it upright."""
     flags = _DEFAULT if frame.format.components[0].bits <= 8 else _ACCURATE
     options: dict[str, Any] = {"interpolation": flags, "threads": 1}
     try:
@@ -309,6 +297,7 @@ def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
         image = frame.to_image(**options)
     # Values beyond these bounds are invalid header data.
     aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else _SQUARE
+    # PyAV's rotation ignores mirroring: a negative determinant (ISO/IEC 14496-12, 6.2.2).
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
