@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 import xclip_jax
 from xclip_jax import train
-from xclip_jax.config import OptimizerConfig
 from xclip_jax.convert import mapping
 from xclip_jax.convert.importing import convert
 from xclip_jax.loss import LOSS_SCALES, contrastive_loss
@@ -62,7 +62,8 @@ def training_step(retriever, settings):
     """Returns (jitted step, initial optimizer state) with the release's optimizer."""
 
     def optimizer(encoder_ratio):
-        options = OptimizerConfig(
+        options = ConfigDict()
+        options.update(
             name="bert_adam",
             lr=settings["lr"],
             encoder_lr=settings["lr"] * encoder_ratio,

@@ -83,7 +83,7 @@ def test_two_processes_stopped_in_every_way_resume(folder, whole):
 
     run = start()
     assert run.end() == [0, 0], run.output()[-3000:]
-    assert f"checkpoint {damaged} is corrupted, resuming from" in run.output()
+    assert f"checkpoint {damaged} is corrupted, using" in run.output()
     assert "Traceback" not in run.output()
     assert_same(run.workdir, whole)
 

@@ -20,13 +20,12 @@ def losses(request, fields):
     config = tiny.make_config(request["data"], epochs=100)
     config.update_from_flattened_dict(fields)
     setup = train.Setup(config)
-    init, step = train.compile_training(setup.model, setup.optimizer, config, setup.mesh)
-    state = init()
+    state = setup.init()
     batches, found = setup.batches(0), []
     for _ in range(request["steps"]):
         batch = next(batches)
         batch.pop("truncated")
-        state, metrics = step(state, sharding.shard_batch(batch, setup.mesh))
+        state, metrics = setup.step(state, sharding.shard_batch(batch, setup.mesh))
         found.append(float(metrics["loss"]))
     return found
 

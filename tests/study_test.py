@@ -75,11 +75,10 @@ def test_variants_are_valid_configs_with_distinct_runs_or_options(base, studies)
 def trace_program(config):
     """Returns the traced training step of a config, its first batch, its pairs and its length."""
     setup = train.Setup(config)
-    init, step = train.compile_training(setup.model, setup.optimizer, config, setup.mesh)
     batch = next(setup.batches(0))
     data = [batch["ids"].tobytes(), batch["video"].tobytes()]
     batch.pop("truncated")
-    traced = re.sub(r"0x[0-9a-f]+", "", str(step.trace(init.eval_shape(), batch).jaxpr))
+    traced = re.sub(r"0x[0-9a-f]+", "", str(setup.step.trace(setup.init.eval_shape(), batch).jaxpr))
     return traced, data, len(setup.pairs), setup.total_steps
 
 

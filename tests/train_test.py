@@ -184,7 +184,7 @@ def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):
         )
     step, found = restore_checkpoint(checkpoints, state, best=True)
     assert (step, found["x"][0]) == (3, 3)
-    assert "checkpoint 1 is corrupted, taking 3: it contains NaN" in caplog.text
+    assert "checkpoint 1 is corrupted, using 3: it contains NaN" in caplog.text
     checkpoints.close()
 
 
@@ -254,7 +254,10 @@ def test_indivisible_batch_size_error_names_valid_sizes():
     ("fields", "message"),
     [
         ({"train.micro_batch": 3}, r"micro_batch = 3: must be a multiple of the 2 devices"),
-        ({"train.micro_batch": 6}, r"micro_batch = 6: must divide batch_size = 8 .*: 2, 4, 8"),
+        (
+            {"train.micro_batch": 6},
+            r"micro_batch = 6: must be .* that divides batch_size = 8: 2, 4, 8",
+        ),
         ({"mesh.fsdp": 3}, r"mesh.fsdp = 3: must divide the 2 devices"),
         ({"mesh.data": 2, "mesh.fsdp": 2}, r"together they must be at most the 2 devices"),
     ],

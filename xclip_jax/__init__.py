@@ -12,23 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xclip_jax.cli import InputError
     from xclip_jax.data.text import load_tokenizer
-    from xclip_jax.retriever import Retriever, load
-    from xclip_jax.similarity import TextFeatures, VideoFeatures
+    from xclip_jax.retriever import Retriever, TextFeatures, VideoFeatures, load
 
 __version__ = "0.1.0"
-_MODULES = {
-    "load": "retriever",
-    "Retriever": "retriever",
-    "load_tokenizer": "data.text",
-    "TextFeatures": "similarity",
-    "VideoFeatures": "similarity",
-    "InputError": "cli",
-}
 __all__ = ["InputError", "Retriever", "TextFeatures", "VideoFeatures", "load", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports public names on first use, so the workers of `prepare` start without JAX."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"xclip_jax.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'xclip_jax' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'xclip_jax' has no attribute {name!r}")
+    module = {"InputError": "cli", "load_tokenizer": "data.text"}.get(name, "retriever")
+    return getattr(importlib.import_module(f"xclip_jax.{module}"), name)

@@ -19,7 +19,7 @@ from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, first_line
 from xclip_jax.config import FREE_FIELDS, RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.text import Tokenizer, load_tokenizer
@@ -30,16 +30,24 @@ from xclip_jax.models.config import upgrade_value
 UNSCORED = -1.0  # score of a checkpoint without validation: below every recall
 UNREAD_FILE = "unread.safetensors"
 PyTree = Any
+Manager = ocp.CheckpointManager
 
 
-def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
+def open_checkpoints(directory: Path) -> Manager:
     """Opens the checkpoints of a work directory: the newest two and the best one are kept.
 
     Steps with unreadable metrics, which Orbax cannot open, are deleted, unless all steps are.
     """
     if is_first_process():
         steps = [path for path in directory.glob("*") if path.name.isdigit()]
-        corrupted = [path for path in steps if not _is_readable(path / "metrics" / "metrics")]
+        corrupted = []
+        for path in steps:
+            try:
+                json.loads((path / "metrics" / "metrics").read_text())
+            except FileNotFoundError:
+                pass
+            except ValueError:
+                corrupted.append(path)
         for path in corrupted if len(corrupted) < len(steps) else []:
             logging.warning("checkpoint %s is corrupted: its metrics cannot be read", path.name)
             shutil.rmtree(path)
@@ -52,53 +60,33 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
         best_fn=score,  # Orbax writes metrics only if this is set
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options)
-
-
-def _is_readable(path: Path) -> bool:
-    """Returns True for a valid JSON file and for a missing one."""
-    try:
-        if path.exists():
-            json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True
+    return Manager(directory.absolute(), options=options)
 
 
 def _ignore_reads_after_failure() -> None:
     """Suppresses the tracebacks of pending reads after a failed restore closed its event loop."""
-    report = sys.unraisablehook
-    closed_loop = asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+    report, closed_loop = sys.unraisablehook, asyncio.BaseEventLoop.call_soon_threadsafe.__code__
 
-    def report_others(unraisable: Any) -> None:
-        where = unraisable.exc_traceback
-        if where is None or where.tb_frame.f_code is not closed_loop:
-            report(unraisable)
+    def report_others(error: Any) -> None:
+        if not error.exc_traceback or error.exc_traceback.tb_frame.f_code is not closed_loop:
+            report(error)
 
     sys.unraisablehook = report_others
 
 
-def save_checkpoint(
-    manager: ocp.CheckpointManager, step: int, state: PyTree, score: float | None = None
-) -> None:
+def save_checkpoint(manager: Manager, step: int, state: PyTree, score: float | None = None) -> None:
     """Starts writing the state after `step` steps, with its validation score (higher is better)."""
     metrics = {"score": UNSCORED if score is None else float(score)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
     manager.save(step, args=args, metrics=metrics, force=True)
 
 
-def restore_checkpoint(
-    manager: ocp.CheckpointManager, like: PyTree, *, best: bool = False
-) -> tuple[int, PyTree]:
-    """Returns (step, state) of the newest intact checkpoint, and deletes newer corrupted ones.
+def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tuple[int, PyTree]:
+    """Returns (step, state) of the newest or the best intact checkpoint.
 
-    An incomplete or corrupted checkpoint is never restored: the next one is tried, with a warning.
-    Changed bits are detected if a file becomes unreadable or contains NaN or infinite numbers.
-
-    Args:
-        manager: see open_checkpoints.
-        like: the state's tree of arrays or ShapeDtypeStructs with the shardings to restore to.
-        best: return the best one instead, the newest of equal ones, and delete none.
+    Corrupted ones that come before it are deleted: files are missing or unreadable, or contain NaN
+    or infinite numbers. Of equally good checkpoints the newest is returned. `like` is a tree of
+    arrays or ShapeDtypeStructs with the shardings to restore to.
 
     Raises:
         InputError: no checkpoint can be restored; all remain on disk.
@@ -113,39 +101,41 @@ def restore_checkpoint(
             corrupted[step] = reason
             continue
         for other, reason in corrupted.items():
-            action = "taking" if best else "resuming from"
-            logging.warning("checkpoint %d is corrupted, %s %d: %s", other, action, step, reason)
-            if not best:
-                manager.delete(other)
+            logging.warning("checkpoint %d is corrupted, using %d: %s", other, step, reason)
+            manager.delete(other)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
         return step, manager.restore(step, args=args)["state"]
-    reasons = [f" ({step}: {reason})" for step, reason in corrupted.items()]
     raise InputError(
         f"no checkpoint in {manager.directory} can be restored: all are corrupted or of another "
-        f"model; delete it or choose another --workdir{''.join(reasons[:1])}"
+        f"model ({next(iter(corrupted.values()), 'none')}); delete it or choose another --workdir"
     )
 
 
-def _find_corruption(manager: ocp.CheckpointManager, step: int, like: PyTree) -> str | None:
+def _find_corruption(manager: Manager, step: int, like: PyTree) -> str | None:
     """Returns, in all processes, why a checkpoint cannot be restored, or None.
 
     Only the first one reads: if one fails in a joint restore, the others wait forever.
     """
     reason = None
     if is_first_process():
-        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         folder = Path(manager.directory) / str(step) / "state"
         try:
             for path in folder.glob("array_metadatas/*"):
                 json.loads(path.read_text())
-            with local_checkpointer() as checkpointer:
-                arrays = jax.tree.leaves(checkpointer.restore(folder, like))
+            arrays = jax.tree.leaves(_read_arrays(folder, like))
             if not all(np.isfinite(array).all() for array in arrays):
                 reason = "it contains NaN or infinite numbers"
         except Exception as error:  # Orbax has no common type for corrupted checkpoints
-            reason = _first_line(error)
+            reason = first_line(error)
     return gather_objects(reason)[0]
+
+
+def _read_arrays(folder: Path, like: PyTree) -> PyTree:
+    """Reads a tree of arrays as NumPy arrays, in this process alone and for any set of devices."""
+    like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    with local_checkpointer() as checkpointer:
+        return checkpointer.restore(folder, like)
 
 
 def local_checkpointer() -> ocp.StandardCheckpointer:
@@ -157,16 +147,11 @@ def local_checkpointer() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def model_folder(directory: str | os.PathLike) -> Path:
     """Returns the model directory at `directory`, or its `model` if it is a work directory."""
     directory = Path(directory)
-    if not (directory / "model.json").is_file() and (directory / "model").is_dir():
-        return directory / "model"
-    return directory
+    is_workdir = (directory / "model").is_dir() and not (directory / "model.json").is_file()
+    return directory / "model" if is_workdir else directory
 
 
 def partial_folder(directory: str | Path) -> Path:
@@ -206,19 +191,12 @@ def save_model(
         save_file(dict(unread), partial / UNREAD_FILE)
     with local_checkpointer() as checkpointer:
         checkpointer.save(partial / "params", jax.tree.map(np.asarray, params))
-    if directory.exists():
-        shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
 
-def load_model(
-    directory: str | os.PathLike,
-) -> tuple[dict[str, Any], XClip, PyTree, Tokenizer | None]:
-    """Reads a model directory.
-
-    Returns:
-        (described, model, params, tokenizer): the content of model.json, the linen module, its
-        parameters on the default device, the tokenizer or None if the directory has none.
+def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokenizer | None]:
+    """Reads a model directory: content of model.json, linen module, parameters, tokenizer if any.
 
     Raises:
         InputError: the directory is missing or corrupted.
@@ -230,49 +208,35 @@ def load_model(
         model = XClip(read_model_config(described))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: model.json is missing") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: not valid JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a model: {error}") from None
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     try:
-        with local_checkpointer() as checkpointer:  # NumPy arrays load on any set of devices
-            like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
-            params = checkpointer.restore(folder, like)
+        params = _read_arrays(folder, shapes)
     except Exception as error:  # Orbax has no common type for corrupted checkpoints
-        raise InputError(f"{folder} cannot be read: {_first_line(error)}") from None
-    for (path, array), expected in zip(  # Orbax does not check shapes
-        jax.tree.leaves_with_path(params), jax.tree.leaves(shapes), strict=True
-    ):
+        raise InputError(f"{folder} cannot be read: {first_line(error)}") from None
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shapes), strict=True)
+    for (path, array), expected in leaves:  # Orbax does not check shapes
         if array.shape != expected.shape:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             sizes = f"{name} has shape {array.shape}, must be {expected.shape}"
             raise InputError(f"{folder} does not fit model.json: {sizes}")
-    words = model.config.max_words
-    vocabulary = directory / "tokenizer"
-    tokenizer = load_tokenizer(vocabulary, words) if vocabulary.is_dir() else None
+    tokenizer, folder = None, directory / "tokenizer"
+    if folder.is_dir():
+        tokenizer = load_tokenizer(folder, model.config.max_words)
     return described, model, jax.device_put(params), tokenizer
 
 
 def init_params(model: XClip, seed: int) -> PyTree:
     """Returns newly initialised parameters."""
     c, side = model.config, model.config.vision.image_size
-    words, frames = (1, c.max_words), (1, c.max_frames)
-    return model.init(
-        jax.random.key(seed),
-        np.zeros(words, np.int32),
-        np.ones(words, bool),
-        np.zeros((*frames, side, side, 3), np.uint8),
-        np.ones(frames, bool),
-    )["params"]
+    text = np.zeros((1, c.max_words), np.int32), np.ones((1, c.max_words), bool)
+    video = np.zeros((1, c.max_frames, side, side, 3), np.uint8), np.ones((1, c.max_frames), bool)
+    return model.init(jax.random.key(seed), *text, *video)["params"]
 
 
 def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
-    """Creates a work directory with its config.json, or checks that it belongs to this run.
-
-    Raises:
-        InputError: `workdir` cannot be written, or as in `check_same_run`.
-    """
+    """Creates a work directory with its config.json, or checks it as `check_same_run` does."""
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -289,16 +253,11 @@ def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
 def check_same_run(
     workdir: Path, config: RunConfig, dataset: Dataset, option: str = "--workdir"
 ) -> None:
-    """Checks that a work directory's run has the same config fields and data, except free ones.
-
-    Args:
-        workdir: a folder with config.json.
-        config: all fields.
-        dataset: its data.
-        option: the command-line option that sets `workdir`.
+    """Checks that a work directory's run has the same config and data, except FREE_FIELDS.
 
     Raises:
-        InputError: config.json is corrupted or of another run; the message names the fields.
+        InputError: config.json is corrupted or of another run. The message names the fields and
+            the command-line option that sets `workdir`.
     """
     path = workdir / "config.json"
     try:
@@ -320,7 +279,7 @@ def check_same_run(
 
 
 def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Returns {dotted field: value} of a config and the fingerprint of the data."""
+    """Returns {dotted field: plain value} of a config and the fingerprint of the data."""
     fields = traverse_util.flatten_dict(plain_fields(config), sep=".")
     return fields | {"data.fingerprint": dataset.fingerprint}
 

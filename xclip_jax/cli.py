@@ -1,7 +1,6 @@
 """Handles command lines: arguments, config files, one-line errors and progress bars."""
 
 import argparse
-import ast
 import contextlib
 import logging
 import os
@@ -45,22 +44,20 @@ def run_command(command: Callable[[], object]) -> None:
     """
     logging.captureWarnings(True)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    status = 1
+    status = None
     try:
         command()
-        return
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        if isinstance(stop.code, int):
-            status = stop.code
-        else:
-            print(stop.code, file=sys.stderr)
+        status = stop.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
     except Exception:  # a bug; other processes of the program must not wait for this one
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        status = 1
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -78,10 +75,7 @@ class CommandParser(argparse.ArgumentParser):
 def parse_with_config(
     parser: CommandParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, Any, dict[str, Any]]:
-    """Parses a command line with --config=FILE and any number of --config.FIELD=VALUE.
-
-    Returns:
-        (arguments, config with the fields set, {field: value} of the fields set).
+    """Returns (arguments, config, {field: value}) of a command line with --config.FIELD=VALUE.
 
     Raises:
         InputError: the config file fails, or an argument or a field is unknown or malformed.
@@ -93,10 +87,9 @@ def parse_with_config(
     config.lock()
     fields = {}
     for argument in others:
-        if not argument.startswith("--"):
-            raise InputError(f"{argument}: every option starts with --, see --help")
         if not (override := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)):
-            raise InputError(f"{argument}: unknown option or no =VALUE, see --help")
+            rule = "every option starts with --, see --help"
+            raise InputError(f"{argument}: unknown option or no =VALUE; {rule}")
         fields[override[1]] = _set_field(config, *override.groups())
     return arguments, config, fields
 
@@ -104,11 +97,7 @@ def parse_with_config(
 def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
     """Returns what a function in a user's Python file returns.
 
-    Args:
-        option: the command-line option that names the file.
-        file: path; text after a colon is appended to the inputs.
-        function: name of the function.
-        *inputs: its positional arguments.
+    `option` is the command-line option that names the file. Text after a colon is one more input.
 
     Raises:
         InputError: the file is missing or raises an exception; the message names the line.
@@ -116,8 +105,9 @@ def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
     path, _, argument = file.partition(":")
     if not Path(path).is_file():
         raise InputError(f"{option}={path}: no such file")
+    inputs = (*inputs, argument) if argument else inputs
     try:
-        return runpy.run_path(path)[function](*inputs, *([argument] if argument else []))
+        return runpy.run_path(path)[function](*inputs)
     except InputError:
         raise
     except Exception as error:  # a user's code may raise any exception
@@ -145,20 +135,10 @@ def _set_field(config: Any, field: str, text: str) -> Any:
     return config[name]
 
 
-def _to_bool(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-
-
-def _to_tuple(text: str) -> tuple[Any, ...]:
-    """Converts "('a', 'b')" or "a,b" to a tuple."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = tuple(text.strip("()").split(","))
-    return value if isinstance(value, tuple) else (value,)
-
-
-_CONVERTERS = {bool: _to_bool, int: int, float: float, str: str, tuple: _to_tuple}
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+_CONVERTERS: dict[type, Callable[[str], Any]] = {int: int, float: float, str: str}
+_CONVERTERS[bool] = lambda text: _BOOLS[text.lower()]
+_CONVERTERS[tuple] = lambda text: tuple(re.findall(r"[^\s,()'\"]+", text))  # ('a', 'b') or a,b
 
 progress_disabled = False  # True in all processes of a program except the first
 _progress_lock = threading.RLock()  # tqdm's default is a semaphore, leaked if a process is killed

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from xclip_jax import sharding
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, first_line
 from xclip_jax.config import RunConfig
 from xclip_jax.models import XClip
 from xclip_jax.optimizer import make_optimizer
@@ -32,15 +32,12 @@ SCHEDULE_STEPS = 1000  # any number: the program does not depend on it
 
 
 def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
-    """Compiles the training step of a config and prints the compiler's figures.
+    """Compiles the training step of a config, prints and returns {quantity: text}.
 
     Args:
         config: the run's config; its data is not read.
         topology: generation and shape of a TPU slice, such as v4:2x2x2, v5e:2x4, v5p:2x2x1 or
             v6e:4x4; "": the devices of this machine.
-
-    Returns:
-        {quantity: text} as printed.
 
     Raises:
         InputError: the topology does not exist, or libtpu is not installed.
@@ -54,6 +51,12 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     init, step = compile_training(model, optimizer, config, mesh)
     traced = step.trace(init.eval_shape(), batch_shapes(config, mesh))
     compiled = traced.lower().compile()
+    try:
+        names = re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
+        counts = sorted(collections.Counter(names).items())
+        collectives = ", ".join(f"{count} {name}" for name, count in counts) or "none"
+    except jax.errors.JaxRuntimeError:  # XLA cannot print some fused operations of libtpu
+        collectives = "unknown: the compiled program cannot be printed"
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     figures = {
@@ -61,7 +64,7 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
         "temporary memory, a device": f"{memory.temp_size_in_bytes / 2**30:.2f} GiB",
         "peak memory, a device": f"{(held + memory.temp_size_in_bytes) / 2**30:.2f} GiB",
         "matrix products, FLOP a step": f"{matrix_flops(traced.jaxpr.jaxpr):.3g}, all devices",
-        "collectives in the program": _count_collectives(compiled),
+        "collectives in the program": collectives,
     }
     if not vocabulary:
         figures["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's; training takes the tokenizer's"
@@ -69,15 +72,6 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     for name, value in figures.items():
         print(f"  {name:34}{value}")
     return figures
-
-
-def _count_collectives(compiled: Any) -> str:
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # XLA cannot print some fused operations of libtpu
-        return "unknown: the compiled program cannot be printed"
-    counts = collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def matrix_flops(jaxpr: Any) -> int:
@@ -107,8 +101,7 @@ def _find_devices(topology: str) -> Any:
         return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except Exception as error:  # libtpu has no common type
         hint = "such as v6e:2x4" if find_spec("libtpu") else "needs pip install libtpu"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--topology={topology}: {reason} ({hint})") from None
+        raise InputError(f"--topology={topology}: {first_line(error)} ({hint})") from None
 
 
 def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -6,9 +6,9 @@ MSR-VTT with ViT-B/32 (https://arxiv.org/abs/2207.07285, Sec. 4).
 """
 
 import dataclasses
-import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -170,11 +170,6 @@ def _to_config_dict(section: Any) -> ConfigDict:
     return config
 
 
-def field_value(config: RunConfig, field: str) -> Any:
-    """Returns the value of a dotted field such as `model.vision.width`."""
-    return functools.reduce(getattr, field.split("."), config)
-
-
 def validate(config: RunConfig) -> None:
     """Checks the types and values of all fields.
 
@@ -183,19 +178,13 @@ def validate(config: RunConfig) -> None:
     """
     for field, is_valid, allowed in itertools.chain(_check_types(config), _check_sizes(config)):
         if not is_valid:
-            value = field_value(config, field)
+            value = operator.attrgetter(field)(config)
             raise InputError(f"config.{field} = {value!r}: must be {allowed}")
 
 
 Checks = Iterator[tuple[str, Any, str]]  # (field, is valid, allowed values)
-_TYPES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "a text",
-    tuple: "a tuple",
-    ConfigDict: "a group of fields",
-}
+_TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_TYPES |= {tuple: "a tuple", ConfigDict: "a group of fields"}
 
 
 def _check_types(config: Any, section: Any = Config, prefix: str = "") -> Checks:
@@ -209,7 +198,7 @@ def _check_types(config: Any, section: Any = Config, prefix: str = "") -> Checks
         if get_origin(hint) is Annotated:
             hint, *rules = get_args(hint)
         if get_origin(hint) is Literal:
-            yield field, value in get_args(hint), _one_of(get_args(hint)) + suffix
+            yield field, value in get_args(hint), f"one of {', '.join(get_args(hint))}{suffix}"
             continue
         kind = ConfigDict if dataclasses.is_dataclass(hint) else get_origin(hint) or hint
         is_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
@@ -220,16 +209,12 @@ def _check_types(config: Any, section: Any = Config, prefix: str = "") -> Checks
             yield from _check_types(value, hint, f"{field}.")
 
 
-def _one_of(choices: Any) -> str:
-    return f"one of {', '.join(choices)}"
-
-
 def _check_sizes(config: RunConfig) -> Checks:
     """Checks the fields that depend on others, all of the declared types."""
     data, log, m = config.data, config.log, read_model_config(config.model)
-    yield "data.dataset", data.dataset in ("", *DATASETS), _one_of(DATASETS)
+    yield "data.dataset", data.dataset in ("", *DATASETS), f"one of {', '.join(DATASETS)}"
     variants = DATASETS[data.dataset].variants if data.dataset else ()
-    yield "data.variant", data.variant in ("", *variants), _one_of(variants)
+    yield "data.variant", data.variant in ("", *variants), f"one of {', '.join(variants)}"
     needed = "at least 1 where log.profile_to is set"
     yield "log.profile_from", log.profile_from or not log.profile_to, needed
     at_least = f"at least log.profile_from = {log.profile_from}"
@@ -267,11 +252,9 @@ def benchmark(
         dataset: a --dataset of xclip_jax.prepare.
         arguments: words after the config file's name, separated by commas: a backbone, a preset, a
             variant of the data set, e.g. "vit_b16,official". By default the first of each.
-        paper: batch size and epochs of the paper.
-        official: batch size and epochs of the PyTorch release's script.
-        official_b16: the same with ViT-B/16.
-        max_words: tokens of a text.
-        max_frames: frames of a video.
+        paper, official, official_b16: batch size and epochs of the paper, and of the PyTorch
+            release's scripts for ViT-B/32 and ViT-B/16.
+        max_words, max_frames: as in config.model.
 
     Raises:
         InputError: a word is unknown, or two words are of the same kind.
@@ -281,17 +264,15 @@ def benchmark(
     chosen = [[word for word in words if word in kind] for kind in kinds]
     if sum(map(len, chosen)) < len(words) or any(len(group) > 1 for group in chosen):
         groups = "; ".join(", ".join(kind) for kind in kinds if kind != ("",))
-        raise InputError(
-            f"--config=FILE:{arguments}: after the colon, must be at most one word of each group: "
-            + groups
-        )
+        rule = "after the colon, must be at most one word of each group"
+        raise InputError(f"--config=FILE:{arguments}: {rule}: {groups}")
     backbone, preset, variant = ((*w, *kind)[0] for w, kind in zip(chosen, kinds, strict=True))
     defaults = [kind[0] for kind in kinds]
     changed = [word for word in (backbone, preset, variant) if word not in defaults]
     c = get_config()
     c.name = "_".join([dataset, *changed])
-    c.data.dataset, c.data.variant = dataset, variant
-    c.data.path = f"data/{dataset}" + (f"_{variant}" if variant in changed else "")
+    path = f"data/{dataset}" + (f"_{variant}" if variant in changed else "")
+    c.data.update(dataset=dataset, variant=variant, path=path)
     c.init.clip = f"models/clip_{backbone.removeprefix('vit_')}"
     c.model.vision.patch_size = BACKBONES[backbone]
     c.model.update(max_words=max_words, max_frames=max_frames)

@@ -21,42 +21,35 @@ from xclip_jax import cli
 from xclip_jax.cli import InputError
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL): a checkpoint is saved, the same command resumes
-JOIN_SECONDS = 300  # limit for all processes to connect
 LOST_SECONDS = 60  # limit for noticing that a process has died
 # Variables that SLURM, Open MPI and GKE set in every process of a job.
 CLUSTER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
+wait_for_all = multihost_utils.sync_global_devices  # returns when all called it with one name
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connects to the other processes, if any, before every other use of JAX.
 
-    Args:
-        coordinator: HOST:PORT of the first process, the same for all processes. None: detected on
-            a cluster (Cloud TPU, GKE, SLURM, MPI), else a single process.
-        num_processes: number of processes; required with a coordinator.
-        process_id: index of this process, from 0; required with a coordinator.
+    `coordinator` is HOST:PORT of the first process. Without the three arguments, processes are
+    detected on a cluster (Cloud TPU, GKE, SLURM, MPI), else there is one.
 
     Raises:
         InputError: only some of the three are set, or one is out of range.
     """
+    arguments = coordinator, num_processes, process_id
     if coordinator is not None and num_processes is not None and process_id is not None:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise InputError(f"--coordinator={coordinator}: must be HOST:PORT")
-        if num_processes < 1:
-            raise InputError(f"--num_processes={num_processes}: must be at least 1")
         if not 0 <= process_id < num_processes:
-            raise InputError(f"--process_id={process_id}: must be from 0 to {num_processes - 1}")
+            below = f"--num_processes = {num_processes}"
+            raise InputError(f"--process_id={process_id}: must be at least 0 and below {below}")
         if process_id == 0 and num_processes > 1:
-            text = f"waiting at most {JOIN_SECONDS} s for {num_processes} processes"
-            print(f"{text} at {coordinator}", flush=True)
-    elif any(value is not None for value in (coordinator, num_processes, process_id)):
+            print(f"waiting for {num_processes} processes at {coordinator}", flush=True)
+    elif any(value is not None for value in arguments):
         raise InputError("--coordinator, --num_processes and --process_id must be set together")
     try:
         jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=JOIN_SECONDS,
+            *arguments,
             heartbeat_timeout_seconds=LOST_SECONDS,
             shutdown_timeout_seconds=LOST_SECONDS,
         )
@@ -79,12 +72,6 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process has called this with the same name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Returns the picklable `value` of every process, in process order."""
     if jax.process_count() == 1:
@@ -98,11 +85,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def watch_for_preemption() -> Callable[[int], bool]:
-    """Returns a function that returns True if the run must save and stop after a step.
+    """Returns a function from a step to True if the run must save and stop after it.
 
-    Clusters send SIGTERM to announce that a machine is about to be reclaimed. With several
-    processes JAX distributes the notice, so that all stop after the same step: every process must
-    call the function after each step.
+    Clusters send SIGTERM before they reclaim a machine. JAX distributes the notice, so that all
+    processes stop after the same step: each must call the function after every step.
     """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point
@@ -112,10 +98,7 @@ def watch_for_preemption() -> Callable[[int], bool]:
 
 
 def stop_when_preempted() -> None:
-    """Makes SIGTERM end the program at once, for phases with nothing to save.
-
-    With several processes, call it only after training, which needs JAX's handler.
-    """
+    """Makes SIGTERM end the program at once (with several processes only after training)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
 
 

@@ -20,7 +20,8 @@ from xclip_jax.cli import CommandParser, InputError, one_line_errors, parse_with
 from xclip_jax.config import validate
 
 
-def _parser() -> CommandParser:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = CommandParser(prog="python -m xclip_jax.main", description=__doc__)
     add = parser.add_argument
     add("--workdir", help="folder of checkpoints, metrics and report (default runs/CONFIG_NAME)")
@@ -29,15 +30,9 @@ def _parser() -> CommandParser:
     add("--process_id", type=int, help="with --coordinator: index of this process, from 0")
     text = "compile the training step and print its memory, work and communication"
     add("--compile_only", action="store_true", help=text)
-    text = "with --compile_only: a TPU slice such as v6e:2x4 (needs the libtpu wheel)"
-    add("--topology", default="", help=text)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    add("--topology", default="", help="with --compile_only: a TPU slice, v6e:2x4 (needs libtpu)")
     with one_line_errors():
-        arguments, config, _ = parse_with_config(_parser(), argv)
+        arguments, config, _ = parse_with_config(parser, argv)
         validate(config)
         if arguments.compile_only:
             compile_only.compile_only(config, arguments.topology)

@@ -26,35 +26,30 @@ def make_optimizer(
     """Returns the learning rate schedule of new parameters and the optimizer.
 
     `bert_adam` is the optimizer of the PyTorch release, with its schedule, gradient clipping per
-    tensor besides the global one, and no bias correction.
-
-    Args:
-        c: config.optimizer.
-        total_steps: length of the schedule, at least 1.
+    tensor besides the global one, and no bias correction. `c` is config.optimizer, `total_steps`
+    (at least 1) the length of the schedule.
     """
     if c.name == "adamw":
         schedule, mask = learning_rate_schedule(c.lr, total_steps, c.warmup), decay_mask
         direction = optax.clip_by_global_norm(c.clip_norm), optax.scale_by_adam(c.b1, c.b2, c.eps)
     else:
         schedule, mask = bert_schedule(c.lr, total_steps, c.warmup), non_bias_mask
-        clipping = clip_global(c.clip_norm), clip_tensors(TENSOR_NORM)
-        direction = *clipping, scale_by_uncorrected_adam(c.b1, c.b2, c.eps)
+        direction = (
+            optax.stateless(lambda gradients, _: clip_global(gradients, c.clip_norm)),
+            optax.stateless(lambda gradients, _: clip_tensors(gradients, TENSOR_NORM)),
+            scale_by_uncorrected_adam(c.b1, c.b2, c.eps),
+        )
     optimizer = optax.chain(
         *direction,
         optax.add_decayed_weights(c.weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
         optax.masked(optax.scale(c.encoder_lr / c.lr), encoder_mask),
     )
-    if c.freeze_layers < 0:
-        return schedule, optimizer
-
-    def zero_frozen(updates: Any, _: Any) -> Any:
-        masks = trainable_mask(updates, c.freeze_layers)
-        return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
-
-    # First, so that frozen gradients do not count in the global norm; last, against weight decay.
-    freeze = optax.stateless(zero_frozen)
-    return schedule, optax.chain(freeze, optimizer, freeze)
+    if c.freeze_layers >= 0:
+        # First, so that frozen gradients do not count in the global norm; last, against decay.
+        freeze = optax.stateless(lambda updates, _: zero_frozen(updates, c.freeze_layers))
+        optimizer = optax.chain(freeze, optimizer, freeze)
+    return schedule, optimizer
 
 
 def learning_rate_schedule(peak: float, total_steps: int, warmup: float) -> optax.Schedule:
@@ -62,8 +57,7 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup: float) -> opta
 
     A `warmup` above 0 takes at least one step and leaves at least one to the cosine.
     """
-    warmup_steps = max(1, round(warmup * total_steps)) if warmup else 0
-    warmup_steps = min(warmup_steps, total_steps - 1)
+    warmup_steps = min(max(bool(warmup), round(warmup * total_steps)), total_steps - 1)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps)
 
 
@@ -83,23 +77,19 @@ def bert_schedule(peak: float, total_steps: int, warmup: float) -> optax.Schedul
     return schedule
 
 
-def clip_global(max_norm: float) -> optax.GradientTransformation:
+def clip_global(gradients: Any, max_norm: float) -> Any:
     """Clips all gradients together, as torch.nn.utils.clip_grad_norm_ does."""
-
-    def clip(gradients: Any, _: Any) -> Any:
-        return optax.tree.scale(_clip_factor(optax.tree.norm(gradients), max_norm), gradients)
-
-    return optax.stateless(clip)
+    return optax.tree.scale(_clip_factor(optax.tree.norm(gradients), max_norm), gradients)
 
 
-def clip_tensors(max_norm: float) -> optax.GradientTransformation:
+def clip_tensors(gradients: Any, max_norm: float) -> Any:
     """Clips the gradient of each PyTorch tensor by itself, with the formula of `clip_global`."""
 
     def clip(path: Any, x: Array) -> Array:
         axes = tuple(range("blocks" in _names(path), x.ndim))
         return x * _clip_factor(jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)), max_norm)
 
-    return optax.stateless(lambda gradients, _: tree_map_with_path(clip, gradients))
+    return tree_map_with_path(clip, gradients)
 
 
 def _clip_factor(norm: Array, max_norm: float) -> Array:
@@ -128,14 +118,18 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
+def zero_frozen(updates: Any, layers: int) -> Any:
+    """Sets the updates of frozen parameters to 0, see `trainable_mask`."""
+    masks = trainable_mask(updates, layers)
+    return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
+
+
 def trainable_mask(params: Any, layers: int) -> Any:
     """Returns the mask of the parameters trained with the release's freeze_layer_num = `layers`.
 
     Under `clip`, the blocks from index `layers` on, the last norms, the projections and the logit
-    scale are trained. Everything outside `clip` is trained.
-
-    Returns:
-        A tree like `params`: bool, or L x 1 x ... for arrays stacked over L blocks.
+    scale are trained. Everything outside `clip` is trained. The mask is a bool, or L x 1 x ... for
+    arrays stacked over L blocks.
     """
 
     def mask(path: Any, x: Any) -> Any:

@@ -19,12 +19,7 @@ SPLIT_SIZE = 1 << 16  # smallest number of elements of an array that is split ov
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh of data x fsdp devices.
-
-    Args:
-        data: devices along which only the batch is split; -1: as many as there are.
-        fsdp: devices along which large parameters are split too.
-        devices: devices to use; default: all.
+    """Returns a mesh of data x fsdp of the devices (by default all), see MeshConfig.
 
     Raises:
         InputError: the sizes do not fit the devices.
@@ -79,9 +74,7 @@ def summarize_split(params: Any, mesh: Mesh) -> str:
     rows.sort(key=lambda row: -row[1].size)
     total = sum(x.size for _, x, _ in rows) / 1e6
     split = sum(x.size for _, x, spec in rows if spec != PartitionSpec()) / 1e6
-    text = (
-        f"mesh: data {data} x fsdp {fsdp}, which splits {split:.1f} M of {total:.1f} M parameters"
-    )
+    text = f"mesh: data {data} x fsdp {fsdp}, which splits {split:.1f} of {total:.1f} M parameters"
     for path, x, spec in rows[:4] if fsdp > 1 else []:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         text += f"\n  {name:50}{x.shape!s:>20}  {spec}"

@@ -1,23 +1,22 @@
 """Trains a model: the loop, the pure training step, and the setup from a config."""
 
-import collections
 import dataclasses
 import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 from flax import struct
 from jax.sharding import Mesh
 
 from xclip_jax import checkpoint, distributed, sharding
+from xclip_jax.checkpoint import Manager
 from xclip_jax.cli import InputError
 from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
@@ -35,15 +34,11 @@ from xclip_jax.optimizer import make_optimizer
 from xclip_jax.retriever import Retriever
 
 PyTree = Any
-Batch = dict[str, Any]  # arrays by name, see training_batches
 
 
 @struct.dataclass
 class TrainState:
-    """The content of a checkpoint.
-
-    It has no random state, because a step depends on its number.
-    """
+    """The content of a checkpoint, without random state: a step depends on its number."""
 
     step: Any
     params: PyTree
@@ -61,8 +56,7 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     setup = Setup(config)
     model, mesh, total = setup.model, setup.mesh, setup.total_steps
     checkpoint.claim_workdir(workdir, config, setup.dataset)
-    init, step_fn = compile_training(model, setup.optimizer, config, mesh)
-    state = init()
+    state = setup.init()
     size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     print_once(
         f"{size:.2f} M parameters, {len(setup.pairs)} pairs, {total} steps of "
@@ -70,19 +64,25 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     )
     if mesh.size > 1:
         print_once(sharding.summarize_split(state.params, mesh))
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
-    if checkpoints.latest_step() is not None:
-        step, state = checkpoint.restore_checkpoint(checkpoints, state)
+    manager = checkpoint.open_checkpoints(workdir / "checkpoints")
+    if manager.latest_step() is not None:
+        step, state = checkpoint.restore_checkpoint(manager, state)
         print_once(f"resuming from step {step} of {total}")
     else:
         if config.init.clip:
-            state = _start_from_clip(state, model.config, config.init.clip)
+            params, rows = start_from_clip(state.params, model.config, config.init.clip)
+            for name, size, source in rows:
+                print_once(f"  {name:22}{size / 1e6:9.2f} M  {source}")
+            # Copies, because the step donates its buffers and two parameters may share an array.
+            copies = jax.tree.map(functools.partial(jnp.array, copy=True), params)
+            shardings = jax.tree.map(lambda x: x.sharding, state.params)
+            state = dataclasses.replace(state, params=jax.device_put(copies, shardings))
         if not total:
-            checkpoint.save_checkpoint(checkpoints, 0, state)
-    state = _run_steps(setup, step_fn, state, checkpoints, workdir)
-    step, state = checkpoint.restore_checkpoint(checkpoints, state, best=True)
+            checkpoint.save_checkpoint(manager, 0, state)
+    state = _run_steps(setup, state, manager, workdir)
+    step, state = checkpoint.restore_checkpoint(manager, state, best=True)
     params = copy_to_local_devices(state.params)
-    checkpoints.close()
+    manager.close()
     selected_on = setup.val_split if config.train.select != "last" else None
     extra = {"step": step, "selected_on": selected_on or "last step"}
     folder = workdir / "model"
@@ -90,22 +90,18 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     distributed.wait_for_all("model directory")
 
 
-def _run_steps(
-    setup: "Setup",
-    step_fn: Any,
-    state: TrainState,
-    checkpoints: ocp.CheckpointManager,
-    workdir: Path,
-) -> TrainState:
+def _run_steps(setup: "Setup", state: TrainState, manager: Manager, workdir: Path) -> TrainState:
     """Runs the remaining steps, with evaluations and checkpoints at the config's intervals."""
     config, start, total = setup.config, int(state.step), setup.total_steps
     eval_every = config.train.eval_every or setup.epoch_steps
-    batches = prefetch(itertools.islice(setup.batches(start), total - start), setup.mesh)
+    batches = itertools.islice(setup.batches(start), total - start)
     must_stop = distributed.watch_for_preemption()
     with Monitor(config, workdir, setup.schedule, range(start, total)) as monitor:
-        for step, (batch, truncated) in enumerate(batches, start + 1):
+        for step, batch in enumerate(batches, start + 1):
             monitor.profile(step)
-            state, metrics = step_fn(state, batch)
+            truncated = int(batch.pop("truncated").sum())
+            # Dispatched only: the next batch is copied to the devices while this step runs.
+            state, metrics = setup.step(state, sharding.shard_batch(batch, setup.mesh))
             monitor.log_step(step, metrics, truncated)
             stop = must_stop(step) and step < total
             validate = step % eval_every == 0 or step == total
@@ -119,58 +115,13 @@ def _run_steps(
                     by_way = retrieval_metrics(result.sim_TxV, result.text_video_T)
                     score = monitor.log_validation(step, setup.val_split, by_way)
                 score = None if config.train.select == "last" else score
-                checkpoint.save_checkpoint(checkpoints, step, state, score)
+                checkpoint.save_checkpoint(manager, step, state, score)
             if stop:
-                checkpoints.wait_until_finished()
+                manager.wait_until_finished()
                 print_once(f"preempted: saved step {step} of {total}; the same command resumes")
                 distributed.shutdown()
                 sys.exit(distributed.PREEMPTED)
     return state
-
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: XClip,
-    optimizer: optax.GradientTransformation,
-    config: RunConfig,
-    mesh: Mesh,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after one update and its metrics, as a pure function.
-
-    Args:
-        state: parameters and optimizer state.
-        batch: see training_batches; its leading axes may be split over devices, the loss compares
-            all pairs of the batch in any case.
-        model, optimizer, mesh: those of a Setup.
-        config: its sections `loss` and `train` are read.
-    """
-    (loss, accuracy), gradients = loss_and_grad(
-        model,
-        state.params,
-        batch,
-        same_video=config.loss.same_video,
-        scale=config.loss.scale or LOSS_SCALES[config.model.preset],
-        micro_batch=config.train.micro_batch,
-        block_cells=config.loss.block_cells,
-        mesh=mesh,
-    )
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = clamp_logit_scale(optax.apply_updates(state.params, updates))
-    metrics = {
-        "loss": loss,
-        "accuracy": accuracy,
-        "gradient_norm": optax.global_norm(gradients),
-        "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
-    }
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def clamp_logit_scale(params: PyTree) -> PyTree:
-    """Limits exp(logit_scale) to 100 (Radford et al., 2021, Sec. 2.5)."""
-    scale = jnp.minimum(params["clip"]["logit_scale"], math.log(100))
-    return {**params, "clip": {**params["clip"], "logit_scale": scale}}
 
 
 def compile_training(
@@ -178,47 +129,48 @@ def compile_training(
 ) -> tuple[Any, Any]:
     """Returns two jitted functions: () -> initial state, (state, batch) -> (state, metrics).
 
-    The initial state depends only on the seed. The `eval_shape` of the first function returns its
-    shapes and shardings. The second function is `train_step` and donates its state.
+    The initial state depends only on the seed, and `eval_shape` of its function returns its shapes
+    and shardings. The training step donates its state. Its `batch` is one of training_batches: the
+    loss compares all pairs, also if they are split over devices.
     """
 
     def init() -> TrainState:
         params = checkpoint.init_params(model, config.seed)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    step = functools.partial(train_step, model=model, optimizer=optimizer, config=config, mesh=mesh)
+    def train_step(
+        state: TrainState, batch: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        (loss, accuracy), gradients = loss_and_grad(
+            model,
+            state.params,
+            batch,
+            same_video=config.loss.same_video,
+            scale=config.loss.scale or LOSS_SCALES[config.model.preset],
+            micro_batch=config.train.micro_batch,
+            block_cells=config.loss.block_cells,
+            mesh=mesh,
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "gradient_norm": optax.global_norm(gradients),
+            "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
     states = sharding.state_shardings(jax.eval_shape(init), mesh)
     outputs = states, sharding.replicated(mesh)
-    jitted_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+    jitted_step = jax.jit(train_step, donate_argnums=0, out_shardings=outputs)
     return jax.jit(init, out_shardings=states), jitted_step
 
 
-def _start_from_clip(state: TrainState, model_config: ModelConfig, directory: str) -> TrainState:
-    """Returns the state with CLIP's weights and prints the source of each part."""
-    params, rows = start_from_clip(state.params, model_config, directory)
-    for name, size, source in rows:
-        print_once(f"  {name:22}{size / 1e6:9.2f} M  {source}")
-    # Copies, because the step donates its buffers and two parameters may share an array.
-    params = jax.tree.map(functools.partial(jnp.array, copy=True), params)
-    shardings = jax.tree.map(lambda x: x.sharding, state.params)
-    return dataclasses.replace(state, params=jax.device_put(params, shardings))
-
-
-def prefetch(
-    batches: Iterable[dict[str, Any]], mesh: Mesh, depth: int = 2
-) -> Iterator[tuple[Batch, int]]:
-    """Copies batches to the devices, `depth` of them in advance.
-
-    Yields:
-        (batch, number of truncated captions in this process's part of it).
-    """
-    queue = collections.deque()
-    for batch in batches:
-        truncated = int(batch.pop("truncated").sum())
-        queue.append((sharding.shard_batch(batch, mesh), truncated))
-        if len(queue) > depth:
-            yield queue.popleft()
-    yield from queue
+def clamp_logit_scale(params: PyTree) -> PyTree:
+    """Limits exp(logit_scale) to 100 (Radford et al., 2021, Sec. 2.5)."""
+    scale = jnp.minimum(params["clip"]["logit_scale"], math.log(100))
+    return {**params, "clip": {**params["clip"], "logit_scale": scale}}
 
 
 class Setup:
@@ -252,7 +204,8 @@ class Setup:
         self.epoch_steps = steps_per_epoch(self.pairs, config.train.batch_size)
         self.total_steps = config.train.epochs * self.epoch_steps
         steps = max(1, self.total_steps)
-        self.schedule, self.optimizer = make_optimizer(config.optimizer, steps)
+        self.schedule, optimizer = make_optimizer(config.optimizer, steps)
+        self.init, self.step = compile_training(self.model, optimizer, config, self.mesh)
 
     def batches(self, start_step: int) -> Iterator[dict[str, Any]]:
         """Returns endless batches of this process, see training_batches."""
@@ -271,28 +224,19 @@ class Setup:
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     """Raises InputError, with valid sizes, if batch or micro-batch cannot be split evenly."""
     size, micro, devices = config.train.batch_size, config.train.micro_batch, mesh.size
-    for field, value in (("batch_size", size), ("micro_batch", micro)):
-        if value % devices:
-            below = value // devices * devices
-            nearest = " or ".join(str(n) for n in (below, below + devices) if n)
-            raise InputError(
-                f"config.train.{field} = {value}: must be a multiple of the {devices} devices, "
-                f"for example {nearest}"
-            )
-    if micro and size % micro:
-        allowed = ", ".join(str(n) for n in range(devices, size + 1, devices) if size % n == 0)
-        raise InputError(
-            f"config.train.micro_batch = {micro}: must divide batch_size = {size} and be a "
-            f"multiple of the {devices} devices: {allowed}"
-        )
+    multiple = f"must be a multiple of the {devices} devices"
+    if size % devices:
+        below = size // devices * devices
+        nearest = " or ".join(str(n) for n in (below, below + devices) if n)
+        raise InputError(f"config.train.batch_size = {size}: {multiple}, for example {nearest}")
+    if micro and (micro % devices or size % micro):
+        sizes = ", ".join(str(n) for n in range(devices, size + 1, devices) if size % n == 0)
+        divides = f"{multiple} that divides batch_size = {size}: {sizes}"
+        raise InputError(f"config.train.micro_batch = {micro}: {divides}")
 
 
 def configure_model(fields: Any, num_tokens: int) -> ModelConfig:
-    """Returns the ModelConfig of config.model, with `num_tokens` as vocabulary size where it is 0.
-
-    Raises:
-        InputError: the tokenizer, with `num_tokens` ids, has more than the vocabulary.
-    """
+    """Returns the ModelConfig of config.model, whose vocabulary must hold `num_tokens` ids."""
     config = read_model_config(fields)
     size = config.text.vocab_size or num_tokens
     if num_tokens > size:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import re
 import signal
 import sys
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from xclip_jax.checkpoint import check_same_run, plain_fields
 from xclip_jax.cli import InputError, progress
-from xclip_jax.config import field_value, validate
+from xclip_jax.config import validate
 from xclip_jax.data.builder import Dataset
 from xclip_jax.evaluate import RANKS_FILE
 from xclip_jax.models import read_model_config
@@ -152,7 +153,7 @@ def _effective_overrides(base: Any, overrides: Mapping[str, Any], where: str) ->
         return {**plain, "model": read_model_config(plain["model"])}  # with the preset's fields
 
     changed = _apply_overrides(base, overrides, where)
-    effective = {field: field_value(changed, field) for field in overrides}
+    effective = {field: operator.attrgetter(field)(changed) for field in overrides}
     with contextlib.suppress(InputError):
         validate(changed)
         for field in overrides:
