@@ -96,14 +96,8 @@ def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
     assert a.vision.image_size == sizes["side"]
     assert shapes["clip.visual.positional_embedding"][0] == positions
     template = jax.eval_shape(lambda: init_params(XClip(a), 0))
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(template):
-        ours = jax.tree_util.keystr(path, simple=True, separator="/")
-        official = mapping.OFFICIAL[ours]
-        stacked = "{}" in official
-        layer = np.empty(leaf.shape[1:] if stacked else leaf.shape, bool)
-        for index in range(leaf.shape[0] if stacked else 1):
-            found[official.format(index)] = mapping.torch_layout(ours, layer).shape
+    params = jax.tree.map(lambda x: np.broadcast_to(False, x.shape), template)
+    found = {name: view.shape for name, view in mapping.torch_views(params).items()}
     assert found == shapes
 
 
@@ -137,7 +131,7 @@ def hugging_face(folder, tensors, shards=1, **config):
     """A Hugging Face folder of a plain CLIP's tensors."""
     folder.mkdir()
     named = {f"clip.{name}": array for name, array in tensors.items()}
-    a = importing.infer(Source("", False, named), Options(None, None, "gelu", 4, 2))
+    a = importing.infer(Source("", False, named, Options(None, None, "gelu", 4, 2)))
     description = exporting.clip_config(a, 58, 59) | config
     (folder / "config.json").write_text(json.dumps(description))
     weights = mapping.to_hugging_face(named)

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float
 from tqdm import tqdm
 
 from xclip_jax.models import XClip
-from xclip_jax.similarity import TextFeatures, VideoFeatures
+from xclip_jax.similarity import FrameMask, TextFeatures, TextMask, VideoFeatures
 
 PyTree = Any
 Tree = TypeVar("Tree")
@@ -28,13 +28,13 @@ def copy_to_local_devices(params: PyTree) -> PyTree:
     """
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
-    return jax.device_put(jax.tree.map(_gather, params), NamedSharding(mesh, PartitionSpec()))
 
+    def gather(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
 
-def _gather(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+    return jax.device_put(jax.tree.map(gather, params), NamedSharding(mesh, PartitionSpec()))
 
 
 def _split_like(tree: Tree, params: PyTree) -> Tree:
@@ -54,41 +54,28 @@ def apply_model(params: PyTree, *inputs: Any, model: XClip, method: str) -> Any:
 
 
 def encode_texts(
-    model: XClip,
-    params: PyTree,
-    ids_TxW: Int[np.ndarray, "T W"],
-    mask_TxW: Bool[np.ndarray, "T W"],
-    batch_size: int = 64,
+    model: XClip, params: PyTree, ids_TxW: np.ndarray, mask_TxW: TextMask, batch_size: int = 64
 ) -> TextFeatures:
     """Returns the features of any number of texts as NumPy arrays."""
-    return _encode(model, params, "encode_text", (ids_TxW, mask_TxW), batch_size=batch_size)
+    return _encode(model, params, "encode_text", (ids_TxW, mask_TxW), batch_size)
 
 
 def encode_videos(
-    model: XClip,
-    params: PyTree,
-    frames_VxFxSxSx3: Shaped[np.ndarray, "V F S S 3"],
-    mask_VxF: Bool[np.ndarray, "V F"],
-    batch_size: int = 64,
+    model: XClip, params: PyTree, frames: np.ndarray, mask_VxF: FrameMask, batch_size: int = 64
 ) -> VideoFeatures:
-    """Returns the features of any number of videos as NumPy arrays."""
-    inputs = frames_VxFxSxSx3, mask_VxF
-    return _encode(model, params, "encode_video", inputs, batch_size=batch_size)
+    """Returns the features of any number of videos, V x F x S x S x 3, as NumPy arrays."""
+    return _encode(model, params, "encode_video", (frames, mask_VxF), batch_size)
 
 
-def _encode(
-    model: XClip, params: PyTree, method: str, arrays: tuple[np.ndarray, ...], *, batch_size: int
-) -> Any:
-    total = len(arrays[0])
-    if not total:
+def _encode(model: XClip, params: PyTree, method: str, arrays: tuple, batch_size: int) -> Any:
+    if not (total := len(arrays[0])):
         raise ValueError("must have at least one text or video to encode")
 
     def encode_batches() -> Iterator[PyTree]:
         for start in range(0, total, batch_size):
             batch = slice_rows(arrays, start, batch_size)
             size = len(batch[0])
-            padded = _pad(batch, min(batch_size, _next_power_of_two(size)))
-            inputs = _split_like(padded, params)
+            inputs = _split_like(_pad(batch, min(batch_size, _next_power_of_two(size))), params)
             features = apply_model(params, *inputs, model=model, method=method)
             yield slice_rows(jax.tree.map(np.asarray, features), 0, size)
 
@@ -107,10 +94,8 @@ def similarity_in_blocks(
     """Returns T x V float32 logits, computed block by block on the device.
 
     Args:
-        model: the linen module.
-        params: its parameters.
-        text: NumPy features of T texts.
-        video: NumPy features of V videos.
+        model, params: the linen module and its parameters.
+        text, video: NumPy features of T texts and V videos.
         block_cells: word-frame cells of a block; 0: chosen for the device.
         bar: progress bar, advanced by the number of pairs.
     """
@@ -135,9 +120,8 @@ def plan_blocks(
     """Returns the numbers of texts and videos in a block of `similarity_in_blocks`."""
     if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
         block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
-    cells_per_pair = model.config.cells_per_pair(text.mask.shape[1], video.mask.shape[1])
-    texts, videos = block_shape(cells_per_pair, block_cells)
-    num_texts, num_videos = len(text.mask), len(video.mask)
+    (num_texts, num_words), (num_videos, num_frames) = text.mask.shape, video.mask.shape
+    texts, videos = block_shape(model.config.cells_per_pair(num_words, num_frames), block_cells)
     return min(texts, _next_power_of_two(num_texts)), min(videos, _next_power_of_two(num_videos))
 
 

@@ -5,6 +5,8 @@ blocks of CLIP's text tower, and its positions are the text positions.
 """
 
 import dataclasses
+import operator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,62 +44,49 @@ def start_from_clip(
     """
     _, model, source, _ = load_model(model_folder(directory))
     _check_sizes(config, model.config, directory)
-    clip = source["clip"]
-    visual, visual_source = clip["visual"], "CLIP"
-    clip_side, side = model.config.vision.image_size, config.vision.image_size
-    if clip_side != side:
-        grid = side // config.vision.patch_size
-        visual = {**visual, "positions": interpolate_positions(visual["positions"], grid)}
-        visual_source = f"CLIP, positions interpolated from {clip_side} to {side} pixels"
-    result = {**params, "clip": {**clip, "visual": visual}}
-    rows = [
-        ("clip/visual", visual, visual_source),
-        ("clip/textual", clip["textual"], "CLIP"),
-        ("clip/logit_scale", clip["logit_scale"], "CLIP"),
-    ]
+    clip, sources = dict(source["clip"]), dict.fromkeys(source["clip"], "CLIP")
+    former, side = model.config.vision.image_size, config.vision.image_size
+    if former != side:
+        positions = clip["visual"]["positions"]
+        resized = interpolate_positions(positions, side // config.vision.patch_size)
+        clip["visual"] = {**clip["visual"], "positions": resized}
+        sources["visual"] += f", positions interpolated from {former} to {side} pixels"
+    result = {**params, "clip": clip}
+    parts = [(f"clip/{name}", clip[name], sources[name]) for name in clip]
     for name in params.keys() - {"clip"}:
         result[name], text = _take_text_blocks(params[name], clip["textual"])
-        rows.append((name, result[name], "identity" if name == "aggregation_matrices" else text))
-    return result, [(name, sum(map(jnp.size, jax.tree.leaves(x))), text) for name, x, text in rows]
+        text = "identity" if name == "aggregation_matrices" else text
+        parts.append((name, result[name], text))
+    return result, [(name, sum(map(jnp.size, jax.tree.leaves(x))), text) for name, x, text in parts]
 
 
 def how_to_convert(directory: str, patch_size: int) -> str:
     """Returns instructions for downloading CLIP and converting it to a model directory."""
-    file = _FILES.get(patch_size)
-    files = (
-        f"{_OPENAI}/{file} and {_VOCABULARY}" if file else "a CLIP checkpoint and its vocabulary"
-    )
-    name, vocabulary = (file or "CHECKPOINT").split("/")[-1], _VOCABULARY.split("/")[-1]
+    file = _FILES.get(patch_size, "CHECKPOINT")
+    files = "a CLIP checkpoint and its vocabulary"
+    files = f"{_OPENAI}/{file} and {_VOCABULARY}" if patch_size in _FILES else files
     return (
-        f"download {files}, then run python -m xclip_jax.convert --input={name} "
-        f"--output={directory} --vocab={vocabulary}"
+        f"download {files}, then run python -m xclip_jax.convert --input={Path(file).name} "
+        f"--output={directory} --vocab={Path(_VOCABULARY).name}"
     )
 
 
 def _check_sizes(config: ModelConfig, clip: ModelConfig, directory: str) -> None:
-    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(clip)
-    fields = [("vision", name) for name in ("patch_size", "width", "layers", "heads")]
-    fields += [("text", name) for name in theirs["text"]]
-    values = {f"{tower}.{k}": (ours[tower][k], theirs[tower][k]) for tower, k in fields}
-    values |= {name: (ours[name], theirs[name]) for name in ("embed_dim", "activation")}
-    problems = [
-        f"config.model.{k} = {a!r}: must be {b!r}" for k, (a, b) in values.items() if a != b
-    ]
+    fields = [f"vision.{name}" for name in ("patch_size", "width", "layers", "heads")]
+    fields += [f"text.{field.name}" for field in dataclasses.fields(clip.text)]
+    problems = []
+    for field in [*fields, "embed_dim", "activation"]:
+        ours, theirs = map(operator.attrgetter(field), (config, clip))
+        if ours != theirs:
+            problems.append(f"config.model.{field} = {ours!r}: must be {theirs!r}")
     if problems:
         raise InputError(f"config.init.clip = {directory}: {'; '.join(problems)}")
 
 
 def interpolate_positions(positions_LxE: Shaped[Any, "L E"], grid: int) -> Float[Array, "M E"]:
-    """Interpolates position embeddings of a class token and a square of patches.
+    """Interpolates the positions of a class token and a square of patches to grid x grid patches.
 
     Bicubic, as usual for a ViT at another resolution (Dosovitskiy et al., 2021, Sec. 3.2).
-
-    Args:
-        positions_LxE: the class token's position, then those of a square of patches.
-        grid: side of the new square, in patches.
-
-    Returns:
-        1 + grid^2 positions.
     """
     token, patches = positions_LxE[:1], positions_LxE[1:]
     side = round(len(patches) ** 0.5)
@@ -113,7 +102,7 @@ def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
         return fresh, "random"
     layers = len(jax.tree.leaves(blocks)[0])
     first = jax.tree.map(lambda x: x[:layers], textual["encoder"]["blocks"])
-    if not all(jax.tree.leaves(jax.tree.map(lambda a, b: a.shape == b.shape, blocks, first))):
+    if jax.tree.map(jnp.shape, blocks) != jax.tree.map(jnp.shape, first):
         return fresh, "random: CLIP's text tower has blocks of another size, or fewer"
     result = {**fresh, "encoder": {"blocks": first}}
     source = f"the first {layers} blocks of CLIP's text tower"

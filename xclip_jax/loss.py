@@ -15,6 +15,7 @@ from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
 
 LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
 BLOCK_CELLS = 1 << 26  # word-frame cells a device holds at once: 256 MiB per tensor
+Batch = dict[str, AnyArray]
 Features = tuple[Array, Array, Array, Array]  # sentences, words, videos, frames
 
 
@@ -45,35 +46,28 @@ def contrastive_loss(
 def loss_and_grad(
     model: XClip,
     params: Any,
-    batch: dict[str, AnyArray],
+    batch: Batch,
     *,
-    same_video: Literal["negative", "ignore"] = "negative",
-    scale: float = 1.0,
     micro_batch: int = 0,
-    block_cells: int = 0,
     mesh: Mesh | None = None,
+    **options: Any,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Any]:
     """Returns ((loss, accuracy), gradient) of a batch.
-
-    Accuracy is the fraction of texts whose most similar video in the batch is their own.
 
     Args:
         model: the linen module.
         params: its parameters.
         batch: see xclip_jax.data.pipeline; its leading axes may be split over devices.
-        same_video: `ignore` leaves two captions of a video out of each other's denominator.
-        scale: factor of Eq. 17.
         micro_batch: pairs encoded at once, over all devices (gradient caching, Gao et al., 2021,
             https://arxiv.org/abs/2101.06983); 0: all.
-        block_cells: word-frame cells a device holds at once; 0: BLOCK_CELLS.
         mesh: the device mesh; None: one device.
+        **options: of `loss_of_features`.
     """
     params = constrain(params, mesh and replicated(mesh))
     inputs = {name: batch[name] for name in ("ids", "text_mask", "frames", "frame_mask")}
     encode = functools.partial(encode_batch, model)
 
     def compare(params: Any, features: Features) -> tuple[Array, Array]:
-        options = {"same_video": same_video, "scale": scale, "block_cells": block_cells}
         return loss_of_features(model, params, features, batch, mesh=mesh, **options)
 
     if micro_batch in (0, len(batch["ids"])):
@@ -84,13 +78,10 @@ def loss_and_grad(
     parts = jax.tree.map(lambda x: _split(x, micro_batch, mesh), inputs)
     parts_of_features = jax.lax.map(functools.partial(encode, params), parts)
     features = jax.tree.map(lambda x: _join(x, mesh), parts_of_features)
-    result, (by_params, by_features) = jax.value_and_grad(compare, argnums=(0, 1), has_aux=True)(
-        params, features
-    )
+    differentiate = jax.value_and_grad(compare, argnums=(0, 1), has_aux=True)
+    result, (by_params, by_features) = differentiate(params, features)
 
-    def add_part(
-        total: Any, part: tuple[dict[str, AnyArray], tuple[Array, ...]]
-    ) -> tuple[Any, None]:
+    def add_part(total: Any, part: tuple[Batch, Features]) -> tuple[Any, None]:
         inputs, cotangents = part
         _, pull_back = jax.vjp(lambda p: encode(p, inputs), params)
         return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
@@ -99,7 +90,7 @@ def loss_and_grad(
     return result, jax.lax.scan(add_part, by_params, (parts, cotangents))[0]
 
 
-def encode_batch(model: XClip, params: Any, batch: dict[str, AnyArray]) -> Features:
+def encode_batch(model: XClip, params: Any, batch: Batch) -> Features:
     """Returns sentences, words, videos and frames of a batch: the features that have a gradient."""
     apply: Any = functools.partial(model.apply, {"params": params})
     text = apply(batch["ids"], batch["text_mask"], method="encode_text")
@@ -111,68 +102,57 @@ def loss_of_features(
     model: XClip,
     params: Any,
     features: Features,
-    batch: dict[str, AnyArray],
+    batch: Batch,
     *,
     same_video: Literal["negative", "ignore"] = "negative",
     scale: float = 1.0,
     block_cells: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (loss, accuracy) of encoded pairs, with arguments as for `loss_and_grad`."""
-    sentence, words, video, frames = features
-    text = TextFeatures(sentence, words, batch["text_mask"])
-    video = VideoFeatures(video, frames, batch["frame_mask"])
-    sim_TxV = _similarity_in_blocks(model, params, text, video, block_cells=block_cells, mesh=mesh)
+    """Returns (loss, accuracy) of encoded pairs.
+
+    Accuracy is the fraction of texts whose most similar video in the batch is their own.
+
+    Args:
+        model, params, batch, mesh: as for `loss_and_grad`.
+        features: output of `encode_batch`.
+        same_video: `ignore` leaves two captions of a video out of each other's denominator.
+        scale: factor of Eq. 17.
+        block_cells: word-frame cells a device holds at once; 0: BLOCK_CELLS.
+    """
+    text = TextFeatures(*features[:2], batch["text_mask"])
+    video = VideoFeatures(*features[2:], batch["frame_mask"])
+    compare: Any = functools.partial(model.apply, {"params": params}, method="similarity")
+    num_texts, num_words = text.mask.shape
+    num_videos, num_frames = video.mask.shape
+    cells_per_text = model.config.cells_per_pair(num_words, num_frames) * num_videos
+    cells_per_text //= mesh.size if mesh else 1  # on each device
+    limit = max(1, (block_cells or BLOCK_CELLS) // cells_per_text)
+    rows = max(n for n in range(1, num_texts + 1) if num_texts % n == 0 and n <= limit)
+    if rows == num_texts:
+        sim_TxV = compare(text, video)
+    else:  # in blocks of texts
+        text = constrain(text, mesh and replicated(mesh))
+        blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), text)
+        compare_block = jax.checkpoint(lambda block: compare(block, video))
+        sim_TxV = jax.lax.map(compare_block, blocks).reshape(num_texts, num_videos)
     correct = batch["video"][jnp.argmax(sim_TxV, 1)] == batch["video"]
     video_B = batch["video"] if same_video == "ignore" else None
     return contrastive_loss(sim_TxV, video_B, scale=scale), jnp.mean(correct)
 
 
-def _similarity_in_blocks(
-    model: XClip,
-    params: Any,
-    text: TextFeatures,
-    video: VideoFeatures,
-    *,
-    block_cells: int,
-    mesh: Mesh | None,
-) -> Float[Array, "T V"]:
-    """Returns logits, computed in blocks of texts if a device would hold too many cells."""
-    apply: Any = functools.partial(model.apply, {"params": params}, method="similarity")
-
-    def compare(block: TextFeatures) -> Array:
-        return apply(block, video)
-
-    num_texts, num_words = text.mask.shape
-    num_videos, num_frames = video.mask.shape
-    cells_per_text = model.config.cells_per_pair(num_words, num_frames) * num_videos
-    limit = max(1, (block_cells or BLOCK_CELLS) // (cells_per_text // _num_devices(mesh)))
-    rows = max(n for n in range(1, num_texts + 1) if num_texts % n == 0 and n <= limit)
-    if rows == num_texts:
-        return compare(text)
-    text = constrain(text, mesh and replicated(mesh))
-    blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), text)
-    sim_TxV = jax.lax.map(jax.checkpoint(compare), blocks)
-    return sim_TxV.reshape(num_texts, num_videos)
-
-
-def _num_devices(mesh: Mesh | None) -> int:
-    return mesh.size if mesh else 1
-
-
 def _split(x: Array, micro_batch: int, mesh: Mesh | None) -> Array:
     """Reshapes B x ... to micro-batches x pairs x ..., splitting each device's shard locally."""
-    count = len(x) // micro_batch
-    x = x.reshape(_num_devices(mesh), count, -1, *x.shape[1:]).swapaxes(0, 1)
+    count, devices = len(x) // micro_batch, mesh.size if mesh else 1
+    x = x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1)
     return _split_over_devices(x.reshape(count, micro_batch, *x.shape[3:]), 1, mesh)
 
 
 def _join(x: Array, mesh: Mesh | None) -> Array:
     """Inverts `_split`."""
-    x = x.reshape(len(x), _num_devices(mesh), -1, *x.shape[2:]).swapaxes(0, 1)
+    x = x.reshape(len(x), mesh.size if mesh else 1, -1, *x.shape[2:]).swapaxes(0, 1)
     return _split_over_devices(x.reshape(-1, *x.shape[3:]), 0, mesh)
 
 
 def _split_over_devices(x: Array, axis: int, mesh: Mesh | None) -> Array:
-    spec = PartitionSpec(*[None] * axis, AXES)
-    return constrain(x, mesh and NamedSharding(mesh, spec))
+    return constrain(x, mesh and NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES)))

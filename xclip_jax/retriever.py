@@ -2,22 +2,18 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from xclip_jax import inference
 from xclip_jax.checkpoint import load_model, model_folder
 from xclip_jax.cli import InputError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.text import Tokenizer
 from xclip_jax.data.video import VideoError, preprocess, read_frames
-from xclip_jax.inference import (
-    concatenate_features,
-    encode_texts,
-    encode_videos,
-    similarity_in_blocks,
-)
 from xclip_jax.models import XClip
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
@@ -33,20 +29,14 @@ class Match(NamedTuple):
     score: float
 
 
+@dataclass(eq=False, repr=False)
 class Retriever:
-    """A video-text model that encodes texts and videos and compares them.
+    """A video-text model that encodes texts and videos and compares them."""
 
-    Attributes:
-        config: the content of model.json.
-        model: the linen module.
-        params: its parameters.
-        tokenizer: turns texts into ids and a mask; None if the model directory has none.
-    """
-
-    def __init__(
-        self, config: dict[str, Any], model: XClip, params: Any, tokenizer: Tokenizer | None = None
-    ) -> None:
-        self.config, self.model, self.params, self.tokenizer = config, model, params, tokenizer
+    config: dict[str, Any]  # the content of model.json
+    model: XClip  # the linen module
+    params: Any
+    tokenizer: Tokenizer | None = None
 
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer, or raises InputError if there is none."""
@@ -58,10 +48,7 @@ class Retriever:
         return self.tokenizer
 
     def encode_text(self, texts: Sequence[str]) -> TextFeatures:
-        """Encodes T texts.
-
-        Args:
-            texts: at least one text; longer ones than max_words tokens are truncated.
+        """Encodes at least one text, truncated to max_words tokens.
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) sentence T x D
@@ -74,15 +61,14 @@ class Retriever:
         texts = [] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("encode_text: texts must be a list of at least one str")
-        return encode_texts(self.model, self.params, *tokenizer(texts))
+        return inference.encode_texts(self.model, self.params, *tokenizer(texts))
 
     def encode_video(self, videos: Sequence[Video]) -> VideoFeatures:
-        """Encodes V videos.
+        """Encodes V videos, of each at most max_frames uniformly spaced frames.
 
         Args:
             videos: paths, or frames as arrays F x H x W x 3: uint8 RGB of any size, or float,
-                normalised, of the model's image size. Of more than max_frames frames, max_frames
-                uniformly spaced ones are used.
+                normalised, of the model's image size.
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) video V x D and
@@ -100,9 +86,10 @@ class Retriever:
                 frames, masks = zip(*map(self._read, videos[start : start + _BATCH]), strict=True)
                 if len({array.dtype for array in frames}) > 1:
                     raise InputError("encode_video: arrays must be all uint8 or all float")
-                yield encode_videos(self.model, self.params, np.stack(frames), np.stack(masks))
+                inputs = np.stack(frames), np.stack(masks)
+                yield inference.encode_videos(self.model, self.params, *inputs)
 
-        return concatenate_features(encode_batches(), len(videos))
+        return inference.concatenate_features(encode_batches(), len(videos))
 
     def similarity(self, text: TextFeatures, video: VideoFeatures) -> Float[np.ndarray, "T V"]:
         """Returns T x V float32 logits: cosine-like similarities (Eq. 14) times exp(logit_scale).
@@ -113,33 +100,23 @@ class Retriever:
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
-        return similarity_in_blocks(self.model, self.params, text, video)
+        return inference.similarity_in_blocks(self.model, self.params, text, video)
 
     def search(
         self, query: str, videos: Sequence[Video] | VideoFeatures, k: int = 5
     ) -> list[Match]:
-        """Returns the k videos most similar to a text, in descending order of score.
+        """Returns the k videos most similar to a text, or all, in descending order of score.
 
-        Args:
-            query: the text.
-            videos: videos as for `encode_video`, or its result.
-            k: number of matches; all videos if there are fewer.
-
-        Returns:
-            Matches (index, video, score); `video` is None if features were passed.
+        `videos` are as for `encode_video`, or its result: then the matches have no `video`.
 
         Raises:
-            InputError: `query` is not a str, `k` is not an integer of at least 0, or as in
-                `encode_video`.
+            InputError: `query` is not a str, `k` is below 0, or as in `encode_video`.
         """
-        if not isinstance(query, str) or not isinstance(k, int) or k < 0:
-            raise InputError(
-                f"search: {query!r}, k = {k!r}: must be a str and an int of at least 0"
-            )
-        if isinstance(videos, VideoFeatures):
-            features, sources = videos, [None] * len(videos.mask)
-        else:
-            features, sources = self.encode_video(videos), videos
+        if not isinstance(query, str) or k < 0:
+            raise InputError(f"search: {query!r}, k = {k}: must be a str and at least 0")
+        encoded = isinstance(videos, VideoFeatures)
+        features = videos if encoded else self.encode_video(videos)
+        sources = [None] * len(features.mask) if encoded else videos
         scores_V = self.similarity(self.encode_text([query]), features)[0]
         order = np.argsort(-scores_V, kind="stable")[:k]
         return [Match(int(v), sources[v], float(scores_V[v])) for v in order]
@@ -155,9 +132,8 @@ class Retriever:
         else:
             images = np.asarray(video)
             if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-                raise InputError(
-                    f"frames of shape {images.shape}: must be F x H x W x 3 without zero sizes"
-                )
+                allowed = "must be F x H x W x 3 without zero sizes"
+                raise InputError(f"frames of shape {images.shape}: {allowed}")
             if not np.isfinite(images).all():
                 raise InputError("float frames contain NaN or infinite values")
             if images.dtype != np.uint8 and images.shape[1:3] != (side, side):

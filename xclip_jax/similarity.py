@@ -17,13 +17,18 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 AnyArray = jax.Array | np.ndarray
+TextMask = Bool[AnyArray, "T W"]  # True = a real token; of AOSM: takes part
+FrameMask = Bool[AnyArray, "V F"]
+Logits = Float[Array, "T V"]
+Scores = Float[Array, "..."]
+Mask = Bool[AnyArray, "..."]  # broadcastable to the scores, True = takes part
 Granularity = Literal["video_sentence", "video_word", "frame_sentence", "frame_word"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # Table 7, named outer-inner: the inner operation reduces the matrix to a vector, the outer one the
 # vector to a scalar.
 Aggregation = Literal["attention", "max-max", "mean-mean", "mean-max", "max-mean"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
-Operation = Literal["attention", "max", "mean"]
+Matrix = Float[AnyArray, "N N"]
 Matrices = Mapping[str, AnyArray]  # see xclip_jax.models.heads.AggregationMatrices
 _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays finite
 
@@ -31,38 +36,26 @@ _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays f
 @no_type_check  # JAX also builds it from placeholders that are not arrays
 @struct.dataclass
 class TextFeatures:
-    """Features of T texts, L2-normalised.
+    """Features of T texts, L2-normalised."""
 
-    Attributes:
-        sentence: T x D.
-        words: T x W x D, one vector per position, padding included.
-        mask: T x W bool, True from the start token to the end token, both included.
-    """
-
-    sentence: AnyArray
-    words: AnyArray
-    mask: AnyArray
+    sentence: AnyArray  # T x D
+    words: AnyArray  # T x W x D, one vector per position, padding included
+    mask: AnyArray  # T x W bool, True from the start token to the end token, both included
 
 
 @no_type_check
 @struct.dataclass
 class VideoFeatures:
-    """Features of V videos, L2-normalised.
+    """Features of V videos, L2-normalised."""
 
-    Attributes:
-        video: V x D.
-        frames: V x F x D.
-        mask: V x F bool, True = a real frame.
-    """
-
-    video: AnyArray
-    frames: AnyArray
-    mask: AnyArray
+    video: AnyArray  # V x D
+    frames: AnyArray  # V x F x D
+    mask: AnyArray  # V x F bool, True = a real frame
 
 
 def aosm_words(
-    mask_TxW: Bool[AnyArray, "T W"], *, special_tokens: bool = False, padding: bool = False
-) -> Bool[Array, "T W"]:
+    mask_TxW: TextMask, *, special_tokens: bool = False, padding: bool = False
+) -> TextMask:
     """Returns a mask of the positions that take part in AOSM as words, True = takes part.
 
     Args:
@@ -70,35 +63,25 @@ def aosm_words(
         special_tokens: include the start and end tokens; the paper uses words only (Sec. 3.1).
         padding: include padded positions, as the PyTorch release does.
     """
-    mask_TxW = jnp.asarray(mask_TxW)
-    words_TxW = mask_TxW
+    words_TxW = mask_TxW = jnp.asarray(mask_TxW)
     if not special_tokens:
         has_successor = jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
         words_TxW = (mask_TxW & has_successor).at[:, 0].set(False)
     return words_TxW | ~mask_TxW if padding else words_TxW
 
 
-def aosm_frames(mask_VxF: Bool[AnyArray, "V F"], *, padding: bool = False) -> Bool[Array, "V F"]:
+def aosm_frames(mask_VxF: FrameMask, *, padding: bool = False) -> FrameMask:
     """Returns a mask of the frames that take part in AOSM, True = takes part."""
     mask_VxF = jnp.asarray(mask_VxF)
     return jnp.ones_like(mask_VxF) if padding else mask_VxF
 
 
 def compute_weights(
-    scores: Float[Array, "*S"],
-    mask: Bool[Array, "..."],
-    axis: int,
-    tau: float,
-    matrix: Float[AnyArray, "N N"] | None = None,
-) -> Float[Array, "*S"]:
+    scores: Scores, mask: Mask, axis: int, tau: float, matrix: Matrix | None = None
+) -> Scores:
     """Returns the attention weights softmax(scores / tau) along `axis` (Eq. 7), 0 where masked.
 
-    Args:
-        scores: cosine similarities.
-        mask: broadcastable to `scores`, True = takes part.
-        axis: of length N.
-        tau: temperature.
-        matrix: multiplied with the weights along `axis`, as in the PyTorch release.
+    A learned `matrix` is multiplied with the weights along `axis`, as in the PyTorch release.
     """
     scores = jnp.where(mask, scores, _MASKED)
     exps = jnp.exp((scores - jnp.max(scores, axis, keepdims=True)) / tau)
@@ -114,47 +97,33 @@ def compute_weights(
 # On CPU, automatic differentiation takes 2.7 times as long as the gradient below and twice the
 # memory, or minutes to compile if the sum is unrolled.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def attend(
-    scores: Float[Array, "..."], mask: Bool[Array, "..."], axis: int, tau: float
-) -> Float[Array, "..."]:
+def attend(scores: Scores, mask: Mask, axis: int, tau: float) -> Scores:
     """Returns sum_i softmax(s / tau)_i s_i (Eq. 7, 8) along `axis`, 0 if all is masked."""
 
     def reduce(scores: Array, mask: Array) -> Array:
         return jnp.sum(compute_weights(scores, mask, axis, tau) * scores, axis)
 
-    unrolled = functools.partial(_attend_unrolled, axis=axis, tau=tau)
-    return jax.lax.platform_dependent(scores, mask, cpu=unrolled, default=reduce)
+    # XLA compiles one term per position to one vectorised loop, which is three times as fast as
+    # reductions on CPU. For other devices, compilation would take minutes.
+    def unroll(scores: Array, mask: Array) -> Array:
+        cells = list(zip(jnp.unstack(scores, axis=axis), jnp.unstack(mask, axis=axis), strict=True))
+        peak = functools.reduce(jnp.maximum, [jnp.where(real, s, _MASKED) for s, real in cells])
+        total = weighted = 0.0
+        for s, real in cells:
+            exps = jnp.where(real, jnp.exp((s - peak) / tau), 0)
+            total, weighted = total + exps, weighted + exps * s
+        return weighted / jnp.where(total > 0, total, 1)
+
+    return jax.lax.platform_dependent(scores, mask, cpu=unroll, default=reduce)
 
 
-def _attend_unrolled(scores: Array, mask: Array, axis: int, tau: float) -> Array:
-    """Computes `attend` with one term per position.
-
-    XLA compiles it to one vectorised loop, which is three times as fast as reductions on CPU. For
-    other devices, compilation would take minutes.
-    """
-    cells = list(zip(jnp.unstack(scores, axis=axis), jnp.unstack(mask, axis=axis), strict=True))
-    peak = functools.reduce(jnp.maximum, [jnp.where(real, s, _MASKED) for s, real in cells])
-    total = weighted = 0.0
-    for s, real in cells:
-        exps = jnp.where(real, jnp.exp((s - peak) / tau), 0)
-        total, weighted = total + exps, weighted + exps * s
-    return weighted / jnp.where(total > 0, total, 1)
-
-
-def _attend_forward(
-    scores: Array, mask: Array, axis: int, tau: float
-) -> tuple[Array, tuple[Array, Array, Array]]:
+def _attend_forward(scores: Array, mask: Array, axis: int, tau: float) -> tuple[Array, Any]:
     result: Any = attend(scores, mask, axis, tau)
     return result, (scores, mask, result)
 
 
-def _attend_backward(
-    axis: int, tau: float, residuals: tuple[Array, Array, Array], gradient: Array
-) -> tuple[Array, None]:
-    """Returns the gradient of `attend`.
-
-    With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau).
-    """
+def _attend_backward(axis: int, tau: float, residuals: Any, gradient: Array) -> tuple[Array, None]:
+    # With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau).
     scores, mask, result = residuals
     slope = 1 + (scores - jnp.expand_dims(result, axis)) / tau
     weights = compute_weights(scores, mask, axis, tau)
@@ -165,18 +134,18 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def aggregate(
-    scores: Float[Array, "..."],
-    mask: Bool[Array, "..."],
+    scores: Scores,
+    mask: Mask,
     axis: int,
     *,
-    operation: Operation,
+    operation: Literal["attention", "max", "mean"],
     tau: float,
-    matrix: Float[AnyArray, "N N"] | None = None,
-) -> Float[Array, "..."]:
+    matrix: Matrix | None = None,
+) -> Scores:
     """Returns scores reduced along `axis`, over the positions where `mask` is True.
 
     `attention` is AOSM, `max` and `mean` are the alternatives in Table 7. Where everything is
-    masked the result and its gradient are 0. For the other arguments see `compute_weights`.
+    masked the result and its gradient are 0. `tau` and `matrix`: as in `compute_weights`.
     """
     if operation == "attention" and matrix is not None:
         return jnp.sum(compute_weights(scores, mask, axis, tau, matrix) * scores, axis)
@@ -197,14 +166,13 @@ def aggregate_matrix(
     aggregation: Aggregation,
     tau: float,
     matrices: Matrices | None = None,
-) -> Float[Array, "T V"]:
+) -> Logits:
     """Returns the word-frame similarities (Eq. 9-13): both orders of reduction, averaged."""
     outer, inner = _operations(aggregation)
     words, frames = words_WxT[:, :, None, None], frames_FxV[None, None]
-    learned = (matrices or {}).get
 
-    def reduce(scores: Array, mask: Array, axis: int, operation: Operation, name: str) -> Array:
-        matrix = learned(f"frame_word_{name}")
+    def reduce(scores: Array, mask: Array, axis: int, operation: Any, name: str) -> Array:
+        matrix = (matrices or {}).get(f"frame_word_{name}")
         return aggregate(scores, mask, axis, operation=operation, tau=tau, matrix=matrix)
 
     by_word_WxTxV = reduce(scores_WxTxFxV, frames, 2, inner, "frames")  # Eq. 9
@@ -226,21 +194,18 @@ def granular_similarity(
     granularities: tuple[Granularity, ...] = GRANULARITIES,
     aggregation: Aggregation = "attention",
     tau: float = 0.01,
-    words_TxW: Bool[AnyArray, "T W"] | None = None,
-    frames_VxF: Bool[AnyArray, "V F"] | None = None,
+    words_TxW: TextMask | None = None,
+    frames_VxF: FrameMask | None = None,
     matrices: Matrices | None = None,
-) -> dict[Granularity, Float[Array, "T V"]]:
+) -> dict[Granularity, Logits]:
     """Returns the similarities of T texts with V videos at each of `granularities`.
 
     A vector of scores is reduced with the outer operation of `aggregation`, which the paper's
     Table 7 leaves open. Granularities that are not listed are not computed.
 
     Args:
-        text: features of T texts.
-        video: features of V videos.
-        granularities: some of GRANULARITIES.
-        aggregation: one of AGGREGATIONS.
-        tau: temperature of the attention, > 0.
+        text, video: the features.
+        granularities, aggregation, tau: as in ModelConfig.
         words_TxW: words that take part in AOSM; default: the word tokens.
         frames_VxF: frames that take part in AOSM; default: the real frames.
         matrices: the PyTorch release's learned matrices.
@@ -251,30 +216,30 @@ def granular_similarity(
     words_WxT = jnp.asarray(aosm_words(text.mask) if words_TxW is None else words_TxW).T
     frames_FxV = jnp.asarray(aosm_frames(video.mask) if frames_VxF is None else frames_VxF).T
     matrices = matrices or {}
-    reduce = functools.partial(aggregate, operation=_operations(aggregation)[0], tau=tau)
+    outer, _ = _operations(aggregation)
+    similarities: dict[Granularity, Array] = {}
 
-    def transform(name: str, x: AnyArray) -> AnyArray:
-        return x if name not in matrices else _dot("...d,de->...e", x, matrices[name])
+    def reduce(name: Granularity, scores: Array, mask: Array, axis: int) -> None:
+        options = {"operation": outer, "tau": tau, "matrix": matrices.get(name)}
+        similarities[name] = aggregate(scores, mask, axis, **options)
 
-    def video_sentence() -> Array:  # Eq. 3
-        return _dot("td,vd->tv", transform("video_sentence", text.sentence), video.video)
-
-    def video_word() -> Array:  # Eq. 4, 8
+    if "video_sentence" in granularities:  # Eq. 3
+        sentence_TxD = _transform(text.sentence, matrices.get("video_sentence"))
+        similarities["video_sentence"] = _dot("td,vd->tv", sentence_TxD, video.video)
+    if "video_word" in granularities:  # Eq. 4, 8
         scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
-        return reduce(scores_WxTxV, words_WxT[:, :, None], 0, matrix=matrices.get("video_word"))
-
-    def frame_sentence() -> Array:  # Eq. 5, 8
+        reduce("video_word", scores_WxTxV, words_WxT[:, :, None], 0)
+    if "frame_sentence" in granularities:  # Eq. 5, 8
         scores_TxFxV = _dot("td,vfd->tfv", text.sentence, video.frames)
-        return reduce(scores_TxFxV, frames_FxV[None], 1, matrix=matrices.get("frame_sentence"))
-
-    def frame_word() -> Array:  # Eq. 6, 9-13
-        scores_WxTxFxV = _dot("twd,vfd->wtfv", transform("frame_word", text.words), video.frames)
+        reduce("frame_sentence", scores_TxFxV, frames_FxV[None], 1)
+    if "frame_word" in granularities:  # Eq. 6, 9-13
+        words_TxWxD = _transform(text.words, matrices.get("frame_word"))
+        scores_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
         options = {"aggregation": aggregation, "tau": tau, "matrices": matrices}
-        return aggregate_matrix(scores_WxTxFxV, words_WxT, frames_FxV, **options)
-
-    functions = (video_sentence, video_word, frame_sentence, frame_word)
-    computed = dict(zip(GRANULARITIES, functions, strict=True))
-    return {name: computed[name]() for name in GRANULARITIES if name in granularities}
+        similarities["frame_word"] = aggregate_matrix(
+            scores_WxTxFxV, words_WxT, frames_FxV, **options
+        )
+    return similarities
 
 
 def word_frame_attention(
@@ -288,32 +253,27 @@ def word_frame_attention(
 ) -> Float[Array, "W F"]:
     """Returns the weight of each word-frame cell of one pair in AOSM (Eq. 9-13).
 
-    The sum of weights x scores is the pair's word-frame similarity.
-
-    Args:
-        words_WxD: normalised words of one text.
-        frames_FxD: normalised frames of one video.
-        words_W: True = takes part.
-        frames_F: True = takes part.
-        tau: temperature.
-        matrices: the PyTorch release's learned matrices.
-
-    Returns:
-        Weights in [0, 1] that sum to 1, unless there are learned matrices.
+    The sum of weights x scores is the pair's word-frame similarity. Weights are in [0, 1] and sum
+    to 1, unless there are learned matrices. In the masks of words and frames, True = takes part.
     """
     learned = (matrices or {}).get
-    transform = learned("frame_word")
-    if transform is not None:
-        words_WxD = _dot("wd,de->we", words_WxD, transform)
-    scores_WxF = _dot("wd,fd->wf", words_WxD, frames_FxD)
     words, frames = jnp.asarray(words_W)[:, None], jnp.asarray(frames_F)[None]
-    in_word_WxF = compute_weights(scores_WxF, frames, 1, tau, learned("frame_word_frames"))
-    in_frame_WxF = compute_weights(scores_WxF, words, 0, tau, learned("frame_word_words"))
+    scores_WxF = _dot("wd,fd->wf", _transform(words_WxD, learned("frame_word")), frames_FxD)
+
+    def weigh(scores: Array, mask: Array, axis: int, name: str) -> Array:
+        return compute_weights(scores, mask, axis, tau, learned(f"frame_word_{name}"))
+
+    in_word_WxF = weigh(scores_WxF, frames, 1, "frames")
+    in_frame_WxF = weigh(scores_WxF, words, 0, "words")
     by_word_Wx1 = jnp.sum(in_word_WxF * scores_WxF, 1, keepdims=True)
     by_frame_1xF = jnp.sum(in_frame_WxF * scores_WxF, 0, keepdims=True)
-    over_words_Wx1 = compute_weights(by_word_Wx1, words, 0, tau, learned("frame_word_words_2"))
-    over_frames_1xF = compute_weights(by_frame_1xF, frames, 1, tau, learned("frame_word_frames_2"))
+    over_words_Wx1 = weigh(by_word_Wx1, words, 0, "words_2")
+    over_frames_1xF = weigh(by_frame_1xF, frames, 1, "frames_2")
     return (over_words_Wx1 * in_word_WxF + over_frames_1xF * in_frame_WxF) / 2
+
+
+def _transform(x: AnyArray, matrix: AnyArray | None) -> AnyArray:
+    return x if matrix is None else _dot("...d,de->...e", x, matrix)
 
 
 def _dot(equation: str, a: AnyArray, b: AnyArray) -> Array:

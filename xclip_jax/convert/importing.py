@@ -4,9 +4,9 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -62,17 +62,13 @@ class Options:
             raise InputError("--crop_matrices requires --max_words or --max_frames")
 
 
-@dataclass
-class Source:
+class Source(NamedTuple):
     """A checkpoint as it was read, before its architecture is inferred."""
 
     kind: str  # a description to print
     official: bool  # True for X-CLIP and CLIP4Clip, False for plain CLIP
     tensors: dict[str, np.ndarray]  # by official name
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    # A Hugging Face folder, which may hold a tokenizer, and the numbers of heads in its config.json
-    folder: Path | None = None
-    heads: dict[str, int] = field(default_factory=dict)
+    options: Options = Options()  # with what the source sets
 
 
 def convert(source: str | Path, output: str | Path, options: Options = Options()) -> None:
@@ -86,21 +82,19 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     Raises:
         InputError: the source cannot be read, is of an unknown kind or does not fit.
     """
-    read = read_source(source)
-    if read.folder and (options.activation or options.vision_heads or options.text_heads):
-        raise InputError(
-            f"{source}: its config.json sets activation and heads: omit --activation, "
-            "--vision_heads and --text_heads"
-        )
+    read = read_source(source, options)
     _fit_matrices(read.tensors, options)
-    config = infer(read, options)
+    config, vocab, tokenizer = infer(read), read.options.vocab, None
     weights = {n: array for n, array in read.tensors.items() if not BUFFERS.fullmatch(n)}
     shapes = jax.eval_shape(lambda: init_params(XClip(config), 0))
     params, unused = to_params(weights, shapes)
     unread = {name: unused.pop(name) for name in UNREAD if name in unused}
     if unused:
         raise InputError(f"{source}: unknown weights: {', '.join(sorted(unused))}")
-    tokenizer = _load_tokenizer(options.vocab, read.folder, config)
+    if vocab is not None:
+        tokenizer, size = text.load_tokenizer(vocab, config.max_words), config.text.vocab_size
+        if (ids := tokenizer.vocab_size) > size:
+            raise InputError(f"{vocab} has {ids} ids, but the text tower has {size}")
     save_model(output, config, params, tokenizer=tokenizer, unread=unread, extra={"step": 0})
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{read.kind}: {total / 1e6:.1f} M parameters")
@@ -113,7 +107,7 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     print(f"wrote {output}")
 
 
-def read_source(path: str | Path) -> Source:
+def read_source(path: str | Path, options: Options = Options()) -> Source:
     """Reads a checkpoint file, a Hugging Face folder or a hub id.
 
     Raises:
@@ -123,9 +117,9 @@ def read_source(path: str | Path) -> Source:
     if not str(path).strip():
         raise InputError("--input is empty")
     if location.is_dir():
-        return _read_folder(location)
+        return _read_folder(location, options)
     if location.is_file():
-        return _classify(_load(location), location.suffix)
+        return _classify(_load(location), location.suffix, options)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):  # how the hub names models
         raise InputError(f"{path}: no such file or folder")
     try:
@@ -137,7 +131,7 @@ def read_source(path: str | Path) -> Source:
             f"({reason}). Download config.json, model.safetensors and the tokenizer's files from "
             f"https://huggingface.co/{path} into a folder and pass that"
         ) from None
-    return _read_folder(location)
+    return _read_folder(location, options)
 
 
 def _load(path: Path) -> Archive:
@@ -149,7 +143,7 @@ def _load(path: Path) -> Archive:
         raise InputError(f"{path}: not a complete safetensors file: {error}") from None
 
 
-def _classify(archive: Archive, suffix: str) -> Source:
+def _classify(archive: Archive, suffix: str, options: Options) -> Source:
     """Returns the Source of a single file: official, OpenAI's or open_clip's."""
     tensors, kind = archive.tensors, "TorchScript archive" if archive.torchscript else "state dict"
     kind = "safetensors file" if suffix == ".safetensors" else f"PyTorch {kind}"
@@ -161,7 +155,7 @@ def _classify(archive: Archive, suffix: str) -> Source:
         raise InputError("CLIP with a ResNet image tower is not supported, only ViT")
     if "clip.visual.conv1.weight" in tensors:
         model = "X-CLIP" if "global_mat_weight" in tensors else "CLIP4Clip"
-        return Source(f"official {model} {kind}", True, tensors)
+        return Source(f"official {model} {kind}", True, tensors, options)
     # open_clip's CustomTextCLIP has a prefix; its other models come in training checkpoints.
     open_clip = archive.nested or "text.token_embedding.weight" in tensors
     if "text.token_embedding.weight" in tensors:
@@ -170,12 +164,12 @@ def _classify(archive: Archive, suffix: str) -> Source:
         names = ", ".join(list(tensors)[:3]) or "nothing"
         raise InputError(f"not a CLIP model: visual.conv1.weight is missing, found {names}")
     tensors = {f"clip.{name}": array for name, array in tensors.items()}
-    if open_clip:
-        return Source(f"open_clip {kind}", False, tensors, activation="gelu")
-    return Source(f"CLIP {kind}", False, tensors)
+    model, activation = ("open_clip", "gelu") if open_clip else ("CLIP", "quick_gelu")
+    options = replace(options, activation=options.activation or activation)
+    return Source(f"{model} {kind}", False, tensors, options)
 
 
-def _read_folder(folder: Path) -> Source:
+def _read_folder(folder: Path, options: Options) -> Source:
     """Returns the Source of a Hugging Face folder."""
     path = folder / "config.json"
     try:
@@ -202,9 +196,15 @@ def _read_folder(folder: Path) -> Source:
     for name, count in heads.items():
         if type(count) is not int or count < 1:
             raise InputError(f"{path}: the number of {name} is {count!r}, must be at least 1")
+    if options.activation or options.vision_heads or options.text_heads:
+        flags = "--activation, --vision_heads and --text_heads"
+        raise InputError(f"{path} sets activation and heads: omit {flags}")
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    vocab = options.vocab or (folder if has_tokenizer else None)
     activation = words.get("hidden_act", _SETTINGS["hidden_act"][0])
+    options = replace(options, vocab=vocab, activation=activation, **heads)
     tensors = from_hugging_face(_load_shards(folder))
-    return Source("Hugging Face CLIP", False, tensors, activation, folder, heads)
+    return Source("Hugging Face CLIP", False, tensors, options)
 
 
 def _load_shards(folder: Path) -> dict[str, np.ndarray]:
@@ -238,14 +238,14 @@ def _fit_matrices(tensors: dict[str, np.ndarray], options: Options) -> None:
                 tensors[name] = tensors[name][:size, :size]
 
 
-def infer(source: Source, options: Options = Options()) -> ModelConfig:
+def infer(source: Source) -> ModelConfig:
     """Returns the architecture of a checkpoint, inferred from the shapes of its tensors.
 
     Raises:
         InputError: sizes are missing or do not fit together.
     """
-    tensors, official = source.tensors, source.official
-    vision, words, embed_dim = _infer_towers(source, options)
+    _, official, tensors, options = source
+    vision, words, embed_dim = _infer_towers(tensors, options)
     modules = {name.partition(".")[0] for name in tensors}
     if options.head and official:
         raise InputError(f"--head={options.head}: the checkpoint has its own head: omit --head")
@@ -266,7 +266,7 @@ def infer(source: Source, options: Options = Options()) -> ModelConfig:
         preset="official" if official else "paper",
         head=options.head or head,
         embed_dim=embed_dim,
-        activation=options.activation or source.activation,
+        activation=options.activation or "quick_gelu",
         **lengths,
         vision=vision,
         text=words,
@@ -276,19 +276,21 @@ def infer(source: Source, options: Options = Options()) -> ModelConfig:
     ).resolve()
 
 
-def _infer_towers(source: Source, options: Options) -> tuple[VisionConfig, TextConfig, int]:
+def _infer_towers(
+    tensors: dict[str, np.ndarray], options: Options
+) -> tuple[VisionConfig, TextConfig, int]:
     """Returns the sizes of both towers and embed_dim."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        array = source.tensors.get(f"clip.{name}")
+        array = tensors.get(f"clip.{name}")
         if array is None or array.ndim != dimensions or not array.size:
             problem = "missing" if array is None else f"of shape {array.shape}"
             raise InputError(f"{name} is {problem}: cannot infer the sizes of CLIP")
         return array.shape
 
     def sizes(tower: str, width: int, prefix: str) -> dict[str, int]:
-        layers, name = _count(source.tensors, prefix), f"{tower}_heads"
-        heads = source.heads.get(name) or getattr(options, name) or max(1, width // 64)
+        layers, name = _count(tensors, prefix), f"{tower}_heads"
+        heads = getattr(options, name) or max(1, width // 64)
         if width % heads or not layers:
             tower = f"the {tower} tower has {layers} layers and width {width}"
             raise InputError(f"{tower}, not divisible by {heads} heads: set --{name}")
@@ -309,21 +311,6 @@ def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
     """Returns the number of layers, which is the highest layer index plus 1."""
     pattern = re.compile(rf"{re.escape(prefix)}\.resblocks\.(\d{{1,4}})\.")
     return 1 + max((int(m[1]) for name in tensors if (m := pattern.match(name))), default=-1)
-
-
-def _load_tokenizer(
-    vocab: str | Path | None, folder: Path | None, config: ModelConfig
-) -> text.Tokenizer | None:
-    """Returns the tokenizer at `vocab`, else the one in `folder`, else None."""
-    if vocab is None and folder is not None:
-        names = ("tokenizer.json", "vocab.json")
-        vocab = folder if any((folder / name).is_file() for name in names) else None
-    if vocab is None:
-        return None
-    tokenizer, size = text.load_tokenizer(vocab, config.max_words), config.text.vocab_size
-    if tokenizer.vocab_size > size:
-        raise InputError(f"{vocab} has {tokenizer.vocab_size} ids, but the text tower has {size}")
-    return tokenizer
 
 
 def _print_summary(config: ModelConfig, tokenizer: text.Tokenizer | None) -> None:

@@ -123,31 +123,19 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
     Raises:
         InputError: tensors are missing or have another shape; the message lists all of them.
     """
-    unused, problems = dict(tensors), []
-
-    def take(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray | None:
-        name = _join(path)
-        official, layers = OFFICIAL[name], []
-        is_stacked = "{}" in official
-        for index in range(leaf.shape[0] if is_stacked else 1):
-            layer = np.empty(leaf.shape[1:] if is_stacked else leaf.shape, np.float32)
-            view = torch_layout(name, layer)
-            array = unused.pop(official.format(index), None)
-            if array is None:
-                problems.append(f"{official.format(index)} is missing")
-            elif array.shape != view.shape:
-                text = f"has shape {array.shape}, must be {view.shape}"
-                problems.append(f"{official.format(index)} {text}")
-            else:
-                view[...] = array
-                layers.append(layer)
-        if not problems:
-            return np.stack(layers) if is_stacked else layers[0]
-
-    params = jax.tree_util.tree_map_with_path(take, template)
+    # Nothing is allocated for parameters that are missing.
+    empty = torch_views(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), template))
+    problems = [f"{name} is missing" for name in empty.keys() - tensors.keys()]
+    for name in empty.keys() & tensors.keys():
+        found, expected = tensors[name].shape, empty[name].shape
+        if found != expected:
+            problems.append(f"{name} has shape {found}, must be {expected}")
     if problems:
-        raise InputError(f"the weights do not fit the model: {'; '.join(sorted(set(problems)))}")
-    return params, unused
+        raise InputError(f"the weights do not fit the model: {'; '.join(sorted(problems))}")
+    params = jax.tree.map(lambda x: np.empty(x.shape, np.float32), template)
+    for name, view in torch_views(params).items():
+        view[...] = tensors[name]
+    return params, {name: array for name, array in tensors.items() if name not in empty}
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:
@@ -156,23 +144,28 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
     Raises:
         InputError: the official code has no such parameters.
     """
-    named = {_join(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    views = torch_views(jax.tree.map(np.asarray, params))
+    return {name: np.array(view, order="C") for name, view in views.items()}
+
+
+def torch_views(params: Any) -> dict[str, np.ndarray]:
+    """Returns views of NumPy parameters in PyTorch's layout, by official name.
+
+    Raises:
+        InputError: the official code has no such parameters.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
     if unknown := [name for name in named if name not in OFFICIAL]:
         raise InputError(f"the official code has no counterpart of {', '.join(unknown)}")
-    tensors = {}
+    views = {}
     for name, array in named.items():
         for index, layer in enumerate(array if "{}" in OFFICIAL[name] else [array]):
-            official = OFFICIAL[name].format(index)
-            tensors[official] = np.array(torch_layout(name, layer), order="C")
-    return tensors
+            views[OFFICIAL[name].format(index)] = _torch_layout(name, layer)
+    return views
 
 
-def _join(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def torch_layout(name: str, array: np.ndarray) -> np.ndarray:
-    """Returns a view of a contiguous parameter, or of a layer of it, in PyTorch's layout."""
+def _torch_layout(name: str, array: np.ndarray) -> np.ndarray:
     if name.endswith("patch/kernel"):
         return array.transpose(3, 2, 0, 1)
     if name.endswith("projection/kernel"):  # CLIP multiplies by it from the right too

@@ -13,7 +13,7 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +26,9 @@ from xclip_jax.cli import InputError
 _TYPES = {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"}
 _TYPES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
 DTYPES = {f"torch.{k}Storage": jnp.dtype(v) for k, v in (_TYPES | {"Bool": "bool"}).items()}
+_DICT, _MODULE = "collections.OrderedDict", "__torch__."
 _REBUILD = [f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")]
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # A large model's pickle has less than 1 MiB; each byte can make over a hundred bytes of objects.
 MAX_PICKLE = 8 << 20
 MAX_DIRECTORY = 16 << 20  # bytes that list the entries of a zip file
@@ -36,17 +38,11 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclass
 class Archive:
-    """The contents of a checkpoint file.
+    """The contents of a checkpoint file."""
 
-    Attributes:
-        tensors: {name: array}, read-only, with the strides and shared memory of the saved tensors.
-        torchscript: True for a TorchScript archive, such as OpenAI's CLIP.
-        nested: True if the weights were under the key `state_dict` of a training checkpoint.
-    """
-
-    tensors: dict[str, np.ndarray]
-    torchscript: bool = False
-    nested: bool = False
+    tensors: dict[str, np.ndarray]  # read-only, with the strides and shared memory as saved
+    torchscript: bool = False  # a TorchScript archive, such as OpenAI's CLIP
+    nested: bool = False  # the weights were under the key `state_dict` of a training checkpoint
 
 
 class _Storage(NamedTuple):
@@ -59,27 +55,17 @@ class _Storage(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
-class _Tensor(NamedTuple):
-    """A tensor that is not yet read or checked, so that optimizer state can be skipped."""
-
-    storage: _Storage
-    offset: Any
-    size: tuple
-    stride: tuple
-
-
-class _Global(NamedTuple):
-    """A name of a class or function in a pickle."""
+@dataclass
+class _Object:
+    """A name in a pickle and, if it was called, its arguments and the items of the result."""
 
     name: str
-
-
-class _Module(dict):
-    """The attributes of a TorchScript module."""
+    args: Any = None
+    items: dict[str, Any] = field(default_factory=dict)
 
 
 def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage], torchscript: bool = False) -> Any:
-    """Returns the object of a stream's next pickle: plain values, _Tensor and _Module.
+    """Returns the object of a stream's next pickle: plain values, _Storage and _Object.
 
     Storages are added to `storages`. Dicts get only the items whose keys are strings: others are
     never read, and to hash them may take forever.
@@ -96,14 +82,14 @@ def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage], torchscript: bo
         match code.name:
             case "PROTO" | "FRAME":
                 pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code.name])
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(_CONSTANTS[code.name])
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(arg)
             case "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE" | "SHORT_BINUNICODE":
                 stack.append(arg)
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
-                stack.append({"LIST": [], "DICT": {}, "TUPLE": ()}[code.name[6:]])
+            case "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append([] if code.name == "EMPTY_LIST" else _Object(_DICT))
             case "MARK":
                 marks.append(len(stack))
             case "TUPLE":
@@ -116,9 +102,8 @@ def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage], torchscript: bo
                 stack[-1].extend(items)
             case "SETITEM" | "SETITEMS":
                 items = [stack.pop(-2), stack.pop()] if code.name == "SETITEM" else pop_to_mark()
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    if type(key) is str:
-                        stack[-1][key] = value
+                pairs = zip(items[::2], items[1::2], strict=True)
+                stack[-1].items.update((k, v) for k, v in pairs if type(k) is str)
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
@@ -128,56 +113,35 @@ def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage], torchscript: bo
             case "GLOBAL" | "INST" | "STACK_GLOBAL":
                 names = [stack.pop(-2), stack.pop()] if arg is None else str(arg).split(" ", 1)
                 stack.append(_global(".".join(names), torchscript))
-            case "REDUCE" | "NEWOBJ" | "BUILD":
-                stack[-2:] = [_build(code.name, *stack[-2:])]
+            case "REDUCE" | "NEWOBJ":
+                args, function = stack.pop(), stack.pop()
+                stack.append(_Object(function.name, args))
+            case "BUILD":
+                state = stack.pop()
+                if stack[-1].name.startswith(_MODULE):
+                    stack[-1].items.update(state.items)
             case "STOP":
-                break
+                return stack.pop()
             case _:
                 raise InputError(f"has a pickle with the instruction {code.name}: not allowed")
-    return stack.pop()
 
 
 def _storage(pid: Any, storages: dict[str, _Storage]) -> _Storage:
     match pid:
-        case "storage", _Global(kind), str(key), _, int(numel), *views if not any(views):
+        case "storage", _Object(kind), str(key), _, int(numel), *views if not any(views):
             storage = _Storage(key, DTYPES[kind], numel)
             if numel >= 0 and storages.setdefault(key, storage) == storage:
                 return storage
     raise InputError("has a pickle with a malformed storage")
 
 
-def _global(name: str, torchscript: bool) -> _Global:
-    """Returns a name if it is of a storage, a dict, a function that makes tensors or a module."""
+def _global(name: str, torchscript: bool) -> _Object:
+    """Returns the name of a storage, a dict, a function that makes tensors or a module."""
     name = name.replace("torch.cuda.", "torch.")
-    is_script = torchscript and name.startswith(("__torch__.", "torch.jit._pickle."))
-    if is_script or name in (*DTYPES, *_REBUILD, "collections.OrderedDict"):
-        return _Global(name)
+    is_script = torchscript and name.startswith((_MODULE, "torch.jit._pickle."))
+    if is_script or name in (*DTYPES, *_REBUILD, _DICT):
+        return _Object(name)
     raise InputError(f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed")
-
-
-def _build(instruction: str, target: Any, argument: Any) -> Any:
-    """Returns the result of calling a function, creating an object or setting its state."""
-    match instruction, target, argument:
-        case "BUILD", _Module(), dict():
-            target.update(argument)
-            return target
-        case "BUILD", dict(), _ if type(target) is dict:  # with the _metadata of a state dict
-            return target
-        case "NEWOBJ", _Global(name), () if name.startswith("__torch__."):
-            return _Module()
-        case "REDUCE", _Global("collections.OrderedDict"), ():
-            return {}
-        case "REDUCE", _Global("torch._utils._rebuild_parameter"), (_Tensor() as tensor, *_):
-            return tensor
-        case (
-            "REDUCE",
-            _Global("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2"),
-            (_Storage() as storage, offset, tuple(size), tuple(stride), *rest),
-        ) if not any(rest[2:]):  # metadata: a conjugate or negative view
-            return _Tensor(storage, offset, size, stride)
-        case "REDUCE", _Global(name), _ if name.startswith("torch.jit._pickle."):
-            return None  # lists of numbers
-    raise InputError("has a pickle with a malformed object")
 
 
 class _BoundedFile(io.BufferedReader):
@@ -269,7 +233,7 @@ def _read_legacy(file: BinaryIO) -> Archive:
     if _unpickle(stream, {}) != LEGACY_MAGIC:
         raise InputError("is a pickle, but not a PyTorch checkpoint")
     _, system = _unpickle(stream, {}), _unpickle(stream, {})
-    if system.get("little_endian") is not True:
+    if system.items.get("little_endian") is not True:
         raise InputError("is not little-endian")
     root, keys = _unpickle(stream, storages), _unpickle(stream, {})
     place, places = stream.tell(), {}
@@ -292,43 +256,56 @@ def _read_legacy(file: BinaryIO) -> Archive:
 
 def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Archive:
     """Returns the Archive of an unpickled file, of whose storages `read` returns the bytes."""
-    if not isinstance(root, _Module if torchscript else dict):
+    if not (isinstance(root, _Object) and root.name.startswith(_MODULE if torchscript else _DICT)):
         raise InputError("holds no dict of tensors or TorchScript module")
-    nested = isinstance(root.get("state_dict"), dict) and not torchscript
-    values = _module_tensors(root) if torchscript else root["state_dict"] if nested else root
+    inner: Any = root.items.get("state_dict")
+    nested = isinstance(inner, _Object) and not torchscript
+    values = _module_tensors(root) if torchscript else (inner if nested else root).items
     for name, value in values.items():
-        if not isinstance(value, _Tensor | bool | int | float | str | None):
+        if not isinstance(value, bool | int | float | str | None) and _tensor(value) is None:
             raise InputError(
                 f"{name!r:.99} is not a tensor: must hold a dict of tensors, alone or under the "
                 "key 'state_dict'"
             )
-    unread = {name: value for name, value in values.items() if isinstance(value, _Tensor)}
+    unread = {name: tensor for name, value in values.items() if (tensor := _tensor(value))}
     if not unread:
         raise InputError("holds no tensors")
     prefix = "module." if all(name.startswith("module.") for name in unread) else ""
     read = functools.cache(read)
-    tensors = {name.removeprefix(prefix): _array(tensor, read) for name, tensor in unread.items()}
+    tensors = {name.removeprefix(prefix): _array(read, *tensor) for name, tensor in unread.items()}
     return Archive(tensors, torchscript, nested)
 
 
-def _module_tensors(root: dict[str, Any]) -> dict[str, _Tensor]:
+def _module_tensors(root: _Object) -> dict[str, Any]:
     """Returns the tensors of a TorchScript module and its submodules, by dotted name."""
     tensors, modules, visits = {}, [("", root)], itertools.count()
     for prefix, module in modules:  # grows during the loop
-        for key, value in module.items():
+        for key, value in module.items.items():
             name = prefix + key
             if len(name) > MAX_NAME or next(visits) > MAX_VISITS:
                 raise InputError("holds modules nested too deeply or in a cycle")
-            if isinstance(value, _Tensor):
+            if _tensor(value):
                 tensors[name] = value
-            elif isinstance(value, _Module):
+            elif isinstance(value, _Object) and value.name.startswith(_MODULE):
                 modules.append((name + ".", value))
     return tensors
 
 
-def _array(tensor: _Tensor, read: Callable[[str], bytes]) -> np.ndarray:
+def _tensor(value: Any) -> tuple[_Storage, Any, tuple, tuple] | None:
+    """Returns (storage, offset, size, stride), not yet checked, or None if it is no tensor."""
+    match value:
+        case _Object("torch._utils._rebuild_parameter", (_Object() as tensor, *_)):
+            return _tensor(tensor)
+        case _Object(name, (_Storage() as storage, offset, tuple(size), tuple(stride), *rest)):
+            if name in _REBUILD and not any(rest[2:]):  # metadata: a conjugate or negative view
+                return storage, offset, size, stride
+    return None
+
+
+def _array(
+    read: Callable[[str], bytes], storage: _Storage, offset: Any, size: tuple, stride: tuple
+) -> np.ndarray:
     """Returns a read-only view of the storage's bytes, after checking that it lies within them."""
-    storage, offset, size, stride = tensor
     numbers = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
     if not numbers or len(size) != len(stride) or len(size) > 32:
         raise InputError("has a tensor of malformed shape")

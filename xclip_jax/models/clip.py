@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from xclip_jax.models.config import ModelConfig
-from xclip_jax.similarity import AnyArray
+from xclip_jax.similarity import AnyArray, FrameMask
 
+Tokens = Float[AnyArray, "B L E"]
+Mask = Bool[AnyArray, "#B #N #L #L"]  # of attention, from position to position, True = attends
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]: CLIP's preprocessing
 STD = (0.26862954, 0.26130258, 0.27577711)
 # What the backward pass keeps of a layer: nothing, or the results of its matrix products.
@@ -26,12 +28,14 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
+normal = nn.initializers.normal
+
 
 class LayerNorm(nn.Module):
     """Layer normalisation computed in float32, returned in the type of its input."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+    def __call__(self, x: Float[AnyArray, "*B E"]) -> Float[Array, "*B E"]:
         return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")(x).astype(x.dtype)
 
 
@@ -43,16 +47,13 @@ class SelfAttention(nn.Module):
     output_scale: float  # factor of the initial output weights
 
     @nn.compact
-    def __call__(
-        self, x: Float[AnyArray, "B L E"], mask: Bool[AnyArray, "#B #N #L #L"] | None
-    ) -> Float[Array, "B L E"]:
-        width = x.shape[-1]
-        init = nn.initializers.normal(width**-0.5)
+    def __call__(self, x: Tokens, mask: Mask | None) -> Tokens:
+        width, init = x.shape[-1], normal(x.shape[-1] ** -0.5)
         shape = 3, self.heads, width // self.heads
         qkv = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name="qkv")(x)
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         y = jax.nn.dot_product_attention(query, key, value, mask=mask)
-        init = nn.initializers.normal(width**-0.5 * self.output_scale)
+        init = normal(width**-0.5 * self.output_scale)
         return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
 
 
@@ -64,22 +65,17 @@ class Block(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[AnyArray, "#B #N #L #L"] | None
-    ) -> tuple[Float[Array, "B L E"], None]:
+    def __call__(self, x: Tokens, mask: Mask | None) -> tuple[Tokens, None]:
         c, width = self.config, x.shape[-1]
         depth = (2 * self.layers) ** -0.5  # keeps the scale of the residual stream, as in CLIP
         attention = SelfAttention(self.heads, c.dtype, depth, name="attention")
+        init = normal((2 * width) ** -0.5)
+        expand = nn.Dense(4 * width, dtype=c.dtype, kernel_init=init, name="fc")
+        init = normal(width**-0.5 * depth)
+        project = nn.Dense(width, dtype=c.dtype, kernel_init=init, name="proj")
         x = x + attention(LayerNorm(name="ln_1")(x), mask)
-        init = nn.initializers.normal((2 * width) ** -0.5)
-        y = nn.Dense(4 * width, dtype=c.dtype, kernel_init=init, name="fc")(
-            LayerNorm(name="ln_2")(x)
-        )
-        init = nn.initializers.normal(width**-0.5 * depth)
-        y = nn.Dense(width, dtype=c.dtype, kernel_init=init, name="proj")(
-            ACTIVATIONS[c.activation](y)
-        )
-        return x + y, None
+        y = ACTIVATIONS[c.activation](expand(LayerNorm(name="ln_2")(x)))
+        return x + project(y), None
 
 
 class Transformer(nn.Module):
@@ -90,9 +86,7 @@ class Transformer(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[AnyArray, "B L E"], mask: Bool[AnyArray, "#B #N #L #L"] | None = None
-    ) -> Float[Array, "B L E"]:
+    def __call__(self, x: Tokens, mask: Mask | None = None) -> Tokens:
         block = Block
         if self.config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
@@ -107,15 +101,8 @@ class Transformer(nn.Module):
         return scanned(jnp.asarray(x), mask)[0]
 
 
-def normalize_frames(
-    frames_VxFxSxSx3: AnyArray, mask_VxF: Bool[AnyArray, "V F"]
-) -> Float[Array, "V F S S 3"]:
-    """Normalises pixels as CLIP does and sets masked frames to 0.
-
-    Args:
-        frames_VxFxSxSx3: uint8 raw RGB, or float already normalised.
-        mask_VxF: True = a real frame.
-    """
+def normalize_frames(frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Float[Array, "V F S S 3"]:
+    """Normalises uint8 RGB as CLIP does (float is normalised already), sets masked frames to 0."""
     frames = frames_VxFxSxSx3
     if frames.dtype == jnp.uint8:
         frames = (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
@@ -151,16 +138,14 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
         c, dtype = self.config.vision, self.config.dtype
-        init = nn.initializers.normal(c.width**-0.5)
-        embed = PatchEmbedding(c.patch_size, c.width, name="patch")
-        x = embed(images_BxSxSx3.astype(dtype))
+        init = normal(c.width**-0.5)
+        x = PatchEmbedding(c.patch_size, c.width, name="patch")(images_BxSxSx3.astype(dtype))
         class_token = self.param("class_token", init, (c.width,)).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, c.width)), x], 1)
         x = x + self.param("positions", init, x.shape[1:]).astype(dtype)
         x = LayerNorm(name="ln_pre")(x)
         x = Transformer(self.config, c.layers, c.heads, name="encoder")(x)
-        x = LayerNorm(name="ln_post")(x[:, 0])
-        return _projection(self.config, init)(x)
+        return _projection(self.config, c.width)(LayerNorm(name="ln_post")(x[:, 0]))
 
 
 class TextTower(nn.Module):
@@ -170,24 +155,19 @@ class TextTower(nn.Module):
 
     @nn.compact
     def __call__(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:
-        c = self.config.text
-        init = nn.initializers.normal(0.02)
-        embed = nn.Embed(c.vocab_size, c.width, embedding_init=init, name="tokens")
-        init = nn.initializers.normal(0.01)
-        positions = self.param("positions", init, (c.context_length, c.width))
-        num_words = ids_TxW.shape[1]
+        c, num_words = self.config.text, ids_TxW.shape[1]
+        embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), name="tokens")
+        positions = self.param("positions", normal(0.01), (c.context_length, c.width))
         x = (embed(ids_TxW) + positions[:num_words]).astype(self.config.dtype)
         causal = jnp.tril(jnp.ones((1, 1, num_words, num_words), bool))
         x = Transformer(self.config, c.layers, c.heads, name="encoder")(x, causal)
-        return _projection(self.config, nn.initializers.normal(c.width**-0.5))(
-            LayerNorm(name="ln_final")(x)
-        )
+        return _projection(self.config, c.width)(LayerNorm(name="ln_final")(x))
 
 
-def _projection(config: ModelConfig, init: nn.initializers.Initializer) -> nn.Dense:
-    """Returns the linear map to the joint embedding space."""
-    dim, dtype = config.embed_dim, config.dtype
-    return nn.Dense(dim, use_bias=False, dtype=dtype, kernel_init=init, name="projection")
+def _projection(config: ModelConfig, width: int) -> nn.Dense:
+    """Returns the linear map from a tower of a given width to the joint embedding space."""
+    options = {"dtype": config.dtype, "kernel_init": normal(width**-0.5)}
+    return nn.Dense(config.embed_dim, use_bias=False, name="projection", **options)
 
 
 class CLIP(nn.Module):

@@ -99,8 +99,7 @@ class ModelConfig:
 
     def resolve(self) -> "ModelConfig":
         """Returns a copy in which all fields that preset and head determine are set."""
-        config = _replace(self, PRESETS[self.preset], only_unset=True)
-        return _replace(config, HEADS[self.head])
+        return _replace(_replace(self, PRESETS[self.preset], only_unset=True), HEADS[self.head])
 
     def cells_per_pair(self, num_words: int, num_frames: int) -> int:
         """Returns approximately how many floats scoring one text-video pair needs in memory."""
@@ -137,18 +136,14 @@ HEADS = {
     "seq_transformer": {**_COSINE, "temporal": {"type": "transformer", "residual": True}},
     "tight_transformer": {**_COSINE, "temporal": {"type": "none"}},
 }
-_FORMER_VALUES = {
-    "model.frame_features": {"": None},
-    "model.words": {"": None},
-    "model.padding": {"": None},
-    "model.matrices": {"": None, "none": False, "learned": True},
-    "model.temporal.residual": {"": None, "no": False, "yes": True},
-}
+_FORMER_FIELDS = ("frame_features", "words", "padding", "matrices", "temporal.residual")
+_FORMER_VALUES = {"": None, "none": False, "learned": True, "no": False, "yes": True}
 
 
 def upgrade_value(field: str, value: Any) -> Any:
     """Returns the current form of a value in an earlier config.json or model.json."""
-    return _FORMER_VALUES[field].get(value, value) if field in _FORMER_VALUES else value
+    former = field.removeprefix("model.") in _FORMER_FIELDS
+    return _FORMER_VALUES.get(value, value) if former else value
 
 
 def read_model_config(fields: Any) -> ModelConfig:
@@ -159,15 +154,12 @@ def read_model_config(fields: Any) -> ModelConfig:
     Raises:
         KeyError, TypeError: a field is missing, or a section has an unknown one.
     """
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    values = {name: upgrade_value(f"model.{name}", fields[name]) for name in names}
     sections = {"vision": VisionConfig, "text": TextConfig, "temporal": TemporalConfig}
-    values = {}
-    for field in dataclasses.fields(ModelConfig):
-        name, value = field.name, fields[field.name]
-        if name in sections:
-            upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in value.items()}
-            values[name] = sections[name](**upgraded)
-        else:
-            values[name] = upgrade_value(f"model.{name}", value)
+    for name, section in sections.items():
+        upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in values[name].items()}
+        values[name] = section(**upgraded)
     values["granularities"] = tuple(values["granularities"])
     return ModelConfig(**values).resolve()
 

@@ -1,15 +1,13 @@
 """Alternatives and additions to plain AOSM: learned matrices, Transformers over each pair."""
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
-from xclip_jax.models.clip import ACTIVATIONS, LayerNorm, Transformer
+from xclip_jax.models.clip import ACTIVATIONS, LayerNorm, Transformer, normal
 from xclip_jax.models.config import ModelConfig
-from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
+from xclip_jax.similarity import AnyArray, FrameMask, Logits, TextFeatures, TextMask, VideoFeatures
 
 
 class AggregationMatrices(nn.Module):
@@ -24,28 +22,18 @@ class AggregationMatrices(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, Array]:
         c = self.config
-        sizes = {
-            "video_sentence": {"video_sentence": c.embed_dim},
-            "video_word": {"video_word": c.max_words},
-            "frame_sentence": {"frame_sentence": c.max_frames},
-            "frame_word": {
-                "frame_word": c.embed_dim,
-                "frame_word_words": c.max_words,
-                "frame_word_frames": c.max_frames,
-                "frame_word_words_2": c.max_words,
-                "frame_word_frames_2": c.max_frames,
-            },
-        }
+        sizes = {"video_sentence": c.embed_dim, "video_word": c.max_words}
+        sizes |= {"frame_sentence": c.max_frames, "frame_word": c.embed_dim}
+        sizes = {name: size for name, size in sizes.items() if name in c.granularities}
+        if "frame_word" in sizes:
+            sizes |= {f"frame_word_words{n}": c.max_words for n in ("", "_2")}
+            sizes |= {f"frame_word_frames{n}": c.max_frames for n in ("", "_2")}
 
         def identity(key: Array, size: int) -> Array:
             del key
             return jnp.eye(size, dtype=jnp.float32)
 
-        return {
-            name: self.param(name, identity, size)
-            for granularity in c.granularities
-            for name, size in sizes[granularity].items()
-        }
+        return {name: self.param(name, identity, size) for name, size in sizes.items()}
 
 
 class TightTransformer(nn.Module):
@@ -57,17 +45,15 @@ class TightTransformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, text: TextFeatures, video: VideoFeatures) -> Float[Array, "T V"]:
-        c = self.config
-        tokens, mask = _pair([text.sentence[:, None]], [video.frames], None, video.mask)
-        init = nn.initializers.normal(0.01)
-        positions = self.param("positions", init, (c.text.context_length, tokens.shape[-1]))
+    def __call__(self, text: TextFeatures, video: VideoFeatures) -> Logits:
+        c, dim = self.config, text.sentence.shape[-1]
+        positions = self.param("positions", normal(0.01), (c.text.context_length, dim))
+        tokens, mask = _pair([text.sentence[:, None]], None, [video.frames], video.mask)
         x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
         x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
         first = LayerNorm(name="ln_pool")(x)[:, 0].astype(jnp.float32)
-        pooled = ACTIVATIONS["quick_gelu"](nn.Dense(first.shape[-1], name="pool")(first))
-        scores = nn.Dense(1, name="score")(pooled)
-        return scores.reshape(len(text.mask), len(video.mask))
+        pooled = ACTIVATIONS["quick_gelu"](nn.Dense(dim, name="pool")(first))
+        return nn.Dense(1, name="score")(pooled).reshape(len(text.mask), len(video.mask))
 
 
 class FusionTransformer(nn.Module):
@@ -82,49 +68,35 @@ class FusionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        text: TextFeatures,
-        video: VideoFeatures,
-        words_TxW: Bool[Array, "T W"],
-        frames_VxF: Bool[Array, "V F"],
-    ) -> Float[Array, "T V"]:
-        c = self.config
-        dim = text.sentence.shape[-1]
-        kinds = self.param("kinds", nn.initializers.normal(dim**-0.5), (4, dim))
-        tokens, mask = _pair(
-            [text.sentence[:, None] + kinds[0], text.words + kinds[1]],
-            [video.video[:, None] + kinds[2], video.frames + kinds[3]],
-            words_TxW,
-            frames_VxF,
-        )
+        self, text: TextFeatures, video: VideoFeatures, words_TxW: TextMask, frames_VxF: FrameMask
+    ) -> Logits:
+        c, dim = self.config, text.sentence.shape[-1]
+        kinds = self.param("kinds", normal(dim**-0.5), (4, dim))
+        texts = [text.sentence[:, None] + kinds[0], text.words + kinds[1]]
+        videos = [video.video[:, None] + kinds[2], video.frames + kinds[3]]
+        tokens, mask = _pair(texts, words_TxW, videos, frames_VxF)
         x = tokens.astype(c.dtype)
         x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
         first = LayerNorm(name="ln")(x)[:, 0].astype(jnp.float32)
-        scores = nn.Dense(1, name="score")(first)
-        return scores.reshape(len(words_TxW), len(frames_VxF))
+        return nn.Dense(1, name="score")(first).reshape(len(words_TxW), len(frames_VxF))
 
 
 def _pair(
-    text_parts: Sequence[AnyArray],
-    video_parts: Sequence[AnyArray],
-    words_TxW: AnyArray | None,
-    frames_VxF: AnyArray,
+    texts: list[AnyArray], words_TxW: AnyArray | None, videos: list[AnyArray], frames_VxF: AnyArray
 ) -> tuple[Array, Array]:
     """Returns each text's vectors followed by each video's, TV x L x D, and their attention mask.
 
-    The first part of each side is always attended to, the masks apply to the second.
+    The masks apply to the last positions of each side, all positions before are attended to.
     """
-    text, video = jnp.concatenate(text_parts, 1), jnp.concatenate(video_parts, 1)
 
-    def extend(mask: AnyArray | None, x: Array) -> Array:
-        mask = jnp.ones((len(x), 0), bool) if mask is None else mask
+    def extend(mask: AnyArray, x: Array) -> Array:
         return jnp.pad(mask, ((0, 0), (x.shape[1] - mask.shape[1], 0)), constant_values=True)
 
     def combine(a: Array, b: Array) -> Array:
-        shape = len(text), len(video)
-        a = jnp.broadcast_to(a[:, None], (*shape, *a.shape[1:]))
-        b = jnp.broadcast_to(b[None], (*shape, *b.shape[1:]))
-        return jax.lax.collapse(jnp.concatenate([a, b], 2), 0, 2)
+        pairs = jax.vmap(jax.vmap(lambda a, b: jnp.concatenate([a, b]), (None, 0)), (0, None))
+        return jax.lax.collapse(pairs(a, b), 0, 2)
 
+    text, video = jnp.concatenate(texts, 1), jnp.concatenate(videos, 1)
+    words_TxW = jnp.ones((len(text), 0), bool) if words_TxW is None else words_TxW
     mask = combine(extend(words_TxW, text), extend(frames_VxF, video))
     return combine(text, video), mask[:, None, None, :]

@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from xclip_jax.models.clip import Transformer
+from xclip_jax.models.clip import Transformer, normal
 from xclip_jax.models.config import ModelConfig
-from xclip_jax.similarity import AnyArray
+from xclip_jax.similarity import AnyArray, FrameMask
+
+Frames = Float[AnyArray, "V F D"]
 
 
 class TemporalTransformer(nn.Module):
@@ -16,13 +18,9 @@ class TemporalTransformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, frames_VxFxD: Float[AnyArray, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
-    ) -> Float[Array, "V F D"]:
-        _, num_frames, dim = frames_VxFxD.shape
-        c = self.config
-        init = nn.initializers.normal(0.3)
-        positions = self.param("positions", init, (c.text.context_length, dim))
+    def __call__(self, frames_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:
+        c, (_, num_frames, dim) = self.config, frames_VxFxD.shape
+        positions = self.param("positions", normal(0.3), (c.text.context_length, dim))
         x = frames_VxFxD + positions[:num_frames].astype(c.dtype)
         encoder = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")
         return encoder(x, jnp.asarray(mask_VxF)[:, None, None, :])
@@ -37,12 +35,13 @@ class TemporalLSTM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, frames_VxFxD: Float[AnyArray, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
-    ) -> Float[Array, "V F D"]:
+    def __call__(self, frames_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:
         num_videos, _, dim = frames_VxFxD.shape
-        dtype = self.config.dtype
-        init = _uniform(dim**-0.5)
+        dtype, bound = self.config.dtype, dim**-0.5
+
+        def init(key: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
         project = nn.Dense(4 * dim, dtype=dtype, kernel_init=init, bias_init=init, name="input")
         kernel_Dx4D = self.param("hidden_kernel", init, (dim, 4 * dim)).astype(dtype)
         bias_4D = self.param("hidden_bias", init, (4 * dim,)).astype(dtype)
@@ -60,10 +59,3 @@ class TemporalLSTM(nn.Module):
         _, hidden_FxVxD = jax.lax.scan(step, (zeros, zeros), inputs_FxVx4D)
         # Real frames come first, so padding cannot influence them.
         return jnp.where(mask_VxF[..., None], jnp.swapaxes(hidden_FxVxD, 0, 1), 0)
-
-
-def _uniform(bound: float) -> nn.initializers.Initializer:
-    """Returns the uniform initialiser U(-bound, bound), as used for PyTorch's LSTM."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )

@@ -6,21 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from xclip_jax import similarity
 from xclip_jax.models.clip import CLIP, normalize_frames
 from xclip_jax.models.config import ModelConfig
 from xclip_jax.models.heads import AggregationMatrices, FusionTransformer, TightTransformer
-from xclip_jax.models.temporal import TemporalLSTM, TemporalTransformer
-from xclip_jax.similarity import (
-    AnyArray,
-    TextFeatures,
-    VideoFeatures,
-    aosm_frames,
-    aosm_words,
-    granular_similarity,
-    word_frame_attention,
-)
+from xclip_jax.models.temporal import Frames, TemporalLSTM, TemporalTransformer
+from xclip_jax.similarity import AnyArray, FrameMask, Logits, TextFeatures, TextMask, VideoFeatures
 
 
 class XClip(nn.Module):
@@ -44,17 +37,15 @@ class XClip(nn.Module):
     def __call__(
         self,
         ids_TxW: Int[AnyArray, "T W"],
-        text_mask_TxW: Bool[AnyArray, "T W"],
+        text_mask_TxW: TextMask,
         frames_VxFxSxSx3: AnyArray,
-        frame_mask_VxF: Bool[AnyArray, "V F"],
-    ) -> Float[Array, "T V"]:
+        frame_mask_VxF: FrameMask,
+    ) -> Logits:
         """Returns the logits of every text with every video."""
         text = self.encode_text(ids_TxW, text_mask_TxW)
         return self.similarity(text, self.encode_video(frames_VxFxSxSx3, frame_mask_VxF))
 
-    def encode_text(
-        self, ids_TxW: Int[AnyArray, "T W"], mask_TxW: Bool[AnyArray, "T W"]
-    ) -> TextFeatures:
+    def encode_text(self, ids_TxW: Int[AnyArray, "T W"], mask_TxW: TextMask) -> TextFeatures:
         """Returns the features of texts, whose mask is True from the start to the end token."""
         words_TxWxD = self.clip.encode_words(ids_TxW).astype(jnp.float32)
         if self.config.head != "tight_transformer":
@@ -63,9 +54,7 @@ class XClip(nn.Module):
         sentence_TxD = jnp.take_along_axis(words_TxWxD, end_T[:, None, None], 1)[:, 0]
         return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW)
 
-    def encode_video(
-        self, frames_VxFxSxSx3: AnyArray, mask_VxF: Bool[AnyArray, "V F"]
-    ) -> VideoFeatures:
+    def encode_video(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> VideoFeatures:
         """Returns the features of videos.
 
         Args:
@@ -85,24 +74,20 @@ class XClip(nn.Module):
         frames_VxFxD = normalize(clip_VxFxD) if from_clip else temporal_VxFxD
         return VideoFeatures(video_VxD, frames_VxFxD, mask_VxF)
 
-    def encode_frames(
-        self, frames_VxFxSxSx3: AnyArray, mask_VxF: Bool[AnyArray, "V F"]
-    ) -> Float[Array, "V F D"]:
+    def encode_frames(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Frames:
         """Returns CLIP's vectors of frames, not normalised."""
         images = normalize_frames(frames_VxFxSxSx3, mask_VxF)
         flat_VFxD = self.clip.encode_image(jax.lax.collapse(images, 0, 2))
         return flat_VFxD.reshape(*mask_VxF.shape, -1)
 
-    def relate_frames(
-        self, clip_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
-    ) -> Float[Array, "V F D"]:
+    def relate_frames(self, clip_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:
         """Returns the temporal encoder's output (Eq. 1), with or without the release's residual."""
         if self.config.temporal.type == "none":
             return clip_VxFxD
         encoded_VxFxD = self.temporal_encoder(clip_VxFxD, mask_VxF)
         return encoded_VxFxD + clip_VxFxD if self.config.temporal.residual else encoded_VxFxD
 
-    def similarity(self, text: TextFeatures, video: VideoFeatures) -> Float[Array, "T V"]:
+    def similarity(self, text: TextFeatures, video: VideoFeatures) -> Logits:
         """Returns logits: the mean of the enabled granularities (Eq. 14), scaled."""
         if self.config.head == "tight_transformer":
             return self.pair_encoder(text, video)
@@ -112,9 +97,7 @@ class XClip(nn.Module):
         parts = self.granular_similarity(text, video)
         return functools.reduce(jnp.add, parts.values()) / len(parts)
 
-    def granular_similarity(
-        self, text: TextFeatures, video: VideoFeatures
-    ) -> dict[str, Float[Array, "T V"]]:
+    def granular_similarity(self, text: TextFeatures, video: VideoFeatures) -> dict[str, Logits]:
         """Returns the scaled logits of each enabled granularity.
 
         Raises:
@@ -124,13 +107,13 @@ class XClip(nn.Module):
         c = self.config
         if not c.has_granularities:
             raise ValueError("a model that scores pairs with a Transformer has no granularities")
-        lengths = text.mask.shape[1], video.mask.shape[1]
-        if c.matrices and lengths != (c.max_words, c.max_frames):
+        words, frames = text.mask.shape[1], video.mask.shape[1]
+        if c.matrices and (words, frames) != (c.max_words, c.max_frames):
             raise ValueError(
-                f"features of {lengths[0]} words and {lengths[1]} frames: the learned matrices are "
+                f"features of {words} words and {frames} frames: the learned matrices are "
                 f"for {c.max_words} and {c.max_frames}"
             )
-        similarities = granular_similarity(
+        similarities = similarity.granular_similarity(
             text,
             video,
             granularities=c.granularities,
@@ -146,33 +129,28 @@ class XClip(nn.Module):
         self, text: TextFeatures, video: VideoFeatures
     ) -> Float[Array, "V W F"]:
         """Returns AOSM's weights of the word-frame cells of one text (T = 1) with V videos."""
-        words_W = self.aosm_words(text.mask)[0]
-        matrices = self.matrices()
+        options = {"tau": self.config.tau, "matrices": self.matrices()}
+        attention = functools.partial(similarity.word_frame_attention, **options)
+        weigh = jax.vmap(attention, in_axes=(None, 0, None, 0))
+        words_W, frames_VxF = self.aosm_words(text.mask)[0], self.aosm_frames(video.mask)
+        return weigh(text.words[0], video.frames, words_W, frames_VxF)
 
-        def weigh(frames_FxD: AnyArray, frames_F: AnyArray) -> Array:
-            inputs = text.words[0], frames_FxD, words_W, frames_F
-            return word_frame_attention(*inputs, tau=self.config.tau, matrices=matrices)
-
-        return jax.vmap(weigh)(video.frames, self.aosm_frames(video.mask))
-
-    def aosm_words(self, mask_TxW: Bool[AnyArray, "T W"]) -> Bool[Array, "T W"]:
+    def aosm_words(self, mask_TxW: TextMask) -> TextMask:
         """Returns the mask of the words that take part in AOSM."""
         c = self.config
         options = {"special_tokens": c.words == "all_tokens", "padding": c.padding == "competes"}
-        return aosm_words(mask_TxW, **options)
+        return similarity.aosm_words(mask_TxW, **options)
 
-    def aosm_frames(self, mask_VxF: Bool[AnyArray, "V F"]) -> Bool[Array, "V F"]:
+    def aosm_frames(self, mask_VxF: FrameMask) -> FrameMask:
         """Returns the mask of the frames that take part in AOSM."""
-        return aosm_frames(mask_VxF, padding=self.config.padding == "competes")
+        return similarity.aosm_frames(mask_VxF, padding=self.config.padding == "competes")
 
     def matrices(self) -> dict[str, Array]:
         """Returns the learned matrices by name, or {} if the model has none."""
         return self.aggregation_matrices() if self.config.matrices else {}
 
 
-def _masked_sum(
-    frames_VxFxD: Float[Array, "V F D"], mask_VxF: Bool[AnyArray, "V F"]
-) -> Float[Array, "V D"]:
+def _masked_sum(frames_VxFxD: Frames, mask_VxF: FrameMask) -> Float[Array, "V D"]:
     return jnp.sum(jnp.where(mask_VxF[..., None], frames_VxFxD, 0), 1)
 
 
