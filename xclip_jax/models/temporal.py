@@ -1,5 +1,7 @@
 """Temporal encoders, which relate the frames of a video (Eq. 1, ablated in Table 8)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ class TemporalLSTM(nn.Module):
         num_videos, _, dim = frames_VxFxD.shape
         dtype, bound = self.config.dtype, dim**-0.5
 
-        def init(key: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        def init(key: Array, shape: tuple[int, ...], dtype: Any = "float32") -> Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         project = nn.Dense(4 * dim, dtype=dtype, kernel_init=init, bias_init=init, name="input")
