@@ -36,6 +36,7 @@ SEARCH = [
     "faiss-cpu>=1.12",  # exact inner products with a million float16 vectors in memory
     "starlette>=0.47",  # the search page: routes, byte ranges, uploads
     "anyio>=4",  # comes with starlette: runs blocking calls in threads
+    "pydantic>=2",  # comes with lancedb: validates requests
     "uvicorn>=0.34",  # serves the page
 ]
 SHOTS = ["scenedetect>=0.7"]  # detects shot changes by presentation time

@@ -134,8 +134,7 @@ def measure(
 
 def score_exhaustively(funnel: Funnel, snapshot: Snapshot, text: TextFeatures) -> np.ndarray:
     """Returns T x K, the ids of the full model's best scores of T queries."""
-    with progress(len(snapshot), "scoring everything", "segments") as bar:
-        answers = funnel.search_exhaustively(snapshot, text, K, bar=bar)
+    answers = funnel.search_exhaustively(snapshot, text, K)
     return np.array([[hit.id for hit in answer] for answer in answers])
 
 
@@ -227,7 +226,7 @@ def measure_unavoidable(model: XClip, params: dict, files: list[str]) -> results
         decoding, _ = results.measure_seconds(
             lambda: run_jobs(read_segments, jobs, lambda *reading: readings.append(reading))
         )
-        segments = [x for n, reading in readings for x in load_frames(jobs[n], reading.segments)]
+        segments = [x for n, reading in readings for x in load_frames(jobs[n], reading[0])]
     # The batch size of Index.add.
     batch = (4 if jax.default_backend() == "cpu" else 64) * jax.local_device_count()
     padded = -(-len(segments) // batch) * batch

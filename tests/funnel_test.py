@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from xclip_jax.models import XClip, read_model_config
-from xclip_jax.search.funnel import Funnel, frame_attention, make_example_funnel, make_example_query
+from xclip_jax.search.funnel import Funnel, frame_attention
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
@@ -65,7 +65,7 @@ def snapshot(tmp_path_factory):
             }
         )
     for start in range(0, COUNT, 100):  # three fragments
-        store.add(rows[start : start + 100])
+        store.add(rows[start : start + 100], [])
     return store.snapshot()
 
 
@@ -135,7 +135,7 @@ def test_only_allowed_rows_are_returned(snapshot):
     funnel = Funnel(model, params)
     expected = np.argsort(-scores)[:10].tolist()
     assert rows_of(funnel.search(snapshot, text, 10, allowed)) == expected
-    (answer,) = funnel.search_exhaustively(snapshot, text, 10, allowed=allowed)
+    (answer,) = funnel.search_exhaustively(snapshot, text, 10, allowed)
     assert rows_of(answer) == expected
     assert funnel.search(snapshot, text, 10, np.zeros(COUNT, bool)).hits == []
     few = np.arange(COUNT) < 3
@@ -177,8 +177,8 @@ def test_example_is_compared_with_videos_and_frames(snapshot, head):
     weights = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)
     attended = np.sum(weights * (every.frames @ vector), 1) / weights.sum(1)  # Eq. 7, 8
     scores = np.exp(params["clip"]["logit_scale"]) * (every.video @ vector + attended) / 2
-    funnel = make_example_funnel(Funnel(model, params, rerank=COUNT))
-    answer = funnel.search(snapshot, make_example_query(5 * vector, WORDS), 10)
+    funnel, query = Funnel(model, params, rerank=COUNT).example(5 * vector[None])
+    answer = funnel.search(snapshot, query, 10)
     expected = np.argsort(-scores)[:10]
     np.testing.assert_allclose([hit.score for hit in answer], scores[expected], rtol=1e-4)
     np.testing.assert_allclose(scores[rows_of(answer)], scores[expected], rtol=1e-4)
@@ -188,8 +188,7 @@ def test_rows_are_read_in_the_requested_order(snapshot):
     rows = np.array([250, 3, 101, 299, 0])
     table = snapshot.read(rows, ["id", "start"])
     assert table["start"].to_pylist() == rows.tolist()
-    assert [snapshot.row(key) for key in table["id"].to_pylist()] == rows.tolist()
-    blocks = [(block, video) for block, video in snapshot.blocks(64)]
-    np.testing.assert_array_equal(np.sort(np.concatenate([b for b, _ in blocks])), np.arange(COUNT))
-    for block, video in blocks:
-        jax.tree.map(np.testing.assert_array_equal, video, snapshot.features(block))
+    assert [snapshot.find(key) for key in table["id"].to_pylist()] == rows.tolist()
+    every = snapshot.features(np.arange(COUNT))
+    some = jax.tree.map(lambda x: x[rows], every)
+    jax.tree.map(np.testing.assert_array_equal, snapshot.features(rows), some)

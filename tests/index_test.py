@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from filelock import FileLock
 from PIL import Image
 
 import xclip_jax
@@ -348,7 +349,7 @@ def test_full_disk_is_not_recorded_as_an_unreadable_video(copied, one_clip, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("xclip_jax.search.segments._middle_thumbnail", full)
+    monkeypatch.setattr("xclip_jax.search.segments.choose_frames", full)
     with pytest.raises(OSError, match="No space left"):
         copied.add(one_clip)
     monkeypatch.undo()
@@ -459,7 +460,7 @@ def test_empty_index_returns_no_hits(model, tmp_path):
 
 def test_second_writer_is_an_error(copied, videos):
     with (
-        indexing._writer_lock(copied._store),
+        FileLock(Path(copied.location, "writer.lock")),
         pytest.raises(InputError, match="another process is adding"),
     ):
         copied.add([videos])
@@ -477,8 +478,8 @@ def test_readers_see_complete_files_while_a_writer_adds(copied, videos, tmp_path
     seen, passes, failures, ended = [set(), set()], [0, 0], [], threading.Event()
     commit = Store.add
 
-    def commit_and_wait_for_readers(store, rows):
-        commit(store, rows)
+    def commit_and_wait_for_readers(store, *rows):
+        commit(store, *rows)
         goals = [count + 2 for count in passes]  # one may have begun before the commit
         while not failures and any(p < g for p, g in zip(passes, goals, strict=True)):
             time.sleep(0.01)

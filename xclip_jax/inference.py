@@ -75,7 +75,7 @@ def _encode(model: XClip, params: PyTree, method: str, arrays: tuple, batch_size
         for start in range(0, total, batch_size):
             batch = slice_rows(arrays, start, batch_size)
             size = len(batch[0])
-            inputs = _split_like(_pad(batch, min(batch_size, _next_power_of_two(size))), params)
+            inputs = _split_like(pad_rows(batch, min(batch_size, next_power_of_two(size))), params)
             features = apply_model(params, *inputs, model=model, method=method)
             yield slice_rows(jax.tree.map(np.asarray, features), 0, size)
 
@@ -103,9 +103,9 @@ def similarity_in_blocks(
     height, width = plan_blocks(model, text, video, block_cells)
     sim_TxV = np.empty((num_texts, num_videos), np.float32)
     for j in range(0, num_videos, width):
-        block_video = _split_like(_pad(slice_rows(video, j, width), width), params)
+        block_video = _split_like(pad_rows(slice_rows(video, j, width), width), params)
         for i in range(0, num_texts, height):
-            block_text = _pad(slice_rows(text, i, height), height)
+            block_text = pad_rows(slice_rows(text, i, height), height)
             block = apply_model(params, block_text, block_video, model=model, method="similarity")
             part = sim_TxV[i : i + height, j : j + width]
             part[:] = np.asarray(block)[: part.shape[0], : part.shape[1]]
@@ -122,7 +122,7 @@ def plan_blocks(
         block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
     (num_texts, num_words), (num_videos, num_frames) = text.mask.shape, video.mask.shape
     texts, videos = block_shape(model.config.cells_per_pair(num_words, num_frames), block_cells)
-    return min(texts, _next_power_of_two(num_texts)), min(videos, _next_power_of_two(num_videos))
+    return min(texts, next_power_of_two(num_texts)), min(videos, next_power_of_two(num_videos))
 
 
 def block_shape(cells_per_pair: int, block_cells: int) -> tuple[int, int]:
@@ -155,11 +155,12 @@ def slice_rows(tree: Tree, start: int, count: int = 1) -> Tree:
     return jax.tree.map(lambda array: array[start : start + count], tree)
 
 
-def _next_power_of_two(size: int) -> int:
+def next_power_of_two(size: int) -> int:
+    """Returns the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
-def _pad(tree: Tree, size: int) -> Tree:
+def pad_rows(tree: Tree, size: int) -> Tree:
     """Pads the leading axis of every array with zeros (False in masks) to `size`."""
 
     def pad(array: np.ndarray) -> np.ndarray:

@@ -15,14 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xclip_jax.cli import InputError, one_line_errors, progress, run_command
+from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
 from xclip_jax.search import output
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
-from xclip_jax.search.recall import format_recall, measure_recall, sample_sentences
 from xclip_jax.search.serve import serve
 from xclip_jax.search.store import exists
-
-Add = Callable[..., Any]  # ArgumentParser.add_argument
 
 
 def run_index(args: argparse.Namespace) -> None:
@@ -46,14 +43,10 @@ def run_index(args: argparse.Namespace) -> None:
         index = Index.create(args.index, args.model, **settings)
     started = time.perf_counter()
     if index.retriever.tokenizer is None:
-        print(
-            "note: the model has no tokenizer, so only videos and images can be used as queries; "
-            "for sentences convert the model again with --vocab",
-            file=sys.stderr,
-        )
+        note = "the model has no tokenizer: search by video or image, or convert it with --vocab"
+        print(f"note: {note}", file=sys.stderr)
     summary = index.add(args.videos, prune=args.prune)
-    problems = {"partly read": summary.partial, "unreadable": summary.unreadable}
-    for title, reasons in problems.items():
+    for title, reasons in (("partly read", summary.partial), ("unreadable", summary.unreadable)):
         for path, reason in reasons.items():
             print(f"{title}: {output.shorten_path(path)}: {reason}", file=sys.stderr)
     print(
@@ -75,11 +68,10 @@ def run_query(args: argparse.Namespace) -> None:
         raise InputError("--captions requires --video, the video to rank them for")
     if args.exhaustive and args.text is None:
         raise InputError("--exhaustive requires a sentence")
-    if args.save_grid and not (
-        Path(args.save_grid).suffix == ".png" and Path(args.save_grid).parent.is_dir()
-    ):
-        raise InputError(f"--save_grid={args.save_grid}: must be a .png file in an existing folder")
-    index = _open(args)
+    picture = Path(args.save_grid or "none.png")
+    if picture.suffix != ".png" or not picture.parent.is_dir():
+        raise InputError(f"--save_grid={picture}: must be a .png file in an existing folder")
+    index = Index.open(args.index, args.model, args.candidates, args.rerank)
     if args.captions:
         ranked = index.rank_captions(args.video, _read_lines(args.captions))
         output.print_captions(ranked[: args.k], as_json=args.json)
@@ -87,16 +79,13 @@ def run_query(args: argparse.Namespace) -> None:
     filters = {"path": args.path, "start": args.start, "end": args.end}
     if args.text is None:
         answer = index.similar(queries[0], args.k, **filters)
-    elif args.exhaustive:
-        with progress(index.num_segments, "scoring", "segment") as bar:
-            answer = index.query_exhaustively([args.text], args.k, bar=bar, **filters)[0]
     else:
-        answer = index.query(args.text, args.k, **filters)
+        answer = index.query(args.text, args.k, exhaustive=args.exhaustive, **filters)
     output.print_answer(answer, as_json=args.json)
     if args.save_grid and answer.hits:
         title = args.text or os.path.basename(queries[0])
-        output.draw_grid(args.save_grid, title, answer.hits, thumbnail=index.thumbnail)
-        print(f"picture: {args.save_grid}", file=sys.stderr)
+        output.draw_grid(picture, title, answer.hits, thumbnail=index.thumbnail)
+        print(f"picture: {picture}", file=sys.stderr)
     if args.open and answer.hits:
         output.play(answer[0])
 
@@ -106,20 +95,17 @@ def run_serve(args: argparse.Namespace) -> None:
 
     Only files of the index are served.
     """
-    index = _open(args)
+    index = Index.open(args.index, args.model, args.candidates, args.rerank)
     index.warm_up()
     serve(index, args.host, args.port, open_page=args.open)
 
 
 def run_recall(args: argparse.Namespace) -> None:
     """Reports the recall and times of the funnel, compared with exhaustive search."""
-    index = _open(args)
+    index = Index.open(args.index, args.model, args.candidates, args.rerank)
     lines = _read_lines(args.queries)[: args.sample] if args.queries else None
-    result = measure_recall(index, lines or sample_sentences(args.sample))
-    if args.json:
-        output.print_json(result)
-    else:
-        print(format_recall(result))
+    result = output.measure_recall(index, lines or output.sample_sentences(args.sample))
+    output.print_recall(result, as_json=args.json)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -129,23 +115,41 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"{args.output}: {index.num_segments:,} segments")
 
 
-def _open(args: argparse.Namespace) -> Index:
-    return Index.open(args.index, args.model, args.candidates, args.rerank)
-
-
 def _read_lines(path: str) -> list[str]:
     """Returns the non-empty lines of a text file."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
-    lines = [line for line in lines if line]
-    if not lines:
+    if not any(lines):
         raise InputError(f"{path}: contains no sentence")
-    return lines
+    return [line for line in lines if line]
 
 
-def _add_index_options(add: Add) -> None:
+def _make_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="python -m xclip_jax.search", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_command(run: Callable[..., None], *, opens_model: bool = True) -> Callable[..., Any]:
+        """Adds the command of a function `run_...`, returns the function that adds its options."""
+        description = run.__doc__ or ""
+        command = commands.add_parser(
+            run.__name__.removeprefix("run_"),
+            help=description.splitlines()[0],
+            description=description,
+            allow_abbrev=True,
+        )
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("--index", required=True, help="folder or bucket URI of the index")
+        if not opens_model:
+            return add
+        add("--model", help="model directory, if it has moved since the index was made")
+        add("--candidates", type=int, default=5000, help="segments scored by words (default 5000)")
+        add("--rerank", type=int, default=200, help="segments scored by frames (default 200)")
+        return add
+
+    add = add_command(run_index, opens_model=False)
     add("videos", nargs="+", metavar="VIDEOS", help="video files or folders of video files")
     add("--model", help="model or work directory; required for a new index")
     # The next three are fixed when the index is made; None: the default, or as it was made.
@@ -154,14 +158,7 @@ def _add_index_options(add: Add) -> None:
     add("--precision", choices=PRECISIONS, help="of the stored features (default float32)")
     add("--prune", action="store_true", help="remove files that no longer exist in VIDEOS")
 
-
-def _add_model_options(add: Add) -> None:
-    add("--model", help="model directory, if it has moved since the index was made")
-    add("--candidates", type=int, default=5000, help="segments compared by words (default 5000)")
-    add("--rerank", type=int, default=200, help="segments compared by frames (default 200)")
-
-
-def _add_query_options(add: Add) -> None:
+    add = add_command(run_query)
     add("text", nargs="?", help="the sentence")
     add("--video", help="find segments similar to this video; with --captions: rank them for it")
     add("--image", help="find segments similar to this image")
@@ -174,51 +171,19 @@ def _add_query_options(add: Add) -> None:
     add("--json", action="store_true", help="print JSON")
     add("--open", action="store_true", help="play the first result (mpv, VLC or ffplay)")
     add("--save_grid", metavar="PNG", help="save a picture of the results")
-    _add_model_options(add)
 
-
-def _add_serve_options(add: Add) -> None:
+    add = add_command(run_serve)
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=7870, help="port to listen on (default 7870)")
     add("--open", action="store_true", help="open the page in the browser")
-    _add_model_options(add)
 
-
-def _add_recall_options(add: Add) -> None:
+    add = add_command(run_recall)
     add("--sample", type=int, default=200, help="number of sentences (default 200)")
     add("--queries", help="text file, one sentence per line; default: sentences of common words")
     add("--json", action="store_true", help="print JSON")
-    _add_model_options(add)
 
-
-def _add_export_options(add: Add) -> None:
+    add = add_command(run_export, opens_model=False)
     add("--output", required=True, help="the .parquet or .npz file to write")
-
-
-_COMMANDS = {
-    "index": (run_index, _add_index_options),
-    "query": (run_query, _add_query_options),
-    "serve": (run_serve, _add_serve_options),
-    "recall": (run_recall, _add_recall_options),
-    "export": (run_export, _add_export_options),
-}
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m xclip_jax.search", description=__doc__, formatter_class=formatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, add_options) in _COMMANDS.items():
-        description = run.__doc__ or ""
-        summary = description.splitlines()[0]
-        command = commands.add_parser(
-            name, help=summary, description=description, formatter_class=formatter
-        )
-        command.add_argument("--index", required=True, help="folder or bucket URI of the index")
-        add_options(command.add_argument)
-        command.set_defaults(run=run)
     return parser
 
 

@@ -10,69 +10,52 @@ so nothing is compiled between queries.
 
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import faiss
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
+from jaxtyping import Array, Float
 
-from xclip_jax.inference import apply_model, similarity_in_blocks
+from xclip_jax import inference
+from xclip_jax.cli import progress
+from xclip_jax.inference import apply_model, next_power_of_two, pad_rows
 from xclip_jax.models.xclip import XClip, normalize
-from xclip_jax.search.store import Snapshot, unit_vectors
-from xclip_jax.similarity import TextFeatures, VideoFeatures, compute_weights
+from xclip_jax.search.store import RowMask, Rows, Snapshot, unit_vectors
+from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures, compute_weights
 
 STAGES = ("sentence-video", "video-word", "reading", "all")
 MIN_ATTENTION_BATCH = 16  # segments whose best frames are computed in one call, padded
-RowMask = Bool[np.ndarray, " N"]
-Rows = Int[np.ndarray, " n"]
+EXHAUSTIVE_BATCH = 1024  # segments read and scored at once by an exhaustive search
+# Model fields with which the vector of a video or image is compared like a sentence (Eq. 3, 5, 8).
+_EXAMPLE_FIELDS: dict[str, Any] = {"head": "xclip", "fusion": "mean", "matrices": False}
+_EXAMPLE_FIELDS |= {"granularities": ("video_sentence", "frame_sentence")}
 Scores = Float[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A segment in the results of a search.
+    """A segment in the results of a search. All times are seconds after the file's first frame."""
 
-    Attributes:
-        rank: position in the results, from 1.
-        score: the model's logit; for queries by example see `Index.similar`.
-        id: the segment's id, 16 hexadecimal digits.
-        path: its video file.
-        start, end: of the segment, seconds after the file's first frame.
-        second: time of the frame that AOSM weights most for the query, on the same clock.
-    """
-
-    rank: int
-    score: float
-    id: str
-    path: str
+    rank: int  # position in the results, from 1
+    score: float  # the model's logit; for queries by example see `Index.similar`
+    id: str  # of the segment, 16 hexadecimal digits
+    path: str  # of its video file
     start: float
     end: float
-    second: float
+    second: float  # time of the frame that AOSM weights most for the query
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The results of a search, usable like a list of Hit.
+    """The results of a search, usable like a list of Hit."""
 
-    Attributes:
-        hits: at most k, best first.
-        seconds: time of each stage, by its name.
-        searched: number of segments that passed the filters.
-        note: a note for the user, e.g. that the sentence was truncated, or None.
-    """
-
-    hits: list[Hit]
-    seconds: dict[str, float]
-    searched: int
-    note: str | None = None
-
-    def __iter__(self) -> Iterator[Hit]:
-        return iter(self.hits)
+    hits: list[Hit]  # at most k, best first
+    seconds: dict[str, float]  # time of each stage, by its name
+    searched: int  # number of segments that passed the filters
+    note: str | None = None  # for the user, e.g. that the sentence was truncated
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -83,36 +66,22 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """AOSM's attention over the W words of a sentence and the F frames of a segment.
+    """AOSM's attention over the W words of a sentence and the F frames of a segment."""
 
-    Attributes:
-        words: W tokens.
-        times: F seconds after the file's first frame.
-        weights_WxF: weights, summing to 1.
-    """
-
-    words: list[str]
-    times: list[float]
-    weights_WxF: Float[np.ndarray, "W F"]
+    words: list[str]  # W tokens
+    times: list[float]  # F seconds after the file's first frame
+    weights_WxF: Float[np.ndarray, "W F"]  # with the sum 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Funnel:
-    """A model and the widths of the stages.
-
-    Attributes:
-        model: the linen module.
-        params: its parameters.
-        candidates: number of segments that sentence-video passes on to video-word.
-        rerank: number of segments scored by the full model.
-        normalize: True to L2-normalise video and frame vectors first, if the head keeps raw ones.
-    """
+    """A model and the widths of the stages."""
 
     model: XClip
     params: Any
-    candidates: int = 5000
-    rerank: int = 200
-    normalize: bool = False
+    candidates: int = 5000  # segments that sentence-video passes on to video-word
+    rerank: int = 200  # segments scored by the full model
+    normalize: bool = False  # True: L2-normalise stored vectors first, which may be raw ones
 
     @functools.cached_property
     def word_model(self) -> XClip | None:
@@ -120,9 +89,16 @@ class Funnel:
         config = self.model.config
         if not config.has_granularities or "video_word" not in config.granularities:
             return None
-        names = ("video_sentence", "video_word")
-        granularities = tuple(name for name in names if name in config.granularities)
-        return XClip(dataclasses.replace(config, granularities=granularities))
+        names = tuple(name for name in config.granularities if name.startswith("video"))
+        return XClip(dataclasses.replace(config, granularities=names))
+
+    def example(self, vector_1xD: Float[AnyArray, "1 D"]) -> tuple["Funnel", TextFeatures]:
+        """Returns (funnel, query) to search by the vector of a video or image."""
+        config = dataclasses.replace(self.model.config, **_EXAMPLE_FIELDS)
+        sentence_1xD, mask_W = unit_vectors(np.asarray(vector_1xD)), np.arange(config.max_words) < 2
+        words = np.zeros((1, config.max_words, sentence_1xD.shape[1]), np.float32)
+        query = TextFeatures(sentence_1xD, words, mask_W[None])
+        return dataclasses.replace(self, model=XClip(config), normalize=True), query
 
     def search(
         self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
@@ -131,135 +107,75 @@ class Funnel:
         searched = len(snapshot) if allowed is None else int(allowed.sum())
         if not searched:
             return Answer([], {}, 0)
-        stopwatch = Stopwatch()
-        rerank = self._rerank_width(min(k, len(snapshot)))
-        word_model = self.word_model
-        width = max(self.candidates, rerank) if word_model else rerank
-        rows = self._nearest_rows(snapshot, text, width, allowed)
-        stopwatch.lap("sentence-video")
-        if word_model is not None and len(rows) > rerank:
-            scores = self._score_by_words(word_model, snapshot.vectors_NxD[rows], text, width)
-            rows = rows[top_indices(scores, rerank)]
-        stopwatch.lap("video-word")
+        times, k = [time.perf_counter()], min(k, len(snapshot))
+        rerank = self.rerank if k <= self.rerank else next_power_of_two(k)
+        width = max(self.candidates, rerank) if self.word_model else rerank
+        vector_1xD = apply_model(self.params, text, model=self.model, method=sentence_vector)
+        rows = snapshot.nearest_rows(np.asarray(vector_1xD), width, allowed)
+        times.append(time.perf_counter())
+        if self.word_model and len(rows) > rerank:
+            mask = np.ones((len(rows), self.model.config.max_frames), bool)
+            no_frames = np.zeros((*mask.shape, 0), np.float32)
+            video = VideoFeatures(snapshot.vectors_NxD[rows], no_frames, mask)
+            scores = self._score(self.word_model, text, video, width)
+            rows = rows[np.argsort(-scores, kind="stable")[:rerank]]
+        times.append(time.perf_counter())
         video = snapshot.features(rows)
-        stopwatch.lap("reading")
-        scores = self._score(text, video, rerank)
-        order = top_indices(scores, k)
-        frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
-        hits = _make_hits(snapshot, rows[order], scores[order], frames)
-        stopwatch.lap("all")
-        return Answer(hits, stopwatch.seconds, searched)
-
-    def search_exhaustively(
-        self,
-        snapshot: Snapshot,
-        text: TextFeatures,
-        k: int,
-        *,
-        allowed: RowMask | None = None,
-        bar: tqdm | None = None,
-    ) -> list[Answer]:
-        """Scores all allowed rows by the full model for each of T sentences (not for examples).
-
-        `bar` is a progress bar over segments.
-        """
-        num_texts, started = len(text.mask), time.perf_counter()
-        searched = len(snapshot) if allowed is None else int(allowed.sum())
-        rows_TxK = np.zeros((num_texts, 0), int)
-        scores_TxK = np.zeros((num_texts, 0), np.float32)
-        for rows, video in snapshot.blocks():
-            num_rows = len(rows)
-            if allowed is not None:
-                mask = allowed[rows]
-                rows, video = rows[mask], jax.tree.map(lambda x, mask=mask: x[mask], video)
-            if len(rows):
-                sim_TxV = similarity_in_blocks(self.model, self.params, text, video)
-                rows_TxK = np.concatenate([rows_TxK, np.broadcast_to(rows, sim_TxV.shape)], 1)
-                scores_TxK = np.concatenate([scores_TxK, sim_TxV], 1)
-                order_TxK = np.stack([top_indices(scores, k) for scores in scores_TxK])
-                rows_TxK = np.take_along_axis(rows_TxK, order_TxK, 1)
-                scores_TxK = np.take_along_axis(scores_TxK, order_TxK, 1)
-            if bar is not None:
-                bar.update(num_rows)
-        seconds = {"all": time.perf_counter() - started}
-        answers = []
-        for index, (rows, scores) in enumerate(zip(rows_TxK, scores_TxK, strict=True)):
-            sentence = jax.tree.map(lambda x, index=index: x[index : index + 1], text)
-            frames = self._best_frames(sentence, snapshot.features(rows)) if len(rows) else rows
-            answers.append(Answer(_make_hits(snapshot, rows, scores, frames), seconds, searched))
-        return answers
-
-    def _rerank_width(self, k: int) -> int:
-        """Returns `rerank`, or the next power of two if k is larger."""
-        return self.rerank if k <= self.rerank else 1 << (k - 1).bit_length()
-
-    def _nearest_rows(
-        self, snapshot: Snapshot, text: TextFeatures, width: int, allowed: RowMask | None
-    ) -> Rows:
-        """Returns the rows of largest sentence-video similarity, best first."""
-        vector = apply_model(self.params, text, model=self.model, method=sentence_vector)
-        options = {}
-        if allowed is not None:
-            bits = np.packbits(allowed, bitorder="little")
-            # faiss's type stubs describe the C++ constructors.
-            selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]
-            options["params"] = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
-        count = min(width, len(snapshot))
-        _, rows = snapshot.vector_index.search(np.asarray(vector), count, **options)
-        return rows[0][rows[0] >= 0]
-
-    def _score_by_words(
-        self, word_model: XClip, vectors: Float[np.ndarray, "n D"], text: TextFeatures, width: int
-    ) -> Scores:
-        """Returns the scores of the granularities without frames."""
-        mask = np.ones((width, word_model.config.max_frames), bool)
-        video = VideoFeatures(_pad(vectors, width), np.zeros((*mask.shape, 0), np.float32), mask)
-        scores = apply_model(self.params, text, video, model=word_model, method="similarity")
-        return np.asarray(scores)[0, : len(vectors)]
-
-    def _score(self, text: TextFeatures, video: VideoFeatures, width: int) -> Scores:
-        """Returns the full model's scores of one sentence with n <= `width` videos."""
-        count = len(video.mask)
+        times.append(time.perf_counter())
         if self.normalize:
             vectors, frames = (unit_vectors(np.asarray(x)) for x in (video.video, video.frames))
             video = VideoFeatures(vectors, frames, video.mask)
-        video = jax.tree.map(lambda x: _pad(x, width), video)
-        scores = apply_model(self.params, text, video, model=self.model, method="similarity")
-        return np.asarray(scores)[0, :count]
+        scores = self._score(self.model, text, video, rerank)
+        order = np.argsort(-scores, kind="stable")[:k]
+        frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
+        hits = make_hits(snapshot, rows[order], scores[order], frames)
+        times.append(time.perf_counter())
+        return Answer(hits, dict(zip(STAGES, np.diff(times).tolist(), strict=True)), searched)
+
+    def search_exhaustively(
+        self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
+    ) -> list[Answer]:
+        """Scores all allowed rows by the full model for each of T sentences (not for examples)."""
+        started = time.perf_counter()
+        rows = np.arange(len(snapshot)) if allowed is None else np.flatnonzero(allowed)
+        sim_TxN = np.zeros((len(text.mask), len(rows)), np.float32)
+        with progress(len(rows), "scoring", "segment") as bar:
+            for start in range(0, len(rows), EXHAUSTIVE_BATCH):
+                block = slice(start, start + EXHAUSTIVE_BATCH)
+                video = snapshot.features(rows[block])
+                sim_TxV = inference.similarity_in_blocks(self.model, self.params, text, video)
+                sim_TxN[:, block] = sim_TxV
+                bar.update(len(video.mask))
+        seconds, answers = {"all": time.perf_counter() - started}, []
+        for index, scores in enumerate(sim_TxN if len(rows) else ()):
+            order = np.argsort(-scores, kind="stable")[:k]
+            sentence = inference.slice_rows(text, index)
+            frames = self._best_frames(sentence, snapshot.features(rows[order]))
+            hits = make_hits(snapshot, rows[order], scores[order], frames)
+            answers.append(Answer(hits, seconds, len(rows)))
+        return answers or [Answer([], seconds, 0)] * len(text.mask)
+
+    def _score(self, model: XClip, text: TextFeatures, video: VideoFeatures, width: int) -> Scores:
+        """Returns the scores of one sentence with n videos, computed with padding to `width`."""
+        padded = pad_rows(video, width)
+        scores = apply_model(self.params, text, padded, model=model, method="similarity")
+        return np.asarray(scores)[0, : len(video.mask)]
 
     def _best_frames(self, text: TextFeatures, video: VideoFeatures) -> Rows:
         """Returns the index of the frame with the most attention in each of n videos."""
         count = len(video.mask)
-        width = max(MIN_ATTENTION_BATCH, 1 << (count - 1).bit_length())
-        video = jax.tree.map(lambda x: _pad(x, width), video)
+        video = pad_rows(video, max(MIN_ATTENTION_BATCH, next_power_of_two(count)))
         weights = apply_model(self.params, text, video, model=self.model, method=frame_attention)
         return np.asarray(weights)[:count].argmax(1)
 
 
-def make_example_funnel(funnel: Funnel) -> Funnel:
-    """Returns a Funnel for a video or still image in place of a sentence.
-
-    The example's vector is compared with videos and frames like a sentence (Eq. 3, 5, 8).
-    """
-    config = dataclasses.replace(
-        funnel.model.config,
-        head="xclip",
-        granularities=("video_sentence", "frame_sentence"),
-        fusion="mean",
-        matrices=False,
-    )
-    return dataclasses.replace(funnel, model=XClip(config), normalize=True)
-
-
-def sentence_vector(model: XClip, text: TextFeatures) -> Float[jax.Array, "T D"]:
+def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
     """Returns vectors whose inner products with those of videos are Eq. 3, not scaled."""
     matrix = model.matrices().get("video_sentence")
     return normalize(text.sentence) if matrix is None else jnp.asarray(text.sentence) @ matrix
 
 
-def frame_attention(
-    model: XClip, text: TextFeatures, video: VideoFeatures
-) -> Float[jax.Array, "V F"]:
+def frame_attention(model: XClip, text: TextFeatures, video: VideoFeatures) -> Float[Array, "V F"]:
     """Returns AOSM's weights of the frames of V videos for one text (T = 1), 0 where masked.
 
     The mean of the weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), of those that
@@ -278,55 +194,10 @@ def frame_attention(
     return jnp.where(video.mask, sum(weights) / len(weights), 0)
 
 
-def make_example_query(vector_D: Float[np.ndarray, " D"], max_words: int) -> TextFeatures:
-    """Returns TextFeatures whose only sentence is the vector of a video."""
-    words = np.zeros((1, max_words, len(vector_D)), np.float32)
-    return TextFeatures(unit_vectors(vector_D[None]), words, np.arange(max_words)[None] < 2)
-
-
-def make_hit(
-    snapshot: Snapshot, row: int, rank: int = 0, score: float = 0.0, frame: int = 0
-) -> Hit:
-    """Returns the Hit of a row, whose best second is the time of `frame`."""
-    return Hit(
-        rank=rank,
-        score=score,
-        id=snapshot.ids[row].as_py(),
-        path=snapshot.paths[row].as_py(),
-        start=float(snapshot.starts[row]),
-        end=float(snapshot.ends[row]),
-        second=float(snapshot.times[row, frame]),
-    )
-
-
-def top_indices(scores: Scores, k: int) -> Int[np.ndarray, " k"]:
-    """Returns the indices of the k largest scores, in a stable descending order."""
-    return np.argsort(-scores, kind="stable")[:k]
-
-
-class Stopwatch:
-    """Times of consecutive stages.
-
-    Attributes:
-        seconds: {stage: duration}.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Ends a stage that began at the previous call or at construction."""
-        now = time.perf_counter()
-        self.seconds[stage], self._last = now - self._last, now
-
-
-def _make_hits(snapshot: Snapshot, rows: Rows, scores: Scores, frames: Rows) -> list[Hit]:
-    ranks = range(1, len(rows) + 1)
-    columns = zip(rows.tolist(), ranks, scores.tolist(), frames.tolist(), strict=True)
-    return [make_hit(snapshot, *values) for values in columns]
-
-
-def _pad(array: np.ndarray, size: int) -> np.ndarray:
-    """Appends zeros (False) up to `size` rows."""
-    return np.concatenate([array, np.zeros((size - len(array), *array.shape[1:]), array.dtype)])
+def make_hits(snapshot: Snapshot, rows: Rows, scores: Scores, frames: Rows) -> list[Hit]:
+    """Returns the Hits of n rows, best first, whose best seconds are the times of `frames`."""
+    ids = [snapshot.ids[row].as_py() for row in rows]
+    paths = [snapshot.paths[row].as_py() for row in rows]
+    times = snapshot.starts[rows], snapshot.ends[rows], snapshot.times[rows, frames]
+    columns = scores.tolist(), ids, paths, *(column.tolist() for column in times)
+    return list(map(Hit, itertools.count(1), *columns))

@@ -3,17 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError
@@ -21,25 +21,16 @@ from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.evaluate import list_words
 from xclip_jax.inference import apply_model, copy_to_local_devices
 from xclip_jax.retriever import Retriever, load
-from xclip_jax.search.funnel import (
-    Answer,
-    Attention,
-    Funnel,
-    Hit,
-    RowMask,
-    Stopwatch,
-    make_example_funnel,
-    make_example_query,
-    make_hit,
-)
+from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.store import Filters, Snapshot, Store
+from xclip_jax.search.store import Filters, RowMask, Snapshot, Store
 from xclip_jax.similarity import TextFeatures
 
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 AnyPath = str | os.PathLike
+Query = tuple[Funnel, TextFeatures]
 
 
 class Index:
@@ -49,19 +40,16 @@ class Index:
 
     Attributes:
         location, about: see xclip_jax.search.store.Store.
+        model_name: absolute path of the model directory.
         candidates, rerank: widths of the funnel, see xclip_jax.search.funnel.
     """
 
-    def __init__(
-        self, store: Store, model: AnyPath | None = None, candidates: int = 5000, rerank: int = 200
-    ) -> None:
-        if candidates < 1 or rerank < 1:
-            raise InputError(f"candidates = {candidates}, rerank = {rerank}: must be at least 1")
-        self.candidates, self.rerank = candidates, rerank
+    def __init__(self, store: Store) -> None:
         self.location, self.about = store.location, store.about
-        self._store, self._model = store, model
+        self.model_name = self.about["model"]
+        self.candidates, self.rerank = 5000, 200
+        self._store, self._snapshot = store, store.snapshot()
         self._lock = threading.Lock()
-        self._snapshot = store.snapshot()
 
     @classmethod
     def open(
@@ -71,19 +59,20 @@ class Index:
         candidates: int = 5000,
         rerank: int = 200,
     ) -> "Index":
-        """Opens an existing index.
+        """Opens an index, or raises InputError if it is missing, corrupted or of another model.
 
         Args:
             location: a folder, or the URI of a bucket (s3://, gs://, az://).
             model: a model or work directory; None: the path stored in the index.
             candidates: number of segments scored by the word granularities.
             rerank: number of segments scored by the full model, which reads their frames.
-
-        Raises:
-            InputError: there is no index, it is corrupted, or it was made with another model.
         """
-        index = cls(Store(location), model, candidates, rerank)
+        if candidates < 1 or rerank < 1:
+            raise InputError(f"candidates = {candidates}, rerank = {rerank}: must be at least 1")
+        index = cls(Store(location))
+        index.candidates, index.rerank = candidates, rerank
         if model is not None:
+            index.model_name = os.path.abspath(model_folder(model))
             index.retriever  # noqa: B018  (a wrong model must fail here, not at the first query)
         return index
 
@@ -97,7 +86,7 @@ class Index:
         shots: bool = False,
         precision: Literal["float32", "float16"] = "float32",
     ) -> "Index":
-        """Creates an empty index.
+        """Creates an empty index, or raises InputError if there is one already or no model.
 
         Args:
             location: see `open`.
@@ -106,9 +95,6 @@ class Index:
             shots: True to cut at shot changes, with `segment_seconds` as the maximum length.
             precision: of the stored features; "float16" halves the disk space and changes logits
                 by about 0.01.
-
-        Raises:
-            InputError: an index exists already, or there is no model.
         """
         if not isinstance(segment_seconds, int) or segment_seconds < 1:
             raise InputError(f"segment_seconds = {segment_seconds}: must be an integer >= 1")
@@ -116,7 +102,7 @@ class Index:
             raise InputError(f"precision = {precision!r}: must be {' or '.join(PRECISIONS)}")
         retriever = load(model)
         about = {
-            "model": _absolute_model_folder(model),
+            "model": os.path.abspath(model_folder(model)),
             "fingerprint": fingerprint(retriever),
             "max_frames": retriever.model.config.max_frames,
             "embed_dim": retriever.model.config.embed_dim,
@@ -124,7 +110,7 @@ class Index:
             "shots": shots,
             "precision": precision,
         }
-        return cls(Store.create(location, about), model)
+        return cls(Store.create(location, about))
 
     def __len__(self) -> int:
         return self.num_segments
@@ -137,12 +123,7 @@ class Index:
     @property
     def num_files(self) -> int:
         """Number of files in the version that is searched."""
-        return self._snapshot.num_files
-
-    @property
-    def model_name(self) -> str:
-        """Path of the model directory."""
-        return self.about["model"] if self._model is None else _absolute_model_folder(self._model)
+        return len(self._snapshot.paths.unique())
 
     @functools.cached_property
     def retriever(self) -> Retriever:
@@ -150,19 +131,18 @@ class Index:
 
         Raises InputError if it is missing, or is not the one that the index was made with.
         """
-        original = self.about["model"]
-        if self._model is None and not Path(original).is_dir():
+        original, expected = self.about["model"], self.about["fingerprint"]
+        if self.model_name == original and not Path(original).is_dir():
             raise InputError(
                 f"the model of {self.location} is no longer in {original}: set --model to its "
                 "new location"
             )
         retriever = load(self.model_name)
         actual = fingerprint(retriever)
-        if actual != self.about["fingerprint"]:
+        if actual != expected:
             raise InputError(
-                f"{self.location} was made with the model {original} "
-                f"({self.about['fingerprint']}), not with {self.model_name} ({actual}): vectors of "
-                "different models cannot be compared"
+                f"{self.location} was made with the model {original} ({expected}), not with "
+                f"{self.model_name} ({actual}): vectors of different models cannot be compared"
             )
         retriever.params = copy_to_local_devices(retriever.params)
         return retriever
@@ -182,7 +162,8 @@ class Index:
         """Removes files and all files below folders, and returns the number of removed segments."""
         self.refresh()
         num_before, videos = self.num_segments, _to_list(videos)
-        self._store.remove([path for path in self._store.files() if is_below(path, videos)])
+        paths = self._store.files()
+        self._store.remove({path: None for path in paths if is_below(path, videos)})
         self.refresh()
         return num_before - self.num_segments
 
@@ -200,71 +181,54 @@ class Index:
         """Searches for the segments that match a sentence best.
 
         Args:
-            text: the sentence.
-            k: number of results; all segments if there are fewer.
+            text: the sentence, not empty.
+            k: number of results, at least 1; all segments if there are fewer.
             exhaustive: True to score every segment by the full model.
-            **filters: `path`: only files whose path contains this, or matches it as a pattern with
-                * and ?; `start`, `end`: only segments that overlap this interval of their file,
-                seconds.
+            **filters: see `Filters`.
 
         Raises:
-            InputError: the sentence is empty, k is below 1, or the model has no tokenizer.
+            InputError: an argument is invalid, or the model has no tokenizer.
         """
         if exhaustive:
             return self.query_exhaustively([text], k, **filters)[0]
-        stopwatch = Stopwatch()
-        features = self._encode([text])
-        stopwatch.lap("encoding")
-        answer = self._search(self._funnel, features, k, filters)
-        return self._complete(answer, stopwatch, self._note(text))
+        started = time.perf_counter()
+        return self._search((self._funnel, self._encode([text])), k, filters, started, text)
 
     def query_exhaustively(
-        self,
-        texts: Sequence[str],
-        k: int = 10,
-        *,
-        bar: tqdm | None = None,
-        **filters: Unpack[Filters],
+        self, texts: Sequence[str], k: int = 10, **filters: Unpack[Filters]
     ) -> list[Answer]:
-        """Scores every segment by the full model for each of T sentences.
-
-        Options as in `query`. `bar` is a progress bar over segments.
-        """
-        stopwatch = Stopwatch()
+        """Scores every segment by the full model for each of T sentences, as `query` for one."""
+        started = time.perf_counter()
         features = self._encode(texts)
-        stopwatch.lap("encoding")
+        encoding = time.perf_counter() - started
         snapshot, allowed = self._select(k, filters)
-        answers = self._funnel.search_exhaustively(snapshot, features, k, allowed=allowed, bar=bar)
-        return [
-            self._complete(answer, stopwatch, self._note(text))
-            for text, answer in zip(texts, answers, strict=True)
-        ]
+        answers = self._funnel.search_exhaustively(snapshot, features, k, allowed)
+        return [self._complete(a, encoding, text) for text, a in zip(texts, answers, strict=True)]
 
     def similar(self, file: AnyPath, k: int = 10, **filters: Unpack[Filters]) -> Answer:
         """Searches for segments similar to a video or image file, with the options of `query`.
 
-        The score is a logit: the mean of video-video and video-frame similarity.
-
-        Raises:
-            InputError: the file cannot be read, or its suffix is not that of a video or an image.
+        The score is a logit: the mean of video-video and video-frame similarity. Raises InputError
+        if the file cannot be read, or its suffix is not that of a video or an image.
         """
-        # FFmpeg would follow a playlist to other files and thereby disclose them.
-        suffix = Path(file).suffix.lower()
-        if suffix not in (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES):
+        started, video, suffix = time.perf_counter(), file, Path(file).suffix.lower()
+        if suffix in _IMAGE_SUFFIXES:
+            try:
+                with Image.open(file) as image:
+                    video = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+            except Exception as error:  # Pillow's plugins raise many types
+                raise InputError(f"{file}: cannot be read as an image: {error}") from None
+        elif suffix not in VIDEO_SUFFIXES:  # FFmpeg would disclose the files that a playlist names
             raise InputError(f"{file}: suffix must be that of a video or an image")
-        stopwatch = Stopwatch()
-        example = _read_image(file) if suffix in _IMAGE_SUFFIXES else file
-        vector_D = np.asarray(self.retriever.encode_video([example]).video[0])
-        stopwatch.lap("encoding")
-        answer = self._search_example(vector_D, k, filters)
-        return self._complete(answer, stopwatch)
+        query = self._funnel.example(self.retriever.encode_video([video]).video)
+        return self._search(query, k, filters, started, "")
 
     def like(self, segment_id: str, k: int = 10) -> Answer:
         """Searches for segments similar to an indexed one, or raises KeyError for an unknown id."""
+        started = time.perf_counter()
         snapshot, _ = self._select(k, {})
-        video = snapshot.features(np.array([snapshot.row(segment_id)]))
-        vector_D = np.asarray(video.video[0])
-        answer = self._search_example(vector_D, k + 1, {})
+        query = self._funnel.example(snapshot.features(snapshot.find(segment_id)).video)
+        answer = self._search(query, k + 1, {}, started, "")
         others = [hit for hit in answer if hit.id != segment_id][:k]
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
         return dataclasses.replace(answer, hits=hits)
@@ -273,43 +237,40 @@ class Index:
         """Returns (caption, logit) of T sentences for one video file, best first."""
         text = self.retriever.encode_text(captions)
         scores_T = self.retriever.similarity(text, self.retriever.encode_video([video]))[:, 0]
-        order = np.argsort(-scores_T, kind="stable")
-        return [(captions[index], float(scores_T[index])) for index in map(int, order)]
+        pairs = zip(captions, scores_T.tolist(), strict=True)
+        return sorted(pairs, key=operator.itemgetter(1), reverse=True)
 
     def attention(self, segment_id: str, text: str) -> Attention:
         """Computes AOSM's attention over a sentence and a segment.
 
         Raises InputError if the model has no word-frame similarity, KeyError for an unknown id.
         """
-        model, params = self.retriever.model, self.retriever.params
-        config = model.config
+        retriever, snapshot = self.retriever, self._snapshot
+        model, config = retriever.model, retriever.model.config
         if not config.has_granularities or "frame_word" not in config.granularities:
             raise InputError("no heat map: this model does not compare words with frames")
-        snapshot = self._snapshot
-        row = snapshot.row(segment_id)
-        sentence = self.retriever.encode_text([text])
-        video = snapshot.features(np.array([row]))
+        row = snapshot.find(segment_id)
+        sentence, video = retriever.encode_text([text]), snapshot.features(row)
         method = "word_frame_attention"
-        weights_WxF = apply_model(params, sentence, video, model=model, method=method)[0]
-        words, mask_W = list_words(model, self.retriever.get_tokenizer(), text, sentence.mask[0])
-        mask_F = video.mask[0]
-        weights = np.asarray(weights_WxF)[mask_W][:, mask_F]
-        return Attention(words, snapshot.times[row, mask_F].tolist(), weights)
+        weights_WxF = apply_model(retriever.params, sentence, video, model=model, method=method)[0]
+        words, words_W = list_words(model, retriever.get_tokenizer(), text, sentence.mask[0])
+        weights = np.asarray(weights_WxF)[words_W][:, video.mask[0]]
+        return Attention(words, snapshot.times[row][video.mask].tolist(), weights)
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields all stored columns except the thumbnails as Arrow tables."""
         return self._snapshot.tables()
 
     def segment(self, segment_id: str) -> Hit:
-        """Returns a segment as a Hit of rank 0, or raises KeyError for an unknown id."""
+        """Returns a segment as a Hit of score 0, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
-        return make_hit(snapshot, snapshot.row(segment_id))
+        return make_hits(snapshot, snapshot.find(segment_id), np.zeros(1), np.array([0]))[0]
 
     def thumbnail(self, segment_id: str) -> bytes:
         """Returns a segment's JPEG thumbnail, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
-        rows = np.array([snapshot.row(segment_id)])
-        return snapshot.read(rows, ["thumbnail"])["thumbnail"][0].as_py()
+        table = snapshot.read(snapshot.find(segment_id), ["thumbnail"])
+        return table["thumbnail"][0].as_py()
 
     def warm_up(self) -> None:
         """Compiles everything that queries use, so that the first one is fast."""
@@ -324,33 +285,21 @@ class Index:
         return Funnel(retriever.model, retriever.params, self.candidates, self.rerank)
 
     def _encode(self, texts: Sequence[str]) -> TextFeatures:
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError("a sentence must be a str")
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates
         if not all(text.split() for text in texts):
             raise InputError("the sentence is empty")
         return self.retriever.encode_text(texts)
 
-    def _note(self, text: str) -> str | None:
-        tokenizer = self.retriever.tokenizer
-        if tokenizer is None or not tokenizer.is_truncated(text):
-            return None
-        return f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
-
-    def _search_example(
-        self, vector_D: Float[np.ndarray, " D"], k: int, filters: Filters
-    ) -> Answer:
-        text = make_example_query(vector_D, self.retriever.model.config.max_words)
-        return self._search(make_example_funnel(self._funnel), text, k, filters)
-
-    def _search(self, funnel: Funnel, text: TextFeatures, k: int, filters: Filters) -> Answer:
-        snapshot, allowed = self._select(k, filters)
-        try:
-            return funnel.search(snapshot, text, k, allowed)
-        except InputError:  # a writer compacted the index, and this version's files are deleted
-            if not self.refresh():
-                raise
-            return self._search(funnel, text, k, filters)
+    def _search(self, query: Query, k: int, filters: Filters, started: float, text: str) -> Answer:
+        (funnel, features), encoding = query, time.perf_counter() - started
+        while True:
+            snapshot, allowed = self._select(k, filters)
+            try:
+                answer = funnel.search(snapshot, features, k, allowed)
+                return self._complete(answer, encoding, text)
+            except InputError:  # a writer compacted the index, and this version's files are deleted
+                if not self.refresh():
+                    raise
 
     def _select(self, k: int, filters: Filters) -> tuple[Snapshot, RowMask | None]:
         """Returns (snapshot to search, mask of the rows to search or None for all)."""
@@ -359,24 +308,14 @@ class Index:
         snapshot = self._snapshot
         return snapshot, snapshot.matching_rows(**filters)
 
-    @staticmethod
-    def _complete(answer: Answer, stopwatch: Stopwatch, note: str | None = None) -> Answer:
-        seconds = stopwatch.seconds | answer.seconds
+    def _complete(self, answer: Answer, encoding: float, text: str) -> Answer:
+        """Adds the seconds of encoding, and a note if the sentence was truncated."""
+        tokenizer, note = self.retriever.tokenizer, None
+        if tokenizer is not None and tokenizer.is_truncated(text):
+            note = f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
+        seconds = {"encoding": encoding, **answer.seconds}
         return dataclasses.replace(answer, seconds=seconds, note=note)
-
-
-def _read_image(file: AnyPath) -> UInt8[np.ndarray, "1 H W 3"]:
-    """Reads an image file as a video of one frame."""
-    try:
-        with Image.open(file) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except Exception as error:  # Pillow's plugins raise many types
-        raise InputError(f"{file}: cannot be read as an image: {error}") from None
 
 
 def _to_list(paths: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-
-
-def _absolute_model_folder(model: AnyPath) -> str:
-    return os.path.abspath(model_folder(model))

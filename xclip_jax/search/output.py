@@ -1,43 +1,53 @@
-"""Prints search results as a table, JSON or picture, and exports embeddings."""
+"""Outputs of the command line: results as text or picture, embeddings, measured recall."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
 from xclip_jax.cli import InputError, progress
 from xclip_jax.data.video import VideoError, read_still
-from xclip_jax.report.canvas import BLUE, INK, MUTED, Canvas, drawing_style
+from xclip_jax.report.canvas import BLUE, MUTED, Canvas, drawing_style
 from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.index import Index
 
-GRID_COLUMNS, CELL_WIDTH, CELL_HEIGHT, MARGIN = (
-    4,
-    240,
-    150,
-    18,
-)  # pixels of a picture, and around it
+GRID_COLUMNS, CELL_SIZE, MARGIN = 4, (240, 150), 18  # of a picture, in pixels
 _PLAYERS = {  # players that can start at a given second
     "mpv": ["--start={second}", "{path}"],
     "vlc": ["--start-time={second}", "{path}"],
     "ffplay": ["-loglevel", "error", "-ss", "{second}", "{path}"],
 }
+
+_SUBJECTS = (
+    "a man", "a woman", "two men", "a young girl", "a boy", "a group of people", "a dog", "a cat",
+    "a crowd", "a singer", "a chef", "a football player", "a teacher", "children", "a red car",
+    "an old woman", "a horse", "a band", "a cartoon character", "a reporter",
+)  # fmt: skip
+_VERBS = (
+    "is talking", "is dancing", "is running", "is playing the guitar", "is cooking", "is driving",
+    "is swimming", "is eating", "is jumping", "is singing", "is reading a book", "is laughing",
+    "is riding a bicycle", "is fighting", "is drawing", "is falling", "is playing a game",
+    "is walking slowly", "is opening a box", "is looking at the camera",
+)  # fmt: skip
+_PLACES = (
+    "", " in a kitchen", " on a stage", " in the street", " on the beach", " in a park",
+    " at night", " in the snow", " in front of a house", " in a room",
+)  # fmt: skip
 
 
 def print_json(value: Any) -> None:
@@ -57,14 +67,12 @@ def print_answer(answer: Answer, *, as_json: bool) -> None:
         return
     print(f"{'rank':>4}  {'score':>7}  {'best':>7}  {'segment':>15}  file")
     for hit in answer:
-        span = f"{format_time(hit.start)}-{format_time(hit.end)}"
-        best, path = format_time(hit.second), shorten_path(hit.path)
-        print(f"{hit.rank:4}  {hit.score:7.2f}  {best:>7}  {span:>15}  {path}")
+        best, start, end = map(format_time, (hit.second, hit.start, hit.end))
+        path = shorten_path(hit.path)
+        print(f"{hit.rank:4}  {hit.score:7.2f}  {best:>7}  {f'{start}-{end}':>15}  {path}")
     milliseconds = 1000 * sum(answer.seconds.values())
-    print(
-        f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms, including compilation",
-        file=sys.stderr,
-    )
+    text = f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms, including compilation"
+    print(text, file=sys.stderr)
 
 
 def print_captions(ranked: Sequence[tuple[str, float]], *, as_json: bool) -> None:
@@ -86,9 +94,7 @@ def format_time(seconds: float) -> str:
 
 def shorten_path(path: str) -> str:
     """Returns the path relative to the current folder if it is below it."""
-    with contextlib.suppress(ValueError):
-        return str(Path(path).relative_to(Path.cwd()))
-    return path
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def play(hit: Hit) -> None:
@@ -99,57 +105,39 @@ def play(hit: Hit) -> None:
             subprocess.Popen([player, *options])
             return
     webbrowser.open(Path(hit.path).as_uri())
-    time = format_time(hit.second)
-    print(f"mpv, VLC or ffplay is not installed: the best second is {time}", file=sys.stderr)
+    best = format_time(hit.second)
+    print(f"mpv, VLC or ffplay is not installed: the best second is {best}", file=sys.stderr)
 
 
 @drawing_style()
 def draw_grid(
     path: str | Path, title: str, hits: Sequence[Hit], *, thumbnail: Callable[[str], bytes]
 ) -> None:
-    """Writes a picture with the frame at the best second of each hit.
+    """Writes a .png with the frame at the best second of each hit, of which there must be one.
 
-    Args:
-        path: the .png file.
-        title: the query.
-        hits: at least one.
-        thumbnail: function from segment id to JPEG, for files that can no longer be read.
+    `thumbnail` returns the JPEG of a segment id, for files that can no longer be read.
     """
-    columns = min(GRID_COLUMNS, len(hits))
-    rows = -(-len(hits) // columns)
-    width = max(2, columns) * (CELL_WIDTH + MARGIN) + MARGIN
-    canvas = Canvas(width, 70 + rows * (CELL_HEIGHT + 62))
-    canvas.paragraph(MARGIN, 36, title, width - 2 * MARGIN, 2, size=17, weight="bold")
+    width, height = CELL_SIZE
+    columns, rows = max(2, min(GRID_COLUMNS, len(hits))), -(-len(hits) // GRID_COLUMNS)
+    sheet_width = columns * (width + MARGIN) + MARGIN
+    canvas = Canvas(sheet_width, 70 + rows * (height + 62))
+    canvas.paragraph(MARGIN, 36, title, sheet_width - 2 * MARGIN, 2, size=17, weight="bold")
     for index, hit in enumerate(hits):
-        x = MARGIN + index % columns * (CELL_WIDTH + MARGIN)
-        y = 70 + index // columns * (CELL_HEIGHT + 62)
-        _draw_hit(canvas, x, y, hit, _read_picture(hit, thumbnail))
+        try:
+            jpeg = read_still(hit.path, hit.second)
+        except (VideoError, OSError):
+            jpeg = thumbnail(hit.id)
+        row, column = divmod(index, GRID_COLUMNS)
+        x, y = MARGIN + column * (width + MARGIN), 70 + row * (height + 62)
+        with Image.open(io.BytesIO(jpeg)) as image:
+            padded = ImageOps.pad(image.convert("RGB"), (2 * width, 2 * height), color="#11151d")
+        canvas.image(np.asarray(padded), x, y, width, height)
+        canvas.text(x, y + height + 15, f"{hit.rank}", 13, BLUE, weight="bold")
+        canvas.text(x + width, y + height + 15, f"{hit.score:.2f}", 13, ha="right")
+        canvas.text(x + 26, y + height + 15, format_time(hit.second), 13, weight="bold")
+        name = os.path.basename(hit.path)
+        canvas.paragraph(x, y + height + 34, name, width, size=11, color=MUTED)
     canvas.figure.savefig(path)
-
-
-def _draw_hit(
-    canvas: Canvas, x: float, y: float, hit: Hit, pixels: UInt8[np.ndarray, "H W 3"]
-) -> None:
-    scale = min(CELL_WIDTH / pixels.shape[1], CELL_HEIGHT / pixels.shape[0])
-    width, height = pixels.shape[1] * scale, pixels.shape[0] * scale
-    canvas.box(x, y, CELL_WIDTH, CELL_HEIGHT, 4, facecolor="#11151d", edgecolor="#11151d")
-    left, top = x + (CELL_WIDTH - width) / 2, y + (CELL_HEIGHT - height) / 2
-    canvas.image(pixels, left, top, width, height)
-    baseline = y + CELL_HEIGHT + 15
-    canvas.text(x, baseline, f"{hit.rank}", 13, BLUE, weight="bold")
-    canvas.text(x + CELL_WIDTH, baseline, f"{hit.score:.2f}", 13, INK, ha="right")
-    canvas.text(x + 26, baseline, format_time(hit.second), 13, INK, weight="bold")
-    name = os.path.basename(hit.path)
-    canvas.paragraph(x, y + CELL_HEIGHT + 34, name, CELL_WIDTH, size=11, color=MUTED)
-
-
-def _read_picture(hit: Hit, thumbnail: Callable[[str], bytes]) -> UInt8[np.ndarray, "H W 3"]:
-    try:
-        jpeg = read_still(hit.path, hit.second)
-    except (VideoError, OSError):
-        jpeg = thumbnail(hit.id)
-    with Image.open(io.BytesIO(jpeg)) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def export_segments(index: Index, path: str | os.PathLike) -> None:
@@ -158,9 +146,7 @@ def export_segments(index: Index, path: str | os.PathLike) -> None:
     Columns: id, path, size (bytes), mtime (ns), start, end (seconds), count, times (F seconds),
     video (D) and frames (F x D numbers, in the .npz an N x F x D array); only the first `count`
     times and frames are real. Parquet is written in blocks, an .npz is built in memory.
-
-    Raises:
-        InputError: the suffix is another, or the index is empty.
+    Raises InputError for another suffix or an empty index.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".npz"):
@@ -169,38 +155,84 @@ def export_segments(index: Index, path: str | os.PathLike) -> None:
         raise InputError(f"the index {index.location} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
-    write = _write_parquet if path.suffix == ".parquet" else _write_npz
-    with progress(len(index), "writing", "segment") as bar:
-        write(index.tables(), partial, bar)
+    with progress(len(index), "writing", "segment") as bar, partial.open("wb") as file:
+
+        def read() -> Iterator[pa.Table]:
+            for table in index.tables():
+                yield table
+                bar.update(len(table))
+
+        if path.suffix == ".npz":
+            table = pa.concat_tables(read())
+            names = table.column_names
+            arrays: dict[str, Any] = {name: np.stack(table[name].to_numpy()) for name in names}
+            num_segments, dim = arrays["video"].shape
+            arrays["frames"] = arrays["frames"].reshape(num_segments, -1, dim)
+            np.savez(file, **arrays)
+        else:
+            tables = read()
+            first = next(tables)
+            with pq.ParquetWriter(file, first.schema) as writer:
+                for table in itertools.chain([first], tables):
+                    writer.write_table(table)
     os.replace(partial, path)
 
 
-def _write_parquet(tables: Iterator[pa.Table], path: Path, bar: tqdm) -> None:
-    first = next(tables)
-    with pq.ParquetWriter(path, first.schema) as writer:
-        for table in itertools.chain([first], tables):
-            writer.write_table(table)
-            bar.update(len(table))
+def sample_sentences(count: int) -> list[str]:
+    """Returns `count` different sentences of common words, the same in every call."""
+    parts = itertools.product(_SUBJECTS, _VERBS, _PLACES)
+    sentences = [f"{subject} {verb}{place}" for subject, verb, place in parts]
+    if count > len(sentences):
+        raise InputError(f"--sample={count}: must be at most {len(sentences)} without --queries")
+    return random.Random(0).sample(sentences, count)
 
 
-def _write_npz(tables: Iterator[pa.Table], path: Path, bar: tqdm) -> None:
-    blocks = []
-    for table in tables:
-        blocks.append(table)
-        bar.update(len(table))
-    table = pa.concat_tables(blocks).combine_chunks()
-    arrays: dict[str, Any] = {
-        name: _to_array(table[name].combine_chunks()) for name in table.column_names
+def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
+    """Runs each text through the funnel and through exhaustive search of an index, not empty.
+
+    Returns the numbers of sentences, segments, candidates and rerank; `top_1` and `top_10`:
+    percentages of the first and of the first ten exhaustive results that are in the funnel's first
+    ten; `milliseconds`: {stage: {"p50", "p95"}}, including `total`.
+    """
+    if not len(index):
+        raise InputError(f"the index {index.location} is empty")
+    index.query(texts[0])  # compiles
+    ids, seconds = [], []
+    for text in texts:
+        started = time.perf_counter()
+        answer = index.query(text)
+        seconds.append({**answer.seconds, "total": time.perf_counter() - started})
+        ids.append([hit.id for hit in answer])
+    expected = index.query_exhaustively(texts)
+    hits = [np.isin([hit.id for hit in best], own) for best, own in zip(expected, ids, strict=True)]
+    return {
+        "sentences": len(texts),
+        "segments": len(index),
+        "candidates": index.candidates,
+        "rerank": index.rerank,
+        "top_1": round(100 * float(np.mean([found[0] for found in hits])), 2),
+        "top_10": round(100 * float(np.mean(hits)), 2),
+        "milliseconds": {
+            stage: {
+                f"p{q}": round(1000 * float(np.percentile([s[stage] for s in seconds], q)), 2)
+                for q in (50, 95)
+            }
+            for stage in seconds[0]
+        },
     }
-    dim = arrays["video"].shape[1]
-    arrays["frames"] = arrays["frames"].reshape(len(table), -1, dim)
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
 
 
-def _to_array(column: pa.Array) -> np.ndarray:
-    if pa.types.is_fixed_size_list(column.type):
-        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    if pa.types.is_string(column.type):
-        return np.array(column.to_pylist(), dtype=np.str_)
-    return column.to_numpy(zero_copy_only=False)
+def print_recall(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Prints the result of `measure_recall` as text or as JSON."""
+    if as_json:
+        print_json(result)
+        return
+    print(
+        f"{result['sentences']:,} sentences, {result['segments']:,} segments, funnel "
+        f"{result['candidates']:,} -> {result['rerank']:,}\n"
+        f"exhaustive first result in the funnel's first ten:  {result['top_1']:5.1f} %\n"
+        f"exhaustive first ten in the funnel's first ten:     {result['top_10']:5.1f} %\n"
+        f"{'milliseconds':16}{'p50':>8}{'p95':>8}"
+    )
+    for stage, times in result["milliseconds"].items():
+        print(f"{stage:16}{times['p50']:8.1f}{times['p95']:8.1f}")

@@ -5,24 +5,26 @@ files runs in a few threads, so that other requests are still handled.
 """
 
 import contextlib
+import dataclasses
 import ipaddress
+import json
 import logging
 import mimetypes
 import os
 import re
 import socket
-import stat
 import tempfile
 import time
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import uvicorn
 from anyio.to_thread import run_sync
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -35,12 +37,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xclip_jax.cli import InputError
 from xclip_jax.data import video
-from xclip_jax.search import requests
 from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.index import Index
 
 PAGE = Path(__file__).with_name("page")
-MAX_UPLOAD_BYTES = 500 * 2**20
+MAX_HITS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES = 100, 2**20, 500 * 2**20
 STILL_SIDE = 480  # pixels, the longer side
 REFRESH_SECONDS = 5
 # Host names of a local server. Without this check, a web site whose name resolves to this machine
@@ -56,6 +57,43 @@ SECURITY_HEADERS = {
 }
 CACHED = {"Cache-Control": "private, max-age=3600"}  # the pictures of an id do not change
 REVALIDATED = {"Cache-Control": "no-cache"}  # an updated page needs its updated script
+_RULE = "a number of seconds, at least 0"
+Seconds = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description=_RULE)]
+# JSON allows lone surrogates.
+Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace").decode())]
+
+
+class Fields(BaseModel):
+    """The fields of a request, see `Index.query`, whose descriptions complete "FIELD must be"."""
+
+    text: Text = Field("", description="a string")
+    path: Text | None = Field(None, description="a string")
+    k: int = Field(12, ge=1, le=MAX_HITS, description=f"between 1 and {MAX_HITS}")
+    start: Seconds = None
+    end: Seconds = None
+    second: Seconds = None  # of a picture
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> "Fields":
+        """Validates fields, where None and "" count as missing."""
+        try:
+            given = {name: value for name, value in values.items() if value not in (None, "")}
+            return cls.model_validate(given)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            raise InputError(f"{name} must be {cls.model_fields[name].description}") from None
+
+    @classmethod
+    async def parse_json(cls, request: Request) -> "Fields":
+        """Validates the JSON object in the body."""
+        body = b"".join([chunk async for chunk in _read_chunks(request, MAX_JSON_BYTES)])
+        try:
+            values = json.loads(body)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise InputError("the request is not a JSON object")
+        return cls.parse(values)
 
 
 def serve(
@@ -73,16 +111,23 @@ def serve(
     Raises:
         InputError: the server cannot listen on the port, for instance because it is in use.
     """
-    with _listen(host, port) as listener:
-        local = _is_loopback(host)
-        address = _address(host, listener.getsockname()[1])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host}, port {port}: {error}") from error
+    with listener:
+        address, port = listener.getsockname()[:2]
+        local = ipaddress.ip_address(address).is_loopback
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
         print(f"{index.location}: {index.num_segments:,} segments of {index.num_files:,} files")
         if not local:
             print("no password: everyone who can reach this address can search and watch")
-        print(f"search page: {address}  (stop with Ctrl-C)", flush=True)
+        print(f"search page: {url}  (stop with Ctrl-C)", flush=True)
         app = make_app(index, (*LOCAL_HOSTS, host) if local else ("*",))
         if open_page:
-            webbrowser.open(address)
+            webbrowser.open(url)
         # `_handle_defect` logs errors. A video that is playing must not delay the shutdown.
         config = uvicorn.Config(
             app, log_level="critical", timeout_graceful_shutdown=1, server_header=False
@@ -91,7 +136,7 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
+def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> ASGIApp:
     """Returns the page and its JSON API as an ASGI application.
 
     Args:
@@ -100,12 +145,12 @@ def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
     """
     api = _Api(index)
     handlers: dict[Any, Any] = {
-        InputError: lambda _, error: _error_response(400, str(error)),
-        HTTPException: lambda _, error: _error_response(error.status_code, error.detail),
+        InputError: lambda _, error: JSONResponse({"error": str(error)}, 400),
+        HTTPException: lambda _, error: JSONResponse({"error": error.detail}, error.status_code),
         ClientDisconnect: lambda *_: Response(status_code=400),  # never received
         Exception: _handle_defect,
     }
-    return Starlette(
+    app = Starlette(
         routes=[
             _file_route("/", "index.html"),
             _file_route("/style.css", "style.css"),
@@ -115,17 +160,24 @@ def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
             Route("/api/example", api.search_example, methods=["POST"]),
             Route("/api/like/{id}", api.search_like),
             Route("/api/attention/{id}", api.get_attention, methods=["POST"]),
-            Route("/thumbnail/{id}", api.get_thumbnail),
-            Route("/still/{id}", api.get_still),
+            Route("/thumbnail/{id}", api.get_picture),
+            Route("/still/{id}", api.get_picture),
             Route("/video/{id}", api.get_video),
         ],
-        middleware=[
-            Middleware(_SecurityHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
-        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         exception_handlers=handlers,
         lifespan=api.keep_refreshed,
     )
+
+    async def app_with_headers(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+            await send(message)
+
+        await app(scope, receive, send_with_headers)
+
+    return app_with_headers
 
 
 class _Api:
@@ -134,54 +186,52 @@ class _Api:
     def __init__(self, index: Index) -> None:
         self.index = index
         # Separate limits, so that a page of pictures does not delay the next query.
-        self.query_limiter, self.picture_limiter = (
-            anyio.CapacityLimiter(2),
-            anyio.CapacityLimiter(2),
-        )
+        self.query_limiter, self.picture_limiter = map(anyio.CapacityLimiter, (2, 2))
 
     @contextlib.asynccontextmanager
     async def keep_refreshed(self, app: Starlette) -> AsyncIterator[None]:
         """Loads new versions of the index while the server runs."""
+
+        async def refresh() -> None:
+            duration = 0.0
+            while True:  # loading a large index takes seconds: at most a tenth of the time
+                await anyio.sleep(max(REFRESH_SECONDS, 10 * duration))
+                start = time.perf_counter()
+                try:
+                    await run_sync(self.index.refresh, abandon_on_cancel=True)
+                except Exception:  # a writer may be halfway through a commit: retried
+                    logging.getLogger(__name__).exception("the index could not be refreshed")
+                duration = time.perf_counter() - start
+
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._refresh)
+            tasks.start_soon(refresh)
             yield
             tasks.cancel_scope.cancel()
 
-    async def _refresh(self) -> None:
-        duration = 0.0
-        while True:  # loading a large index takes seconds, so it takes at most a tenth of the time
-            await anyio.sleep(max(REFRESH_SECONDS, 10 * duration))
-            start = time.perf_counter()
-            try:
-                await run_sync(self.index.refresh, abandon_on_cancel=True)
-            except Exception:  # a writer may be halfway through a commit: retried
-                logging.getLogger(__name__).exception("the index could not be refreshed")
-            duration = time.perf_counter() - start
-
     async def get_facts(self, request: Request) -> Response:
-        """Describes the index."""
         path = Path(self.index.model_name)
-        return JSONResponse(
-            {
-                "segments": self.index.num_segments,
-                "files": self.index.num_files,
-                "model": path.parent.name if path.name == "model" else path.name,
-                "max_upload_bytes": MAX_UPLOAD_BYTES,
-            }
-        )
+        facts = {
+            "segments": self.index.num_segments,
+            "files": self.index.num_files,
+            "model": path.parent.name if path.name == "model" else path.name,
+            "max_upload_bytes": MAX_UPLOAD_BYTES,
+        }
+        return JSONResponse(facts)
 
     async def search(self, request: Request) -> Response:
         """Searches by a sentence: {text, k, path, start, end}."""
-        fields = await requests.read_json(request)
-        text, options = requests.parse_text(fields, "text"), requests.parse_options(fields)
-        return await self._respond(partial(self.index.query, text, **options))
+        fields = await Fields.parse_json(request)
+        options = fields.model_dump(exclude={"second"})
+        return await self._respond(partial(self.index.query, **options))
 
     async def search_example(self, request: Request) -> Response:
         """Searches by an image or video: its bytes in the body, ?name=its name&k=..."""
-        params = request.query_params
-        options, name = requests.parse_options(params), params.get("name", "")
-        with tempfile.NamedTemporaryFile(suffix=requests.safe_suffix(name)) as file:
-            async for chunk in requests.read_chunks(request, MAX_UPLOAD_BYTES):
+        fields = Fields.parse(request.query_params)
+        options = fields.model_dump(exclude={"text", "second"})
+        name = request.query_params.get("name", "")
+        suffix = "".join(re.findall(r"\.[a-z0-9]{1,8}\Z", name.lower()))
+        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+            async for chunk in _read_chunks(request, MAX_UPLOAD_BYTES):
                 await run_sync(file.write, chunk)
             await run_sync(file.flush)
             try:
@@ -191,146 +241,76 @@ class _Api:
 
     async def search_like(self, request: Request) -> Response:
         """Searches by a segment of the index: ?k=."""
-        segment = await self._segment(request)
-        k = requests.parse_count(request.query_params)
+        segment, k = await self._segment(request), Fields.parse(request.query_params).k
         return await self._respond(partial(self.index.like, segment.id, k), like=_describe(segment))
 
     async def _respond(self, search: Callable[[], Answer], **fields: Any) -> Response:
-        def timed_search() -> tuple[Answer, float]:
-            start = time.perf_counter()
-            return search(), time.perf_counter() - start
-
-        answer, seconds = await run_sync(timed_search, limiter=self.query_limiter)
-        hits = [
-            _describe(hit) | {"rank": hit.rank, "score": hit.score, "second": hit.second}
-            for hit in answer
-        ]
-        facts = {"hits": hits, "searched": answer.searched, "note": answer.note}
-        return JSONResponse({**facts, "seconds": seconds, "stages": answer.seconds, **fields})
+        answer = await run_sync(search, limiter=self.query_limiter)
+        facts = {"hits": [_describe(hit) for hit in answer], "searched": answer.searched}
+        times = {"seconds": sum(answer.seconds.values()), "stages": answer.seconds}
+        return JSONResponse({**facts, "note": answer.note, **times, **fields})
 
     async def get_attention(self, request: Request) -> Response:
         """Returns the attention between the words of {text} and the frames of a segment."""
-        segment, fields = await self._segment(request), await requests.read_json(request)
-        compute = partial(self.index.attention, segment.id, requests.parse_text(fields, "text"))
+        segment, fields = await self._segment(request), await Fields.parse_json(request)
+        compute = partial(self.index.attention, segment.id, fields.text)
         attention = await run_sync(compute, limiter=self.query_limiter)
-        weights = attention.weights_WxF.tolist()
-        words, times = attention.words, attention.times
-        return JSONResponse({"words": words, "times": times, "weights": weights})
+        weights = {"weights": attention.weights_WxF.tolist()}
+        return JSONResponse({"words": attention.words, "times": attention.times, **weights})
 
-    async def get_thumbnail(self, request: Request) -> Response:
-        """Returns the stored picture of a segment."""
+    async def get_picture(self, request: Request) -> Response:
+        """Returns the picture at ?second=, or the stored one without it or if the file has none."""
         segment = await self._segment(request)
-        return await self._picture(partial(self.index.thumbnail, segment.id))
-
-    async def get_still(self, request: Request) -> Response:
-        """Returns the picture at ?second=, or the stored one if the file has none."""
-        segment = await self._segment(request)
-        second = requests.parse_seconds(request.query_params, "second") or 0.0
+        second = Fields.parse(request.query_params).second
 
         def read() -> bytes:
-            try:
-                return video.read_still(segment.path, second, STILL_SIDE)
-            except (video.VideoError, OSError):
-                return self.index.thumbnail(segment.id)
+            if second is not None:
+                with contextlib.suppress(video.VideoError, OSError):
+                    return video.read_still(segment.path, second, STILL_SIDE)
+            return self.index.thumbnail(segment.id)
 
-        return await self._picture(read)
-
-    async def _picture(self, read: Callable[[], bytes]) -> Response:
         jpeg = await run_sync(read, limiter=self.picture_limiter)
         return Response(jpeg, media_type="image/jpeg", headers=CACHED)
 
     async def get_video(self, request: Request) -> Response:
         """Returns the segment's file, also in the byte ranges that seeking needs."""
-        segment = await self._segment(request)
-        status = await run_sync(_readable_status, segment.path)
-        return FileResponse(segment.path, media_type=_media_type(segment.path), stat_result=status)
+        path = (await self._segment(request)).path
+        exists = await run_sync(os.path.isfile, path)
+        if not exists or not os.access(path, os.R_OK):
+            reason = "cannot be read" if exists else "is no longer on disk"
+            raise HTTPException(404, f"{os.path.basename(path)} {reason}")
+        media_type = mimetypes.guess_type(path)[0] or ""
+        if not media_type.startswith(("video/", "audio/")):  # a browser could show it as a web page
+            media_type = "application/octet-stream"
+        return FileResponse(path, media_type=media_type)
 
     async def _segment(self, request: Request) -> Hit:
         """Returns the segment of the id in the path, or raises HTTP 404."""
-        segment_id = request.path_params["id"]
         try:
-            if re.fullmatch("[0-9a-f]{16}", segment_id):
-                return await run_sync(self.index.segment, segment_id)
+            return await run_sync(self.index.segment, request.path_params["id"])
         except KeyError:
-            pass
-        raise HTTPException(
-            404, "this segment is not in the index, it may have been removed: search again"
-        )
+            message = "this segment is not in the index, it may have been removed: search again"
+            raise HTTPException(404, message) from None
 
 
-class _SecurityHeaders:
-    """Middleware that adds SECURITY_HEADERS to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(SECURITY_HEADERS)
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
+async def _read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yields the body in chunks, or raises HTTP 413 if it is larger than `max_bytes`."""
+    declared, size = int(request.headers.get("content-length") or 0), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if max(size, declared) > max_bytes:
+            raise HTTPException(413, f"more than {max_bytes / 2**20:,.0f} MB")
+        yield chunk
 
 
 def _file_route(path: str, name: str) -> Route:
     return Route(path, lambda _: FileResponse(PAGE / name, headers=REVALIDATED))
 
 
-def _error_response(status: int, message: str) -> Response:
-    return JSONResponse({"error": message}, status)
-
-
 def _handle_defect(request: Request, error: Exception) -> Response:
     logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-    message = "internal error; see the terminal of the server"
-    return JSONResponse({"error": message}, 500, SECURITY_HEADERS)  # bypasses the middleware
+    return JSONResponse({"error": "internal error; see the terminal of the server"}, 500)
 
 
 def _describe(segment: Hit) -> dict[str, Any]:
-    """Returns the fields of a segment that the page shows, with '�' for invalid bytes of names."""
-    path = os.fsencode(segment.path).decode("utf-8", "replace")
-    fields = {"id": segment.id, "path": path, "name": os.path.basename(path)}
-    return {**fields, "start": segment.start, "end": segment.end}
-
-
-def _readable_status(path: str) -> os.stat_result:
-    """Returns the status of a file that can be sent, or raises HTTP 404."""
-    try:
-        status = os.stat(path)
-        if stat.S_ISREG(status.st_mode):
-            open(path, "rb").close()  # fails now, not after the response has begun
-            return status
-        reason = "is no longer a file"
-    except FileNotFoundError:
-        reason = "is no longer on disk"
-    except OSError:
-        reason = "cannot be read"
-    raise HTTPException(404, f"{os.path.basename(path)} {reason}")
-
-
-def _media_type(path: str) -> str:
-    """Returns the media type of a file, which is never one that browsers show as a web page."""
-    guess = mimetypes.guess_type(path)[0] or ""
-    return guess if guess.startswith(("video/", "audio/")) else "application/octet-stream"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot listen on {host}, port {port}: {reason}") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _address(host: str, port: int) -> str:
-    host = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return {**dataclasses.asdict(segment), "name": os.path.basename(segment.path)}

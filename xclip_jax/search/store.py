@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,37 +28,33 @@ from xclip_jax.similarity import VideoFeatures
 FORMAT = 1  # increased when older indexes can no longer be read
 MAX_VERSIONS = 100
 MAX_FRAGMENTS = 32  # more files would slow down reading 200 rows
-FileStamp = tuple[int, int]  # size in bytes, modification time in ns
 _METADATA_KEY = b"xclip_jax"
 _BATCH_ROWS = 4096
 _FILE_FIELDS = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
+FileStamp = tuple[int, int]  # size in bytes, modification time in ns
+RowMask = Bool[np.ndarray, " N"]
+Rows = Int[np.ndarray, " n"]
 
 
 class Store:
     """An index on disk.
 
-    Attributes:
-        location: absolute path of the folder, or URI.
-        about: settings fixed when the index was made: `model`, `fingerprint`, `max_frames`,
-            `embed_dim`, `segment_seconds`, `shots`, `precision`.
+    `location` is the absolute path of its folder or a URI, `about` its settings: `model`,
+    `fingerprint`, `max_frames`, `embed_dim`, `segment_seconds`, `shots`, `precision`.
     """
 
     def __init__(self, location: str | os.PathLike) -> None:
-        """Opens an index.
-
-        Raises:
-            InputError: there is no index, or it is corrupted or of another format version.
-        """
+        """Opens an index, or raises InputError if it is missing, corrupted or of another format."""
         self.location = _absolute(location)
         if not exists(self.location):
             raise InputError(
                 f"no index in {self.location}: create one with "
                 "python -m xclip_jax.search index VIDEOS --model=DIR --index=DIR"
             )
-        with self.readable():
-            self._database = lancedb.connect(self.location)
-            self._segments = self._database.open_table("segments")
-            self._unreadable = self._database.open_table("unreadable")
+        with _readable(self.location):
+            database = lancedb.connect(self.location)
+            self._segments = database.open_table("segments")
+            self._unreadable = database.open_table("unreadable")
             self.about: dict[str, Any] = json.loads(self._segments.schema.metadata[_METADATA_KEY])
         if self.about["format"] != FORMAT:
             raise InputError(
@@ -68,11 +64,7 @@ class Store:
 
     @classmethod
     def create(cls, location: str | os.PathLike, about: Mapping[str, Any]) -> "Store":
-        """Creates an empty index, atomically.
-
-        Raises:
-            InputError: there is an index already, or the folder has other files in it.
-        """
+        """Creates an empty index atomically, or raises InputError if the folder has other files."""
         location = _absolute(location)
         in_folder = "://" not in location
         if exists(location):
@@ -89,51 +81,40 @@ class Store:
             os.replace(folder, location)
         return cls(location)
 
-    def files(self) -> dict[str, set[FileStamp]]:
-        """Returns {path: stamps}, with two stamps if a writer was killed while replacing a file."""
-        stamps: dict[str, set[FileStamp]] = {}
+    def files(self) -> dict[str, dict[FileStamp, str | None]]:
+        """Returns {path: {stamp: reason why the file could not be read, or None}}.
+
+        A file has two stamps if a writer was killed while replacing it.
+        """
+        files: dict[str, dict[FileStamp, str | None]] = {}
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
-            with self.readable():
-                rows = table.search().select([name for name, _ in _FILE_FIELDS]).to_arrow()
-            columns = (rows[name].to_pylist() for name, _ in _FILE_FIELDS)
-            for path, size, mtime in zip(*columns, strict=True):
-                stamps.setdefault(path, set()).add((size, mtime))
-        return stamps
+            names = [n for n in table.schema.names if n in ("path", "size", "mtime", "reason")]
+            with _readable(self.location):
+                rows = table.search().select(names).to_arrow()
+            for row in rows.group_by(names).aggregate([]).to_pylist():
+                files.setdefault(row["path"], {})[row["size"], row["mtime"]] = row.get("reason")
+        return files
 
-    def unreadable(self) -> dict[str, str]:
-        """Returns {path: reason} of the files that could not be read."""
-        rows = self._unreadable.search().select(["path", "reason"]).to_arrow()
-        return dict(zip(rows["path"].to_pylist(), rows["reason"].to_pylist(), strict=True))
+    def add(self, segments: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
+        """Commits new rows, one dict of columns each, and skips segments that exist already."""
+        if segments:
+            table = pa.Table.from_pylist(segments, self._segments.schema)
+            self._segments.merge_insert("id").when_not_matched_insert_all().execute(table)
+        if unreadable:
+            self._unreadable.add(pa.Table.from_pylist(unreadable, self._unreadable.schema))
 
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Commits segments, one dict of columns each, and skips ids that exist already."""
-        table = pa.Table.from_pylist(rows, self._segments.schema)
-        self._segments.merge_insert("id").when_not_matched_insert_all().execute(table)
-
-    def add_unreadable(self, rows: list[dict[str, Any]]) -> None:
-        """Records unreadable files, one dict of path, size, mtime and reason each."""
-        self._unreadable.add(pa.Table.from_pylist(rows, self._unreadable.schema))
-
-    def remove(self, paths: Sequence[str]) -> None:
-        """Commits the removal of files."""
-        for start in range(0, len(paths), 500):
-            names = ", ".join(f"'{_escape(path)}'" for path in paths[start : start + 500])
-            self._delete(f"path IN ({names})")
-
-    def remove_outdated(self, stamps: Mapping[str, FileStamp]) -> None:
-        """Commits the removal of all versions of files except the given ones, {path: stamp}."""
-        outdated = [
-            f"(path = '{_escape(path)}' AND NOT (size = {size} AND mtime = {mtime}))"
-            for path, (size, mtime) in stamps.items()
-        ]
-        for start in range(0, len(outdated), 100):
-            self._delete(" OR ".join(outdated[start : start + 100]))
-
-    def _delete(self, condition: str) -> None:
-        for table in (self._segments, self._unreadable):
-            if table.count_rows(condition):  # an empty delete would commit a version
-                table.delete(condition)
+    def remove(self, versions: Mapping[str, FileStamp | None]) -> None:
+        """Commits the removal of files, {path: stamp of the version that stays, or None}."""
+        files = list(versions.items())
+        for start in range(0, len(files), 500):
+            block = files[start : start + 500]
+            paths = _to_sql(path for path, _ in block)
+            staying = _to_sql(f"{s[0]}|{s[1]}|{path}" if s else "" for path, s in block)
+            condition = f"path IN {paths} AND concat(size, '|', mtime, '|', path) NOT IN {staying}"
+            for table in (self._segments, self._unreadable):
+                if table.count_rows(condition):  # an empty delete would commit a version
+                    table.delete(condition)
 
     def compact(self) -> None:
         """Merges small files and removes versions older than an hour, if there are many.
@@ -149,30 +130,23 @@ class Store:
 
     def version(self) -> int:
         """Returns a number that grows with every commit of segments."""
-        with self.readable():
+        with _readable(self.location):
             self._segments.checkout_latest()
             return self._segments.version
 
     def snapshot(self) -> "Snapshot":
         """Returns the latest version for reading."""
-        with self.readable():
+        with _readable(self.location):
             return Snapshot(self, lancedb.connect(self.location).open_table("segments"))
-
-    def readable(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context that raises database errors as InputError."""
-        return _readable(self.location)
 
 
 class Filters(TypedDict, total=False):
-    """Conditions that restrict a search to some segments, where None means no restriction.
+    """Conditions that restrict a search to some segments, where None means no restriction."""
 
-    Attributes:
-        path: part of the path; with the wildcards `*` (any characters) and `?` (any one), a pattern
-            of the end of the path, or of the whole path if it begins with `/`.
-        start, end: seconds; the segment must overlap this interval of its file.
-    """
-
+    # Part of the path; with the wildcards `*` (any characters) and `?` (any one), a pattern of the
+    # end of the path, or of the whole path if it begins with `/`.
     path: str | None
+    # Seconds; the segment must overlap this interval of its file.
     start: float | None
     end: float | None
 
@@ -180,15 +154,8 @@ class Filters(TypedDict, total=False):
 class Snapshot:
     """One version of an index: vectors, names and times in memory, frames read on demand.
 
-    Rows are numbered from 0.
-
-    Attributes:
-        version: the version number.
-        vector_index: faiss index of the L2-normalised video vectors.
-        vectors_NxD: the same vectors, float16.
-        ids, paths: N strings (Arrow).
-        starts, ends: N seconds.
-        times: seconds of the frames, N x F.
+    Of N segments: `ids`, `paths` (Arrow strings), `starts`, `ends` (seconds), `times` (seconds of
+    the frames, N x F), `vectors_NxD` (L2-normalised video vectors, float16). Rows start at 0.
     """
 
     def __init__(self, store: Store, table: Any) -> None:
@@ -197,22 +164,22 @@ class Snapshot:
         faiss.omp_set_num_threads(1)
         self.version: int = table.version
         table.checkout(self.version)
-        self._store, self._table = store, table
+        self._location, self._table = store.location, table
         self._max_frames, dim = store.about["max_frames"], store.about["embed_dim"]
-        self.vector_index = faiss.IndexScalarQuantizer(
+        self._vector_index = faiss.IndexScalarQuantizer(
             dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         )
         # Allocated once: growing by doubling would copy. The first `add` starts at row 0.
-        codes = self.vector_index.codes
-        codes.resize(table.count_rows() * self.vector_index.code_size)
-        names = ["id", "path", "start", "end", "count", "times"]
-        query = table.search().select([*names, "video"]).with_row_id(True)
+        codes = self._vector_index.codes
+        codes.resize(table.count_rows() * self._vector_index.code_size)
+        names = ["id", "path", "start", "end", "count", "times", "video"]
+        reader = table.search().select(names).with_row_id(True).to_batches(_BATCH_ROWS)
         batches = []
-        for batch in query.to_batches(_BATCH_ROWS):
-            self.vector_index.add(unit_vectors(_to_matrix(batch["video"], dim)))
-            batches.append(batch.select([*names, "_rowid"]))
-        fields = [table.schema.field(name) for name in names]
-        rows = pa.Table.from_batches(batches, pa.schema([*fields, ("_rowid", pa.uint64())]))
+        for batch in reader:
+            self._vector_index.add(unit_vectors(_to_matrix(batch["video"], dim)))
+            batches.append(batch.drop_columns("video"))
+        schema = reader.schema.remove(reader.schema.get_field_index("video"))
+        rows = pa.Table.from_batches(batches, schema)
         self.ids, self.paths = rows["id"], rows["path"]
         self.starts, self.ends = rows["start"].to_numpy(), rows["end"].to_numpy()
         self.times = _to_matrix(rows["times"], self._max_frames).astype(np.float32)
@@ -225,75 +192,64 @@ class Snapshot:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def num_files(self) -> int:
-        """Number of files."""
-        return len(self.paths.unique())
-
-    def row(self, segment_id: str) -> int:
+    def find(self, segment_id: str) -> Rows:
         """Returns the row of a segment, or raises KeyError for an unknown id."""
         row = pc.index(self.ids, segment_id).as_py()
         if row < 0:
             raise KeyError(segment_id)
-        return row
+        return np.array([row])
 
     def matching_rows(
         self, path: str | None = None, start: float | None = None, end: float | None = None
-    ) -> Bool[np.ndarray, " N"] | None:
-        """Returns the mask of the rows that pass `Filters`, or None if there are no filters."""
-        masks = []
+    ) -> RowMask | None:
+        """Returns the mask of the rows that pass `Filters`, or None if all do."""
+        mask = np.ones(len(self), bool)
         if path:
             pattern = path if any(c in path for c in "*?") else f"*{path}*"
             pattern = pattern if pattern.startswith("/") else f"*{pattern}"
-            escaped = pattern.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-            like = escaped.replace("*", "%").replace("?", "_")
-            options = pc.MatchSubstringOptions(like)
-            masks.append(pc.call_function("match_like", [self.paths], options).to_numpy())
+            like = {"\\": r"\\", "%": r"\%", "_": r"\_", "*": "%", "?": "_"}
+            options = pc.MatchSubstringOptions(pattern.translate(str.maketrans(like)))
+            mask &= pc.call_function("match_like", [self.paths], options).to_numpy()
         if start is not None:
-            masks.append(self.ends > start)
+            mask &= self.ends > start
         if end is not None:
-            masks.append(self.starts < end)
-        return np.logical_and.reduce(masks) if masks else None
+            mask &= self.starts < end
+        return None if mask.all() else mask
 
-    def read(self, rows: Int[np.ndarray, " n"], columns: list[str]) -> pa.Table:
+    def nearest_rows(self, vector_1xD: np.ndarray, count: int, allowed: RowMask | None) -> Rows:
+        """Returns the allowed rows (None: all) of largest inner product, best first."""
+        options = {}
+        if allowed is not None:
+            bits = np.packbits(allowed, bitorder="little")
+            # faiss's type stubs describe the C++ constructors.
+            selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]
+            options["params"] = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
+        _, rows = self._vector_index.search(vector_1xD, min(count, len(self)), **options)
+        return rows[0][rows[0] >= 0]
+
+    def read(self, rows: Rows, columns: list[str]) -> pa.Table:
         """Reads columns of the given rows, in that order."""
         row_ids = self._row_ids[rows].tolist()
-        with self._store.readable():
+        with _readable(self._location):
             query = self._table.take_row_ids(row_ids).select(columns)
             table = query.with_row_id().to_arrow()
             positions = {row_id: k for k, row_id in enumerate(table["_rowid"].to_pylist())}
             return table.take([positions[row_id] for row_id in row_ids])
 
-    def features(self, rows: Int[np.ndarray, " n"]) -> VideoFeatures:
+    def features(self, rows: Rows) -> VideoFeatures:
         """Reads the VideoFeatures of the given rows, in the stored precision."""
-        return self._features(rows, self.read(rows, ["video", "frames"]))
-
-    def blocks(
-        self, size: int = _BATCH_ROWS
-    ) -> Iterator[tuple[Int[np.ndarray, " n"], VideoFeatures]]:
-        """Yields (rows, VideoFeatures) of all rows, in blocks of at most `size`."""
-        order = np.argsort(self._row_ids)
-        query = self._table.search().select(["video", "frames"]).with_row_id(True)
-        with self._store.readable():
-            for batch in query.to_batches(size):
-                row_ids = batch["_rowid"].to_numpy()
-                rows = order[np.searchsorted(self._row_ids, row_ids, sorter=order)]
-                yield rows, self._features(rows, batch)
-
-    def tables(self, size: int = _BATCH_ROWS) -> Iterator[pa.Table]:
-        """Yields all columns except the thumbnails as Arrow tables of at most `size` rows."""
-        names = [name for name in self._table.schema.names if name != "thumbnail"]
-        with self._store.readable():
-            for batch in self._table.search().select(names).to_batches(size):
-                yield pa.Table.from_batches([batch])
-
-    def _features(self, rows: Int[np.ndarray, " n"], table: Any) -> VideoFeatures:
-        dim = self.vector_index.d
-        frames = _to_matrix(table["frames"], self._max_frames * dim)
+        table = self.read(rows, ["video", "frames"])
+        video = _to_matrix(table["video"], self.vectors_NxD.shape[1])
+        frames = _to_matrix(table["frames"], self._max_frames * video.shape[1])
         mask = np.arange(self._max_frames) < self._counts[rows, None]
-        return VideoFeatures(
-            _to_matrix(table["video"], dim), frames.reshape(-1, self._max_frames, dim), mask
-        )
+        return VideoFeatures(video, frames.reshape(*mask.shape, -1), mask)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yields all columns except the thumbnails as Arrow tables."""
+        names = [name for name in self._table.schema.names if name != "thumbnail"]
+        with _readable(self._location):
+            for batch in self._table.search().select(names).to_batches(_BATCH_ROWS):
+                yield pa.Table.from_batches([batch])
 
 
 def exists(location: str | os.PathLike) -> bool:
@@ -330,6 +286,7 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
 
 @contextlib.contextmanager
 def _readable(location: str) -> Iterator[None]:
+    """Raises database errors as InputError."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
@@ -345,8 +302,9 @@ def _absolute(location: str | os.PathLike) -> str:
     return location if "://" in location else os.path.abspath(location)
 
 
-def _escape(text: str) -> str:
-    return text.replace("'", "''")
+def _to_sql(texts: Iterable[str]) -> str:
+    """Returns a list of SQL strings in parentheses."""
+    return "({})".format(", ".join("'" + text.replace("'", "''") + "'" for text in texts))
 
 
 def _to_matrix(column: Any, width: int) -> np.ndarray:
