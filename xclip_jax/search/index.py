@@ -89,8 +89,7 @@ class Index:
         """Creates an empty index, or raises InputError if there is one already or no model.
 
         Args:
-            location: see `open`.
-            model: a model or work directory.
+            location, model: see `open`.
             segment_seconds: length of a segment in whole seconds, at least 1.
             shots: True to cut at shot changes, with `segment_seconds` as the maximum length.
             precision: of the stored features; "float16" halves the disk space and changes logits

@@ -99,17 +99,14 @@ class Fields(BaseModel):
 def serve(
     index: Index, host: str = "127.0.0.1", port: int = 7870, *, open_page: bool = False
 ) -> None:
-    """Serves the page until Ctrl-C.
+    """Serves the page until Ctrl-C, or raises InputError if it cannot listen on the port.
 
     Args:
         index: an open index.
-        host: name or address to listen on; there is no password, so an address that other machines
-            can reach is open to all of them.
+        host: name or address to listen on. There is no password: an address that other machines can
+            reach is open to all of them.
         port: 0 for any free port.
         open_page: True to open the page in this machine's browser.
-
-    Raises:
-        InputError: the server cannot listen on the port, for instance because it is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -137,12 +134,7 @@ def serve(
 
 
 def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> ASGIApp:
-    """Returns the page and its JSON API as an ASGI application.
-
-    Args:
-        index: an open index.
-        hosts: allowed values of the Host header; "*" allows any.
-    """
+    """Returns the page and its JSON API for requests to one of the `hosts` ("*": any)."""
     api = _Api(index)
     handlers: dict[Any, Any] = {
         InputError: lambda _, error: JSONResponse({"error": str(error)}, 400),
