@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax import config
@@ -65,9 +66,29 @@ def apply(model, params, *inputs, method=None):
     return model.apply({"params": params}, *inputs, method=method)
 
 
+@functools.cache
+def param_shapes(model):
+    return jax.eval_shape(lambda: init_params(model, 0))
+
+
 def make_params(model, seed=0):
-    """Runs init_params as one program."""
-    return jax.jit(lambda: init_params(model, seed))()
+    """Returns parameters drawn by NumPy, as compiling an initialiser takes seconds."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        group, name = path[0].key, path[-1].key
+        if name == "logit_scale":
+            return np.full(leaf.shape, np.log(1 / 0.07))
+        if name == "scale" or "bias" in name:
+            return np.full(leaf.shape, float(name == "scale"))
+        if group == "aggregation_matrices":
+            return np.eye(*leaf.shape)
+        return rng.normal(0, leaf.shape[-2:][0] ** -0.5, leaf.shape)
+
+    def on_device(path, leaf):
+        return jnp.asarray(draw(path, leaf), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(on_device, param_shapes(model))
 
 
 def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
