@@ -48,7 +48,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs test files in parallel
             "ruff>=0.15",
-            "beartype>=0.21",  # checks annotations under pytest --jaxtyping-packages
+            "beartype>=0.21",  # checks annotations and shapes during tests
             "pyright[nodejs]>=1.1.400",  # the type checker, with the Node.js it runs on
             "setuptools>=77",  # builds the wheel that a test installs
             "pyyaml>=6",

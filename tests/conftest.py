@@ -1,4 +1,4 @@
-"""Runs the tests on two CPU devices and shares compiled programs between tests and processes."""
+"""Runs the tests on two CPU devices, with types and shapes checked and compiled programs shared."""
 
 import atexit
 import os
@@ -15,5 +15,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+from jaxtyping import install_import_hook
 
+# Before the package is imported: each call checks the annotations, array shapes among them.
+install_import_hook("xclip_jax", "type_checker.check")
 jax.config.update("jax_num_cpu_devices", 2)
