@@ -84,9 +84,10 @@ def save_checkpoint(manager: Manager, step: int, state: PyTree, score: float | N
 def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tuple[int, PyTree]:
     """Returns (step, state) of the newest or the best intact checkpoint.
 
-    Corrupted ones that come before it are deleted: files are missing or unreadable, or contain NaN
-    or infinite numbers. Of equally good checkpoints the newest is returned. `like` is a tree of
-    arrays or ShapeDtypeStructs with the shardings to restore to.
+    Corrupted ones, with files that are missing or unreadable or contain NaN or infinite numbers,
+    are skipped; those newer than the newest intact one are deleted. Of equally good checkpoints the
+    newest is returned. `like` is a tree of arrays or ShapeDtypeStructs with the shardings to
+    restore to.
 
     Raises:
         InputError: no checkpoint can be restored; all remain on disk.
@@ -102,7 +103,8 @@ def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tu
             continue
         for other, reason in corrupted.items():
             logging.warning("checkpoint %d is corrupted, using %d: %s", other, step, reason)
-            manager.delete(other)
+            if not best:
+                manager.delete(other)  # so that its step can be saved again
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
         return step, manager.restore(step, args=args)["state"]
