@@ -15,12 +15,10 @@ import numpy as np
 from xclip_jax.cli import InputError
 
 Tensors = Mapping[str, np.ndarray]
-Names = Mapping[str, str]
+Names = dict[str, str]
 
 
-def _expand(
-    names: dict[str, str], stacks: Names, block: Names, leaves: dict[str, str]
-) -> dict[str, str]:
+def _expand(names: Names, stacks: Names, block: Names, leaves: Names) -> Names:
     """Returns all names of tensors -> official names: those of stacks of blocks, others, leaves."""
     modules = {a + x: b + y for a, b in stacks.items() for x, y in block.items()} | names
     return {a + x: b + y for a, b in modules.items() for x, y in ({"": ""} | leaves).items()}

@@ -126,8 +126,7 @@ PRESETS = {
         "temporal": {"layers": 4, "residual": True},
     },
 }
-# CLIP4Clip's heads: the cosine of sentence and video, except the tight transformer, which scores
-# each pair with a Transformer.
+# CLIP4Clip's heads: the cosine of sentence and video, or a Transformer for each pair.
 _COSINE = {"granularities": ("video_sentence",), "fusion": "mean", "matrices": False}
 HEADS = {
     "xclip": {},

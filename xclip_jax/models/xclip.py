@@ -55,12 +55,7 @@ class XClip(nn.Module):
         return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW)
 
     def encode_video(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> VideoFeatures:
-        """Returns the features of videos.
-
-        Args:
-            frames_VxFxSxSx3: uint8 raw RGB, or float already normalised.
-            mask_VxF: True = a real frame.
-        """
+        """Returns the features of videos: uint8 raw RGB, or float already normalised."""
         clip_VxFxD = self.encode_frames(frames_VxFxSxSx3, mask_VxF)
         if self.config.head == "tight_transformer":
             clip_VxFxD = clip_VxFxD.astype(jnp.float32)
