@@ -1,7 +1,8 @@
 """Reads and writes PyTorch checkpoint files without PyTorch.
 
-A checkpoint is a pickle beside raw storages, and a pickle is a program. Here it is interpreted
-instruction by instruction: a name in it is compared with a list, nothing is imported or called.
+A checkpoint is a pickle beside raw storages, and a pickle is a program. Each of its instructions
+is compared with a list first. Loading then imports nothing: for each name that is allowed a class
+of this module is used.
 """
 
 import functools
@@ -13,7 +14,7 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,9 +27,15 @@ from xclip_jax.cli import InputError
 _TYPES = {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"}
 _TYPES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
 DTYPES = {f"torch.{k}Storage": jnp.dtype(v) for k, v in (_TYPES | {"Bool": "bool"}).items()}
-_DICT, _MODULE = "collections.OrderedDict", "__torch__."
+_DICT, _MODULE, _SCRIPT_LIST = "collections.OrderedDict", "__torch__.", "torch.jit._pickle."
 _REBUILD = [f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")]
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# The instructions that torch.save (protocols 2 and 4) and TorchScript write.
+_ALLOWED = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING
+    SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1
+    TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE
+    BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
+"""
 # A large model's pickle has less than 1 MiB; each byte can make over a hundred bytes of objects.
 MAX_PICKLE = 8 << 20
 MAX_DIRECTORY = 16 << 20  # bytes that list the entries of a zip file
@@ -55,93 +62,69 @@ class _Storage(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
-@dataclass
-class _Object:
-    """A name in a pickle and, if it was called, its arguments and the items of the result."""
+class _Object(dict):
+    """An object of a pickle: the name and arguments of what made it, and its items."""
 
-    name: str
-    args: Any = None
-    items: dict[str, Any] = field(default_factory=dict)
+    __match_args__ = ("name", "args")
+    name, args = "", ()
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is str:  # others are not needed, and to hash them may take forever
+            super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        if self.name == _MODULE:  # the state of a dict is its _metadata
+            self.update(state if isinstance(state, _Object) else ())
 
 
-def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage], torchscript: bool = False) -> Any:
-    """Returns the object of a stream's next pickle: plain values, _Storage and _Object.
+_NAMES = (_DICT, _MODULE, _SCRIPT_LIST, *DTYPES, *_REBUILD)
+_CLASSES = {name: type(name, (_Object,), {"name": name}) for name in _NAMES}
 
-    Storages are added to `storages`. Dicts get only the items whose keys are strings: others are
-    never read, and to hash them may take forever.
-    """
-    stack, marks, memo = [], [], {}
 
-    def pop_to_mark() -> list:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
+class _Unpickler(pickle.Unpickler):
+    """Builds plain values, _Storage and _Object from the next pickle of a stream."""
 
-    for code, arg, _ in pickletools.genops(stream):
-        match code.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
-                stack.append(_CONSTANTS[code.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(arg)
-            case "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(arg)
-            case "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append([] if code.name == "EMPTY_LIST" else _Object(_DICT))
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(code.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND" | "APPENDS":
-                items = [stack.pop()] if code.name == "APPEND" else pop_to_mark()
-                stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = [stack.pop(-2), stack.pop()] if code.name == "SETITEM" else pop_to_mark()
-                pairs = zip(items[::2], items[1::2], strict=True)
-                stack[-1].items.update((k, v) for k, v in pairs if type(k) is str)
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            case "BINPERSID":
-                stack.append(_storage(stack.pop(), storages))
-            case "GLOBAL" | "INST" | "STACK_GLOBAL":
-                names = [stack.pop(-2), stack.pop()] if arg is None else str(arg).split(" ", 1)
-                stack.append(_global(".".join(names), torchscript))
-            case "REDUCE" | "NEWOBJ":
-                args, function = stack.pop(), stack.pop()
-                stack.append(_Object(function.name, args))
-            case "BUILD":
-                state = stack.pop()
-                if stack[-1].name.startswith(_MODULE):
-                    stack[-1].items.update(state.items)
-            case "STOP":
-                return stack.pop()
-            case _:
+    def __init__(self, stream: io.BytesIO, torchscript: bool = False) -> None:
+        self.torchscript = torchscript
+        self.storages: dict[str, _Storage] = {}
+        super().__init__(io.BytesIO(self._check(stream)), encoding="utf-8")
+
+    def _check(self, stream: io.BytesIO) -> bytes:
+        """Checks the instructions and returns them, with each plain dict as an _Object."""
+        data, program, allowed = stream.getvalue(), bytearray(), set(_ALLOWED.split())
+        for code, arg, place in pickletools.genops(stream):
+            if code.name in {"GLOBAL", "INST"}:
+                self.find_class(*str(arg).split(" ", 1))
+            huge = code.name == "LONG_BINPUT" and int(arg or 0) > len(data)  # the memo is an array
+            if code.name not in allowed or huge:
                 raise InputError(f"has a pickle with the instruction {code.name}: not allowed")
+            if code.name == "EMPTY_DICT":
+                program += b"ccollections\nOrderedDict\n)R"
+            elif code.name != "FRAME":
+                program += data[place : stream.tell()]
+        return bytes(program)
 
+    def find_class(self, module: str, name: str) -> type[_Object]:
+        name = f"{module}.{name}".replace("torch.cuda.", "torch.")
+        script = next((p for p in (_MODULE, _SCRIPT_LIST) if name.startswith(p)), None)
+        if script and self.torchscript:
+            return _CLASSES[script]
+        if name in _CLASSES and not script:
+            return _CLASSES[name]
+        raise InputError(
+            f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed"
+        )
 
-def _storage(pid: Any, storages: dict[str, _Storage]) -> _Storage:
-    match pid:
-        case "storage", _Object(kind), str(key), _, int(numel), *views if not any(views):
-            storage = _Storage(key, DTYPES[kind], numel)
-            if numel >= 0 and storages.setdefault(key, storage) == storage:
-                return storage
-    raise InputError("has a pickle with a malformed storage")
-
-
-def _global(name: str, torchscript: bool) -> _Object:
-    """Returns the name of a storage, a dict, a function that makes tensors or a module."""
-    name = name.replace("torch.cuda.", "torch.")
-    is_script = torchscript and name.startswith((_MODULE, "torch.jit._pickle."))
-    if is_script or name in (*DTYPES, *_REBUILD, _DICT):
-        return _Object(name)
-    raise InputError(f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed")
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case "storage", type(name=str(kind)), str(key), _, int(numel), *views if not any(views):
+                storage = _Storage(key, DTYPES[kind], numel)
+                if numel >= 0 and self.storages.setdefault(key, storage) == storage:
+                    return storage
+        raise InputError("has a pickle with a malformed storage")
 
 
 class _BoundedFile(io.BufferedReader):
@@ -223,19 +206,20 @@ def _read_zip(file: _BoundedFile) -> Archive:
         if f"{roots[0]}/byteorder" in entries and read("byteorder") != b"little":
             raise InputError("is not little-endian")
         torchscript = f"{roots[0]}/constants.pkl" in entries
-        root = _unpickle(io.BytesIO(read("data.pkl")), {}, torchscript)
+        root = _Unpickler(io.BytesIO(read("data.pkl")), torchscript).load()
         return _archive(root, torchscript, lambda key: read(f"data/{key}"))
 
 
 def _read_legacy(file: BinaryIO) -> Archive:
     """Reads the format before PyTorch 1.6: five pickles, then each storage's length and bytes."""
-    stream, storages = io.BytesIO(file.read(MAX_PICKLE)), {}
-    if _unpickle(stream, {}) != LEGACY_MAGIC:
+    stream = io.BytesIO(file.read(MAX_PICKLE))
+    if _Unpickler(stream).load() != LEGACY_MAGIC:
         raise InputError("is a pickle, but not a PyTorch checkpoint")
-    _, system = _unpickle(stream, {}), _unpickle(stream, {})
-    if system.items.get("little_endian") is not True:
+    _, system = _Unpickler(stream).load(), _Unpickler(stream).load()
+    if system.get("little_endian") is not True:
         raise InputError("is not little-endian")
-    root, keys = _unpickle(stream, storages), _unpickle(stream, {})
+    unpickler = _Unpickler(stream)
+    root, keys, storages = unpickler.load(), _Unpickler(stream).load(), unpickler.storages
     place, places = stream.tell(), {}
     for key in keys:
         if not isinstance(key, str):
@@ -258,9 +242,9 @@ def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Arch
     """Returns the Archive of an unpickled file, of whose storages `read` returns the bytes."""
     if not (isinstance(root, _Object) and root.name.startswith(_MODULE if torchscript else _DICT)):
         raise InputError("holds no dict of tensors or TorchScript module")
-    inner: Any = root.items.get("state_dict")
+    inner: Any = root.get("state_dict")
     nested = isinstance(inner, _Object) and not torchscript
-    values = _module_tensors(root) if torchscript else (inner if nested else root).items
+    values = _module_tensors(root) if torchscript else (inner if nested else root)
     for name, value in values.items():
         if not isinstance(value, bool | int | float | str | None) and _tensor(value) is None:
             raise InputError(
@@ -280,7 +264,7 @@ def _module_tensors(root: _Object) -> dict[str, Any]:
     """Returns the tensors of a TorchScript module and its submodules, by dotted name."""
     tensors, modules, visits = {}, [("", root)], itertools.count()
     for prefix, module in modules:  # grows during the loop
-        for key, value in module.items.items():
+        for key, value in module.items():
             name = prefix + key
             if len(name) > MAX_NAME or next(visits) > MAX_VISITS:
                 raise InputError("holds modules nested too deeply or in a cycle")
