@@ -238,16 +238,23 @@ def test_attention_map_size_is_bounded(tmp_path):
     assert sizes[0][1] < 2500
 
 
-def test_long_captions_are_wrapped_and_cut():
+def draw_lines(caption):
+    """Returns the lines of a paragraph 200 pixels wide, and their widths in pixels."""
     with canvas.drawing_style():
         sheet = canvas.Canvas(400, 100)
-        for caption in NASTY:
-            lines = sheet.wrap(caption, 200, 2)
-            assert 1 <= len(lines) <= 2
-            extents = [sheet.text(0, 50, line).get_window_extent() for line in lines]
-            assert all(sheet.axes.transData.inverted().transform(e)[1, 0] <= 201 for e in extents)
-        assert sheet.wrap(NASTY[5], 200, 2)[-1].endswith("…")
-        assert sheet.wrap("short one", 200, 2) == ["short one"]
+        sheet.paragraph(0, 50, caption, 200, 2)
+        to_pixels = sheet.axes.transData.inverted()
+        extents = [to_pixels.transform(t.get_window_extent()) for t in sheet.axes.texts]
+        return [t.get_text() for t in sheet.axes.texts], [e[1, 0] - e[0, 0] for e in extents]
+
+
+def test_long_captions_are_wrapped_and_cut():
+    for caption in NASTY:
+        lines, widths = draw_lines(caption)
+        assert 1 <= len(lines) <= 2
+        assert max(widths) <= 200
+    assert draw_lines(NASTY[5])[0][-1].endswith("…")
+    assert draw_lines("short one")[0] == ["short one"]
 
 
 def test_strip_shows_six_evenly_spaced_frames():

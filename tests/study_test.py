@@ -92,7 +92,7 @@ def effective_values(base, studies):
     values = {}
     for name, study in studies.items():
         for (_, variant), (run,) in plan({name: study}, base).items():
-            fields = {*run.fields, *(f"eval.{name}" for name in run.evaluation)}
+            fields = {*run.fields, *run.evaluation}
             for field, value in study.variants[variant].overrides.items():
                 if field in fields and value not in values.setdefault(field, []):
                     values[field].append(value)
@@ -240,7 +240,7 @@ def test_test_time_options_share_a_run(base):
     planned = plan({"s": study}, base)
     assert len({id(run) for (run,) in planned.values()}) == 1
     (run,) = planned["s", "p"]
-    assert run.evaluation == {"dual_softmax": True, "qb_norm": 5}
+    assert run.evaluation == {"eval.dual_softmax": True, "eval.qb_norm": 5}
     assert {"--config.eval.dual_softmax=True", "--config.eval.qb_norm=5"} < set(run.arguments)
     assert [option.option for option in options] == ["dual softmax", "QB-Norm", ""]
     other = Study("Others", ("",), {"q": Variant({"eval.qb_norm": 9})})
@@ -254,10 +254,10 @@ def test_results_with_other_options_or_corrupted_files_do_not_count(base, tmp_pa
     (tmp_path / "results.json").write_text('{"eval": {"qb_norm": 5}}')
     np.savez(tmp_path / "ranks.npz", text_to_video=np.zeros((2, 3)))
     assert list(run.load_ranks()) == ["text_to_video"]
-    assert list(dataclasses.replace(run, evaluation={"qb_norm": 5}).load_ranks()) == [
+    assert list(dataclasses.replace(run, evaluation={"eval.qb_norm": 5}).load_ranks()) == [
         "text_to_video"
     ]
-    assert dataclasses.replace(run, evaluation={"qb_norm": 9}).load_ranks() is None
+    assert dataclasses.replace(run, evaluation={"eval.qb_norm": 9}).load_ranks() is None
     intact = (tmp_path / "ranks.npz").read_bytes()
     for corrupted in (b"", intact[: len(intact) // 2]):
         (tmp_path / "ranks.npz").write_bytes(corrupted)

@@ -56,8 +56,13 @@ class Canvas:
         points = size * 72 / UNITS_PER_INCH
         return self.axes.text(x, y, text, va="center", color=color, fontsize=points, **style)
 
-    def wrap(self, text: str, width: float, lines: int, **style: Any) -> list[str]:
-        """Returns 1 to `lines` lines that fit `width`, the last ending in … where text was cut."""
+    def paragraph(
+        self, x: float, y: float, text: str, width: float, lines: int = 1, **style: Any
+    ) -> None:
+        """Draws 1 to `lines` lines that fit `width`, the last ending in … where text was cut.
+
+        They are vertically centred at y.
+        """
 
         def cut(line: str, ending: str = "") -> str:  # to at least one character
             def measure(length: int) -> float:
@@ -81,15 +86,9 @@ class Canvas:
             rest = rest[len(line) :].lstrip()
         if rest:
             result[-1] = cut(result[-1], "…").rstrip(" ,.;:") + "…"
-        return result
-
-    def paragraph(
-        self, x: float, y: float, text: str, width: float, lines: int = 1, **style: Any
-    ) -> None:
-        """Draws up to `lines` lines, vertically centred at y."""
-        wrapped, height = self.wrap(text, width, lines, **style), style.get("size", 13) * 1.35
-        for k, line in enumerate(wrapped):
-            self.text(x, y + (k - (len(wrapped) - 1) / 2) * height, line, **style)
+        height = style.get("size", 13) * 1.35
+        for k, line in enumerate(result):
+            self.text(x, y + (k - (len(result) - 1) / 2) * height, line, **style)
 
     def box(self, x: float, y: float, w: float, h: float, radius: float, **style: Any) -> None:
         """Draws a rectangle with rounded corners, below lines and text."""

@@ -49,13 +49,13 @@ class Run:
     workdir: Path
     config: Any  # all fields
     fields: dict[str, Any]  # those on its command line
-    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of config.eval
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"eval.qb_norm": 5}
 
     @property
     def arguments(self) -> list[str]:
         """Arguments of `python -m xclip_jax.main`."""
-        fields = {**self.fields, **{f"eval.{k}": v for k, v in self.evaluation.items()}}
-        options = [f"--config.{field}={value}" for field, value in fields.items()]
+        fields = {**self.fields, **self.evaluation}.items()
+        options = [f"--config.{field}={value}" for field, value in fields]
         return [f"--config={self.config_file}", f"--workdir={self.workdir}", *options]
 
     def check_workdir(self) -> None:
@@ -75,8 +75,8 @@ class Run:
                 ranks = dict(file)
         except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
             return None
-        is_current = all(evaluation.get(name) == value for name, value in self.evaluation.items())
-        return ranks if is_current else None
+        current = {field: evaluation.get(field.removeprefix("eval.")) for field in self.evaluation}
+        return ranks if current == self.evaluation else None
 
     def why_missing(self) -> str:
         """Returns why an unfinished run has no results."""
@@ -117,8 +117,7 @@ def plan_runs(
                 planned[study_name, name].append(run)
                 for field in effective.keys() - training:
                     value = effective[field]
-                    other = run.evaluation.setdefault(field.removeprefix("eval."), value)
-                    if other != value:
+                    if (other := run.evaluation.setdefault(field, value)) != value:
                         raise InputError(
                             f"{where}: config.{field} = {value!r}, but {other!r} in a variant "
                             "with the same training: run one of them with another --output"
