@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from scipy.special import log_softmax, logsumexp
 
-Ranks = Int[np.ndarray, " Q"]
+Ranks = Int[np.ndarray, "*S Q"]  # of the Q queries of one or several seeds
 RankCounts = tuple[Ranks, Ranks]  # (better, equal), see rank_counts
 Scores = Shaped[np.ndarray, "Q G"]
 Similarities = Shaped[np.ndarray, "T V"]
@@ -30,12 +30,12 @@ def rank_counts(scores_QxG: Scores, correct_Q: Ranks) -> RankCounts:
     return (scores_QxG > target_Qx1).sum(1), (scores_QxG == target_Qx1).sum(1) - 1
 
 
-def expected_ranks(better_Q: Ranks, equal_Q: Ranks) -> Float[np.ndarray, " Q"]:
+def expected_ranks(better_Q: Ranks, equal_Q: Ranks) -> Float[np.ndarray, "*S Q"]:
     """Returns the mean rank of each correct item under random tie-breaking (1 is best)."""
     return 1 + better_Q + equal_Q / 2
 
 
-def recall(better_Q: Ranks, equal_Q: Ranks, k: int) -> Float[np.ndarray, " Q"]:
+def recall(better_Q: Ranks, equal_Q: Ranks, k: int) -> Float[np.ndarray, "*S Q"]:
     """Returns R@k of each query in percent: 0 or 100 where there are no ties."""
     return 100 * np.clip((k - better_Q) / (equal_Q + 1), 0, 1)
 
