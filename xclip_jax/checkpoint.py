@@ -19,7 +19,7 @@ from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.cli import InputError, first_line, write_atomically
 from xclip_jax.config import FREE_FIELDS, RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.text import Tokenizer, load_tokenizer
@@ -243,9 +243,7 @@ def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first_process() and not path.exists():
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(_all_fields(config, dataset), indent=1) + "\n")
-            os.replace(partial, path)
+            write_atomically(path, json.dumps(_all_fields(config, dataset), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
     wait_for_all("config.json")

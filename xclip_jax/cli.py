@@ -1,4 +1,4 @@
-"""Handles command lines: arguments, config files, one-line errors and progress bars."""
+"""Shared by all commands: arguments, config files, one-line errors, progress bars, atomic files."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ import runpy
 import sys
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,23 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a new path next to `path`, whose file replaces `path` at the end."""
+    partial = Path(f"{path}.{uuid.uuid4().hex}.part")  # unique: several processes may write it
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file of bytes, or of text as UTF-8."""
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from xclip_jax import inference, metrics
 from xclip_jax.checkpoint import plain_fields
-from xclip_jax.cli import InputError, progress
+from xclip_jax.cli import InputError, atomic_file, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
@@ -208,12 +207,9 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
         for option, by_way in counts.items()
         for way, both in by_way.items()
     }
-    partial = workdir / "ranks.part.npz"
-    np.savez(partial, allow_pickle=False, text_video=e.text_video_T, **arrays)
-    os.replace(partial, workdir / RANKS_FILE)
-    partial = workdir / "results.json.part"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(partial, workdir / "results.json")
+    with atomic_file(workdir / RANKS_FILE) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, text_video=e.text_video_T, **arrays)
+    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"\n{format_table(results)}")
     if truncated := results["truncated_captions"]:
         limit = f"model.max_words = {e.config.model.max_words} tokens"

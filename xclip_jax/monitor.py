@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import jax
 
-from xclip_jax.cli import InputError, progress
+from xclip_jax.cli import InputError, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.distributed import is_first_process
 
@@ -38,9 +37,7 @@ class Monitor(contextlib.ExitStack):
         if is_first_process():
             path = workdir / METRICS_FILE
             lines = [line for line in read_metrics(workdir) if line["step"] <= steps.start]
-            partial = path.with_suffix(".part")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(partial, path)
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = self.enter_context(path.open("a"))
             if config.log.tensorboard:
                 from tensorboardX import SummaryWriter  # imports torch where it is installed

@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
+from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command, write_atomically
 from xclip_jax.data import extraction, rendered
 from xclip_jax.data.annotations import SPLITS, Listing, PathLike
 from xclip_jax.data.benchmarks import DATASETS
@@ -133,8 +133,7 @@ def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
     path, work = output / "request.json", output / "work"
     if not dataset_folder(output).is_dir():
         work.mkdir(parents=True, exist_ok=True)
-        (work / "request.json").write_text(json.dumps(request, indent=1))
-        (work / "request.json").replace(path)  # atomic
+        write_atomically(path, json.dumps(request, indent=1))
         return False
     before = json.loads(path.read_text()) if path.is_file() else {}
     if changed := [name for name, value in request.items() if before.get(name) != value]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from xclip_jax.checkpoint import init_params, save_model
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, first_line
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, from_hugging_face, to_params
 from xclip_jax.convert.torch_archive import Archive, read_archive
 from xclip_jax.data import text
@@ -125,7 +125,7 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
     try:
         location = Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
     except Exception as error:  # many types, from no network to no such repository
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{path}: no such file or folder, and not available from the Hugging Face hub "
             f"({reason}). Download config.json, model.safetensors and the tokenizer's files from "

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, atomic_file
 
 # PyTorch's classes of storages and the types of their numbers.
 _TYPES = {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"}
@@ -317,13 +317,11 @@ def write_archive(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: cannot store {name}: PyTorch has no type {array.dtype}")
     entries = {"data.pkl": _pickle(arrays), "byteorder": b"little"}
     entries |= {f"data/{number}": array for number, array in enumerate(arrays.values())}
-    partial = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(partial, "w") as archive:
+    with atomic_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for name, data in (entries | {"version": b"3\n"}).items():
             data = data if isinstance(data, bytes) else data.tobytes()
             # A ZipInfo has no time of its own: the same tensors give the same bytes.
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
-    os.replace(partial, path)
 
 
 def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow_datasets as tfds
 
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.cli import InputError, atomic_file, first_line
 from xclip_jax.data.annotations import PathLike
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.workers import BeamRunner, map_on_beam
@@ -138,9 +138,8 @@ def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
     examples = (serializer.get_tf_example(features.encode_example(make())) for make in makers)
     # By default, protobuf's order of the features varies by process.
     serialized = (example.SerializeToString(deterministic=True) for example in examples)
-    partial = f"{path}.{uuid.uuid4().hex}.part"  # Beam may run a job twice at the same time
-    tfds.core.ExampleWriter(FORMAT).write(partial, enumerate(serialized))
-    os.replace(partial, path)
+    with atomic_file(path) as partial:  # Beam may run a job twice at the same time
+        tfds.core.ExampleWriter(FORMAT).write(partial, enumerate(serialized))
     return os.path.getsize(path)
 
 

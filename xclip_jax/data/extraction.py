@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xclip_jax.cli import InputError, progress
+from xclip_jax.cli import InputError, atomic_file, progress
 from xclip_jax.data.annotations import Clip, Finding, Listing
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.workers import BeamRunner, map_on_beam, run_jobs
@@ -140,10 +140,8 @@ def extract(job: ClipJob) -> Outcome:
         digest = hashlib.sha256(b"".join(array.tobytes() for array in content.values())).hexdigest()
         content |= {"note": np.array(frames.note or ""), "digest": np.array(digest)}
         job.cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = job.cache.with_suffix(f".{os.getpid()}.part")
-        with partial.open("wb") as file:
+        with atomic_file(job.cache) as partial, partial.open("wb") as file:
             np.savez(file, **content)
-        partial.replace(job.cache)  # atomic: a kill leaves no incomplete cache file
     size, digest = int(content["sizes"].sum()), str(content["digest"])
     return Outcome(None, str(content["note"]) or None, size, digest)
 

@@ -23,7 +23,7 @@ import av
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from xclip_jax.cli import InputError, progress
+from xclip_jax.cli import InputError, progress, write_atomically
 from xclip_jax.data.annotations import Split
 from xclip_jax.workers import worker_pool
 
@@ -247,7 +247,7 @@ def render_video(scene: Scene, path: str | os.PathLike) -> None:
             image = av.VideoFrame.from_ndarray(render_frame(scene, number / FPS), format="rgb24")
             container.mux(stream.encode(image))
         container.mux(stream.encode())
-    _write(Path(path), content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def render_dataset(
@@ -263,7 +263,7 @@ def render_dataset(
     arguments = {**counts, "seed": seed, "recipe": RECIPE}
     if not settings.exists():
         (folder / "videos").mkdir(parents=True, exist_ok=True)
-        _write(settings, json.dumps(arguments).encode() + b"\n")
+        write_atomically(settings, json.dumps(arguments) + "\n")
     if (stored := json.loads(settings.read_bytes())) != arguments:
         problem = f"{folder} was rendered with {stored}, not {arguments}"
         raise InputError(f"{problem}: delete it or choose another")
@@ -282,11 +282,5 @@ def render_dataset(
         with progress(len(missing), "rendering videos", "clip") as bar:
             for _ in rendered:
                 bar.update()
-    _write(listing, "".join(lines).encode())
+    write_atomically(listing, "".join(lines))
     return folder
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)

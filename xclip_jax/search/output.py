@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from xclip_jax.cli import InputError, progress
+from xclip_jax.cli import InputError, atomic_file, progress
 from xclip_jax.data.video import VideoError, read_still
 from xclip_jax.report.canvas import BLUE, MUTED, Canvas, drawing_style
 from xclip_jax.search.funnel import Answer, Hit
@@ -154,8 +154,8 @@ def export_segments(index: Index, path: str | os.PathLike) -> None:
     if not len(index):
         raise InputError(f"the index {index.location} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with progress(len(index), "writing", "segment") as bar, partial.open("wb") as file:
+    bar = progress(len(index), "writing", "segment")
+    with atomic_file(path) as partial, partial.open("wb") as file, bar:
 
         def read() -> Iterator[pa.Table]:
             for table in index.tables():
@@ -175,7 +175,6 @@ def export_segments(index: Index, path: str | os.PathLike) -> None:
             with pq.ParquetWriter(file, first.schema) as writer:
                 for table in itertools.chain([first], tables):
                     writer.write_table(table)
-    os.replace(partial, path)
 
 
 def sample_sentences(count: int) -> list[str]:

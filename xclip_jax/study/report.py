@@ -6,7 +6,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from xclip_jax.cli import write_atomically
 from xclip_jax.metrics import expected_ranks, recall
 from xclip_jax.paper import backbone
 from xclip_jax.report import DIRECTIONS, render
@@ -112,11 +112,8 @@ def write_study(directory: Path, name: str, study: Study, runs: Runs) -> None:
         f"{name}.json": json.dumps(plain, indent=1, ensure_ascii=False),
         "index.html": format_tables("studies.html", dict(sorted(tables.items()))),
     }
-    files = {file: text.encode() for file, text in texts.items()}
-    for file, content in (*files.items(), (f"{name}.png", draw_chart(table))):
-        part = directory / f"{file}.{os.getpid()}.part"
-        part.write_bytes(content)
-        os.replace(part, directory / file)
+    for file, content in (texts | {f"{name}.png": draw_chart(table)}).items():
+        write_atomically(directory / file, content)
 
 
 def make_table(study: Study, runs: Runs) -> Table:
