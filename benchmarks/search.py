@@ -34,7 +34,7 @@ import search_vectors
 from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import progress
 from xclip_jax.config import get_config
-from xclip_jax.inference import copy_to_local_devices, encode_texts, encode_videos
+from xclip_jax.inference import copy_to_local_devices, encode
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
@@ -166,9 +166,10 @@ def text_tower_milliseconds(repeats: int = 50) -> float:
     words = search_vectors.WORDS
     ids, mask = np.ones((1, words), np.int32), np.arange(words)[None] < 12
     params = jax.jit(lambda: init_params(model, 0))()
-    encode = functools.partial(encode_texts, model, copy_to_local_devices(params), ids, mask)
-    encode()
-    return 1000 * statistics.median(results.measure_seconds(encode)[0] for _ in range(repeats))
+    inputs = "encode_text", (ids, mask), 64
+    run = functools.partial(encode, model, copy_to_local_devices(params), *inputs)
+    run()
+    return 1000 * statistics.median(results.measure_seconds(run)[0] for _ in range(repeats))
 
 
 def measure_search(args: argparse.Namespace, folder: str) -> None:
@@ -234,7 +235,8 @@ def measure_unavoidable(model: XClip, params: dict, files: list[str]) -> results
     mask = np.zeros((padded, max_frames), bool)
     for number, images in enumerate(segments):
         frames[number, : len(images)], mask[number, : len(images)] = images, True
-    towers, _ = results.measure_seconds(lambda: encode_videos(model, params, frames, mask, batch))
+    inputs = "encode_video", (frames, mask), batch
+    towers, _ = results.measure_seconds(lambda: encode(model, params, *inputs))
     return {"segments": len(segments), "decoding": decoding, "towers": towers}
 
 

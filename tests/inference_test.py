@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from xclip_jax import inference
-from xclip_jax.inference import block_shape, encode_texts, encode_videos, similarity_in_blocks
+from xclip_jax.inference import block_shape, encode, similarity_in_blocks
 from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 
@@ -78,11 +78,11 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_batched_encoding_matches_one_batch(params, features, batch_size):
-    text = encode_texts(MODEL, params, IDS, TEXT_MASK, batch_size)
+    text = encode(MODEL, params, "encode_text", (IDS, TEXT_MASK), batch_size)
     assert len(text.mask) == NUM_TEXTS
     np.testing.assert_array_equal(text.mask, TEXT_MASK)
     assert_same(text, features[0])
-    video = encode_videos(MODEL, params, FRAMES, FRAME_MASK, batch_size)
+    video = encode(MODEL, params, "encode_video", (FRAMES, FRAME_MASK), batch_size)
     assert len(video.mask) == NUM_VIDEOS
     assert_same(video, features[1])
 
@@ -103,7 +103,7 @@ def sizes(monkeypatch):
 
 def test_encoding_any_number_of_texts_compiles_few_programs(params, compilations, sizes):
     for count in range(1, NUM_TEXTS + 1):
-        encode_texts(MODEL, params, IDS[:count], TEXT_MASK[:count], batch_size=7)
+        encode(MODEL, params, "encode_text", (IDS[:count], TEXT_MASK[:count]), 7)
     assert compilations() <= 4
     # 1 to 7 texts take a batch; 8 to 11 a full one and what is left.
     assert [size for (size,) in sizes] == [1, 2, 4, 4, 7, 7, 7, 7, 1, 7, 2, 7, 4, 7, 4]
@@ -111,7 +111,7 @@ def test_encoding_any_number_of_texts_compiles_few_programs(params, compilations
 
 def test_nothing_to_encode_is_an_error(params):
     with pytest.raises(ValueError, match="at least one text or video"):
-        encode_texts(MODEL, params, IDS[:0], TEXT_MASK[:0])
+        encode(MODEL, params, "encode_text", (IDS[:0], TEXT_MASK[:0]), 64)
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 10**6])

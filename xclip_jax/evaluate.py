@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from xclip_jax import inference, metrics
@@ -18,14 +18,13 @@ from xclip_jax.cli import InputError, atomic_file, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
-from xclip_jax.data.text import Tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process
-from xclip_jax.models import ModelConfig, XClip
+from xclip_jax.models import ModelConfig
 from xclip_jax.monitor import read_metrics
 from xclip_jax.paper import paper_results
 from xclip_jax.report import WordFrameAttention, format_table, write_report
 from xclip_jax.retriever import Retriever, load
-from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
+from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 Tree = TypeVar("Tree")
 RANKS_FILE = "ranks.npz"
@@ -114,7 +113,6 @@ def evaluate_split(
         InputError: there are fewer clips than processes.
     """
     clips, size = dataset.clips(split), config.eval.batch_size
-    model, params, tokenizer = retriever.model, retriever.params, retriever.get_tokenizer()
     index, processes = jax.process_index(), jax.process_count()
     if len(clips) < processes:
         raise InputError(f"{len(clips)} clips to evaluate: must be at least one per process")
@@ -122,18 +120,17 @@ def evaluate_split(
     names, captions = [], []  # of each clip
 
     def encode(bar: tqdm) -> Iterator[VideoFeatures]:
-        frames_shape = model.config.max_frames, dataset.image_size
+        frames_shape = retriever.model.config.max_frames, dataset.image_size
         batches = evaluation_batches(clips, size, *frames_shape, slice(start, end))
         for frames, masks, batch_captions, batch_names in batches:
-            yield inference.encode_videos(model, params, frames, masks, size)
+            yield retriever.encode_frames(frames, masks, size)
             captions.extend(batch_captions)
             names.extend(batch_names)
             bar.update(len(frames))
 
     with progress(end - start, f"encoding {split} videos", "video") as bar:
         video = inference.concatenate_features(encode(bar), end - start)
-    tokens = tokenizer(list(itertools.chain(*captions)))
-    text = inference.encode_texts(model, params, *tokens, size)
+    text = retriever.encode_text(list(itertools.chain(*captions)), size)
     video = _join_processes(video)
     sim_TxV = _compare(config, retriever, text, video, "comparing")
     text, sim_TxV = _join_processes((text, sim_TxV))
@@ -178,16 +175,15 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
             "video_to_text": metrics.rank_counts(by_video, np.arange(len(by_video))),
         }
     if config.eval.qb_norm:
-        model, params = e.retriever.model, e.retriever.params
         pairs = TrainingPairs(dataset, config.data.train_split, "all")
         drawn = np.random.default_rng(0).permutation(len(pairs))[: config.eval.qb_norm]
         records = (pairs[int(index)] for index in drawn)
         captions = [record["captions"][caption].decode() for record, _, caption in records]
-        tokens = e.retriever.get_tokenizer()(captions)
-        bank = inference.encode_texts(model, params, *tokens, config.eval.batch_size)
+        bank = e.retriever.encode_text(captions, config.eval.batch_size)
         bank_BxV = _compare(config, e.retriever, bank, e.video, "comparing with the bank:")
-        is_scaled = model.config.has_granularities
-        scale = float(np.exp(params["clip"]["logit_scale"])) if is_scaled else 1.0
+        scale = 1.0
+        if e.retriever.model.config.has_granularities:
+            scale = float(np.exp(e.retriever.params["clip"]["logit_scale"]))
         normalized_TxV = metrics.qb_norm(sim_TxV / scale, bank_BxV / scale)
         # Video to text would need a bank of videos.
         ranks = {"text_to_video": metrics.rank_counts(normalized_TxV, text_video_T)}
@@ -228,7 +224,7 @@ def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
 
 
 def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> Path:
-    model, c = e.retriever.model, e.retriever.model.config
+    c = e.retriever.model.config
 
     def read_frames(video: int) -> UInt8[np.ndarray, "F S S 3"]:
         frames, mask_F = load_frames(e.clips[video], c.max_frames, c.vision.image_size)
@@ -238,15 +234,11 @@ def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> P
         """Returns AOSM's weights of a caption and its video."""
         video = int(e.text_video_T[text])
         pair = inference.slice_rows(e.text, text), inference.slice_rows(e.video, video)
-        mask_W, mask_F = (np.asarray(features.mask[0]) for features in pair)
-        weights_1xWxF = inference.apply_model(
-            e.retriever.params, *pair, model=model, method="word_frame_attention"
-        )
-        times, tokenizer = np.asarray(e.clips[video]["times"]), e.retriever.get_tokenizer()
-        words, words_W = list_words(model, tokenizer, e.captions[text], mask_W)
+        words, weights_WxF = e.retriever.attention(e.captions[text], *pair)
+        times = np.asarray(e.clips[video]["times"])
         return WordFrameAttention(
             words=words,
-            weights_WxF=np.asarray(weights_1xWxF)[0, words_W][:, mask_F],
+            weights_WxF=weights_WxF,
             times=times[choose_frames(len(times), c.max_frames)].tolist(),
             caption=e.captions[text],
             frames_FxSxSx3=read_frames(video),
@@ -267,12 +259,3 @@ def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> P
         attentions=[attend(text) for text in texts.tolist()],
         curves=read_metrics(workdir),
     )
-
-
-def list_words(
-    model: XClip, tokenizer: Tokenizer, caption: str, mask_W: Bool[AnyArray, " W"]
-) -> tuple[list[str], Bool[np.ndarray, " W"]]:
-    """Returns (tokens, mask) of the real tokens that AOSM treats as words."""
-    words_W = np.asarray(model.aosm_words(mask_W[None])[0]) & np.asarray(mask_W)
-    tokens = ["start", *tokenizer.tokens(caption)[: mask_W.sum() - 2], "end"]
-    return [token for token, is_word in zip(tokens, words_W, strict=False) if is_word], words_W

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from xclip_jax.models import XClip
-from xclip_jax.similarity import FrameMask, TextFeatures, TextMask, VideoFeatures
+from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
 
 PyTree = Any
 Tree = TypeVar("Tree")
@@ -53,30 +53,29 @@ def apply_model(params: PyTree, *inputs: Any, model: XClip, method: str) -> Any:
     return model.apply({"params": params}, *inputs, method=method)
 
 
-def encode_texts(
-    model: XClip, params: PyTree, ids_TxW: np.ndarray, mask_TxW: TextMask, batch_size: int = 64
-) -> TextFeatures:
-    """Returns the features of any number of texts as NumPy arrays."""
-    return _encode(model, params, "encode_text", (ids_TxW, mask_TxW), batch_size)
+def encode(
+    model: XClip, params: PyTree, method: str, inputs: tuple[AnyArray, AnyArray], batch_size: int
+) -> Any:
+    """Returns the features of any number of texts or videos as NumPy arrays.
 
+    Args:
+        model, params: the linen module and its parameters.
+        method: "encode_text" or "encode_video", of XClip.
+        inputs: T x W ids or V x F x S x S x 3 frames, and their mask, T x W or V x F.
+        batch_size: texts or videos encoded at once.
 
-def encode_videos(
-    model: XClip, params: PyTree, frames: np.ndarray, mask_VxF: FrameMask, batch_size: int = 64
-) -> VideoFeatures:
-    """Returns the features of any number of videos, V x F x S x S x 3, as NumPy arrays."""
-    return _encode(model, params, "encode_video", (frames, mask_VxF), batch_size)
-
-
-def _encode(model: XClip, params: PyTree, method: str, arrays: tuple, batch_size: int) -> Any:
-    if not (total := len(arrays[0])):
+    Raises:
+        ValueError: there is nothing to encode.
+    """
+    if not (total := len(inputs[0])):
         raise ValueError("must have at least one text or video to encode")
 
     def encode_batches() -> Iterator[PyTree]:
         for start in range(0, total, batch_size):
-            batch = slice_rows(arrays, start, batch_size)
-            size = len(batch[0])
-            inputs = _split_like(pad_rows(batch, min(batch_size, next_power_of_two(size))), params)
-            features = apply_model(params, *inputs, model=model, method=method)
+            rows = slice_rows(inputs, start, batch_size)
+            size = len(rows[0])
+            batch = _split_like(pad_rows(rows, min(batch_size, next_power_of_two(size))), params)
+            features = apply_model(params, *batch, model=model, method=method)
             yield slice_rows(jax.tree.map(np.asarray, features), 0, size)
 
     return concatenate_features(encode_batches(), total)
@@ -137,15 +136,14 @@ def concatenate_features(parts: Iterable[Tree], total: int) -> Tree:
 
     Only one part at a time is in memory besides the result.
     """
-    result: Any = None
-    end = 0
+    result, end = None, 0
     for part in parts:
         if result is None:
             result = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
         start, end = end, end + len(jax.tree.leaves(part)[0])
         for array, rows in zip(jax.tree.leaves(result), jax.tree.leaves(part), strict=True):
             array[start:end] = rows
-    if end != total:
+    if result is None or end != total:
         raise ValueError(f"{end} rows of features, expected {total}")
     return result
 

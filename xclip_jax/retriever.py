@@ -1,5 +1,6 @@
 """The Python API: a trained model with its tokenizer and the video reader."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Retriever:
             )
         return self.tokenizer
 
-    def encode_text(self, texts: Sequence[str]) -> TextFeatures:
-        """Encodes at least one text, truncated to max_words tokens.
+    def encode_text(self, texts: Sequence[str], size: int = 64) -> TextFeatures:
+        """Encodes at least one text, truncated to max_words tokens, `size` texts at a time.
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) sentence T x D
@@ -61,7 +62,7 @@ class Retriever:
         texts = [] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("encode_text: texts must be a list of at least one str")
-        return inference.encode_texts(self.model, self.params, *tokenizer(texts))
+        return inference.encode(self.model, self.params, "encode_text", tokenizer(texts), size)
 
     def encode_video(self, videos: Sequence[Video]) -> VideoFeatures:
         """Encodes V videos, of each at most max_frames uniformly spaced frames.
@@ -86,10 +87,28 @@ class Retriever:
                 frames, masks = zip(*map(self._read, videos[start : start + _BATCH]), strict=True)
                 if len({array.dtype for array in frames}) > 1:
                     raise InputError("encode_video: arrays must be all uint8 or all float")
-                inputs = np.stack(frames), np.stack(masks)
-                yield inference.encode_videos(self.model, self.params, *inputs)
+                yield self.encode_frames(np.stack(frames), np.stack(masks), _BATCH)
 
         return inference.concatenate_features(encode_batches(), len(videos))
+
+    def encode_frames(self, frames: np.ndarray, mask: np.ndarray, size: int) -> VideoFeatures:
+        """Encodes preprocessed V x F x S x S x 3 frames and their V x F mask, `size` at a time."""
+        return inference.encode(self.model, self.params, "encode_video", (frames, mask), size)
+
+    def attention(
+        self, caption: str, text: TextFeatures, video: VideoFeatures
+    ) -> tuple[list[str], Float[np.ndarray, "W F"]]:
+        """Returns the words of a caption, and AOSM's weights of them and a video's real frames.
+
+        `text` and `video` are the features of this caption and this video, T = V = 1. Words are the
+        real tokens that take part in AOSM.
+        """
+        method, mask_W = "word_frame_attention", np.asarray(text.mask[0])
+        weights = inference.apply_model(self.params, text, video, model=self.model, method=method)
+        words_W = np.asarray(self.model.aosm_words(text.mask)[0]) & mask_W
+        tokens = ["start", *self.get_tokenizer().tokens(caption)[: mask_W.sum() - 2], "end"]
+        words = list(itertools.compress(tokens, words_W))
+        return words, np.asarray(weights)[0, words_W][:, np.asarray(video.mask[0])]
 
     def similarity(self, text: TextFeatures, video: VideoFeatures) -> Float[np.ndarray, "T V"]:
         """Returns T x V float32 logits: cosine-like similarities (Eq. 14) times exp(logit_scale).

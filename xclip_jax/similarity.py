@@ -28,6 +28,7 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # vector to a scalar.
 Aggregation = Literal["attention", "max-max", "mean-mean", "mean-max", "max-mean"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+Operation = Literal["attention", "max", "mean"]
 Matrix = Float[AnyArray, "N N"]
 Matrices = Mapping[str, AnyArray]  # see xclip_jax.models.heads.AggregationMatrices
 _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays finite
@@ -68,12 +69,6 @@ def aosm_words(
         has_successor = jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
         words_TxW = (mask_TxW & has_successor).at[:, 0].set(False)
     return words_TxW | ~mask_TxW if padding else words_TxW
-
-
-def aosm_frames(mask_VxF: FrameMask, *, padding: bool = False) -> FrameMask:
-    """Returns a mask of the frames that take part in AOSM, True = takes part."""
-    mask_VxF = jnp.asarray(mask_VxF)
-    return jnp.ones_like(mask_VxF) if padding else mask_VxF
 
 
 def compute_weights(
@@ -134,23 +129,17 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def aggregate(
-    scores: Scores,
-    mask: Mask,
-    axis: int,
-    *,
-    operation: Literal["attention", "max", "mean"],
-    tau: float,
-    matrix: Matrix | None = None,
+    scores: Scores, mask: Mask, axis: int, operation: Operation, *, tau: float, matrix: Any = None
 ) -> Scores:
     """Returns scores reduced along `axis`, over the positions where `mask` is True.
 
     `attention` is AOSM, `max` and `mean` are the alternatives in Table 7. Where everything is
     masked the result and its gradient are 0. `tau` and `matrix`: as in `compute_weights`.
     """
-    if operation == "attention" and matrix is not None:
-        return jnp.sum(compute_weights(scores, mask, axis, tau, matrix) * scores, axis)
     if operation == "attention":
-        return attend(scores, mask, axis, tau)
+        if matrix is None:
+            return attend(scores, mask, axis, tau)
+        return jnp.sum(compute_weights(scores, mask, axis, tau, matrix) * scores, axis)
     if operation == "max":
         top = jnp.max(jnp.where(mask, scores, _MASKED), axis)
         return jnp.where(jnp.any(mask, axis), top, 0)
@@ -168,23 +157,19 @@ def aggregate_matrix(
     matrices: Matrices | None = None,
 ) -> Logits:
     """Returns the word-frame similarities (Eq. 9-13): both orders of reduction, averaged."""
-    outer, inner = _operations(aggregation)
+    operations: Any = aggregation.split("-")
+    outer, inner = operations[0], operations[-1]
     words, frames = words_WxT[:, :, None, None], frames_FxV[None, None]
 
     def reduce(scores: Array, mask: Array, axis: int, operation: Any, name: str) -> Array:
         matrix = (matrices or {}).get(f"frame_word_{name}")
-        return aggregate(scores, mask, axis, operation=operation, tau=tau, matrix=matrix)
+        return aggregate(scores, mask, axis, operation, tau=tau, matrix=matrix)
 
     by_word_WxTxV = reduce(scores_WxTxFxV, frames, 2, inner, "frames")  # Eq. 9
     by_frame_TxFxV = reduce(scores_WxTxFxV, words, 0, inner, "words")  # Eq. 10
     over_words_TxV = reduce(by_word_WxTxV, words[:, :, 0], 0, outer, "words_2")  # Eq. 11
     over_frames_TxV = reduce(by_frame_TxFxV, frames[0], 1, outer, "frames_2")  # Eq. 12
     return (over_words_TxV + over_frames_TxV) / 2  # Eq. 13
-
-
-def _operations(aggregation: Aggregation) -> list[Any]:
-    """Returns the outer and the inner operation."""
-    return (aggregation.split("-") * 2)[:2]
 
 
 def granular_similarity(
@@ -214,14 +199,14 @@ def granular_similarity(
         dict of name -> T x V float32; cosines, in [-1, 1], unless there are learned matrices.
     """
     words_WxT = jnp.asarray(aosm_words(text.mask) if words_TxW is None else words_TxW).T
-    frames_FxV = jnp.asarray(aosm_frames(video.mask) if frames_VxF is None else frames_VxF).T
+    frames_FxV = jnp.asarray(video.mask if frames_VxF is None else frames_VxF).T
     matrices = matrices or {}
-    outer, _ = _operations(aggregation)
+    outer: Any = aggregation.partition("-")[0]
     similarities: dict[Granularity, Array] = {}
 
     def reduce(name: Granularity, scores: Array, mask: Array, axis: int) -> None:
-        options = {"operation": outer, "tau": tau, "matrix": matrices.get(name)}
-        similarities[name] = aggregate(scores, mask, axis, **options)
+        options = {"tau": tau, "matrix": matrices.get(name)}
+        similarities[name] = aggregate(scores, mask, axis, outer, **options)
 
     if "video_sentence" in granularities:  # Eq. 3
         sentence_TxD = _transform(text.sentence, matrices.get("video_sentence"))
@@ -234,10 +219,10 @@ def granular_similarity(
         reduce("frame_sentence", scores_TxFxV, frames_FxV[None], 1)
     if "frame_word" in granularities:  # Eq. 6, 9-13
         words_TxWxD = _transform(text.words, matrices.get("frame_word"))
-        scores_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
+        cells_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
         options = {"aggregation": aggregation, "tau": tau, "matrices": matrices}
         similarities["frame_word"] = aggregate_matrix(
-            scores_WxTxFxV, words_WxT, frames_FxV, **options
+            cells_WxTxFxV, words_WxT, frames_FxV, **options
         )
     return similarities
 

@@ -29,39 +29,17 @@ class AggregationMatrices(nn.Module):
             sizes |= {f"frame_word_words{n}": c.max_words for n in ("", "_2")}
             sizes |= {f"frame_word_frames{n}": c.max_frames for n in ("", "_2")}
 
-        def identity(key: Array, size: int) -> Array:
-            del key
-            return jnp.eye(size, dtype=jnp.float32)
-
-        return {name: self.param(name, identity, size) for name, size in sizes.items()}
+        # Initialisers are called with a random key first.
+        return {name: self.param(name, lambda _, n=n: jnp.eye(n)) for name, n in sizes.items()}
 
 
-class TightTransformer(nn.Module):
-    """CLIP4Clip's tight head (https://arxiv.org/abs/2104.08860): a Transformer for each pair.
+class PairTransformer(nn.Module):
+    """Scores each pair with a pre-norm Transformer over its vectors: the tight head or the fusion.
 
-    Its input is the raw sentence vector followed by the raw frame vectors.
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, text: TextFeatures, video: VideoFeatures) -> Logits:
-        c, dim = self.config, text.sentence.shape[-1]
-        positions = self.param("positions", normal(0.01), (c.text.context_length, dim))
-        tokens, mask = _pair([text.sentence[:, None]], None, [video.frames], video.mask)
-        x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
-        x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
-        first = LayerNorm(name="ln_pool")(x)[:, 0].astype(jnp.float32)
-        pooled = ACTIVATIONS["quick_gelu"](nn.Dense(dim, name="pool")(first))
-        return nn.Dense(1, name="score")(pooled).reshape(len(text.mask), len(video.mask))
-
-
-class FusionTransformer(nn.Module):
-    """A fusion Transformer after Table 14 and Fig. 6 of the paper, which leaves details open.
-
-    A pre-norm Transformer over the sentence, word, video and frame vectors of a pair, each plus a
-    learned vector for its kind. A linear layer maps the sentence's output to the score. The masks
-    are those of AOSM.
+    The tight head of CLIP4Clip (https://arxiv.org/abs/2104.08860) takes the raw sentence and frame
+    vectors plus learned positions. The fusion, after Table 14 and Fig. 6 of the paper, which leaves
+    details open, takes the sentence, word, video and frame vectors, each plus a learned vector for
+    its kind, with the masks of AOSM. The sentence's output is mapped to the score.
     """
 
     config: ModelConfig
@@ -71,18 +49,26 @@ class FusionTransformer(nn.Module):
         self, text: TextFeatures, video: VideoFeatures, words_TxW: TextMask, frames_VxF: FrameMask
     ) -> Logits:
         c, dim = self.config, text.sentence.shape[-1]
-        kinds = self.param("kinds", normal(dim**-0.5), (4, dim))
-        texts = [text.sentence[:, None] + kinds[0], text.words + kinds[1]]
-        videos = [video.video[:, None] + kinds[2], video.frames + kinds[3]]
-        tokens, mask = _pair(texts, words_TxW, videos, frames_VxF)
-        x = tokens.astype(c.dtype)
+        if is_tight := c.head == "tight_transformer":
+            no_words = jnp.ones((len(text.mask), 0), bool)
+            tokens, mask = _pair([text.sentence[:, None]], no_words, [video.frames], video.mask)
+            positions = self.param("positions", normal(0.01), (c.text.context_length, dim))
+            x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
+        else:
+            kinds = self.param("kinds", normal(dim**-0.5), (4, dim))
+            texts = [text.sentence[:, None] + kinds[0], text.words + kinds[1]]
+            videos = [video.video[:, None] + kinds[2], video.frames + kinds[3]]
+            tokens, mask = _pair(texts, words_TxW, videos, frames_VxF)
+            x = tokens.astype(c.dtype)
         x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
-        first = LayerNorm(name="ln")(x)[:, 0].astype(jnp.float32)
-        return nn.Dense(1, name="score")(first).reshape(len(words_TxW), len(frames_VxF))
+        y = LayerNorm(name="ln_pool" if is_tight else "ln")(x)[:, 0].astype(jnp.float32)
+        if is_tight:
+            y = ACTIVATIONS["quick_gelu"](nn.Dense(dim, name="pool")(y))
+        return nn.Dense(1, name="score")(y).reshape(len(text.mask), len(video.mask))
 
 
 def _pair(
-    texts: list[AnyArray], words_TxW: AnyArray | None, videos: list[AnyArray], frames_VxF: AnyArray
+    texts: list[AnyArray], words_TxW: AnyArray, videos: list[AnyArray], frames_VxF: AnyArray
 ) -> tuple[Array, Array]:
     """Returns each text's vectors followed by each video's, TV x L x D, and their attention mask.
 
@@ -97,6 +83,5 @@ def _pair(
         return jax.lax.collapse(pairs(a, b), 0, 2)
 
     text, video = jnp.concatenate(texts, 1), jnp.concatenate(videos, 1)
-    words_TxW = jnp.ones((len(text), 0), bool) if words_TxW is None else words_TxW
     mask = combine(extend(words_TxW, text), extend(frames_VxF, video))
     return combine(text, video), mask[:, None, None, :]

@@ -1,7 +1,6 @@
 """X-CLIP: CLIP's towers, a temporal encoder and multi-grained similarity fused by AOSM."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from xclip_jax import similarity
 from xclip_jax.models.clip import CLIP, normalize_frames
 from xclip_jax.models.config import ModelConfig
-from xclip_jax.models.heads import AggregationMatrices, FusionTransformer, TightTransformer
+from xclip_jax.models.heads import AggregationMatrices, PairTransformer
 from xclip_jax.models.temporal import Frames, TemporalLSTM, TemporalTransformer
 from xclip_jax.similarity import AnyArray, FrameMask, Logits, TextFeatures, TextMask, VideoFeatures
 
@@ -30,9 +29,7 @@ class XClip(nn.Module):
         if c.matrices:
             self.aggregation_matrices = AggregationMatrices(c)
         if not c.has_granularities:
-            tight = c.head == "tight_transformer"
-            pair_encoder: Any = TightTransformer(c) if tight else FusionTransformer(c)
-            self.pair_encoder = pair_encoder
+            self.pair_encoder = PairTransformer(c)
 
     def __call__(
         self,
@@ -84,9 +81,7 @@ class XClip(nn.Module):
 
     def similarity(self, text: TextFeatures, video: VideoFeatures) -> Logits:
         """Returns logits: the mean of the enabled granularities (Eq. 14), scaled."""
-        if self.config.head == "tight_transformer":
-            return self.pair_encoder(text, video)
-        if self.config.fusion == "transformer":
+        if not self.config.has_granularities:
             masks = self.aosm_words(text.mask), self.aosm_frames(video.mask)
             return self.pair_encoder(text, video, *masks)
         parts = self.granular_similarity(text, video)
@@ -138,7 +133,8 @@ class XClip(nn.Module):
 
     def aosm_frames(self, mask_VxF: FrameMask) -> FrameMask:
         """Returns the mask of the frames that take part in AOSM."""
-        return similarity.aosm_frames(mask_VxF, padding=self.config.padding == "competes")
+        mask_VxF = jnp.asarray(mask_VxF)
+        return jnp.ones_like(mask_VxF) if self.config.padding == "competes" else mask_VxF
 
     def matrices(self) -> dict[str, Array]:
         """Returns the learned matrices by name, or {} if the model has none."""

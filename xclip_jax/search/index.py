@@ -18,8 +18,7 @@ from PIL import Image, ImageOps
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
-from xclip_jax.evaluate import list_words
-from xclip_jax.inference import apply_model, copy_to_local_devices
+from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
@@ -245,15 +244,12 @@ class Index:
         Raises InputError if the model has no word-frame similarity, KeyError for an unknown id.
         """
         retriever, snapshot = self.retriever, self._snapshot
-        model, config = retriever.model, retriever.model.config
+        config = retriever.model.config
         if not config.has_granularities or "frame_word" not in config.granularities:
             raise InputError("no heat map: this model does not compare words with frames")
         row = snapshot.find(segment_id)
-        sentence, video = retriever.encode_text([text]), snapshot.features(row)
-        method = "word_frame_attention"
-        weights_WxF = apply_model(retriever.params, sentence, video, model=model, method=method)[0]
-        words, words_W = list_words(model, retriever.get_tokenizer(), text, sentence.mask[0])
-        weights = np.asarray(weights_WxF)[words_W][:, video.mask[0]]
+        video = snapshot.features(row)
+        words, weights = retriever.attention(text, retriever.encode_text([text]), video)
         return Attention(words, snapshot.times[row][video.mask].tolist(), weights)
 
     def tables(self) -> Iterator[pa.Table]:

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError, progress
 from xclip_jax.data.extraction import CRASHED, VideoFolder
-from xclip_jax.inference import encode_videos, pad_rows
+from xclip_jax.inference import pad_rows
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.segments import Segment, SegmentJob, load_frames, read_segments
 from xclip_jax.search.store import FileStamp, Store
@@ -190,7 +190,7 @@ class _Writer:
         mask = np.arange(about["max_frames"]) < counts[:, None]
         frames = np.stack([pad_rows(frames, about["max_frames"]) for _, frames in self.batch])
         frames, mask = pad_rows((frames, mask), size)
-        features = encode_videos(retriever.model, retriever.params, frames, mask, batch_size=size)
+        features = retriever.encode_frames(frames, mask, size)
         dtype = np.dtype(about["precision"])
         for index, (row, _) in enumerate(self.batch):
             row["video"] = features.video[index].astype(dtype)
