@@ -25,7 +25,7 @@ import results
 
 from xclip_jax import compile_only, sharding
 from xclip_jax.config import get_config
-from xclip_jax.loss import loss_of_features
+from xclip_jax.loss import LossOptions, loss_of_features
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.optimizer import make_optimizer
 from xclip_jax.train import compile_training
@@ -56,7 +56,7 @@ def measure_loss(pairs: int, block_cells: int) -> results.Row:
 
 def feature_gradient(model: XClip, **options: Any) -> Callable:
     """Returns (parameters, features, batch) -> ((loss, accuracy), gradients)."""
-    loss = functools.partial(loss_of_features, model, **options)
+    loss = functools.partial(loss_of_features, model, options=LossOptions(**options))
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
 

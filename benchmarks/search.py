@@ -34,7 +34,7 @@ import search_vectors
 from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import progress
 from xclip_jax.config import get_config
-from xclip_jax.inference import copy_to_local_devices, encode
+from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
@@ -167,7 +167,8 @@ def text_tower_milliseconds(repeats: int = 50) -> float:
     ids, mask = np.ones((1, words), np.int32), np.arange(words)[None] < 12
     params = jax.jit(lambda: init_params(model, 0))()
     inputs = "encode_text", (ids, mask), 64
-    run = functools.partial(encode, model, copy_to_local_devices(params), *inputs)
+    retriever = Retriever({}, model, copy_to_local_devices(params))
+    run = functools.partial(retriever.encode, *inputs)
     run()
     return 1000 * statistics.median(results.measure_seconds(run)[0] for _ in range(repeats))
 
@@ -236,7 +237,7 @@ def measure_unavoidable(model: XClip, params: dict, files: list[str]) -> results
     for number, images in enumerate(segments):
         frames[number, : len(images)], mask[number, : len(images)] = images, True
     inputs = "encode_video", (frames, mask), batch
-    towers, _ = results.measure_seconds(lambda: encode(model, params, *inputs))
+    towers, _ = results.measure_seconds(lambda: Retriever({}, model, params).encode(*inputs))
     return {"segments": len(segments), "decoding": decoding, "towers": towers}
 
 

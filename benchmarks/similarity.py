@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import results
 
-from xclip_jax.inference import similarity_in_blocks
 from xclip_jax.models import ModelConfig, XClip
+from xclip_jax.retriever import Retriever
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 DIM = 512
@@ -72,7 +72,7 @@ def compare(count: int, *, repeats: int, with_torch: bool) -> list[results.Row]:
     text, video = make_features(count)
     multiply = jax.jit(lambda a, b: a[: len(a) // 4] @ b.T)  # a quarter, to save memory
     sides = {
-        "ours": lambda: similarity_in_blocks(MODEL, PARAMS, text, video),
+        "ours": lambda: Retriever({}, MODEL, PARAMS).similarity(text, video),
         "product": lambda: multiply(text.words.reshape(-1, DIM), video.frames.reshape(-1, DIM)),
     }
     if with_torch:
@@ -96,7 +96,7 @@ def measure_memory(count: int, texts: int, *, words: int, frames: int) -> float:
     text, video = make_features(count, num_words=words, num_frames=frames)
     text = jax.tree.map(lambda x: x[:texts], text)
     before = results.peak_mib() + texts * count * 4 / 2**20
-    similarity_in_blocks(MODEL, PARAMS, text, video)
+    Retriever({}, MODEL, PARAMS).similarity(text, video)
     return results.peak_mib() - before
 
 

@@ -35,8 +35,16 @@ def clip(**changes):
     return CLIP(dataclasses.replace(CONFIG, **changes))
 
 
+def encode_image(model, images):
+    return model.visual(images)
+
+
+def encode_words(model, ids):
+    return model.textual(ids)
+
+
 def encode_both(model, images, ids):
-    return model.encode_image(images), model.encode_words(ids)
+    return model.visual(jnp.asarray(images)), model.textual(ids)
 
 
 def shapes_of(model):
@@ -157,7 +165,7 @@ def test_word_depends_on_tokens_up_to_it_only(params):
     def words(embedding):
         tokens = {**params["textual"], "tokens": {"embedding": embedding}}
         variables = {"params": {**params, "textual": tokens}}
-        found = model.apply(variables, ids, method="encode_words")[0]
+        found = model.apply(variables, ids, method=encode_words)[0]
         return found @ jnp.arange(1.0, EMBED_DIM + 1)
 
     embedding = params["textual"]["tokens"]["embedding"]
@@ -167,7 +175,7 @@ def test_word_depends_on_tokens_up_to_it_only(params):
 
 
 def test_tokens_after_the_end_do_not_change_earlier_words(params):
-    encode = jax.jit(lambda ids: clip().apply({"params": params}, ids, method="encode_words"))
+    encode = jax.jit(lambda ids: clip().apply({"params": params}, ids, method=encode_words))
     words = np.asarray(encode(IDS))
     other = np.array([[48, 3, 7, 11, 2, 49, 33], [48, 9, 5, 49, 21, 22, 23]])
     np.testing.assert_array_equal(encode(other)[0, :6], words[0, :6])
@@ -179,7 +187,7 @@ def test_tokens_after_the_end_do_not_change_earlier_words(params):
 
 
 def test_images_are_encoded_independently(params):
-    encode = jax.jit(lambda images: clip().apply({"params": params}, images, method="encode_image"))
+    encode = jax.jit(lambda images: clip().apply({"params": params}, images, method=encode_image))
     one = encode(IMAGES[:1])
     np.testing.assert_allclose(encode(IMAGES)[:1], one, atol=2e-6)
     rolled = encode(np.roll(IMAGES[:1], 5, axis=1))  # the same patches at other positions

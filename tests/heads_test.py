@@ -10,10 +10,10 @@ import pytest
 import tiny
 
 from xclip_jax.config import get_config
-from xclip_jax.inference import similarity_in_blocks
 from xclip_jax.loss import contrastive_loss
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.models.config import HEADS
+from xclip_jax.retriever import Retriever
 from xclip_jax.similarity import TextFeatures, VideoFeatures, aosm_words, granular_similarity
 
 WORDS, FRAMES, DIM = 5, 4, 8
@@ -201,7 +201,7 @@ def test_transformers_over_pairs_ignore_padding(options):
     np.testing.assert_allclose(padded, sim_TxV, atol=1e-5)
     seen = apply(text, video.replace(frames=-video.frames))
     assert np.abs(seen - sim_TxV).max() > 1e-3
-    blocks = similarity_in_blocks(model, params, text, video, block_cells=1)
+    blocks = Retriever({}, model, params).similarity(text, video, block_cells=1)
     np.testing.assert_allclose(blocks, sim_TxV, atol=1e-5)
 
 

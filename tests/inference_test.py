@@ -8,9 +8,10 @@ import pytest
 from tqdm import tqdm
 
 from xclip_jax import inference
-from xclip_jax.inference import block_shape, encode, similarity_in_blocks
+from xclip_jax.inference import block_shape
 from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
+from xclip_jax.retriever import Retriever
 
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=4, patch_size=2, width=6, layers=1, heads=2),
@@ -78,11 +79,11 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_batched_encoding_matches_one_batch(params, features, batch_size):
-    text = encode(MODEL, params, "encode_text", (IDS, TEXT_MASK), batch_size)
+    text = Retriever({}, MODEL, params).encode("encode_text", (IDS, TEXT_MASK), batch_size)
     assert len(text.mask) == NUM_TEXTS
     np.testing.assert_array_equal(text.mask, TEXT_MASK)
     assert_same(text, features[0])
-    video = encode(MODEL, params, "encode_video", (FRAMES, FRAME_MASK), batch_size)
+    video = Retriever({}, MODEL, params).encode("encode_video", (FRAMES, FRAME_MASK), batch_size)
     assert len(video.mask) == NUM_VIDEOS
     assert_same(video, features[1])
 
@@ -103,7 +104,7 @@ def sizes(monkeypatch):
 
 def test_encoding_any_number_of_texts_compiles_few_programs(params, compilations, sizes):
     for count in range(1, NUM_TEXTS + 1):
-        encode(MODEL, params, "encode_text", (IDS[:count], TEXT_MASK[:count]), 7)
+        Retriever({}, MODEL, params).encode("encode_text", (IDS[:count], TEXT_MASK[:count]), 7)
     assert compilations() <= 4
     # 1 to 7 texts take a batch; 8 to 11 a full one and what is left.
     assert [size for (size,) in sizes] == [1, 2, 4, 4, 7, 7, 7, 7, 1, 7, 2, 7, 4, 7, 4]
@@ -111,14 +112,15 @@ def test_encoding_any_number_of_texts_compiles_few_programs(params, compilations
 
 def test_nothing_to_encode_is_an_error(params):
     with pytest.raises(ValueError, match="at least one text or video"):
-        encode(MODEL, params, "encode_text", (IDS[:0], TEXT_MASK[:0]), 64)
+        Retriever({}, MODEL, params).encode("encode_text", (IDS[:0], TEXT_MASK[:0]), 64)
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 10**6])
 def test_blocked_similarity_matches_one_piece(params, features, direct, pairs):
     """T and V are primes: no block but the smallest and the largest divides them."""
     bar = tqdm(file=io.StringIO())
-    found = similarity_in_blocks(MODEL, params, *features, block_cells=18 * pairs, bar=bar)
+    compare = Retriever({}, MODEL, params).similarity
+    found = compare(*features, block_cells=18 * pairs, bar=bar)
     assert found.shape == (NUM_TEXTS, NUM_VIDEOS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, direct[2], atol=2e-5)
@@ -127,19 +129,20 @@ def test_blocked_similarity_matches_one_piece(params, features, direct, pairs):
 
 def test_similarity_of_any_size_compiles_few_programs(params, features, compilations):
     text, video = features
+    compare = Retriever({}, MODEL, params).similarity
     for texts in range(1, NUM_TEXTS + 1):
         few = jax.tree.map(lambda x, n=texts: x[:n], text)
-        assert similarity_in_blocks(MODEL, params, few, video).shape == (texts, NUM_VIDEOS)
+        assert compare(few, video).shape == (texts, NUM_VIDEOS)
     assert compilations() <= 5  # 1, 2, 4, 8, 16 texts
     for videos in range(5, NUM_VIDEOS + 1):
         few = jax.tree.map(lambda x, n=videos: x[:n], video)
-        assert similarity_in_blocks(MODEL, params, text, few).shape == (NUM_TEXTS, videos)
+        assert compare(text, few).shape == (NUM_TEXTS, videos)
     assert compilations() == 0
 
 
 def test_blocks_stay_within_their_budget(params, features, sizes):
     """The device never receives more word-frame cells than the budget."""
-    similarity_in_blocks(MODEL, params, *features, block_cells=18 * 12)
+    Retriever({}, MODEL, params).similarity(*features, block_cells=18 * 12)
     ((texts, videos),) = set(sizes)  # one shape, one compilation
     assert 1 <= texts * videos <= 12
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from xclip_jax import sharding
-from xclip_jax.loss import contrastive_loss, loss_and_grad
+from xclip_jax.loss import LossOptions, contrastive_loss, loss_and_grad
 from xclip_jax.models import XClip, read_model_config
 
 VIDEOS = np.array([7, 3, 7, 5, 3, 7])  # of six pairs: one video three times, one twice
@@ -86,7 +86,7 @@ def make(**fields):
 
 def compiled(model, **options):
     """Returns loss_and_grad with these options, jitted: (params, batch) -> value and gradient."""
-    return jax.jit(functools.partial(loss_and_grad, model, **options))
+    return jax.jit(functools.partial(loss_and_grad, model, options=LossOptions(**options)))
 
 
 def make_batch():

@@ -80,7 +80,7 @@ import functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 import loss_test
-from xclip_jax.loss import encode_batch, loss_of_features
+from xclip_jax.loss import LossOptions, encode_batch, loss_of_features
 loss_test.B = 16
 model, params = loss_test.make()
 batch = loss_test.make_batch()
@@ -91,7 +91,7 @@ def local_loss(params, shard):
     gather = functools.partial(jax.lax.all_gather, axis_name="i", tiled=True)
     features = jax.tree.map(gather, encode_batch(model, params, shard))
     batch = {k: gather(v) for k, v in shard.items()}
-    return loss_of_features(model, params, features, batch, same_video="ignore")[0]
+    return loss_of_features(model, params, features, batch, LossOptions("ignore"))[0]
 
 def step(params, shard):
     value, gradient = jax.value_and_grad(local_loss)(params, shard)

@@ -123,7 +123,7 @@ def evaluate_split(
         frames_shape = retriever.model.config.max_frames, dataset.image_size
         batches = evaluation_batches(clips, size, *frames_shape, slice(start, end))
         for frames, masks, batch_captions, batch_names in batches:
-            yield retriever.encode_frames(frames, masks, size)
+            yield retriever.encode("encode_video", (frames, masks), size)
             captions.extend(batch_captions)
             names.extend(batch_names)
             bar.update(len(frames))
@@ -132,7 +132,9 @@ def evaluate_split(
         video = inference.concatenate_features(encode(bar), end - start)
     text = retriever.encode_text(list(itertools.chain(*captions)), size)
     video = _join_processes(video)
-    sim_TxV = _compare(config, retriever, text, video, "comparing")
+    with progress(len(text.mask) * len(video.mask), "comparing", "pair") as bar:
+        cells = config.eval.block_cells
+        sim_TxV = retriever.similarity(text, video, block_cells=cells, bar=bar)
     text, sim_TxV = _join_processes((text, sim_TxV))
     names, captions = (list(itertools.chain(*gather_objects(x))) for x in (names, captions))
     return Evaluation(
@@ -146,16 +148,6 @@ def evaluate_split(
         video=video,
         sim_TxV=sim_TxV,
     )
-
-
-def _compare(
-    config: RunConfig, retriever: Retriever, text: TextFeatures, video: VideoFeatures, task: str
-) -> Float[np.ndarray, "T V"]:
-    model, params, cells = retriever.model, retriever.params, config.eval.block_cells
-    block = "{} x {}".format(*inference.plan_blocks(model, text, video, cells))
-    with progress(len(text.mask) * len(video.mask), f"{task} blocks of {block}", "pair") as bar:
-        options = {"block_cells": cells, "bar": bar}
-        return inference.similarity_in_blocks(model, params, text, video, **options)
 
 
 def _join_processes(tree: Tree) -> Tree:
@@ -180,7 +172,9 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
         records = (pairs[int(index)] for index in drawn)
         captions = [record["captions"][caption].decode() for record, _, caption in records]
         bank = e.retriever.encode_text(captions, config.eval.batch_size)
-        bank_BxV = _compare(config, e.retriever, bank, e.video, "comparing with the bank:")
+        with progress(len(captions) * len(e.video.mask), "comparing with the bank", "pair") as bar:
+            cells = config.eval.block_cells
+            bank_BxV = e.retriever.similarity(bank, e.video, block_cells=cells, bar=bar)
         scale = 1.0
         if e.retriever.model.config.has_granularities:
             scale = float(np.exp(e.retriever.params["clip"]["logit_scale"]))

@@ -1,5 +1,6 @@
 """The contrastive loss of X-CLIP (https://arxiv.org/abs/2207.07285, Eq. 15-17) and its gradient."""
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -17,6 +18,20 @@ LOSS_SCALES = {"paper": 1.0, "official": 0.5}  # of Eq. 17, by preset
 BLOCK_CELLS = 1 << 26  # word-frame cells a device holds at once: 256 MiB per tensor
 Batch = dict[str, AnyArray]
 Features = tuple[Array, Array, Array, Array]  # sentences, words, videos, frames
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """Options of the loss and of its computation."""
+
+    # ignore: two captions of one video are left out of each other's denominator
+    same_video: Literal["negative", "ignore"] = "negative"
+    scale: float = 1.0  # factor of Eq. 17
+    # Pairs encoded at once, over all devices (gradient caching, Gao et al., 2021,
+    # https://arxiv.org/abs/2101.06983); 0: all.
+    micro_batch: int = 0
+    block_cells: int = 0  # word-frame cells a device holds at once; 0: BLOCK_CELLS
+    mesh: Mesh | None = None  # the device mesh; None: one device
 
 
 def contrastive_loss(
@@ -44,31 +59,20 @@ def contrastive_loss(
 
 
 def loss_and_grad(
-    model: XClip,
-    params: Any,
-    batch: Batch,
-    *,
-    micro_batch: int = 0,
-    mesh: Mesh | None = None,
-    **options: Any,
+    model: XClip, params: Any, batch: Batch, options: LossOptions = LossOptions()
 ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Any]:
-    """Returns ((loss, accuracy), gradient) of a batch.
+    """Returns ((loss, accuracy), gradient) of a batch, see `loss_of_features`.
 
-    Args:
-        model: the linen module.
-        params: its parameters.
-        batch: see xclip_jax.data.pipeline; its leading axes may be split over devices.
-        micro_batch: pairs encoded at once, over all devices (gradient caching, Gao et al., 2021,
-            https://arxiv.org/abs/2101.06983); 0: all.
-        mesh: the device mesh; None: one device.
-        **options: of `loss_of_features`.
+    `batch` is one of `xclip_jax.data.pipeline.training_batches`; its leading axes may be split over
+    devices.
     """
+    mesh, micro_batch = options.mesh, options.micro_batch
     params = constrain(params, mesh and replicated(mesh))
     inputs = {name: batch[name] for name in ("ids", "text_mask", "frames", "frame_mask")}
     encode = functools.partial(encode_batch, model)
 
     def compare(params: Any, features: Features) -> tuple[Array, Array]:
-        return loss_of_features(model, params, features, batch, mesh=mesh, **options)
+        return loss_of_features(model, params, features, batch, options)
 
     if micro_batch in (0, len(batch["ids"])):
         return jax.value_and_grad(lambda p: compare(p, encode(p, inputs)), has_aux=True)(params)
@@ -99,27 +103,13 @@ def encode_batch(model: XClip, params: Any, batch: Batch) -> Features:
 
 
 def loss_of_features(
-    model: XClip,
-    params: Any,
-    features: Features,
-    batch: Batch,
-    *,
-    same_video: Literal["negative", "ignore"] = "negative",
-    scale: float = 1.0,
-    block_cells: int = 0,
-    mesh: Mesh | None = None,
+    model: XClip, params: Any, features: Features, batch: Batch, options: LossOptions
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (loss, accuracy) of encoded pairs.
+    """Returns (loss, accuracy) of encoded pairs, the output of `encode_batch`.
 
     Accuracy is the fraction of texts whose most similar video in the batch is their own.
-
-    Args:
-        model, params, batch, mesh: as for `loss_and_grad`.
-        features: output of `encode_batch`.
-        same_video: `ignore` leaves two captions of a video out of each other's denominator.
-        scale: factor of Eq. 17.
-        block_cells: word-frame cells a device holds at once; 0: BLOCK_CELLS.
     """
+    mesh = options.mesh
     text = TextFeatures(*features[:2], batch["text_mask"])
     video = VideoFeatures(*features[2:], batch["frame_mask"])
     compare: Any = functools.partial(model.apply, {"params": params}, method="similarity")
@@ -127,7 +117,7 @@ def loss_of_features(
     num_videos, num_frames = video.mask.shape
     cells_per_text = model.config.cells_per_pair(num_words, num_frames) * num_videos
     cells_per_text //= mesh.size if mesh else 1  # on each device
-    limit = max(1, (block_cells or BLOCK_CELLS) // cells_per_text)
+    limit = max(1, (options.block_cells or BLOCK_CELLS) // cells_per_text)
     rows = max(n for n in range(1, num_texts + 1) if num_texts % n == 0 and n <= limit)
     if rows == num_texts:
         sim_TxV = compare(text, video)
@@ -137,8 +127,8 @@ def loss_of_features(
         compare_block = jax.checkpoint(lambda block: compare(block, video))
         sim_TxV = jax.lax.map(compare_block, blocks).reshape(num_texts, num_videos)
     correct = batch["video"][jnp.argmax(sim_TxV, 1)] == batch["video"]
-    video_B = batch["video"] if same_video == "ignore" else None
-    return contrastive_loss(sim_TxV, video_B, scale=scale), jnp.mean(correct)
+    video_B = batch["video"] if options.same_video == "ignore" else None
+    return contrastive_loss(sim_TxV, video_B, scale=options.scale), jnp.mean(correct)
 
 
 def _split(x: Array, micro_batch: int, mesh: Mesh | None) -> Array:

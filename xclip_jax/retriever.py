@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from tqdm import tqdm
 
 from xclip_jax import inference
 from xclip_jax.checkpoint import load_model, model_folder
@@ -62,7 +64,7 @@ class Retriever:
         texts = [] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("encode_text: texts must be a list of at least one str")
-        return inference.encode(self.model, self.params, "encode_text", tokenizer(texts), size)
+        return self.encode("encode_text", tokenizer(texts), size)
 
     def encode_video(self, videos: Sequence[Video]) -> VideoFeatures:
         """Encodes V videos, of each at most max_frames uniformly spaced frames.
@@ -87,13 +89,36 @@ class Retriever:
                 frames, masks = zip(*map(self._read, videos[start : start + _BATCH]), strict=True)
                 if len({array.dtype for array in frames}) > 1:
                     raise InputError("encode_video: arrays must be all uint8 or all float")
-                yield self.encode_frames(np.stack(frames), np.stack(masks), _BATCH)
+                yield self.encode("encode_video", (np.stack(frames), np.stack(masks)), _BATCH)
 
         return inference.concatenate_features(encode_batches(), len(videos))
 
-    def encode_frames(self, frames: np.ndarray, mask: np.ndarray, size: int) -> VideoFeatures:
-        """Encodes preprocessed V x F x S x S x 3 frames and their V x F mask, `size` at a time."""
-        return inference.encode(self.model, self.params, "encode_video", (frames, mask), size)
+    def encode(self, method: str, inputs: tuple[np.ndarray, np.ndarray], size: int) -> Any:
+        """Encodes preprocessed texts or videos, `size` at a time, and returns NumPy features.
+
+        Args:
+            method: encode_text or encode_video, of XClip.
+            inputs: ids T x W or frames V x F x S x S x 3, and their mask, T x W or V x F.
+            size: rows encoded at once; of fewer rows, the next power of two.
+
+        Raises:
+            ValueError: there is nothing to encode.
+        """
+        if not (total := len(inputs[0])):
+            raise ValueError("must have at least one text or video to encode")
+
+        def encode_batches() -> Iterator[Any]:
+            for start in range(0, total, size):
+                rows = inference.slice_rows(inputs, start, size)
+                count = len(rows[0])
+                rows = inference.pad_rows(rows, min(size, inference.next_power_of_two(count)))
+                features = self._apply(method, *inference.split_like(rows, self.params))
+                yield inference.slice_rows(jax.tree.map(np.asarray, features), 0, count)
+
+        return inference.concatenate_features(encode_batches(), total)
+
+    def _apply(self, method: str, *inputs: Any) -> Any:
+        return inference.apply_model(self.params, *inputs, model=self.model, method=method)
 
     def attention(
         self, caption: str, text: TextFeatures, video: VideoFeatures
@@ -103,15 +128,26 @@ class Retriever:
         `text` and `video` are the features of this caption and this video, T = V = 1. Words are the
         real tokens that take part in AOSM.
         """
-        method, mask_W = "word_frame_attention", np.asarray(text.mask[0])
-        weights = inference.apply_model(self.params, text, video, model=self.model, method=method)
+        weights, mask_W = self._apply("word_frame_attention", text, video), np.asarray(text.mask[0])
         words_W = np.asarray(self.model.aosm_words(text.mask)[0]) & mask_W
         tokens = ["start", *self.get_tokenizer().tokens(caption)[: mask_W.sum() - 2], "end"]
         words = list(itertools.compress(tokens, words_W))
         return words, np.asarray(weights)[0, words_W][:, np.asarray(video.mask[0])]
 
-    def similarity(self, text: TextFeatures, video: VideoFeatures) -> Float[np.ndarray, "T V"]:
+    def similarity(
+        self,
+        text: TextFeatures,
+        video: VideoFeatures,
+        *,
+        block_cells: int = 0,
+        bar: tqdm | None = None,
+    ) -> Float[np.ndarray, "T V"]:
         """Returns T x V float32 logits: cosine-like similarities (Eq. 14) times exp(logit_scale).
+
+        Args:
+            text, video: NumPy features of T texts and V videos.
+            block_cells: word-frame cells computed at once; 0: chosen for the device.
+            bar: progress bar, advanced by the number of pairs.
 
         Raises:
             InputError: an argument has the wrong type.
@@ -119,7 +155,24 @@ class Retriever:
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
-        return inference.similarity_in_blocks(self.model, self.params, text, video)
+        (num_texts, words), (num_videos, frames) = text.mask.shape, video.mask.shape
+        if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
+            block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
+        shape = inference.block_shape(self.model.config.cells_per_pair(words, frames), block_cells)
+        sizes = map(inference.next_power_of_two, (num_texts, num_videos))
+        height, width = map(min, shape, sizes)
+        sim_TxV = np.empty((num_texts, num_videos), np.float32)
+        for j in range(0, num_videos, width):
+            columns = inference.pad_rows(inference.slice_rows(video, j, width), width)
+            columns = inference.split_like(columns, self.params)
+            for i in range(0, num_texts, height):
+                rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
+                part = sim_TxV[i : i + height, j : j + width]
+                block = np.asarray(self._apply("similarity", rows, columns))
+                part[:] = block[: part.shape[0], : part.shape[1]]
+                if bar is not None:
+                    bar.update(part.size)
+        return sim_TxV
 
     def search(
         self, query: str, videos: Sequence[Video] | VideoFeatures, k: int = 5

@@ -26,7 +26,7 @@ from xclip_jax.distributed import print_once
 from xclip_jax.evaluate import check_image_size, evaluate_split
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.initialization import how_to_convert, start_from_clip
-from xclip_jax.loss import LOSS_SCALES, loss_and_grad
+from xclip_jax.loss import LOSS_SCALES, LossOptions, loss_and_grad
 from xclip_jax.metrics import retrieval_metrics
 from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.monitor import Monitor
@@ -138,19 +138,14 @@ def compile_training(
         params = checkpoint.init_params(model, config.seed)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
+    scale = config.loss.scale or LOSS_SCALES[config.model.preset]
+    sizes = config.train.micro_batch, config.loss.block_cells
+    options = LossOptions(config.loss.same_video, scale, *sizes, mesh)
+
     def train_step(
         state: TrainState, batch: dict[str, Any]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, accuracy), gradients = loss_and_grad(
-            model,
-            state.params,
-            batch,
-            same_video=config.loss.same_video,
-            scale=config.loss.scale or LOSS_SCALES[config.model.preset],
-            micro_batch=config.train.micro_batch,
-            block_cells=config.loss.block_cells,
-            mesh=mesh,
-        )
+        (loss, accuracy), gradients = loss_and_grad(model, state.params, batch, options)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
         metrics = {

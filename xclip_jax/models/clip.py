@@ -131,7 +131,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """ViT whose output is the projected class token."""
+    """ViT from output of `normalize_frames` to the projected class token, not normalised."""
 
     config: ModelConfig
 
@@ -149,7 +149,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer that returns the normalised and projected vector of every position."""
+    """Causal transformer that returns the projected vector, not normalised, of every position."""
 
     config: ModelConfig
 
@@ -179,14 +179,6 @@ class CLIP(nn.Module):
         self.visual = VisionTower(self.config)
         self.textual = TextTower(self.config)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
-
-    def encode_image(self, images_BxSxSx3: Float[AnyArray, "B S S 3"]) -> Float[Array, "B D"]:
-        """Returns projected image vectors, not normalised, from output of `normalize_frames`."""
-        return self.visual(jnp.asarray(images_BxSxSx3))
-
-    def encode_words(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:
-        """Returns projected token vectors, not normalised."""
-        return self.textual(ids_TxW)
 
     def scale(self) -> Float[Array, ""]:
         """Returns exp(logit_scale), at most 100 (Radford et al., Sec. 2.5)."""

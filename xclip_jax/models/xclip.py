@@ -44,7 +44,7 @@ class XClip(nn.Module):
 
     def encode_text(self, ids_TxW: Int[AnyArray, "T W"], mask_TxW: TextMask) -> TextFeatures:
         """Returns the features of texts, whose mask is True from the start to the end token."""
-        words_TxWxD = self.clip.encode_words(ids_TxW).astype(jnp.float32)
+        words_TxWxD = self.clip.textual(ids_TxW).astype(jnp.float32)
         if self.config.head != "tight_transformer":
             words_TxWxD = normalize(words_TxWxD)
         end_T = jnp.maximum(jnp.sum(mask_TxW, 1) - 1, 0)
@@ -69,7 +69,7 @@ class XClip(nn.Module):
     def encode_frames(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Frames:
         """Returns CLIP's vectors of frames, not normalised."""
         images = normalize_frames(frames_VxFxSxSx3, mask_VxF)
-        flat_VFxD = self.clip.encode_image(jax.lax.collapse(images, 0, 2))
+        flat_VFxD = self.clip.visual(jax.lax.collapse(images, 0, 2))
         return flat_VFxD.reshape(*mask_VxF.shape, -1)
 
     def relate_frames(self, clip_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:

@@ -23,6 +23,7 @@ from xclip_jax import inference
 from xclip_jax.cli import progress
 from xclip_jax.inference import apply_model, next_power_of_two, pad_rows
 from xclip_jax.models.xclip import XClip, normalize
+from xclip_jax.retriever import Retriever
 from xclip_jax.search.store import RowMask, Rows, Snapshot, unit_vectors
 from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures, compute_weights
 
@@ -138,13 +139,13 @@ class Funnel:
         """Scores all allowed rows by the full model for each of T sentences (not for examples)."""
         started = time.perf_counter()
         rows = np.arange(len(snapshot)) if allowed is None else np.flatnonzero(allowed)
+        retriever = Retriever({}, self.model, self.params)
         sim_TxN = np.zeros((len(text.mask), len(rows)), np.float32)
         with progress(len(rows), "scoring", "segment") as bar:
             for start in range(0, len(rows), EXHAUSTIVE_BATCH):
                 block = slice(start, start + EXHAUSTIVE_BATCH)
                 video = snapshot.features(rows[block])
-                sim_TxV = inference.similarity_in_blocks(self.model, self.params, text, video)
-                sim_TxN[:, block] = sim_TxV
+                sim_TxN[:, block] = retriever.similarity(text, video)
                 bar.update(len(video.mask))
         seconds, answers = {"all": time.perf_counter() - started}, []
         for index, scores in enumerate(sim_TxN if len(rows) else ()):

@@ -190,7 +190,7 @@ class _Writer:
         mask = np.arange(about["max_frames"]) < counts[:, None]
         frames = np.stack([pad_rows(frames, about["max_frames"]) for _, frames in self.batch])
         frames, mask = pad_rows((frames, mask), size)
-        features = retriever.encode_frames(frames, mask, size)
+        features = retriever.encode("encode_video", (frames, mask), size)
         dtype = np.dtype(about["precision"])
         for index, (row, _) in enumerate(self.batch):
             row["video"] = features.video[index].astype(dtype)
