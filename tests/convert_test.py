@@ -325,6 +325,12 @@ def test_invalid_hugging_face_folders_are_refused(tmp_path):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
     with pytest.raises(InputError, match="not a valid index of shards"):
         convert(folder, tmp_path / "model")
+    for shard in "ab":
+        save_file({"logit_scale": np.zeros(1, np.float32)}, folder / f"{shard}.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"b\.safetensors: logit_scale is also in another shard"):
+        convert(folder, tmp_path / "model")
 
 
 def test_export_without_official_counterpart_writes_only_towers(tmp_path, capsys):

@@ -115,12 +115,9 @@ def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tu
 
 
 def _find_corruption(manager: Manager, step: int, like: PyTree) -> str | None:
-    """Returns, in all processes, why a checkpoint cannot be restored, or None.
-
-    Only the first one reads: if one fails in a joint restore, the others wait forever.
-    """
+    """Returns, in all processes, why a checkpoint cannot be restored, or None."""
     reason = None
-    if is_first_process():
+    if is_first_process():  # if one fails in a joint restore, the others wait forever
         folder = Path(manager.directory) / str(step) / "state"
         try:
             for path in folder.glob("array_metadatas/*"):
@@ -223,9 +220,8 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             sizes = f"{name} has shape {array.shape}, must be {expected.shape}"
             raise InputError(f"{folder} does not fit model.json: {sizes}")
-    tokenizer, folder = None, directory / "tokenizer"
-    if folder.is_dir():
-        tokenizer = load_tokenizer(folder, model.config.max_words)
+    folder = directory / "tokenizer"
+    tokenizer = load_tokenizer(folder, model.config.max_words) if folder.is_dir() else None
     return described, model, jax.device_put(params), tokenizer
 
 
@@ -272,10 +268,8 @@ def check_same_run(
         if not f"{field}.".startswith(free) and (field not in saved or saved[field] != value)
     ]
     if changed:
-        raise InputError(
-            f"{workdir} belongs to a run with another config: {', '.join(changed)}; "
-            f"use the same config or choose another {option}"
-        )
+        advice = f"use the same config or choose another {option}"
+        raise InputError(f"{workdir} is of another config: {', '.join(changed)}; {advice}")
 
 
 def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:

@@ -42,7 +42,14 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     Raises:
         InputError: the topology does not exist, or libtpu is not installed.
     """
-    devices = _find_devices(topology) if topology else None
+    devices = None
+    if topology:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server outside the cloud
+        try:
+            devices = topologies.get_topology_desc(topology, platform="tpu").devices
+        except Exception as error:  # libtpu has no common type
+            hint = "such as v6e:2x4" if find_spec("libtpu") else "needs pip install libtpu"
+            raise InputError(f"--topology={topology}: {first_line(error)} ({hint})") from None
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch_sizes(config, mesh)
     vocabulary = config.model.text.vocab_size
@@ -93,15 +100,6 @@ def matrix_flops(jaxpr: Any) -> int:
         else:
             total += sum(inner) * equation.params.get("length", 1)  # length of a scan
     return total
-
-
-def _find_devices(topology: str) -> Any:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server outside the cloud
-    try:
-        return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    except Exception as error:  # libtpu has no common type
-        hint = "such as v6e:2x4" if find_spec("libtpu") else "needs pip install libtpu"
-        raise InputError(f"--topology={topology}: {first_line(error)} ({hint})") from None
 
 
 def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -152,22 +152,18 @@ else:
     RunConfig = ConfigDict
 
 
-def get_config() -> Any:
+def get_config(section: Any = Config()) -> Any:
     """Returns the default RunConfig, locked: setting an unknown field is an error."""
-    return _to_config_dict(Config()).lock()
-
-
-def _to_config_dict(section: Any) -> ConfigDict:
     config = ConfigDict()
     for name, hint in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
-            value = _to_config_dict(value)
+            value = get_config(value)
         elif value is None:  # a placeholder keeps the type, which the command line needs
             kind = get_args(hint)[0]
             value = config_dict.placeholder(str if get_origin(kind) is Literal else kind)
         config[name] = value
-    return config
+    return config.lock()
 
 
 def validate(config: RunConfig) -> None:

@@ -47,12 +47,9 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             print(f"waiting for {num_processes} processes at {coordinator}", flush=True)
     elif any(value is not None for value in arguments):
         raise InputError("--coordinator, --num_processes and --process_id must be set together")
+    limits = ("heartbeat_timeout_seconds", "shutdown_timeout_seconds")
     try:
-        jax.distributed.initialize(
-            *arguments,
-            heartbeat_timeout_seconds=LOST_SECONDS,
-            shutdown_timeout_seconds=LOST_SECONDS,
-        )
+        jax.distributed.initialize(*arguments, **dict.fromkeys(limits, LOST_SECONDS))
     except ValueError as error:  # JAX recognises no cluster, or cannot read the variables of one
         variables = ", ".join(name for name in CLUSTER_VARIABLES if name in os.environ)
         if coordinator or variables:

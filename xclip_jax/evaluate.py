@@ -69,10 +69,9 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     if not np.isfinite(evaluation.sim_TxV).all():
         raise InputError(f"{workdir / 'model'} computes similarities that are NaN or infinite")
     counts = _count_ranks(evaluation, dataset)
-    tables = {
-        option: {way: metrics.summarize(*both) for way, both in by_way.items()}
-        for option, by_way in counts.items()
-    }
+    tables = {}
+    for option, by_way in counts.items():
+        tables[option] = {way: metrics.summarize(*both) for way, both in by_way.items()}
     num_texts, num_videos = len(evaluation.captions), len(evaluation.clip_names)
     many = "many captions" if num_texts > num_videos else "single caption"
     expected = dataset.expected.get(split, num_videos)
@@ -186,19 +185,15 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
 
 
 def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[str, Any]) -> None:
-    """Writes the report, results.json and the ranks of all queries, and prints the results.
-
-    Confidence intervals need the ranks. Keys of their file: "DIRECTION" and "OPTION/DIRECTION":
-    2 x Q integers, see `rank_counts`; "text_video": T integers, the index of each text's video.
-    """
+    """Writes the report, results.json and the ranks of all queries, and prints the results."""
     index = _write_report(e, workdir, results)
-    arrays = {
-        f"{option}/{way}".strip("/"): np.stack(both)
-        for option, by_way in counts.items()
-        for way, both in by_way.items()
-    }
+    # For confidence intervals: by "DIRECTION" or "OPTION/DIRECTION" 2 x Q integers, see
+    # `rank_counts`, and the index of each text's video.
+    arrays = {"text_video": e.text_video_T}
+    for option, by_way in counts.items():
+        arrays |= {f"{option}/{way}".strip("/"): np.stack(both) for way, both in by_way.items()}
     with atomic_file(workdir / RANKS_FILE) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, text_video=e.text_video_T, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"\n{format_table(results)}")
     if truncated := results["truncated_captions"]:
@@ -211,10 +206,9 @@ def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
     """Raises InputError if the data set's frames do not have the model's image size."""
     side = model_config.vision.image_size
     if dataset.image_size != side:
-        raise InputError(
-            f"config.model.vision.image_size = {side}: must be {dataset.image_size}, the size of "
-            f"the frames in {dataset.path} (or prepare the data again with --image_size={side})"
-        )
+        needed = f"{dataset.image_size}, the size of the frames in {dataset.path}"
+        advice = f"or prepare the data again with --image_size={side}"
+        raise InputError(f"config.model.vision.image_size = {side}: must be {needed} ({advice})")
 
 
 def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> Path:

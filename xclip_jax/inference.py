@@ -84,7 +84,7 @@ def next_power_of_two(size: int) -> int:
 def pad_rows(tree: Tree, size: int) -> Tree:
     """Pads the leading axis of every array with zeros (False in masks) to `size`."""
 
-    def pad(array: np.ndarray) -> np.ndarray:
+    def pad(array: Any) -> Any:
         missing = size - len(array)
         return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 

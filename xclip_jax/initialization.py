@@ -65,10 +65,8 @@ def how_to_convert(directory: str, patch_size: int) -> str:
     file = _FILES.get(patch_size, "CHECKPOINT")
     files = "a CLIP checkpoint and its vocabulary"
     files = f"{_OPENAI}/{file} and {_VOCABULARY}" if patch_size in _FILES else files
-    return (
-        f"download {files}, then run python -m xclip_jax.convert --input={Path(file).name} "
-        f"--output={directory} --vocab={Path(_VOCABULARY).name}"
-    )
+    flags = f"--input={Path(file).name} --output={directory} --vocab={Path(_VOCABULARY).name}"
+    return f"download {files}, then run python -m xclip_jax.convert {flags}"
 
 
 def _check_sizes(config: ModelConfig, clip: ModelConfig, directory: str) -> None:

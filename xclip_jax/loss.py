@@ -35,10 +35,7 @@ class LossOptions:
 
 
 def contrastive_loss(
-    sim_TxV: Float[AnyArray, "B B"],
-    video_B: Int[AnyArray, " B"] | None = None,
-    *,
-    scale: float = 1.0,
+    sim_TxV: Float[AnyArray, "B B"], video_B: Int[AnyArray, " B"] | None = None, scale: float = 1.0
 ) -> Float[Array, ""]:
     """Returns the symmetric InfoNCE loss of matching pairs: scale x (L_v2t + L_t2v), Eq. 17.
 

@@ -47,7 +47,11 @@ def make_optimizer(
     )
     if c.freeze_layers >= 0:
         # First, so that frozen gradients do not count in the global norm; last, against decay.
-        freeze = optax.stateless(lambda updates, _: zero_frozen(updates, c.freeze_layers))
+        def zero_frozen(updates: Any, _: Any) -> Any:
+            masks = trainable_mask(updates, c.freeze_layers)
+            return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
+
+        freeze = optax.stateless(zero_frozen)
         optimizer = optax.chain(freeze, optimizer, freeze)
     return schedule, optimizer
 
@@ -116,12 +120,6 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
         return direction, Moments(mean, square)
 
     return optax.GradientTransformation(init, update)
-
-
-def zero_frozen(updates: Any, layers: int) -> Any:
-    """Sets the updates of frozen parameters to 0, see `trainable_mask`."""
-    masks = trainable_mask(updates, layers)
-    return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
 
 
 def trainable_mask(params: Any, layers: int) -> Any:

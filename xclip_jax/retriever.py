@@ -44,10 +44,8 @@ class Retriever:
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer, or raises InputError if there is none."""
         if self.tokenizer is None:
-            raise InputError(
-                "this model directory has no tokenizer: convert the checkpoint again with --vocab, "
-                "or set retriever.tokenizer = xclip_jax.load_tokenizer(FOLDER, max_words)"
-            )
+            advice = "set retriever.tokenizer = xclip_jax.load_tokenizer(FOLDER, max_words)"
+            raise InputError(f"the model has no tokenizer: convert again with --vocab, or {advice}")
         return self.tokenizer
 
     def encode_text(self, texts: Sequence[str], size: int = 64) -> TextFeatures:

@@ -29,12 +29,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
     if available % fsdp and data == -1:
         raise InputError(f"config.mesh.fsdp = {fsdp}: must divide the {available} devices")
     data = available // fsdp if data == -1 else data
-    exactly = jax.process_count() > 1
-    if data * fsdp > available or (exactly and data * fsdp != available):
-        raise InputError(
-            f"config.mesh.data = {data}, fsdp = {fsdp}: together they must be "
-            f"{'exactly' if exactly else 'at most'} the {available} devices"
-        )
+    at_most = "at most" if jax.process_count() == 1 else "exactly"
+    if data * fsdp > available or (at_most == "exactly" and data * fsdp != available):
+        needed = f"together they must be {at_most} the {available} devices"
+        raise InputError(f"config.mesh.data = {data}, fsdp = {fsdp}: {needed}")
     chosen = devices[: data * fsdp]
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=chosen)
 

@@ -26,7 +26,7 @@ from xclip_jax.distributed import print_once
 from xclip_jax.evaluate import check_image_size, evaluate_split
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.initialization import how_to_convert, start_from_clip
-from xclip_jax.loss import LOSS_SCALES, LossOptions, loss_and_grad
+from xclip_jax.loss import LOSS_SCALES, Batch, LossOptions, loss_and_grad
 from xclip_jax.metrics import retrieval_metrics
 from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.monitor import Monitor
@@ -142,9 +142,7 @@ def compile_training(
     sizes = config.train.micro_batch, config.loss.block_cells
     options = LossOptions(config.loss.same_video, scale, *sizes, mesh)
 
-    def train_step(
-        state: TrainState, batch: dict[str, Any]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, accuracy), gradients = loss_and_grad(model, state.params, batch, options)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
@@ -204,16 +202,11 @@ class Setup:
 
     def batches(self, start_step: int) -> Iterator[dict[str, Any]]:
         """Returns endless batches of this process, see training_batches."""
-        return training_batches(
-            self.pairs,
-            self.tokenizer,
-            self.config.train.batch_size,
-            self.model.config.max_frames,
-            self.dataset.image_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            process=(jax.process_index(), jax.process_count()),
-        )
+        seed, process = self.config.seed, (jax.process_index(), jax.process_count())
+        size, max_frames = self.config.train.batch_size, self.model.config.max_frames
+        shapes = size, max_frames, self.dataset.image_size
+        options = {"seed": seed, "start_step": start_step, "process": process}
+        return training_batches(self.pairs, self.tokenizer, *shapes, **options)
 
 
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
@@ -235,8 +228,6 @@ def configure_model(fields: Any, num_tokens: int) -> ModelConfig:
     config = read_model_config(fields)
     size = config.text.vocab_size or num_tokens
     if num_tokens > size:
-        raise InputError(
-            f"config.model.text.vocab_size = {size}: must be at least {num_tokens}, the "
-            "tokenizer's number of ids, or 0 for that number"
-        )
+        needed = f"at least {num_tokens}, the tokenizer's number of ids, or 0 for that number"
+        raise InputError(f"config.model.text.vocab_size = {size}: must be {needed}")
     return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=size))

@@ -20,19 +20,6 @@ from xclip_jax.convert.importing import Options, convert
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = vars(_parser().parse_args(argv))
-    source, output, to = (options.pop(name) for name in ("input", "output", "to"))
-    with one_line_errors():
-        if output.exists():
-            raise InputError(f"{output} exists already: pass another --output or delete it")
-        if to == "jax":
-            return convert(source, output, Options(**options))
-        if names := [f"--{name}" for name, value in options.items() if value not in (None, False)]:
-            raise InputError(f"{', '.join(names)} cannot be used with --to=pytorch")
-        export(source, output)
-
-
-def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m xclip_jax.convert", description=__doc__)
     add = parser.add_argument
     text = "checkpoint, Hugging Face folder or hub id; with --to=pytorch a model directory"
@@ -53,7 +40,16 @@ def _parser() -> CommandParser:
     add("--max_frames", type=int, help="frames per video (default 12)")
     text = "cut learned matrices to --max_words and --max_frames"
     add("--crop_matrices", action="store_true", help=text)
-    return parser
+    options = vars(parser.parse_args(argv))
+    source, output, to = (options.pop(name) for name in ("input", "output", "to"))
+    with one_line_errors():
+        if output.exists():
+            raise InputError(f"{output} exists already: pass another --output or delete it")
+        if to == "jax":
+            return convert(source, output, Options(**options))
+        if names := [f"--{name}" for name, value in options.items() if value not in (None, False)]:
+            raise InputError(f"{', '.join(names)} cannot be used with --to=pytorch")
+        export(source, output)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,5 @@ def clip_config(config: ModelConfig, start: int, end: int) -> dict[str, Any]:
     vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
     text |= {"vocab_size": config.text.vocab_size, "bos_token_id": start, "eos_token_id": end}
     text["max_position_embeddings"] = config.text.context_length
-    whole = {"architectures": ["CLIPModel"], "model_type": "clip"}
-    sizes = {"projection_dim": config.embed_dim, "vision_config": vision, "text_config": text}
-    return whole | sizes
+    towers = {"vision_config": vision, "text_config": text, "projection_dim": config.embed_dim}
+    return {"architectures": ["CLIPModel"], "model_type": "clip"} | towers

@@ -85,12 +85,12 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     read = read_source(source, options)
     _fit_matrices(read.tensors, options)
     config, vocab, tokenizer = infer(read), read.options.vocab, None
-    weights = {n: array for n, array in read.tensors.items() if not BUFFERS.fullmatch(n)}
     shapes = jax.eval_shape(lambda: init_params(XClip(config), 0))
-    params, unused = to_params(weights, shapes)
+    params, unused = to_params(read.tensors, shapes)
     unread = {name: unused.pop(name) for name in UNREAD if name in unused}
-    if unused:
-        raise InputError(f"{source}: unknown weights: {', '.join(sorted(unused))}")
+    skipped = [name for name in unused if BUFFERS.fullmatch(name)]
+    if unknown := sorted(unused.keys() - skipped):
+        raise InputError(f"{source}: unknown weights: {', '.join(unknown)}")
     if vocab is not None:
         tokenizer, size = text.load_tokenizer(vocab, config.max_words), config.text.vocab_size
         if (ids := tokenizer.vocab_size) > size:
@@ -99,11 +99,10 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{read.kind}: {total / 1e6:.1f} M parameters")
     _print_summary(config, tokenizer)
-    skipped = [name.removeprefix("clip.") for name in read.tensors if name not in weights]
     if unread:
         print(f"  kept unread  {', '.join(unread)} (saved by the release, never used)")
     if skipped:
-        print(f"  skipped      {', '.join(skipped)} (no weights)")
+        print(f"  skipped      {', '.join(skipped).replace('clip.', '')} (no weights)")
     print(f"wrote {output}")
 
 
@@ -125,10 +124,9 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
     try:
         location = Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
     except Exception as error:  # many types, from no network to no such repository
-        reason = first_line(error)
         raise InputError(
-            f"{path}: no such file or folder, and not available from the Hugging Face hub "
-            f"({reason}). Download config.json, model.safetensors and the tokenizer's files from "
+            f"{path}: no such file or folder, nor on the Hugging Face hub ({first_line(error)}). "
+            "Download config.json, model.safetensors and the tokenizer's files from "
             f"https://huggingface.co/{path} into a folder and pass that"
         ) from None
     return _read_folder(location, options)
@@ -187,10 +185,9 @@ def _read_folder(folder: Path, options: Options) -> Source:
     for name, allowed in _SETTINGS.items():
         values = vision.get(name, allowed[0]), words.get(name, allowed[0])
         if values[0] != values[1] or values[0] not in allowed:
-            raise InputError(
-                f"{path}: {name} is {values[0]!r} (vision) and {values[1]!r} (text); must be "
-                f"{' or '.join(map(str, allowed))} in both"
-            )
+            found = f"{values[0]!r} (vision) and {values[1]!r} (text)"
+            needed = " or ".join(map(str, allowed))
+            raise InputError(f"{path}: {name} is {found}; must be {needed} in both")
     heads = {"vision_heads": vision.get("num_attention_heads", 12)}  # transformers' defaults
     heads["text_heads"] = words.get("num_attention_heads", 8)
     for name, count in heads.items():
@@ -219,7 +216,13 @@ def _load_shards(folder: Path) -> dict[str, np.ndarray]:
                 shards = [folder / Path(name).name for name in sorted(names)]
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 raise InputError(f"{index}: not a valid index of shards") from None
-            return {name: x for shard in shards for name, x in _load(shard).tensors.items()}
+            tensors = {}
+            for shard in shards:
+                part = _load(shard).tensors
+                if again := sorted(tensors.keys() & part.keys()):
+                    raise InputError(f"{shard}: {again[0]} is also in another shard")
+                tensors |= part
+            return tensors
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
@@ -227,15 +230,13 @@ def _fit_matrices(tensors: dict[str, np.ndarray], options: Options) -> None:
     """Checks lengths against the learned matrices, or crops the matrices in place."""
     for option, names in _MATRICES.items():
         size = getattr(options, option)
-        for name in names if size else ():
-            length = len(tensors.get(name, ())) or size
+        for name in tensors.keys() & set(names if size else ()):
+            length = len(tensors[name])
             if size > length or (size < length and not options.crop_matrices):
+                fitting = f"the learned matrices are for length {length}"
                 hint = "; --crop_matrices crops them" if size < length else ""
-                raise InputError(
-                    f"--{option}={size}: the learned matrices are for length {length}{hint}"
-                )
-            if size < length:
-                tensors[name] = tensors[name][:size, :size]
+                raise InputError(f"--{option}={size}: {fitting}{hint}")
+            tensors[name] = tensors[name][:size, :size]
 
 
 def infer(source: Source) -> ModelConfig:
@@ -251,13 +252,14 @@ def infer(source: Source) -> ModelConfig:
         raise InputError(f"--head={options.head}: the checkpoint has its own head: omit --head")
     head = [name for module, name in _HEADS.items() if module in modules or not module][-1]
     temporal = "transformer" if "transformerClip" in modules else "none"
+    temporal = "lstm" if "lstm_visual" in modules else temporal
     layers = max(_count(tensors, "transformerClip"), _count(tensors, "cross.transformer"))
     context, lengths = words.context_length, {}
     defaults = {"max_words": 32 if official else context, "max_frames": 12}  # the release's
     for name, default in defaults.items():
         matrix = tensors.get(_MATRICES[name][0])
-        length = getattr(options, name) or min(default, context)
-        lengths[name] = length = length if matrix is None else len(matrix)
+        wanted = getattr(options, name) or min(default, context)
+        lengths[name] = length = wanted if matrix is None else len(matrix)
         minimum = 3 if name == "max_words" else 1
         if not minimum <= length <= context:
             allowed = f"from {minimum} to {context}, the text tower's positions"
@@ -270,9 +272,7 @@ def infer(source: Source) -> ModelConfig:
         **lengths,
         vision=vision,
         text=words,
-        temporal=TemporalConfig(
-            "lstm" if "lstm_visual" in modules else temporal, layers or 1, max(1, embed_dim // 64)
-        ),
+        temporal=TemporalConfig(temporal, layers or 1, max(1, embed_dim // 64)),
     ).resolve()
 
 

@@ -137,11 +137,7 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:
-    """Returns parameters as official name -> float32 array (the inverse of `to_params`).
-
-    Raises:
-        InputError: the official code has no such parameters.
-    """
+    """Returns copies of `torch_views`: the inverse of `to_params`."""
     views = torch_views(jax.tree.map(np.asarray, params))
     return {name: np.array(view, order="C") for name, view in views.items()}
 

@@ -247,10 +247,8 @@ def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Arch
     values = _module_tensors(root) if torchscript else (inner if nested else root)
     for name, value in values.items():
         if not isinstance(value, bool | int | float | str | None) and _tensor(value) is None:
-            raise InputError(
-                f"{name!r:.99} is not a tensor: must hold a dict of tensors, alone or under the "
-                "key 'state_dict'"
-            )
+            needed = "must hold a dict of tensors, alone or under the key 'state_dict'"
+            raise InputError(f"{name!r:.99} is not a tensor: {needed}")
     unread = {name: tensor for name, value in values.items() if (tensor := _tensor(value))}
     if not unread:
         raise InputError("holds no tensors")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xclip_jax.models.config import ModelConfig
 from xclip_jax.similarity import AnyArray, FrameMask
 
+Ids = Int[AnyArray, "T W"]
 Tokens = Float[AnyArray, "B L E"]
 Mask = Bool[AnyArray, "#B #N #L #L"]  # of attention, from position to position, True = attends
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]: CLIP's preprocessing
@@ -154,7 +155,7 @@ class TextTower(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, ids_TxW: Int[AnyArray, "T W"]) -> Float[Array, "T W D"]:
+    def __call__(self, ids_TxW: Ids) -> Float[Array, "T W D"]:
         c, num_words = self.config.text, ids_TxW.shape[1]
         embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), name="tokens")
         positions = self.param("positions", normal(0.01), (c.context_length, c.width))

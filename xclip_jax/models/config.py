@@ -112,18 +112,12 @@ class ModelConfig:
 # The paper's text and what its PyTorch release computes (docs/paper-vs-code.md).
 PRESETS = {
     "paper": {
-        "frame_features": "temporal",
-        "words": "word_tokens",
-        "padding": "masked",
-        "matrices": False,
-        "temporal": {"layers": 3, "residual": False},
+        **{"frame_features": "temporal", "words": "word_tokens", "padding": "masked"},
+        **{"matrices": False, "temporal": {"layers": 3, "residual": False}},
     },
     "official": {
-        "frame_features": "clip",
-        "words": "all_tokens",
-        "padding": "competes",
-        "matrices": True,
-        "temporal": {"layers": 4, "residual": True},
+        **{"frame_features": "clip", "words": "all_tokens", "padding": "competes"},
+        **{"matrices": True, "temporal": {"layers": 4, "residual": True}},
     },
 }
 # CLIP4Clip's heads: the cosine of sentence and video, or a Transformer for each pair.

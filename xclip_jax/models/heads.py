@@ -70,11 +70,9 @@ class PairTransformer(nn.Module):
 def _pair(
     texts: list[AnyArray], words_TxW: AnyArray, videos: list[AnyArray], frames_VxF: AnyArray
 ) -> tuple[Array, Array]:
-    """Returns each text's vectors followed by each video's, TV x L x D, and their attention mask.
+    """Returns the vectors of each text and each video, TV x L x D, and their attention mask."""
 
-    The masks apply to the last positions of each side, all positions before are attended to.
-    """
-
+    # The masks apply to the last positions of each side, all positions before are attended to.
     def extend(mask: AnyArray, x: Array) -> Array:
         return jnp.pad(mask, ((0, 0), (x.shape[1] - mask.shape[1], 0)), constant_values=True)
 

@@ -1,14 +1,15 @@
 """X-CLIP: CLIP's towers, a temporal encoder and multi-grained similarity fused by AOSM."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from xclip_jax import similarity
-from xclip_jax.models.clip import CLIP, normalize_frames
+from xclip_jax.models.clip import CLIP, Ids, normalize_frames
 from xclip_jax.models.config import ModelConfig
 from xclip_jax.models.heads import AggregationMatrices, PairTransformer
 from xclip_jax.models.temporal import Frames, TemporalLSTM, TemporalTransformer
@@ -32,17 +33,13 @@ class XClip(nn.Module):
             self.pair_encoder = PairTransformer(c)
 
     def __call__(
-        self,
-        ids_TxW: Int[AnyArray, "T W"],
-        text_mask_TxW: TextMask,
-        frames_VxFxSxSx3: AnyArray,
-        frame_mask_VxF: FrameMask,
+        self, ids_TxW: Ids, text_mask: TextMask, frames_VxFxSxSx3: AnyArray, frame_mask: FrameMask
     ) -> Logits:
         """Returns the logits of every text with every video."""
-        text = self.encode_text(ids_TxW, text_mask_TxW)
-        return self.similarity(text, self.encode_video(frames_VxFxSxSx3, frame_mask_VxF))
+        text = self.encode_text(ids_TxW, text_mask)
+        return self.similarity(text, self.encode_video(frames_VxFxSxSx3, frame_mask))
 
-    def encode_text(self, ids_TxW: Int[AnyArray, "T W"], mask_TxW: TextMask) -> TextFeatures:
+    def encode_text(self, ids_TxW: Ids, mask_TxW: TextMask) -> TextFeatures:
         """Returns the features of texts, whose mask is True from the start to the end token."""
         words_TxWxD = self.clip.textual(ids_TxW).astype(jnp.float32)
         if self.config.head != "tight_transformer":
@@ -97,22 +94,14 @@ class XClip(nn.Module):
         c = self.config
         if not c.has_granularities:
             raise ValueError("a model that scores pairs with a Transformer has no granularities")
-        words, frames = text.mask.shape[1], video.mask.shape[1]
-        if c.matrices and (words, frames) != (c.max_words, c.max_frames):
-            raise ValueError(
-                f"features of {words} words and {frames} frames: the learned matrices are "
-                f"for {c.max_words} and {c.max_frames}"
-            )
-        similarities = similarity.granular_similarity(
-            text,
-            video,
-            granularities=c.granularities,
-            aggregation=c.aggregation,
-            tau=c.tau,
-            words_TxW=self.aosm_words(text.mask),
-            frames_VxF=self.aosm_frames(video.mask),
-            matrices=self.matrices(),
-        )
+        lengths, fixed = (text.mask.shape[1], video.mask.shape[1]), (c.max_words, c.max_frames)
+        if c.matrices and lengths != fixed:
+            found = "features of {} words and {} frames".format(*lengths)
+            raise ValueError(f"{found}: the learned matrices are for {fixed[0]} and {fixed[1]}")
+        words, frames = self.aosm_words(text.mask), self.aosm_frames(video.mask)
+        options: Any = {"words_TxW": words, "frames_VxF": frames, "matrices": self.matrices()}
+        options |= {"granularities": c.granularities, "aggregation": c.aggregation, "tau": c.tau}
+        similarities = similarity.granular_similarity(text, video, **options)
         return {name: self.clip.scale() * value for name, value in similarities.items()}
 
     def word_frame_attention(
