@@ -75,7 +75,6 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     num_texts, num_videos = len(evaluation.captions), len(evaluation.clip_names)
     many = "many captions" if num_texts > num_videos else "single caption"
     expected = dataset.expected.get(split, num_videos)
-    truncated = sum(map(tokenizer.is_truncated, evaluation.captions))
     results = {
         "step": retriever.config["step"],
         "split": split,
@@ -93,7 +92,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         "normalized": tables,
         "eval": plain_fields(config.eval),
         "paper": paper_results(dataset.name, dataset.variant, vision) if split == "test" else {},
-        "truncated_captions": truncated,
+        "truncated_captions": sum(map(tokenizer.is_truncated, evaluation.captions)),
         **note,
     }
     if is_first_process():
@@ -186,32 +185,6 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
 
 def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[str, Any]) -> None:
     """Writes the report, results.json and the ranks of all queries, and prints the results."""
-    index = _write_report(e, workdir, results)
-    # For confidence intervals: by "DIRECTION" or "OPTION/DIRECTION" 2 x Q integers, see
-    # `rank_counts`, and the index of each text's video.
-    arrays = {"text_video": e.text_video_T}
-    for option, by_way in counts.items():
-        arrays |= {f"{option}/{way}".strip("/"): np.stack(both) for way, both in by_way.items()}
-    with atomic_file(workdir / RANKS_FILE) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-    print(f"\n{format_table(results)}")
-    if truncated := results["truncated_captions"]:
-        limit = f"model.max_words = {e.config.model.max_words} tokens"
-        print(f"{truncated:,} of {len(e.captions):,} texts truncated to {limit}")
-    print(f"\nreport: {index}")
-
-
-def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
-    """Raises InputError if the data set's frames do not have the model's image size."""
-    side = model_config.vision.image_size
-    if dataset.image_size != side:
-        needed = f"{dataset.image_size}, the size of the frames in {dataset.path}"
-        advice = f"or prepare the data again with --image_size={side}"
-        raise InputError(f"config.model.vision.image_size = {side}: must be {needed} ({advice})")
-
-
-def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> Path:
     c = e.retriever.model.config
 
     def read_frames(video: int) -> UInt8[np.ndarray, "F S S 3"]:
@@ -236,7 +209,7 @@ def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> P
     is_attending = c.has_granularities and "frame_word" in c.granularities
     count = min(e.config.report.attention_pairs, len(e.captions)) if is_attending else 0
     texts = np.linspace(0, len(e.captions) - 1, count).astype(int)
-    return write_report(
+    index = write_report(
         workdir / "report",
         results,
         e.sim_TxV,
@@ -247,3 +220,25 @@ def _write_report(e: Evaluation, workdir: Path, results: Mapping[str, Any]) -> P
         attentions=[attend(text) for text in texts.tolist()],
         curves=read_metrics(workdir),
     )
+    # For confidence intervals: by "DIRECTION" or "OPTION/DIRECTION" 2 x Q integers, see
+    # `rank_counts`, and the index of each text's video.
+    arrays = {"text_video": e.text_video_T}
+    for option, by_way in counts.items():
+        arrays |= {f"{option}/{way}".strip("/"): np.stack(both) for way, both in by_way.items()}
+    with atomic_file(workdir / RANKS_FILE) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    print(f"\n{format_table(results)}")
+    if truncated := results["truncated_captions"]:
+        limit = f"model.max_words = {e.config.model.max_words} tokens"
+        print(f"{truncated:,} of {len(e.captions):,} texts truncated to {limit}")
+    print(f"\nreport: {index}")
+
+
+def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
+    """Raises InputError if the data set's frames do not have the model's image size."""
+    side = model_config.vision.image_size
+    if dataset.image_size != side:
+        needed = f"{dataset.image_size}, the size of the frames in {dataset.path}"
+        advice = f"or prepare the data again with --image_size={side}"
+        raise InputError(f"config.model.vision.image_size = {side}: must be {needed} ({advice})")

@@ -43,7 +43,15 @@ def start_from_clip(
         InputError: there is no model, or its towers have other sizes; all differences are named.
     """
     _, model, source, _ = load_model(model_folder(directory))
-    _check_sizes(config, model.config, directory)
+    fields = [f"vision.{name}" for name in ("patch_size", "width", "layers", "heads")]
+    fields += [f"text.{field.name}" for field in dataclasses.fields(config.text)]
+    problems = []
+    for field in [*fields, "embed_dim", "activation"]:
+        ours, theirs = map(operator.attrgetter(field), (config, model.config))
+        if ours != theirs:
+            problems.append(f"config.model.{field} = {ours!r}: must be {theirs!r}")
+    if problems:
+        raise InputError(f"config.init.clip = {directory}: {'; '.join(problems)}")
     clip, sources = dict(source["clip"]), dict.fromkeys(source["clip"], "CLIP")
     former, side = model.config.vision.image_size, config.vision.image_size
     if former != side:
@@ -67,18 +75,6 @@ def how_to_convert(directory: str, patch_size: int) -> str:
     files = f"{_OPENAI}/{file} and {_VOCABULARY}" if patch_size in _FILES else files
     flags = f"--input={Path(file).name} --output={directory} --vocab={Path(_VOCABULARY).name}"
     return f"download {files}, then run python -m xclip_jax.convert {flags}"
-
-
-def _check_sizes(config: ModelConfig, clip: ModelConfig, directory: str) -> None:
-    fields = [f"vision.{name}" for name in ("patch_size", "width", "layers", "heads")]
-    fields += [f"text.{field.name}" for field in dataclasses.fields(clip.text)]
-    problems = []
-    for field in [*fields, "embed_dim", "activation"]:
-        ours, theirs = map(operator.attrgetter(field), (config, clip))
-        if ours != theirs:
-            problems.append(f"config.model.{field} = {ours!r}: must be {theirs!r}")
-    if problems:
-        raise InputError(f"config.init.clip = {directory}: {'; '.join(problems)}")
 
 
 def interpolate_positions(positions_LxE: Shaped[Any, "L E"], grid: int) -> Float[Array, "M E"]:

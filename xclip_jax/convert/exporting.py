@@ -42,10 +42,9 @@ def export(directory: str | Path, output: str | Path) -> None:
         tokenizer.save(folder)
     partial.rename(output)
     print(f"{output / 'clip'}: the CLIP towers, for transformers.CLIPModel.from_pretrained")
-    if unsupported is None:
-        print(f"{output / 'pytorch_model.bin'}: official state dict, for torch.load")
-    else:
-        print(f"no official state dict: the official code does not support {unsupported}")
+    state = f"{output / 'pytorch_model.bin'}: official state dict, for torch.load"
+    missing = f"no official state dict: the official code does not support {unsupported}"
+    print(missing if unsupported else state)
 
 
 def unsupported_feature(config: ModelConfig) -> str | None:

@@ -83,7 +83,6 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
         InputError: the source cannot be read, is of an unknown kind or does not fit.
     """
     read = read_source(source, options)
-    _fit_matrices(read.tensors, options)
     config, vocab, tokenizer = infer(read), read.options.vocab, None
     shapes = jax.eval_shape(lambda: init_params(XClip(config), 0))
     params, unused = to_params(read.tensors, shapes)
@@ -226,60 +225,15 @@ def _load_shards(folder: Path) -> dict[str, np.ndarray]:
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
-def _fit_matrices(tensors: dict[str, np.ndarray], options: Options) -> None:
-    """Checks lengths against the learned matrices, or crops the matrices in place."""
-    for option, names in _MATRICES.items():
-        size = getattr(options, option)
-        for name in tensors.keys() & set(names if size else ()):
-            length = len(tensors[name])
-            if size > length or (size < length and not options.crop_matrices):
-                fitting = f"the learned matrices are for length {length}"
-                hint = "; --crop_matrices crops them" if size < length else ""
-                raise InputError(f"--{option}={size}: {fitting}{hint}")
-            tensors[name] = tensors[name][:size, :size]
-
-
 def infer(source: Source) -> ModelConfig:
     """Returns the architecture of a checkpoint, inferred from the shapes of its tensors.
+
+    Learned matrices in `source` are cropped if its options say so.
 
     Raises:
         InputError: sizes are missing or do not fit together.
     """
     _, official, tensors, options = source
-    vision, words, embed_dim = _infer_towers(tensors, options)
-    modules = {name.partition(".")[0] for name in tensors}
-    if options.head and official:
-        raise InputError(f"--head={options.head}: the checkpoint has its own head: omit --head")
-    head = [name for module, name in _HEADS.items() if module in modules or not module][-1]
-    temporal = "transformer" if "transformerClip" in modules else "none"
-    temporal = "lstm" if "lstm_visual" in modules else temporal
-    layers = max(_count(tensors, "transformerClip"), _count(tensors, "cross.transformer"))
-    context, lengths = words.context_length, {}
-    defaults = {"max_words": 32 if official else context, "max_frames": 12}  # the release's
-    for name, default in defaults.items():
-        matrix = tensors.get(_MATRICES[name][0])
-        wanted = getattr(options, name) or min(default, context)
-        lengths[name] = length = wanted if matrix is None else len(matrix)
-        minimum = 3 if name == "max_words" else 1
-        if not minimum <= length <= context:
-            allowed = f"from {minimum} to {context}, the text tower's positions"
-            raise InputError(f"--{name}={length}: must be {allowed}")
-    return ModelConfig(
-        preset="official" if official else "paper",
-        head=options.head or head,
-        embed_dim=embed_dim,
-        activation=options.activation or "quick_gelu",
-        **lengths,
-        vision=vision,
-        text=words,
-        temporal=TemporalConfig(temporal, layers or 1, max(1, embed_dim // 64)),
-    ).resolve()
-
-
-def _infer_towers(
-    tensors: dict[str, np.ndarray], options: Options
-) -> tuple[VisionConfig, TextConfig, int]:
-    """Returns the sizes of both towers and embed_dim."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         array = tensors.get(f"clip.{name}")
@@ -304,7 +258,43 @@ def _infer_towers(
     vision = VisionConfig(side, patch, **sizes("vision", width, "clip.visual.transformer"))
     vocab_size, context = shape("token_embedding.weight", 2)[0], shape("positional_embedding", 2)[0]
     words = TextConfig(vocab_size, context, **sizes("text", text_width, "clip.transformer"))
-    return vision, words, embed_dim
+    modules = {name.partition(".")[0] for name in tensors}
+    if options.head and official:
+        raise InputError(f"--head={options.head}: the checkpoint has its own head: omit --head")
+    head = [name for module, name in _HEADS.items() if module in modules or not module][-1]
+    temporal = "transformer" if "transformerClip" in modules else "none"
+    temporal = "lstm" if "lstm_visual" in modules else temporal
+    layers = max(_count(tensors, "transformerClip"), _count(tensors, "cross.transformer"))
+    return ModelConfig(
+        preset="official" if official else "paper",
+        head=options.head or head,
+        embed_dim=embed_dim,
+        activation=options.activation or "quick_gelu",
+        **_fit_lengths(source, words.context_length),
+        vision=vision,
+        text=words,
+        temporal=TemporalConfig(temporal, layers or 1, max(1, embed_dim // 64)),
+    ).resolve()
+
+
+def _fit_lengths(source: Source, context: int) -> dict[str, Any]:
+    """Returns max_words and max_frames, and crops the learned matrices to them if allowed."""
+    _, official, tensors, options = source
+    limits = {"max_words": (3, 32 if official else context), "max_frames": (1, 12)}  # the release's
+    lengths = {}
+    for option, (minimum, default) in limits.items():
+        fixed = len(tensors.get(_MATRICES[option][0], ()))
+        lengths[option] = length = getattr(options, option) or fixed or min(default, context)
+        if fixed and (length > fixed or (length < fixed and not options.crop_matrices)):
+            hint = "; --crop_matrices crops them" if length < fixed else ""
+            matrices = f"the learned matrices are for length {fixed}{hint}"
+            raise InputError(f"--{option}={length}: {matrices}")
+        if not minimum <= length <= context:
+            allowed = f"from {minimum} to {context}, the text tower's positions"
+            raise InputError(f"--{option}={length}: must be {allowed}")
+        for name in tensors.keys() & set(_MATRICES[option] if length < fixed else ()):
+            tensors[name] = tensors[name][:length, :length]
+    return lengths
 
 
 def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
