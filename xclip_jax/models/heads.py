@@ -49,7 +49,7 @@ class PairTransformer(nn.Module):
         self, text: TextFeatures, video: VideoFeatures, words_TxW: TextMask, frames_VxF: FrameMask
     ) -> Logits:
         c, dim = self.config, text.sentence.shape[-1]
-        if is_tight := c.head == "tight_transformer":
+        if is_tight := c.fusion == "mean":
             no_words = jnp.ones((len(text.mask), 0), bool)
             tokens, mask = _pair([text.sentence[:, None]], no_words, [video.frames], video.mask)
             positions = self.param("positions", normal(0.01), (c.text.context_length, dim))
