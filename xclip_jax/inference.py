@@ -42,8 +42,8 @@ def split_like(tree: Tree, params: PyTree) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
-def apply_model(params: PyTree, *inputs: Any, model: XClip, method: str) -> Any:
-    """Returns `method` of a model applied to parameters and inputs, jitted."""
+def apply_model(params: PyTree, *inputs: Any, model: XClip, method: Any) -> Any:
+    """Returns a method of a model, or a function of it, applied to inputs, jitted."""
     return model.apply({"params": params}, *inputs, method=method)
 
 
