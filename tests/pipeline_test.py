@@ -243,7 +243,8 @@ def test_batch_larger_than_the_data_is_an_error():
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4, 3]), (11, [11]), (64, [11])])
 def test_evaluation_is_complete_and_in_order(batch_size, sizes):
-    found = list(evaluation_batches(DATASET.clips("train"), batch_size, MAX_FRAMES, SIDE))
+    clips = DATASET.clips("train")
+    found = list(evaluation_batches(clips, batch_size, MAX_FRAMES, SIDE, slice(None)))
     assert [len(frames) for frames, *_ in found] == sizes
     frames, masks, captions, ids = (
         [x for batch in found for x in batch[field]] for field in range(4)

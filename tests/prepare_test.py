@@ -466,7 +466,7 @@ def test_pool_that_breaks_on_submit_loses_no_job(tmp_path, monkeypatch):
     monkeypatch.setattr(workers.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job.clip.video))
     jobs = [extraction.ClipJob(Clip(f"job {n}", ("x",)), image_size=32) for n in range(9)]
-    outcomes = extraction.extract_all(jobs, tmp_path)
+    outcomes = extraction.extract_all(jobs, tmp_path, None)
     assert [outcome.note for outcome in outcomes] == [job.clip.video for job in jobs]
 
 

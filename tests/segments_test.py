@@ -9,8 +9,7 @@ from PIL import Image
 from video_test import at_rate, corners, grey, write
 
 from xclip_jax.data import video
-from xclip_jax.search import segments
-from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
+from xclip_jax.search.indexing import SegmentJob, _cut, load_frames, read_segments
 
 
 def read(tmp_path, path, seconds=4, max_frames=100, shots=False):
@@ -93,7 +92,7 @@ def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
             picture = video.Picture(Image.new("RGB", (8, 8)), 1)
             yield from ((float(second), picture) for second in range(9))
 
-    cut = [(start, len(p)) for start, *_, p in segments._cut(Reader(), 8, 30, [3.5, 4.2, 5.0, 7.1])]
+    cut = [(start, len(p)) for start, *_, p in _cut(Reader(), 8, 30, [3.5, 4.2, 5.0, 7.1])]
     assert cut == [(0.0, 4), (3.5, 4), (7.1, 1)]
 
 

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+PathLike = str | os.PathLike
+
 
 class InputError(ValueError):
     """An error in the user's input: the message names it, its value and what is allowed."""
@@ -28,7 +30,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(path: PathLike) -> Iterator[Path]:
     """Yields a new path next to `path`, whose file replaces `path` at the end."""
     partial = Path(f"{path}.{uuid.uuid4().hex}.part")  # unique: several processes may write it
     try:
@@ -38,7 +40,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+def write_atomically(path: PathLike, content: str | bytes) -> None:
     """Writes a file of bytes, or of text as UTF-8."""
     with atomic_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

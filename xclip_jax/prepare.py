@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command, write_atomically
 from xclip_jax.data import extraction, rendered
-from xclip_jax.data.annotations import SPLITS, Listing, PathLike
+from xclip_jax.data.annotations import SPLITS, Listing
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.data.builder import DatasetSettings, PendingRecord, dataset_folder, write_dataset
 from xclip_jax.data.text import learn_tokenizer
@@ -34,9 +34,9 @@ from xclip_jax.workers import BeamRunner, parse_beam_flags
 
 
 def prepare(
-    annotations: PathLike,
-    videos: PathLike,
-    output: PathLike,
+    annotations: str | Path,
+    videos: str | Path,
+    output: str | Path,
     *,
     max_failures: float = 0.05,
     beam_runner: BeamRunner | None = None,
@@ -75,7 +75,14 @@ def prepare(
     extraction.report_failures(output, listing, outcomes, max_failures)
     texts = (text for clip in clips if clip.split == "train" for text in clip.captions)
     learn_tokenizer(texts).save(output / "tokenizer")
-    records, counts = _pending_records(jobs, outcomes), listing.counts()
+    records: dict[str, list[PendingRecord]] = {}
+    for clip, job, outcome in zip(clips, jobs, outcomes, strict=True):
+        if job.cache and not outcome.failure:
+            make = functools.partial(extraction.make_record, clip, job.cache)
+            digest = repr((clip.id, clip.captions, outcome.digest))
+            record = PendingRecord(make, len(clip.captions), digest, outcome.size)
+            records.setdefault(clip.split, []).append(record)
+    records, counts = {s: records[s] for s in SPLITS if s in records}, listing.counts()
     print("writing " + ", ".join(f"{s}: {len(r)} of {counts[s]} clips" for s, r in records.items()))
     write_dataset(output, records, settings, beam_runner)
     print(f"prepared {output}")
@@ -92,7 +99,7 @@ def render_if_missing(config: Any) -> None:
             prepare_rendered(path, side, num_train=config.data.rendered)
 
 
-def prepare_rendered(output: PathLike, image_size: int, **counts: int) -> None:
+def prepare_rendered(output: str | Path, image_size: int, **counts: int) -> None:
     """Renders the demo's scenes under `output` and prepares them.
 
     `counts` are num_train, num_val and num_test of `rendered.render_dataset`.
@@ -102,12 +109,9 @@ def prepare_rendered(output: PathLike, image_size: int, **counts: int) -> None:
     prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
 
 
-def _read_annotations(
-    settings: DatasetSettings, annotations: Path
-) -> tuple[DatasetSettings, Listing]:
+def _read_annotations(old: DatasetSettings, annotations: Path) -> tuple[DatasetSettings, Listing]:
     """Returns the settings with the variant, by default the first, and the annotations' clips."""
-    dataset, variant = settings.dataset, settings.variant
-    variants = DATASETS[dataset].variants
+    dataset, variant, variants = old.dataset, old.variant, DATASETS[old.dataset].variants
     if variant and variant not in variants:
         allowed = f"one of {', '.join(variants)}" if variants else "omitted: it has no variants"
         raise InputError(f"--split={variant}: with --dataset={dataset} it must be {allowed}")
@@ -115,7 +119,7 @@ def _read_annotations(
     listing = DATASETS[dataset].read(annotations, *chosen)
     changes = {"variant": "".join(chosen), "paragraphs": listing.paragraphs}
     expected = listing.expected or dict(listing.counts())
-    return dataclasses.replace(settings, expected=expected, **changes), listing
+    return dataclasses.replace(old, expected=expected, **changes), listing
 
 
 def _check_names(listing: Listing, paths: Sequence[Path | None]) -> None:
@@ -144,21 +148,6 @@ def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
     return True
 
 
-def _pending_records(
-    jobs: Sequence[extraction.ClipJob], outcomes: Sequence[extraction.Outcome]
-) -> dict[str, list[PendingRecord]]:
-    """Returns the records of the clips that were read, by split, in the annotations' order."""
-    records: dict[str, list[PendingRecord]] = {split: [] for split in SPLITS}
-    for job, outcome in zip(jobs, outcomes, strict=True):
-        if job.cache and not outcome.failure:
-            clip = job.clip
-            make = functools.partial(extraction.make_record, clip, job.cache)
-            digest = repr((clip.id, clip.captions, outcome.digest))
-            record = PendingRecord(make, len(clip.captions), digest, outcome.size)
-            records[clip.split].append(record)
-    return {split: pending for split, pending in records.items() if pending}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     prog = "python -m xclip_jax.prepare"
@@ -166,20 +155,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--dataset", required=True, choices=[*DATASETS, "rendered"], help="kind of annotations")
     add("--videos", type=Path, help="folder of video files, searched with its sub-folders")
-    annotations = "captions: a .json, .jsonl or .csv file; a benchmark: the folder of its files"
-    add("--annotations", type=Path, help=annotations)
+    add("--annotations", type=Path, help="a file of captions, or the folder of a benchmark's files")
     add("--output", required=True, type=Path, help="folder to write the data set to")
     variants = (f"{name}: {', '.join(d.variants)}" for name, d in DATASETS.items() if d.variants)
     add("--split", default="", help=f"which split ({'; '.join(variants)}; default: the first)")
     add("--image_size", type=int, default=224, help="side of the frames in pixels (default 224)")
     failures = "fraction of the clips that may be unreadable, 0 to 1 (default 0.05)"
     add("--max_failures", type=float, default=0.05, help=failures)
-    last = "read clips up to this second (DiDeMo in the literature: 31); default: the whole clip"
-    add("--max_seconds", type=float, help=last)
-    beam = (
-        "run on Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...); "
-        "all workers must see the videos and the output under the same paths"
-    )
+    add("--max_seconds", type=float, help="second up to which clips are read (DiDeMo: 31)")
+    beam = "runner of Apache Beam, e.g. FlinkRunner; workers must see all files at the same paths"
     add("--beam_runner", help=beam)
     add("--beam_options", default="", help="the runner's own flags, in one string")
     args = parser.parse_args(argv)

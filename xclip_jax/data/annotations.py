@@ -6,15 +6,13 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.cli import InputError, PathLike, first_line
 
-PathLike = str | os.PathLike
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 FIELDS = ("video", "caption", "captions", "start", "end", "split")  # of custom captions
@@ -142,11 +140,11 @@ class AnnotationFolder:
     def json(self, name: str, kind: type) -> tuple[Path, Any]:
         """Returns (path, content) of a JSON file whose top-level value is a `kind`."""
         path = self.path / name
-        return path, require_type(_parse_json(_read_text(path), path), kind, path)
+        return path, require_type(_parse_json(read_text(path), path), kind, path)
 
     def lines(self, name: str) -> list[str]:
         """Returns the non-blank lines of a text file, without line ends."""
-        return [line for line in _read_text(self.path / name).split("\n") if line.strip()]
+        return [line for line in read_text(self.path / name).split("\n") if line.strip()]
 
     def ids(self, name: str) -> list[str]:
         """Returns the ids in a text file with one id per line."""
@@ -206,7 +204,8 @@ def require_fields(item: Any, where: object, **kinds: Any) -> list[Any]:
     return [item[name] for name in kinds]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Returns the content of a UTF-8 file, with or without byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -223,21 +222,20 @@ def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
                 raise ValueError(f"key {name!r} occurs {count} times in one object")
         return dict(pairs)
 
-    where = f"{path}, line {line}" if line else path
     try:
         return json.loads(text, object_pairs_hook=make_dict)
     except json.JSONDecodeError as error:
-        where = f"{path}, line {line or error.lineno}"
-        raise InputError(f"{where}: invalid JSON: {error.msg}") from None
+        line, problem = line or error.lineno, f"invalid JSON: {error.msg}"
     except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
+        problem = "nested too deeply"
     except ValueError as error:  # from make_dict, or a number of thousands of digits
-        raise InputError(f"{where}: invalid JSON: {error}") from None
+        problem = f"invalid JSON: {error}"
+    raise InputError(f"{path}, line {line}: {problem}" if line else f"{path}: {problem}")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields (place, cells) of each non-blank row, where the place names its first line."""
-    rows, line = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True), 1
+    rows, line = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
     try:
         for row in rows:
             where, line = f"{path}, line {line}", rows.line_num + 1
@@ -259,8 +257,6 @@ def read_captions(annotations: PathLike) -> Listing:
         raise InputError(f"{path} is a folder; --annotations must be the captions file itself")
     clips: dict[str, Clip] = {}
     for where, item in _read_items(path):
-        if not isinstance(item, dict):
-            raise InputError(f"{where}: must be an object with 'video' and 'caption' or 'captions'")
         clip = _parse_clip(where, item)
         known = clips.setdefault(clip.id, clip)
         if known.split != clip.split:
@@ -277,12 +273,13 @@ def _read_items(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, item) for each item of a captions file."""
     match path.suffix.lower():
         case ".json":
-            items = _parse_json(_read_text(path), path)
+            items = _parse_json(read_text(path), path)
             if not isinstance(items, list):
                 raise InputError(f"{path}: must be a list of objects with 'video' and 'caption'")
-            yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+            for number, item in enumerate(items, 1):
+                yield f"{path}, item {number}", item
         case ".jsonl":
-            for number, line in enumerate(_read_text(path).split("\n"), 1):
+            for number, line in enumerate(read_text(path).split("\n"), 1):
                 if line.strip():
                     yield f"{path}, line {number}", _parse_json(line.strip(), path, number)
         case ".csv":
@@ -293,8 +290,7 @@ def _read_items(path: Path) -> Iterator[tuple[str, Any]]:
                 if len(row) != len(header):
                     fields = f"the {len(header)} fields {','.join(header)}"
                     raise InputError(f"{where}: {len(row)} values for {fields}")
-                # An empty optional cell is an absent field.
-                cells = zip(header, row, strict=True)
+                cells = zip(header, row, strict=True)  # an empty optional cell is an absent field
                 yield where, {k: v for k, v in cells if v or k in ("video", "caption")}
         case _:
             raise InputError(f"{path}: captions must be a .json, .jsonl, .csv file")
@@ -314,22 +310,24 @@ def _parse_clip(where: str, item: Any) -> Clip:
         if not valid:
             raise InputError(f"{where}: field {field!r}: {problem}")
 
+    if not isinstance(item, dict):
+        raise InputError(f"{where}: must be an object with 'video' and 'caption' or 'captions'")
     _check_fields(where, list(item))
     video, split = item.get("video"), item.get("split", "train")
     check(_is_text(video), "video", "missing or not a file name")
-    field = "captions" if "captions" in item else "caption"
     both = item.keys() >= {"caption", "captions"}
-    check(not both, field, "there is a 'caption' as well; use only one of the two")
-    captions = item.get(field)
-    captions = [captions] if isinstance(captions, str) else captions
+    check(not both, "captions", "there is a 'caption' as well; use only one of the two")
+    field = "captions" if "captions" in item else "caption"
+    captions = [item[field]] if isinstance(item.get(field), str) else item.get(field)
     is_list = isinstance(captions, list) and bool(captions)
     check(is_list, field, "missing or not a sentence or a list of sentences")
-    problem = "contains an empty sentence or a value that is not text"
-    check(all(map(_is_text, captions)), field, problem)
-    for field in ("start", "end"):
-        problem = f"{item.get(field)!r} is not a number of seconds, at least 0"
-        check(item.get(field) is None or _is_seconds(item[field]), field, problem)
-    start, end = (None if item.get(f) is None else float(item[f]) for f in ("start", "end"))
+    is_text = all(map(_is_text, captions))
+    check(is_text, field, "contains an empty sentence or a value that is not text")
+    times = [item.get("start"), item.get("end")]
+    for field, time in zip(("start", "end"), times, strict=True):
+        problem = f"{time!r} is not a number of seconds, at least 0"
+        check(time is None or _is_seconds(time), field, problem)
+    start, end = (None if time is None else float(time) for time in times)
     if end is not None and end <= (start or 0):
         check(False, "end", f"{end:g} s is not after the start at {start or 0:g} s")
     check(split in SPLITS, "split", f"{split!r} must be one of {', '.join(SPLITS)}")

@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 from collections.abc import Callable
+from os.path import splitext
 from typing import Any
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, PathLike
 from xclip_jax.data import annotations
-from xclip_jax.data.annotations import SPLITS, AnnotationFolder, Listing, PathLike, Split
+from xclip_jax.data.annotations import SPLITS, AnnotationFolder, Listing, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,8 @@ def read_msrvtt(source: PathLike, variant: str = "9k") -> Listing:
         for video in ids:
             listing.add(split, video, captions.get(video, ()))
     for video in sorted(captions.keys() - known):
-        listing.note(
-            annotations.UNLISTED, video, f"{len(captions[video])} sentences in {path.name}"
-        )
+        detail = f"{len(captions[video])} sentences in {path.name}"
+        listing.note(annotations.UNLISTED, video, detail)
     return listing
 
 
@@ -137,43 +137,34 @@ def read_didemo(source: PathLike) -> Listing:
         path, items = folder.json(f"{split}_data.json", list)
         captions, seen = collections.defaultdict(list), set()
         for number, item in enumerate(items, 1):
-            values = annotations.require_fields(item, f"{path}, item {number}", **kinds)
-            video, text, times, count = values
+            where = f"{path}, item {number}"
+            video, text, times, count = annotations.require_fields(item, where, **kinds)
             number = item.get("annotation_id", f"item {number}")
             if number in seen:
                 listing.note(annotations.REPEATED, video, f"annotation {number} in {path.name}")
                 continue
             seen.add(number)
-            captions[_stem(video)].append(text)
-            invalid = [pair for pair in times if not _is_segment(pair, count - 1)]
-            if invalid:
+            captions[splitext(video)[0]].append(text)
+            if invalid := [pair for pair in times if not _is_segment(pair, count - 1)]:
                 detail = f"{invalid[0]} of segments 0 to {count - 1} in {path.name}"
                 listing.note(annotations.SEGMENT, video, detail)
         ids = folder.ids(f"{split}_list.txt")
         for video in ids:
-            listing.add(split, video, captions.get(_stem(video), ()))
-        for video in sorted(captions.keys() - set(map(_stem, ids))):
+            listing.add(split, video, captions.get(splitext(video)[0], ()))
+        for video in sorted(captions.keys() - {splitext(video)[0] for video in ids}):
             detail = f"in {path.name}, not in {split}_list.txt"
             listing.note(annotations.UNLISTED, video, detail)
     return listing
 
 
-def _stem(video: str) -> str:
-    return video.rpartition(".")[0] or video
-
-
 def _is_segment(times: Any, last: float) -> bool:
     """Returns True if `times` is [start, end] with 0 <= start <= end <= last."""
-    if not isinstance(times, list) or len(times) != 2:
-        return False
-    numbers = all(isinstance(time, int | float) for time in times)
+    is_pair = isinstance(times, list) and len(times) == 2
+    numbers = is_pair and all(isinstance(time, int | float) for time in times)
     return numbers and 0 <= times[0] <= times[1] <= last
 
 
-ACTIVITYNET_COUNTS = {
-    "val_1": {"train": 10009, "test": 4917},
-    "val_2": {"train": 10009, "test": 4885},
-}
+ACTIVITYNET_COUNTS = {"val_1": 4917, "val_2": 4885}  # videos of the test split
 ROUNDING = 0.011  # seconds by which a segment may exceed its video: both are rounded
 
 
@@ -187,7 +178,7 @@ def read_activitynet(source: PathLike, variant: str = "val_1") -> Listing:
     sources["test"] = ["val_ids.json", f"{variant}.json"]
     names = [*sources["train"], *sources["test"]]
     folder = AnnotationFolder(source, names, DATASETS["activitynet"].download)
-    listing = Listing(ACTIVITYNET_COUNTS[variant], paragraphs=True)
+    listing = Listing({"train": 10009, "test": ACTIVITYNET_COUNTS[variant]}, paragraphs=True)
     kinds = {"duration": int | float, "timestamps": list, "sentences": list}
     for split, (ids_name, name) in sources.items():
         ids_path, ids = folder.json(ids_name, list)
@@ -213,9 +204,7 @@ def read_activitynet(source: PathLike, variant: str = "val_1") -> Listing:
 
 CLIP4CLIP_DATA = "https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0"
 DATASETS = {
-    "captions": DatasetFormat(
-        annotations.read_captions, download="docs/data.md describes the formats"
-    ),
+    "captions": DatasetFormat(annotations.read_captions, "docs/data.md describes the formats"),
     "msrvtt": DatasetFormat(
         read_msrvtt,
         download=f"unpack {CLIP4CLIP_DATA}/msrvtt_data.zip (captions and splits) and "

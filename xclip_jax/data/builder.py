@@ -19,8 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow_datasets as tfds
 
-from xclip_jax.cli import InputError, atomic_file, first_line
-from xclip_jax.data.annotations import PathLike
+from xclip_jax.cli import InputError, PathLike, atomic_file, first_line
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.workers import BeamRunner, map_on_beam
 
@@ -123,10 +122,8 @@ def _write_split(
         sizes = map(_write_shard, jobs)
     else:
         sizes = map_on_beam(_write_shard, jobs, folder, beam_runner)
-    lengths = list(map(len, shards))
-    return tfds.core.SplitInfo(
-        name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template
-    )
+    counts: Any = {"shard_lengths": list(map(len, shards)), "num_bytes": sum(sizes)}
+    return tfds.core.SplitInfo(name=split, filename_template=template, **counts)
 
 
 def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xclip_jax.cli import InputError, atomic_file, progress
+from xclip_jax.cli import InputError, PathLike, atomic_file, progress
 from xclip_jax.data.annotations import Clip, Finding, Listing
 from xclip_jax.data.video import VideoError, encode_jpeg, read_frames
 from xclip_jax.workers import BeamRunner, map_on_beam, run_jobs
@@ -30,11 +30,10 @@ class VideoFolder:
     A video file is found by its path below the folder and by its name, each also without its
     suffix and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with
     another suffix is found by its full name or path only. Symbolic links are followed, each folder
-    once.
-    `files` are the video files, sorted; if there is none, an InputError is raised.
+    once. `files` are the video files, sorted; if there is none, an InputError is raised.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: PathLike) -> None:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"no such folder of videos: {folder}")
@@ -45,9 +44,9 @@ class VideoFolder:
         for parent, folders, names in os.walk(folder, followlinks=True):
             if (real := os.path.realpath(parent)) in seen:  # links may form a cycle
                 folders.clear()
-                continue
+            else:
+                paths += [path for name in names if (path := Path(parent, name)).is_file()]
             seen.add(real)
-            paths += [path for name in names if (path := Path(parent, name)).is_file()]
         for path in sorted(paths):
             below = path.relative_to(folder)
             names = [path.name]
@@ -132,11 +131,9 @@ def extract(job: ClipJob) -> Outcome:
         except VideoError as error:
             return Outcome(str(error))
         jpegs = [encode_jpeg(frame) for frame in frames.frames]
-        content = {
-            "sizes": np.array([len(jpeg) for jpeg in jpegs]),
-            "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
-            "times": np.array(frames.times, np.float32),
-        }
+        content = {"sizes": np.array(list(map(len, jpegs)))}
+        content["jpegs"] = np.frombuffer(b"".join(jpegs), np.uint8)
+        content["times"] = np.array(frames.times, np.float32)
         digest = hashlib.sha256(b"".join(array.tobytes() for array in content.values())).hexdigest()
         content |= {"note": np.array(frames.note or ""), "digest": np.array(digest)}
         job.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +156,10 @@ def make_record(clip: Clip, cache: Path) -> dict[str, Any]:
         }
 
 
-def extract_all(
-    jobs: Sequence[ClipJob], folder: Path, beam_runner: BeamRunner | None = None
-) -> list[Outcome]:
+def extract_all(jobs: Sequence[ClipJob], folder: Path, beam: BeamRunner | None) -> list[Outcome]:
     """Runs `extract` on every job: in worker processes, or on Beam with a shared `folder`."""
-    if beam_runner is not None:
-        return [Outcome(*result) for result in map_on_beam(extract, jobs, folder, beam_runner)]
+    if beam is not None:
+        return [Outcome(*result) for result in map_on_beam(extract, jobs, folder, beam)]
     outcomes, failures = [Outcome(CRASHED)] * len(jobs), 0
 
     def store(index: int, outcome: Outcome | None) -> None:
@@ -214,8 +209,7 @@ def report_failures(
     pairs = zip(listing.clips, outcomes, strict=True)
     results = [(c.split, c.id, o.failure or o.note, not o.failure) for c, o in pairs]
     results += [(lost.detail, lost.id, lost.what, False) for lost in listing.lost.values()]
-    names = ("id", "reason", "kept")
-    entries = [dict(zip(names, values, strict=True)) for _, *values in results if values[1]]
+    entries = [{"id": i, "reason": r, "kept": kept} for _, i, r, kept in results if r]
     _write_lines(path, entries)
     failed = [entry for entry in entries if not entry["kept"]]
     total, partial = len(results), len(entries) - len(failed)
@@ -231,11 +225,10 @@ def report_failures(
         count = f"{len(failed)} of {total} clips failed" + (allowed if len(failed) < total else "")
         raise InputError(f"{count}; the first is {failed[0]['id']}: {failed[0]['reason']}{listed}")
     # A small split may fail completely within the failures allowed for all.
-    totals = collections.Counter(split for split, *_ in results)
-    failures = collections.Counter(split for split, *_, kept in results if not kept)
-    for split, count in failures.items():
-        if count / totals[split] > max_failures:
-            raise InputError(f"{count} of {totals[split]} {split} clips failed{allowed}{listed}")
+    for split, total in collections.Counter(split for split, *_ in results).items():
+        count = sum(not kept for name, *_, kept in results if name == split)
+        if count / total > max_failures:
+            raise InputError(f"{count} of {total} {split} clips failed{allowed}{listed}")
 
 
 def _write_lines(path: Path, entries: Iterable[Any]) -> None:

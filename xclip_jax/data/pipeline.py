@@ -51,19 +51,18 @@ class TrainingPairs:
         self, dataset: Dataset, split: str, captions: Literal["all", "random"], max_videos: int = 0
     ) -> None:
         self._clips = dataset.clips(split)
-        counts = dataset.captions_per_clip[split]
+        counts = dataset.captions_per_clip[split].tolist()
         chosen = np.random.default_rng(0).permutation(len(counts))[: max_videos or None]
-        self._videos = np.sort(chosen)
-        self._ends = np.cumsum(counts[self._videos])
-        self._all = captions == "all"
+        self._pairs: list[tuple[int, int | None]] = []
+        for video in sorted(chosen.tolist()):
+            numbers = range(counts[video]) if captions == "all" else [None]
+            self._pairs += [(video, caption) for caption in numbers]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._all else len(self._ends)
+        return len(self._pairs)
 
     def __getitem__(self, index: int) -> Pair:
-        place = int(np.searchsorted(self._ends, index, side="right")) if self._all else index
-        video = int(self._videos[place])
-        caption = index - int(self._ends[place]) if self._all else None  # counted from the last
+        video, caption = self._pairs[index]
         return self._clips[video], video, caption
 
 
@@ -121,11 +120,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    clips: Sequence[Record],
-    batch_size: int,
-    max_frames: int,
-    image_size: int,
-    part: slice = slice(None),
+    clips: Sequence[Record], batch_size: int, max_frames: int, image_size: int, part: slice
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[list[str]], list[str]]]:
     """Yields the clips in `part` of a split in order, in batches (the last may be smaller).
 

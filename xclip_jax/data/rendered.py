@@ -13,7 +13,6 @@ import functools
 import io
 import itertools
 import json
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ import av
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from xclip_jax.cli import InputError, progress, write_atomically
+from xclip_jax.cli import InputError, PathLike, progress, write_atomically
 from xclip_jax.data.annotations import Split
 from xclip_jax.workers import worker_pool
 
@@ -31,10 +30,8 @@ SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader 
 LAST = SECONDS - 1.0  # all motion ends here: a mirrored scene is mirrored around LAST / 2
 RECIPE = 2  # to be increased when the same seed gives other videos or captions
 
-COLOURS = {
-    **{"red": (215, 35, 35), "yellow": (240, 210, 30)},
-    **{"green": (30, 150, 50), "blue": (45, 70, 225)},
-}
+COLOURS = {"red": (215, 35, 35), "yellow": (240, 210, 30), "green": (30, 150, 50)}
+COLOURS |= {"blue": (45, 70, 225)}
 SHAPES = ("circle", "triangle", "cross")
 RADII = {"small": 0.15, "medium": 0.21, "large": 0.27}  # of the side; captions omit "medium"
 AXES = (("right", "left"), ("up", "down"), ("grow", "shrink"), ("still",))
@@ -88,12 +85,6 @@ class Scene:
     def kind(self) -> str:
         """'motion' for one object, 'order' for two objects at rest."""
         return "motion" if len(self.events) == 1 else "order"
-
-    @property
-    def combination(self) -> tuple:
-        """(colour, shape, motion) or the two objects, which occur in one split only."""
-        objects = tuple((event.colour, event.shape) for event in self.events)
-        return objects if self.kind == "order" else (*objects[0], self.events[0].motion)
 
 
 def mirror(scene: Scene) -> Scene:
@@ -233,7 +224,7 @@ def _render_background(background: tuple[int, int, int], noise: int) -> Float[np
     return np.clip(background + slopes / 2 + grain, 0, 255)
 
 
-def render_video(scene: Scene, path: str | os.PathLike) -> None:
+def render_video(scene: Scene, path: PathLike) -> None:
     """Writes the scene as an MP4 (H.264) file, atomically and with deterministic bytes."""
     # x264's macroblock tree reads uninitialised memory on such small frames: bytes would vary.
     options = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
@@ -277,10 +268,9 @@ def render_dataset(
                 missing[path] = scene
             line = {"video": path.name, "captions": scene.captions, "split": split}
             lines.append(json.dumps(line) + "\n")
-    with worker_pool(len(missing) // 8 + 1) as pool:
-        rendered = pool.map(render_video, missing.values(), missing, chunksize=8)
-        with progress(len(missing), "rendering videos", "clip") as bar:
-            for _ in rendered:
-                bar.update()
+    bar = progress(len(missing), "rendering videos", "clip")
+    with worker_pool(len(missing) // 8 + 1) as pool, bar:
+        for _ in pool.map(render_video, missing.values(), missing, chunksize=8):
+            bar.update()
     write_atomically(listing, "".join(lines))
     return folder

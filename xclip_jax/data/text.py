@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.cli import InputError, PathLike, first_line
 
 HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json"]
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -72,12 +72,12 @@ class Tokenizer:
         """Returns True if `text` is too long for max_words."""
         return len(self.encode(text)) > self.max_words - 2
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: PathLike) -> None:
         """Writes a folder in Hugging Face layout, which `load_tokenizer` reads."""
         self._backend.save_pretrained(folder)
 
 
-def load_tokenizer(path_or_hub_id: str | os.PathLike, max_words: int = 77) -> Tokenizer:
+def load_tokenizer(path_or_hub_id: PathLike, max_words: int = 77) -> Tokenizer:
     """Loads a CLIP tokenizer with W = `max_words` positions, or raises InputError.
 
     It is in a folder in Hugging Face layout, in a file such as bpe_simple_vocab_16e6.txt.gz,
@@ -88,8 +88,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, max_words: int = 77) -> To
         if folder.is_file():
             return _from_merges(_read_merges(folder), max_words)
         if not folder.is_dir():
-            # CLIPTokenizer would request each file separately, and without a network retry each for
-            # half a minute.
+            # CLIPTokenizer would, without a network, try each file for half a minute.
             try:
                 folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
             except Exception as error:
@@ -129,14 +128,10 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int = 77) -> Tokenizer:
     """Returns a CLIP tokenizer with merges learned from `texts`."""
     tokens = _byte_tokens()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,
-        min_frequency=2,
-        end_of_word_suffix="</w>",
-        initial_alphabet=tokens[:256],
-        special_tokens=tokens[256:],  # otherwise numbered in random order
-        show_progress=False,
-    )
+    # As an alphabet, those with "</w>" would be numbered in random order.
+    options: Any = {"initial_alphabet": tokens[:256], "special_tokens": tokens[256:]}
+    options |= {"end_of_word_suffix": "</w>", "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, **options)
     learner = CLIPTokenizer().backend_tokenizer
     learner.train_from_iterator(map(clean, texts), trainer)
     merges = [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]

@@ -25,14 +25,16 @@ from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from xclip_jax.cli import PathLike
+
 # swscale follows each frame's matrix (BT.601/709/2020; BT.601 if untagged, as in ffmpeg) and range.
 # Measured against the formula with 8 bits, its default is off by 1.1 levels on average, 3 at most,
 # and ten times as fast as the accurate mode (0.2); with more bits it is off by up to 4.
 _DEFAULT = Interpolation.BILINEAR
 _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNSPECIFIED_COLORSPACE = 2
-_SQUARE = Fraction(1)
-PathLike = str | os.PathLike
+ONE = Fraction(1)
+Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
 # Steps between time stamps outside these bounds, in seconds, are a restart (joined recordings) or
@@ -58,7 +60,7 @@ class Frames:
 
 
 def read_frames(
-    path: PathLike, image_size: int, *, start: float | None = None, end: float | None = None
+    path: PathLike, image_size: int, *, start: Seconds = None, end: Seconds = None
 ) -> Frames:
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
@@ -84,19 +86,17 @@ class VideoReader:
     count, end = 0, 0.0
     _error: Exception | None = None
 
-    def __init__(
-        self, path: PathLike, *, start: float | None = None, end: float | None = None
-    ) -> None:
+    def __init__(self, path: PathLike, *, start: Seconds = None, end: Seconds = None) -> None:
         self.path, self.start, self.until = path, start, end
 
     def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
         self.count, self._error = 0, None
         first = max(_seconds(self.start or 0.0), 0)
         last = math.inf if self.until is None else _seconds(self.until)
-        with _open(self.path) as (container, stream, second):
+        with _open(self.path) as (stream, second):
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             clock, shown, picture = _Clock(second, rate), None, None
-            frames = self._decode(container, stream, clock)
+            frames = self._decode(stream, clock)
             for ticks, frame in _choose_each_second(frames, first * second, last * second, second):
                 if picture is None or frame is not shown:
                     shown, picture = frame, _to_picture(frame, stream.sample_aspect_ratio)
@@ -113,10 +113,9 @@ class VideoReader:
                 self.note = f"far fewer frames than the header states ({counts})"
             self.end = float((clock.now + clock.period) / second)
 
-    def _decode(
-        self, container: InputContainer, stream: VideoStream, clock: "_Clock"
-    ) -> Iterator[Stamped]:
+    def _decode(self, stream: VideoStream, clock: "_Clock") -> Iterator[Stamped]:
         """Yields the frames in decoding order, up to an error."""
+        container: Any = stream.container
         # AVI stores decoding times only; with B-frames, the presentation times that FFmpeg derives
         # from them are out of order.
         stamp = "dts" if container.format.name == "avi" else "pts"
@@ -163,8 +162,8 @@ def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
 
     It seeks, which is inexact on files with invalid time stamps or indices: for display only.
     """
-    with _open(path) as (container, stream, ticks_per_second):
-        start, frame = stream.start_time or 0, None
+    with _open(path) as (stream, ticks_per_second):
+        container, start, frame = stream.container, stream.start_time or 0, None
         try:
             target = start + round(_seconds(second) * ticks_per_second)
             for origin in (target, start):
@@ -182,9 +181,7 @@ def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
 
 
 def preprocess(
-    image: Image.Image | UInt8[np.ndarray, "H W 3"],
-    image_size: int,
-    pixel_aspect: Fraction = _SQUARE,
+    image: Image.Image | UInt8[np.ndarray, "H W 3"], image_size: int, pixel_aspect: Fraction = ONE
 ) -> UInt8[np.ndarray, "S S 3"]:
     """Applies CLIP's preprocessing before normalisation: short side to S, bicubic, centre crop.
 
@@ -219,8 +216,8 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
 
 
 @contextlib.contextmanager
-def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream, Fraction]]:
-    """Opens a file and yields (container, video stream, its ticks per second)."""
+def _open(path: PathLike) -> Iterator[tuple[VideoStream, Fraction]]:
+    """Opens a file and yields (video stream, its ticks per second)."""
     av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     try:
         if os.path.getsize(path) == 0:
@@ -232,7 +229,7 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream, Fractio
     with container:
         stream = _video_stream(container)
         stream.codec_context.thread_count = 1  # callers run one process per core
-        yield container, stream, 1 / (stream.time_base or Fraction(1, 1_000_000))
+        yield stream, 1 / (stream.time_base or Fraction(1, 1_000_000))
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -296,7 +293,7 @@ def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
         frame.colorspace = _UNSPECIFIED_COLORSPACE
         image = frame.to_image(**options)
     # Values beyond these bounds are invalid header data.
-    aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else _SQUARE
+    aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else ONE
     # PyAV's rotation ignores mirroring: a negative determinant (ISO/IEC 14496-12, 6.2.2).
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:

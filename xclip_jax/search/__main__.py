@@ -8,6 +8,7 @@ Method and limits: docs/search.md.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
+from xclip_jax.data.annotations import read_text
 from xclip_jax.search import output
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.serve import serve
@@ -33,10 +35,8 @@ def run_index(args: argparse.Namespace) -> None:
         index = Index.open(args.index, args.model)
         for name, value in settings.items():
             if index.about[name] != value:
-                raise InputError(
-                    f"--{name}={value}: {args.index} was made with {index.about[name]}; "
-                    "omit the option or create another index"
-                )
+                problem = f"--{name}={value}: {args.index} was made with {index.about[name]}"
+                raise InputError(f"{problem}; omit the option or create another index")
     elif args.model is None:
         raise InputError(f"--model is required: there is no index in {args.index} yet")
     else:
@@ -73,15 +73,23 @@ def run_query(args: argparse.Namespace) -> None:
         raise InputError(f"--save_grid={picture}: must be a .png file in an existing folder")
     index = Index.open(args.index, args.model, args.candidates, args.rerank)
     if args.captions:
-        ranked = index.rank_captions(args.video, _read_lines(args.captions))
-        output.print_captions(ranked[: args.k], as_json=args.json)
+        ranked = index.rank_captions(args.video, _read_lines(args.captions))[: args.k]
+        if args.json:
+            output.print_json([{"caption": caption, "score": score} for caption, score in ranked])
+            return
+        print(f"{'rank':>4}  {'score':>7}  caption")
+        for rank, (caption, score) in enumerate(ranked, 1):
+            print(f"{rank:4}  {score:7.2f}  {caption}")
         return
     filters = {"path": args.path, "start": args.start, "end": args.end}
     if args.text is None:
         answer = index.similar(queries[0], args.k, **filters)
     else:
         answer = index.query(args.text, args.k, exhaustive=args.exhaustive, **filters)
-    output.print_answer(answer, as_json=args.json)
+    if args.json:
+        output.print_json(dataclasses.asdict(answer))
+    else:
+        output.print_answer(answer)
     if args.save_grid and answer.hits:
         title = args.text or os.path.basename(queries[0])
         output.draw_grid(picture, title, answer.hits, thumbnail=index.thumbnail)
@@ -105,7 +113,18 @@ def run_recall(args: argparse.Namespace) -> None:
     index = Index.open(args.index, args.model, args.candidates, args.rerank)
     lines = _read_lines(args.queries)[: args.sample] if args.queries else None
     result = output.measure_recall(index, lines or output.sample_sentences(args.sample))
-    output.print_recall(result, as_json=args.json)
+    if args.json:
+        output.print_json(result)
+        return
+    print(
+        f"{result['sentences']:,} sentences, {result['segments']:,} segments, funnel "
+        f"{result['candidates']:,} -> {result['rerank']:,}\n"
+        f"exhaustive first result in the funnel's first ten:  {result['top_1']:5.1f} %\n"
+        f"exhaustive first ten in the funnel's first ten:     {result['top_10']:5.1f} %\n"
+        f"{'milliseconds':16}{'p50':>8}{'p95':>8}"
+    )
+    for stage, times in result["milliseconds"].items():
+        print(f"{stage:16}{times['p50']:8.1f}{times['p95']:8.1f}")
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -117,13 +136,10 @@ def run_export(args: argparse.Namespace) -> None:
 
 def _read_lines(path: str) -> list[str]:
     """Returns the non-empty lines of a text file."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    if not any(lines):
+    lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
+    if not lines:
         raise InputError(f"{path}: contains no sentence")
-    return [line for line in lines if line]
+    return lines
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -132,13 +148,9 @@ def _make_parser() -> argparse.ArgumentParser:
 
     def add_command(run: Callable[..., None], *, opens_model: bool = True) -> Callable[..., Any]:
         """Adds the command of a function `run_...`, returns the function that adds its options."""
-        description = run.__doc__ or ""
-        command = commands.add_parser(
-            run.__name__.removeprefix("run_"),
-            help=description.splitlines()[0],
-            description=description,
-            allow_abbrev=True,
-        )
+        name, text = run.__name__.removeprefix("run_"), run.__doc__ or ""
+        texts: Any = {"help": text.splitlines()[0], "description": text}
+        command = commands.add_parser(name, allow_abbrev=True, **texts)
         command.set_defaults(run=run)
         add = command.add_argument
         add("--index", required=True, help="folder or bucket URI of the index")

@@ -16,7 +16,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from xclip_jax.checkpoint import model_folder
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, PathLike
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.retriever import Retriever, load
@@ -28,7 +28,6 @@ from xclip_jax.similarity import TextFeatures
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-AnyPath = str | os.PathLike
 Query = tuple[Funnel, TextFeatures]
 
 
@@ -53,8 +52,8 @@ class Index:
     @classmethod
     def open(
         cls,
-        location: AnyPath,
-        model: AnyPath | None = None,
+        location: PathLike,
+        model: PathLike | None = None,
         candidates: int = 5000,
         rerank: int = 200,
     ) -> "Index":
@@ -78,8 +77,8 @@ class Index:
     @classmethod
     def create(
         cls,
-        location: AnyPath,
-        model: AnyPath,
+        location: PathLike,
+        model: PathLike,
         *,
         segment_seconds: int = SEGMENT_SECONDS,
         shots: bool = False,
@@ -98,16 +97,11 @@ class Index:
             raise InputError(f"segment_seconds = {segment_seconds}: must be an integer >= 1")
         if precision not in PRECISIONS:
             raise InputError(f"precision = {precision!r}: must be {' or '.join(PRECISIONS)}")
-        retriever = load(model)
-        about = {
-            "model": os.path.abspath(model_folder(model)),
-            "fingerprint": fingerprint(retriever),
-            "max_frames": retriever.model.config.max_frames,
-            "embed_dim": retriever.model.config.embed_dim,
-            "segment_seconds": segment_seconds,
-            "shots": shots,
-            "precision": precision,
-        }
+        retriever, path = load(model), os.path.abspath(model_folder(model))
+        config = retriever.model.config
+        about = {"model": path, "fingerprint": fingerprint(retriever)}
+        about |= {"max_frames": config.max_frames, "embed_dim": config.embed_dim}
+        about |= {"segment_seconds": segment_seconds, "shots": shots, "precision": precision}
         return cls(Store.create(location, about))
 
     def __len__(self) -> int:
@@ -131,21 +125,18 @@ class Index:
         """
         original, expected = self.about["model"], self.about["fingerprint"]
         if self.model_name == original and not Path(original).is_dir():
-            raise InputError(
-                f"the model of {self.location} is no longer in {original}: set --model to its "
-                "new location"
-            )
+            problem = f"the model of {self.location} is no longer in {original}"
+            raise InputError(f"{problem}: set --model to its new location")
         retriever = load(self.model_name)
         actual = fingerprint(retriever)
         if actual != expected:
-            raise InputError(
-                f"{self.location} was made with the model {original} ({expected}), not with "
-                f"{self.model_name} ({actual}): vectors of different models cannot be compared"
-            )
+            models = f"the model {original} ({expected}), not with {self.model_name} ({actual})"
+            problem = f"{self.location} was made with {models}"
+            raise InputError(f"{problem}: vectors of different models cannot be compared")
         retriever.params = copy_to_local_devices(retriever.params)
         return retriever
 
-    def add(self, videos: AnyPath | Iterable[AnyPath], prune: bool = False) -> IndexingSummary:
+    def add(self, videos: PathLike | Iterable[PathLike], prune: bool = False) -> IndexingSummary:
         """Adds video files and the video files in folders and their subfolders.
 
         Unchanged files (same size and modification time) are skipped, changed ones are read again.
@@ -156,7 +147,7 @@ class Index:
         self.refresh()
         return summary
 
-    def remove(self, videos: AnyPath | Iterable[AnyPath]) -> int:
+    def remove(self, videos: PathLike | Iterable[PathLike]) -> int:
         """Removes files and all files below folders, and returns the number of removed segments."""
         self.refresh()
         num_before, videos = self.num_segments, _to_list(videos)
@@ -203,7 +194,7 @@ class Index:
         answers = self._funnel.search_exhaustively(snapshot, features, k, allowed)
         return [self._complete(a, encoding, text) for text, a in zip(texts, answers, strict=True)]
 
-    def similar(self, file: AnyPath, k: int = 10, **filters: Unpack[Filters]) -> Answer:
+    def similar(self, file: PathLike, k: int = 10, **filters: Unpack[Filters]) -> Answer:
         """Searches for segments similar to a video or image file, with the options of `query`.
 
         The score is a logit: the mean of video-video and video-frame similarity. Raises InputError
@@ -231,7 +222,7 @@ class Index:
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
         return dataclasses.replace(answer, hits=hits)
 
-    def rank_captions(self, video: AnyPath, captions: Sequence[str]) -> list[tuple[str, float]]:
+    def rank_captions(self, video: PathLike, captions: Sequence[str]) -> list[tuple[str, float]]:
         """Returns (caption, logit) of T sentences for one video file, best first."""
         text = self.retriever.encode_text(captions)
         scores_T = self.retriever.similarity(text, self.retriever.encode_video([video]))[:, 0]
@@ -312,5 +303,5 @@ class Index:
         return dataclasses.replace(answer, seconds=seconds, note=note)
 
 
-def _to_list(paths: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+def _to_list(paths: PathLike | Iterable[PathLike]) -> list[PathLike]:
+    return [paths] if isinstance(paths, PathLike) else list(paths)

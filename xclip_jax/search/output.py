@@ -1,6 +1,5 @@
 """Outputs of the command line: results as text or picture, embeddings, measured recall."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from xclip_jax.cli import InputError, atomic_file, progress
+from xclip_jax.cli import InputError, PathLike, atomic_file, progress
 from xclip_jax.data.video import VideoError, read_still
 from xclip_jax.report.canvas import BLUE, MUTED, Canvas, drawing_style
 from xclip_jax.search.funnel import Answer, Hit
@@ -55,11 +54,8 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1))
 
 
-def print_answer(answer: Answer, *, as_json: bool) -> None:
-    """Prints the results of a search as a table or as JSON."""
-    if as_json:
-        print_json(dataclasses.asdict(answer))
-        return
+def print_answer(answer: Answer) -> None:
+    """Prints the results of a search as a table."""
     if answer.note:
         print(f"note: {answer.note}", file=sys.stderr)
     if not answer.hits:
@@ -73,16 +69,6 @@ def print_answer(answer: Answer, *, as_json: bool) -> None:
     milliseconds = 1000 * sum(answer.seconds.values())
     text = f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms, including compilation"
     print(text, file=sys.stderr)
-
-
-def print_captions(ranked: Sequence[tuple[str, float]], *, as_json: bool) -> None:
-    """Prints captions with their scores as a table or as JSON."""
-    if as_json:
-        print_json([{"caption": caption, "score": score} for caption, score in ranked])
-        return
-    print(f"{'rank':>4}  {'score':>7}  caption")
-    for rank, (caption, score) in enumerate(ranked, 1):
-        print(f"{rank:4}  {score:7.2f}  {caption}")
 
 
 def format_time(seconds: float) -> str:
@@ -140,7 +126,7 @@ def draw_grid(
     canvas.figure.savefig(path)
 
 
-def export_segments(index: Index, path: str | os.PathLike) -> None:
+def export_segments(index: Index, path: PathLike) -> None:
     """Writes a .parquet or .npz file with one row per segment.
 
     Columns: id, path, size (bytes), mtime (ns), start, end (seconds), count, times (F seconds),
@@ -204,34 +190,15 @@ def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
         ids.append([hit.id for hit in answer])
     expected = index.query_exhaustively(texts)
     hits = [np.isin([hit.id for hit in best], own) for best, own in zip(expected, ids, strict=True)]
+    top_1, top_10 = np.mean([found[0] for found in hits]), np.mean(hits)
+    times = 1000 * np.percentile([list(row.values()) for row in seconds], (50, 95), axis=0)
+    pairs = zip(seconds[0], times.T.round(2).tolist(), strict=True)
     return {
         "sentences": len(texts),
         "segments": len(index),
         "candidates": index.candidates,
         "rerank": index.rerank,
-        "top_1": round(100 * float(np.mean([found[0] for found in hits])), 2),
-        "top_10": round(100 * float(np.mean(hits)), 2),
-        "milliseconds": {
-            stage: {
-                f"p{q}": round(1000 * float(np.percentile([s[stage] for s in seconds], q)), 2)
-                for q in (50, 95)
-            }
-            for stage in seconds[0]
-        },
+        "top_1": round(100 * float(top_1), 2),
+        "top_10": round(100 * float(top_10), 2),
+        "milliseconds": {stage: {"p50": p50, "p95": p95} for stage, (p50, p95) in pairs},
     }
-
-
-def print_recall(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Prints the result of `measure_recall` as text or as JSON."""
-    if as_json:
-        print_json(result)
-        return
-    print(
-        f"{result['sentences']:,} sentences, {result['segments']:,} segments, funnel "
-        f"{result['candidates']:,} -> {result['rerank']:,}\n"
-        f"exhaustive first result in the funnel's first ten:  {result['top_1']:5.1f} %\n"
-        f"exhaustive first ten in the funnel's first ten:     {result['top_10']:5.1f} %\n"
-        f"{'milliseconds':16}{'p50':>8}{'p95':>8}"
-    )
-    for stage, times in result["milliseconds"].items():
-        print(f"{stage:16}{times['p50']:8.1f}{times['p95']:8.1f}")

@@ -86,11 +86,11 @@ class Fields(BaseModel):
     @classmethod
     async def parse_json(cls, request: Request) -> "Fields":
         """Validates the JSON object in the body."""
-        body = b"".join([chunk async for chunk in _read_chunks(request, MAX_JSON_BYTES)])
-        try:
+        body, values = b"", None
+        async for chunk in _read_chunks(request, MAX_JSON_BYTES):
+            body += chunk
+        with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(body)
-        except (ValueError, RecursionError):
-            values = None
         if not isinstance(values, dict):
             raise InputError("the request is not a JSON object")
         return cls.parse(values)
@@ -126,11 +126,10 @@ def serve(
         if open_page:
             webbrowser.open(url)
         # `_handle_defect` logs errors. A video that is playing must not delay the shutdown.
-        config = uvicorn.Config(
-            app, log_level="critical", timeout_graceful_shutdown=1, server_header=False
-        )
+        options: Any = {"log_level": "critical", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(app, server_header=False, **options))
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
 def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> ASGIApp:
@@ -201,14 +200,10 @@ class _Api:
             tasks.cancel_scope.cancel()
 
     async def get_facts(self, request: Request) -> Response:
-        path = Path(self.index.model_name)
-        facts = {
-            "segments": self.index.num_segments,
-            "files": self.index.num_files,
-            "model": path.parent.name if path.name == "model" else path.name,
-            "max_upload_bytes": MAX_UPLOAD_BYTES,
-        }
-        return JSONResponse(facts)
+        index, path = self.index, Path(self.index.model_name)
+        model = path.parent.name if path.name == "model" else path.name
+        sizes = {"segments": index.num_segments, "files": index.num_files}
+        return JSONResponse({**sizes, "model": model, "max_upload_bytes": MAX_UPLOAD_BYTES})
 
     async def search(self, request: Request) -> Response:
         """Searches by a sentence: {text, k, path, start, end}."""

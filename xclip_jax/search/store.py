@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from xclip_jax.checkpoint import partial_folder
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, PathLike
 from xclip_jax.similarity import VideoFeatures
 
 FORMAT = 1  # increased when older indexes can no longer be read
@@ -43,27 +43,23 @@ class Store:
     `fingerprint`, `max_frames`, `embed_dim`, `segment_seconds`, `shots`, `precision`.
     """
 
-    def __init__(self, location: str | os.PathLike) -> None:
+    def __init__(self, location: PathLike) -> None:
         """Opens an index, or raises InputError if it is missing, corrupted or of another format."""
         self.location = _absolute(location)
         if not exists(self.location):
-            raise InputError(
-                f"no index in {self.location}: create one with "
-                "python -m xclip_jax.search index VIDEOS --model=DIR --index=DIR"
-            )
+            command = "python -m xclip_jax.search index VIDEOS --model=DIR --index=DIR"
+            raise InputError(f"no index in {self.location}: create one with {command}")
         with _readable(self.location):
             database = lancedb.connect(self.location)
             self._segments = database.open_table("segments")
             self._unreadable = database.open_table("unreadable")
             self.about: dict[str, Any] = json.loads(self._segments.schema.metadata[_METADATA_KEY])
         if self.about["format"] != FORMAT:
-            raise InputError(
-                f"{self.location} is an index of format {self.about['format']}, but this version "
-                f"reads format {FORMAT}: index the videos again"
-            )
+            problem = f"{self.location} is an index of format {self.about['format']}, not {FORMAT}"
+            raise InputError(f"{problem}, which this version reads: index the videos again")
 
     @classmethod
-    def create(cls, location: str | os.PathLike, about: Mapping[str, Any]) -> "Store":
+    def create(cls, location: PathLike, about: Mapping[str, Any]) -> "Store":
         """Creates an empty index atomically, or raises InputError if the folder has other files."""
         location = _absolute(location)
         in_folder = "://" not in location
@@ -252,7 +248,7 @@ class Snapshot:
                 yield pa.Table.from_batches([batch])
 
 
-def exists(location: str | os.PathLike) -> bool:
+def exists(location: PathLike) -> bool:
     """Returns True if there is an index, or raises InputError if a bucket cannot be accessed."""
     location = _absolute(location)
     if "://" not in location:
@@ -291,13 +287,12 @@ def _readable(location: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise InputError(
-            f"the index {location} cannot be read: {reason}; if it is corrupted, delete it and "
-            "index the videos again"
-        ) from error
+        problem = f"the index {location} cannot be read: {reason}"
+        advice = "if it is corrupted, delete it and index the videos again"
+        raise InputError(f"{problem}; {advice}") from error
 
 
-def _absolute(location: str | os.PathLike) -> str:
+def _absolute(location: PathLike) -> str:
     location = str(location)
     return location if "://" in location else os.path.abspath(location)
 
