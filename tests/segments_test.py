@@ -89,7 +89,7 @@ def test_segments_end_at_shot_changes(tmp_path):
 def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
     class Reader:
         def __iter__(self):
-            picture = video.Picture(Image.new("RGB", (8, 8)), 1)
+            picture = video.Picture(Image.new("RGB", (8, 8)), Fraction(1))
             yield from ((float(second), picture) for second in range(9))
 
     cut = [(start, len(p)) for start, *_, p in _cut(Reader(), 8, 30, [3.5, 4.2, 5.0, 7.1])]

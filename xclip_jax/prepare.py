@@ -186,10 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if getattr(args, name) is None:
                 raise InputError(f"--{name} is required with --dataset={args.dataset}")
         runner = parse_beam_flags(args.beam_runner, args.beam_options) if args.beam_runner else None
-        names = ("dataset", "image_size", "max_seconds", "max_failures")
-        options = {name: getattr(args, name) for name in names}
-        options |= {"variant": args.split, "beam_runner": runner}
-        prepare(args.annotations, args.videos, args.output, **options)
+        options = vars(args) | {"variant": args.split, "beam_runner": runner}
+        del options["split"], options["beam_options"]
+        prepare(**options)
 
 
 if __name__ == "__main__":

@@ -140,9 +140,7 @@ def parse_beam_flags(name: str, options: str) -> BeamRunner:
     return name, PipelineOptions(options.split())
 
 
-def map_on_beam(
-    function: Function, items: Sequence[Any], folder: Path, beam_runner: BeamRunner
-) -> list[Any]:
+def map_on_beam(function: Function, items: Sequence[Any], folder: Path, runner: BeamRunner) -> list:
     """Returns function(item) for every item in order, computed on Apache Beam.
 
     The machines share `folder`, under the same path, and write their results into it. `function`
@@ -153,15 +151,15 @@ def map_on_beam(
     prefix = folder / "beam_results"
     for old in folder.glob(f"{prefix.name}-*"):
         old.unlink()
-    runner, options = beam_runner
+    name, options = runner
     try:
-        with beam.Pipeline(runner=runner, options=options) as stages:
+        with beam.Pipeline(runner=name, options=options) as stages:
             numbered = stages | beam.Create(list(enumerate(items)))
             spread = numbered | beam.Reshuffle()  # else the runner may fuse them into one bundle
             lines = spread | beam.MapTuple(lambda index, item: json.dumps([index, function(item)]))
             _ = lines | beam.io.WriteToText(str(prefix))
     except Exception as error:  # runners may raise any exception
-        raise InputError(f"Apache Beam's {runner} failed: {first_line(error)}") from error
+        raise InputError(f"Apache Beam's {name} failed: {first_line(error)}") from error
     results = {}
     for path in folder.glob(f"{prefix.name}-*"):
         results.update(map(json.loads, path.read_text().splitlines()))

@@ -257,6 +257,8 @@ def read_captions(annotations: PathLike) -> Listing:
         raise InputError(f"{path} is a folder; --annotations must be the captions file itself")
     clips: dict[str, Clip] = {}
     for where, item in _read_items(path):
+        if not isinstance(item, dict):
+            raise InputError(f"{where}: must be an object with 'video' and 'caption' or 'captions'")
         clip = _parse_clip(where, item)
         known = clips.setdefault(clip.id, clip)
         if known.split != clip.split:
@@ -310,8 +312,6 @@ def _parse_clip(where: str, item: Any) -> Clip:
         if not valid:
             raise InputError(f"{where}: field {field!r}: {problem}")
 
-    if not isinstance(item, dict):
-        raise InputError(f"{where}: must be an object with 'video' and 'caption' or 'captions'")
     _check_fields(where, list(item))
     video, split = item.get("video"), item.get("split", "train")
     check(_is_text(video), "video", "missing or not a file name")

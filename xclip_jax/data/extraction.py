@@ -124,7 +124,7 @@ def extract(job: ClipJob) -> Outcome:
         return Outcome(f"no video file found for {job.clip.video!r}")
     if job.cache.is_file():
         with np.load(job.cache) as arrays:
-            content = {name: arrays[name] for name in ("sizes", "note", "digest")}
+            content: Any = {name: arrays[name] for name in ("sizes", "note", "digest")}
     else:
         try:
             frames = read_frames(job.path, job.image_size, start=job.clip.start, end=job.end)
@@ -148,12 +148,9 @@ def make_record(clip: Clip, cache: Path) -> dict[str, Any]:
     with np.load(cache) as arrays:
         ends = np.cumsum(arrays["sizes"])
         jpegs = arrays["jpegs"].tobytes()
-        return {
-            "id": clip.id,
-            "captions": list(clip.captions),
-            "frames": [jpegs[e - n : e] for e, n in zip(ends, arrays["sizes"], strict=True)],
-            "times": arrays["times"],
-        }
+        frames = [jpegs[e - n : e] for e, n in zip(ends, arrays["sizes"], strict=True)]
+        record = {"id": clip.id, "captions": list(clip.captions)}
+        return record | {"frames": frames, "times": arrays["times"]}
 
 
 def extract_all(jobs: Sequence[ClipJob], folder: Path, beam: BeamRunner | None) -> list[Outcome]:

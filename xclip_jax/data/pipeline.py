@@ -101,16 +101,11 @@ def training_batches(
         if caption is None:
             caption = int(rng.integers(len(record["captions"])))
         text = record["captions"][caption].decode()
-        ids_1xW, mask_1xW = tokenizer([text])
+        (ids_W,), (mask_W,) = tokenizer([text])
         frames, frame_mask = load_frames(record, max_frames, image_size)
-        return {
-            "ids": ids_1xW[0],
-            "text_mask": mask_1xW[0],
-            "frames": frames,
-            "frame_mask": frame_mask,
-            "video": np.int32(video),
-            "truncated": np.bool_(tokenizer.is_truncated(text)),
-        }
+        is_truncated = np.bool_(tokenizer.is_truncated(text))
+        fields = {"ids": ids_W, "text_mask": mask_W, "truncated": is_truncated}
+        return fields | {"frames": frames, "frame_mask": frame_mask, "video": np.int32(video)}
 
     pairs_per_epoch = steps_per_epoch(pairs, batch_size) * batch_size
     stream = grain.MapDataset.source(pairs).seed(seed).shuffle()[:pairs_per_epoch].repeat()

@@ -50,13 +50,10 @@ MOTION_WORDS = {
     "shrink": ("shrinks", "gets smaller", "becomes smaller"),
     "still": ("stays still", "does not move", "stays in place"),
 }
-TEMPLATES = {
-    "motion": ("{a} {does_a}", "there is {a} that {does_a}", "in this clip {a} {does_a}"),
-    "order": (
-        *("first {a} appears, then {b}", "{a} is shown and then {b}"),
-        *("{a} is replaced by {b}", "{a} gives way to {b}"),
-    ),
-}
+TEMPLATES: dict[str, tuple[str, ...]] = {}
+TEMPLATES["motion"] = ("{a} {does_a}", "there is {a} that {does_a}", "in this clip {a} {does_a}")
+TEMPLATES["order"] = ("first {a} appears, then {b}", "{a} is shown and then {b}")
+TEMPLATES["order"] += ("{a} is replaced by {b}", "{a} gives way to {b}")
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
     It seeks, which is inexact on files with invalid time stamps or indices: for display only.
     """
     with _open(path) as (stream, ticks_per_second):
-        container, start, frame = stream.container, stream.start_time or 0, None
+        container: Any = stream.container
+        start, frame = stream.start_time or 0, None
         try:
             target = start + round(_seconds(second) * ticks_per_second)
             for origin in (target, start):

@@ -105,7 +105,7 @@ def run_serve(args: argparse.Namespace) -> None:
     """
     index = Index.open(args.index, args.model, args.candidates, args.rerank)
     index.warm_up()
-    serve(index, args.host, args.port, open_page=args.open)
+    serve(index, args.host, args.port, browse=args.open)
 
 
 def run_recall(args: argparse.Namespace) -> None:

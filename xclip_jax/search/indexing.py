@@ -191,13 +191,9 @@ class _Writer:
             self.failed.append({**file_fields, "reason": problem})
         for segment, frames_FxSxSx3 in zip(segments, load_frames(job, segments), strict=False):
             key = repr((job.path, size, mtime, segment.start)).encode()
-            row = {
-                "id": hashlib.blake2b(key, digest_size=8).hexdigest(),
-                **file_fields,
-                **vars(segment),
-                "times": segment.times + [0.0] * (job.max_frames - len(segment.times)),
-                "count": len(segment.times),
-            }
+            row = {"id": hashlib.blake2b(key, digest_size=8).hexdigest(), **file_fields}
+            row |= {**vars(segment), "count": len(segment.times)}
+            row["times"] = segment.times + [0.0] * (job.max_frames - len(segment.times))
             self.batch.append((row, frames_FxSxSx3))
             if len(self.batch) == self.batch_size:
                 self.encode()

@@ -96,9 +96,7 @@ def play(hit: Hit) -> None:
 
 
 @drawing_style()
-def draw_grid(
-    path: str | Path, title: str, hits: Sequence[Hit], *, thumbnail: Callable[[str], bytes]
-) -> None:
+def draw_grid(path: Path, title: str, hits: list[Hit], thumbnail: Callable[[str], bytes]) -> None:
     """Writes a .png with the frame at the best second of each hit, of which there must be one.
 
     `thumbnail` returns the JPEG of a segment id, for files that can no longer be read.
@@ -193,12 +191,8 @@ def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
     top_1, top_10 = np.mean([found[0] for found in hits]), np.mean(hits)
     times = 1000 * np.percentile([list(row.values()) for row in seconds], (50, 95), axis=0)
     pairs = zip(seconds[0], times.T.round(2).tolist(), strict=True)
-    return {
-        "sentences": len(texts),
-        "segments": len(index),
-        "candidates": index.candidates,
-        "rerank": index.rerank,
-        "top_1": round(100 * float(top_1), 2),
-        "top_10": round(100 * float(top_10), 2),
-        "milliseconds": {stage: {"p50": p50, "p95": p95} for stage, (p50, p95) in pairs},
-    }
+    milliseconds = {stage: {"p50": p50, "p95": p95} for stage, (p50, p95) in pairs}
+    sizes = {"sentences": len(texts), "segments": len(index)}
+    sizes |= {"candidates": index.candidates, "rerank": index.rerank}
+    recall = {"top_1": round(100 * float(top_1), 2), "top_10": round(100 * float(top_10), 2)}
+    return {**sizes, **recall, "milliseconds": milliseconds}

@@ -96,9 +96,7 @@ class Fields(BaseModel):
         return cls.parse(values)
 
 
-def serve(
-    index: Index, host: str = "127.0.0.1", port: int = 7870, *, open_page: bool = False
-) -> None:
+def serve(index: Index, host: str = "127.0.0.1", port: int = 7870, *, browse: bool = False) -> None:
     """Serves the page until Ctrl-C, or raises InputError if it cannot listen on the port.
 
     Args:
@@ -106,7 +104,7 @@ def serve(
         host: name or address to listen on. There is no password: an address that other machines can
             reach is open to all of them.
         port: 0 for any free port.
-        open_page: True to open the page in this machine's browser.
+        browse: True to open the page in this machine's browser.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -123,7 +121,7 @@ def serve(
             print("no password: everyone who can reach this address can search and watch")
         print(f"search page: {url}  (stop with Ctrl-C)", flush=True)
         app = make_app(index, (*LOCAL_HOSTS, host) if local else ("*",))
-        if open_page:
+        if browse:
             webbrowser.open(url)
         # `_handle_defect` logs errors. A video that is playing must not delay the shutdown.
         options: Any = {"log_level": "critical", "timeout_graceful_shutdown": 1}

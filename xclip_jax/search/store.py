@@ -162,9 +162,8 @@ class Snapshot:
         table.checkout(self.version)
         self._location, self._table = store.location, table
         self._max_frames, dim = store.about["max_frames"], store.about["embed_dim"]
-        self._vector_index = faiss.IndexScalarQuantizer(
-            dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
+        kinds = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+        self._vector_index = faiss.IndexScalarQuantizer(dim, *kinds)
         # Allocated once: growing by doubling would copy. The first `add` starts at row 0.
         codes = self._vector_index.codes
         codes.resize(table.count_rows() * self._vector_index.code_size)
@@ -264,7 +263,7 @@ def unit_vectors(vectors: Float[np.ndarray, "*rows D"]) -> Float[np.ndarray, "*r
 
 
 def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
-    number = {"float32": pa.float32(), "float16": pa.float16()}[about["precision"]]
+    number = pa.from_numpy_dtype(about["precision"])
     dim, max_frames = about["embed_dim"], about["max_frames"]
     fields = [
         ("id", pa.string()),
