@@ -102,7 +102,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("kill_after", [1, 3, 4, 7, 11])
+@pytest.mark.parametrize(
+    "kill_after", [3, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 11))]
+)
 def test_resume_matches_uninterrupted_run(finished, tmp_path, monkeypatch, kill_after):
     config, whole = finished
 
