@@ -337,15 +337,8 @@ def _draw_bars(figure: Figure, table: Table) -> None:
     for (way, label), shift, fill in zip(DIRECTIONS.items(), (-0.2, 0.2), _FILLS, strict=True):
         stats = {k + shift: r.stats[way]["R@1"] for k, r in enumerate(table.rows) if way in r.stats}
         means, lengths = _means_with_intervals(stats.values())
-        style = {
-            "ec": INK,
-            "linewidth": 0.8,
-            "ecolor": INK,
-            "error_kw": _CAPS,
-            "label": label,
-            **fill,
-        }
-        axes.barh(list(stats), means, 0.36, xerr=lengths, **style)
+        style = {"ec": INK, "ecolor": INK, "linewidth": 0.8, "error_kw": _CAPS} | fill
+        axes.barh(list(stats), means, 0.36, xerr=lengths, label=label, **style)
         for y, stat in stats.items():
             if stat.std is not None:
                 y_S = [y] * len(stat.seeds)
