@@ -39,7 +39,9 @@ def finished(data, tmp_path_factory):
     """Returns (config, work directory) of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished")
     config = tiny.make_config(data, epochs=4, checkpoint_every=2)
-    train.train(config, workdir)
+    profiled = config.copy_and_resolve_references()
+    profiled.log.update(profile_from=2, profile_to=3)
+    train.train(profiled, workdir)
     return config, workdir
 
 
@@ -280,6 +282,7 @@ def test_large_arrays_are_split_along_their_largest_divisible_axis():
     assert sharding.split_spec((512, 1024), 1) == PartitionSpec()
 
 
+@pytest.mark.slow  # tests/scale_test.py compares meshes without a resume
 def test_resume_on_another_mesh_matches_within_rounding(data, tmp_path, monkeypatch):
     """mesh, micro_batch and block_cells are free fields."""
     monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
@@ -302,8 +305,5 @@ def test_resume_on_another_mesh_matches_within_rounding(data, tmp_path, monkeypa
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_profile_is_written(data, tmp_path):
-    config = tiny.make_config(data, epochs=1)
-    config.log.update(profile_from=2, profile_to=3)
-    train.train(config, tmp_path)
-    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+def test_profile_is_written(finished):
+    assert list(finished[1].glob("plugins/profile/*/*.xplane.pb"))
