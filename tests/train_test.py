@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import xclip_jax
 from xclip_jax import distributed, evaluate, sharding, train
@@ -189,6 +189,24 @@ def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):
     step, found = restore_checkpoint(checkpoints, state, best=True)
     assert (step, found["x"][0]) == (3, 3)
     assert "checkpoint 1 is corrupted, using 3: it contains NaN" in caplog.text
+    checkpoints.close()
+
+
+def test_checkpoint_is_restored_to_another_mesh(tmp_path):
+    mesh = sharding.make_mesh(1, 2)
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    whole, single = sharding.replicated(mesh), SingleDeviceSharding(jax.devices()[1])
+    state = {"x": jax.device_put(np.arange(8.0), split), "y": jax.device_put(np.ones(3), whole)}
+    checkpoints = open_checkpoints(tmp_path)
+    save_checkpoint(checkpoints, 1, state)
+    for target in (split, whole, single):
+        like = {
+            "x": jax.ShapeDtypeStruct((8,), state["x"].dtype, sharding=target),
+            "y": jax.ShapeDtypeStruct((3,), state["y"].dtype, sharding=whole),
+        }
+        _, found = restore_checkpoint(checkpoints, like)
+        assert found["x"].tolist() == list(range(8))
+        assert found["x"].sharding == target
     checkpoints.close()
 
 
