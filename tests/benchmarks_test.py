@@ -49,7 +49,7 @@ def run_main(monkeypatch, config, workdir, fields):
     """Runs the command in this process."""
     overrides = (f"--config.{field}={value}" for field, value in fields.items())
     argv = [f"--config={ROOT / 'configs'}/{config}", f"--workdir={workdir}", *overrides]
-    monkeypatch.setattr(main, "connect", lambda *_: None)  # JAX is already initialised
+    monkeypatch.setattr(main.distributed, "connect", lambda *_: None)  # JAX is already initialised
     main.main(argv)
     return json.loads((workdir / "results.json").read_text())
 
