@@ -315,7 +315,7 @@ def test_invalid_hugging_face_folders_are_refused(tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match="not valid JSON"):
             convert(folder, tmp_path / "model")
-    with pytest.raises(InputError, match=r"pass the folder that also holds config.json"):
+    with pytest.raises(InputError, match=r"pass the folder that also has config.json"):
         convert(folder / "model.safetensors", tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"not one")
     (folder / "config.json").write_text('{"model_type": "clip"}')

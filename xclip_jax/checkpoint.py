@@ -87,10 +87,7 @@ def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tu
     Corrupted ones, with files that are missing or unreadable or contain NaN or infinite numbers,
     are skipped; those newer than the newest intact one are deleted. Of equally good checkpoints the
     newest is returned. `like` is a tree of arrays or ShapeDtypeStructs with the shardings to
-    restore to.
-
-    Raises:
-        InputError: no checkpoint can be restored; all remain on disk.
+    restore to. Raises InputError if no checkpoint can be restored; all remain on disk.
     """
     manager.wait_until_finished()
     scores = dict.fromkeys(manager.all_steps(), UNSCORED)
@@ -197,8 +194,7 @@ def save_model(
 def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokenizer | None]:
     """Reads a model directory: content of model.json, linen module, parameters, tokenizer if any.
 
-    Raises:
-        InputError: the directory is missing or corrupted.
+    Raises InputError if the directory is missing or corrupted.
     """
     directory = Path(directory).absolute()
     file, folder = directory / "model.json", directory / "params"
@@ -251,9 +247,8 @@ def check_same_run(
 ) -> None:
     """Checks that a work directory's run has the same config and data, except FREE_FIELDS.
 
-    Raises:
-        InputError: config.json is corrupted or of another run. The message names the fields and
-            the command-line option that sets `workdir`.
+    Raises InputError if config.json is corrupted or of another run. The message names the fields
+    and the command-line option that sets `workdir`.
     """
     path = workdir / "config.json"
     try:

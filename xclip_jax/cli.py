@@ -97,8 +97,7 @@ def parse_with_config(
 ) -> tuple[argparse.Namespace, Any, dict[str, Any]]:
     """Returns (arguments, config, {field: value}) of a command line with --config.FIELD=VALUE.
 
-    Raises:
-        InputError: the config file fails, or an argument or a field is unknown or malformed.
+    Raises InputError if the config file fails, or an argument or a field is unknown or malformed.
     """
     text = "a file of configs/, with its argument after a colon; --config.a.b=value sets a field"
     parser.add_argument("--config", required=True, metavar="FILE", help=text)
@@ -118,9 +117,7 @@ def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
     """Returns what a function in a user's Python file returns.
 
     `option` is the command-line option that names the file. Text after a colon is one more input.
-
-    Raises:
-        InputError: the file is missing or raises an exception; the message names the line.
+    Raises InputError if the file is missing or raises an exception; the message names the line.
     """
     path, _, argument = file.partition(":")
     if not Path(path).is_file():

@@ -39,8 +39,7 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
         topology: generation and shape of a TPU slice, such as v4:2x2x2, v5e:2x4, v5p:2x2x1 or
             v6e:4x4; "": the devices of this machine.
 
-    Raises:
-        InputError: the topology does not exist, or libtpu is not installed.
+    Raises InputError if the topology does not exist, or libtpu is not installed.
     """
     devices = None
     if topology:

@@ -169,8 +169,7 @@ def get_config(section: Any = Config()) -> Any:
 def validate(config: RunConfig) -> None:
     """Checks the types and values of all fields.
 
-    Raises:
-        InputError: names the first wrong field, its value and what is allowed.
+    Raises InputError that names the first wrong field, its value and what is allowed.
     """
     for field, is_valid, allowed in itertools.chain(_check_types(config), _check_sizes(config)):
         if not is_valid:
@@ -252,8 +251,7 @@ def benchmark(
             release's scripts for ViT-B/32 and ViT-B/16.
         max_words, max_frames: as in config.model.
 
-    Raises:
-        InputError: a word is unknown, or two words are of the same kind.
+    Raises InputError if a word is unknown, or two words are of the same kind.
     """
     kinds = [tuple(BACKBONES), tuple(PRESETS), DATASETS[dataset].variants or ("",)]
     words = [word for word in arguments.split(",") if word]

@@ -31,10 +31,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     """Connects to the other processes, if any, before every other use of JAX.
 
     `coordinator` is HOST:PORT of the first process. Without the three arguments, processes are
-    detected on a cluster (Cloud TPU, GKE, SLURM, MPI), else there is one.
-
-    Raises:
-        InputError: only some of the three are set, or one is out of range.
+    detected on a cluster (Cloud TPU, GKE, SLURM, MPI), else there is one. Raises InputError if only
+    some of the three are set, or one is out of range.
     """
     arguments = coordinator, num_processes, process_id
     if coordinator is not None and num_processes is not None and process_id is not None:

@@ -22,7 +22,8 @@ from xclip_jax.distributed import gather_objects, is_first_process
 from xclip_jax.models import ModelConfig
 from xclip_jax.monitor import read_metrics
 from xclip_jax.paper import paper_results
-from xclip_jax.report import WordFrameAttention, format_table, write_report
+from xclip_jax.report import format_table, write_report
+from xclip_jax.report.figures import WordFrameAttention
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
@@ -48,10 +49,8 @@ class Evaluation:
 def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     """Evaluates the model of a work directory and returns the content of results.json.
 
-    The first process prints the results and writes them with the report.
-
-    Raises:
-        InputError: there is no model yet, or it does not fit the data.
+    The first process prints the results and writes them with the report. Raises InputError if there
+    is no model yet, or it does not fit the data.
     """
     workdir = Path(workdir)
     retriever = load(workdir / "model")
@@ -105,10 +104,8 @@ def evaluate_split(
 ) -> Evaluation:
     """Encodes every caption and video of a split once and compares all with all.
 
-    Each process encodes a part of the clips and compares their captions with all videos.
-
-    Raises:
-        InputError: there are fewer clips than processes.
+    Each process encodes a part of the clips and compares their captions with all videos. Raises
+    InputError if there are fewer clips than processes.
     """
     clips, size = dataset.clips(split), config.eval.batch_size
     index, processes = jax.process_index(), jax.process_count()

@@ -39,8 +39,8 @@ def start_from_clip(
     Returns:
         (params, rows): a row is (part, number of parameters, source).
 
-    Raises:
-        InputError: there is no model, or its towers have other sizes; all differences are named.
+    Raises InputError if there is no model, or its towers have other sizes; all differences are
+    named.
     """
     _, model, source, _ = load_model(model_folder(directory))
     fields = [f"vision.{name}" for name in ("patch_size", "width", "layers", "heads")]

@@ -14,15 +14,14 @@ RankCounts = tuple[Ranks, Ranks]  # (better, equal), see rank_counts
 Scores = Shaped[np.ndarray, "Q G"]
 Similarities = Shaped[np.ndarray, "T V"]
 TextVideo = Int[np.ndarray, " T"]  # index of each text's video
+Metrics = dict[str, dict[str, float]]  # by direction and name
 
 
 def rank_counts(scores_QxG: Scores, correct_Q: Ranks) -> RankCounts:
     """Returns (better, equal), the numbers of items above and equal to each query's correct one.
 
-    Higher scores of the Q queries with the G gallery items are better.
-
-    Raises:
-        ValueError: a score is NaN or infinite (a NaN would count as a perfect rank).
+    Higher scores of the Q queries with the G gallery items are better. Raises ValueError if a score
+    is NaN or infinite (a NaN would count as a perfect rank).
     """
     if not np.isfinite(scores_QxG).all():
         raise ValueError("similarities contain NaN or infinite values")
@@ -47,9 +46,7 @@ def summarize(better_Q: Ranks, equal_Q: Ranks) -> dict[str, float]:
     return {**recalls, "MdR": float(np.median(ranks_Q)), "MnR": float(ranks_Q.mean())}
 
 
-def retrieval_metrics(
-    sim_TxV: Similarities, text_video_T: TextVideo
-) -> dict[str, dict[str, float]]:
+def retrieval_metrics(sim_TxV: Similarities, text_video_T: TextVideo) -> Metrics:
     """Returns {"text_to_video": metrics, "video_to_text": metrics}, see `summarize`."""
     counts = retrieval_counts(sim_TxV, text_video_T)
     return {way: summarize(*both) for way, both in counts.items()}
@@ -71,8 +68,7 @@ def retrieval_counts(sim_TxV: Similarities, text_video_T: TextVideo) -> dict[str
 def best_caption_scores(sim_TxV: Similarities, text_video_T: TextVideo) -> np.ndarray:
     """Returns V x V scores of each video (row) with each candidate video's best-scoring caption.
 
-    Raises:
-        ValueError: a video has no caption.
+    Raises ValueError if a video has no caption.
     """
     num_videos = sim_TxV.shape[1]
     if set(text_video_T.tolist()) != set(range(num_videos)):

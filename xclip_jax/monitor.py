@@ -13,6 +13,7 @@ import jax
 from xclip_jax.cli import InputError, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.distributed import is_first_process
+from xclip_jax.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
 Schedule = Callable[..., Any]  # learning rate by step
@@ -61,8 +62,7 @@ class Monitor(contextlib.ExitStack):
     def flush(self) -> None:
         """Logs the metrics that are still on the device.
 
-        Raises:
-            InputError: the loss or the gradient is NaN or infinite.
+        Raises InputError if the loss or the gradient is NaN or infinite.
         """
         if self._pending is None:
             return
@@ -86,9 +86,7 @@ class Monitor(contextlib.ExitStack):
             values["truncated_captions"] = self._truncated
             self._write(step, {f"train/{name}": value for name, value in values.items()})
 
-    def log_validation(
-        self, step: int, split: str, metrics: Mapping[str, Mapping[str, float]]
-    ) -> float:
+    def log_validation(self, step: int, split: str, metrics: Metrics) -> float:
         """Logs the metrics of a split and returns the mean R@1 of both directions, in percent."""
         scalars = {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
         self._write(step, scalars)

@@ -59,7 +59,11 @@ def prepare(
     if not clips:
         raise InputError(f"{annotations}: no id has captions; {DATASETS[dataset].download}")
     paths = [folder.locate(clip.video, is_path=dataset == "captions") for clip in clips]
-    _check_names(listing, paths)
+    names: dict[Any, str] = {}
+    for clip, path in zip(clips, paths, strict=True):
+        if (name := names.setdefault(path or clip.video, clip.video)) != clip.video:
+            both = f"{name!r} and {clip.video!r}"
+            raise InputError(f"videos {both} are the same file {path}: use the same name for both")
     request = {"dataset": dataset, "variant": variant, "image_size": settings.image_size}
     request["max_seconds"] = settings.max_seconds
     files = [path and (path.name, path.stat().st_size) for path in paths]
@@ -120,16 +124,6 @@ def _read_annotations(old: DatasetSettings, annotations: Path) -> tuple[DatasetS
     changes = {"variant": "".join(chosen), "paragraphs": listing.paragraphs}
     expected = listing.expected or dict(listing.counts())
     return dataclasses.replace(old, expected=expected, **changes), listing
-
-
-def _check_names(listing: Listing, paths: Sequence[Path | None]) -> None:
-    """Raises InputError if two names, such as a.mp4 and a, refer to the same file."""
-    names: dict[Any, str] = {}
-    for clip, path in zip(listing.clips, paths, strict=True):
-        name = names.setdefault(path or clip.video, clip.video)
-        if name != clip.video:
-            both = f"{name!r} and {clip.video!r}"
-            raise InputError(f"videos {both} are the same file {path}: use the same name for both")
 
 
 def _is_prepared(output: Path, request: dict[str, Any]) -> bool:

@@ -21,8 +21,7 @@ SPLIT_SIZE = 1 << 16  # smallest number of elements of an array that is split ov
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of data x fsdp of the devices (by default all), see MeshConfig.
 
-    Raises:
-        InputError: the sizes do not fit the devices.
+    Raises InputError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     available = len(devices)

@@ -202,15 +202,15 @@ def granular_similarity(
     frames_FxV = jnp.asarray(video.mask if frames_VxF is None else frames_VxF).T
     matrices = matrices or {}
     outer: Any = aggregation.partition("-")[0]
-    similarities: dict[Granularity, Array] = {}
+    sim: dict[Granularity, Array] = {}
 
     def reduce(name: Granularity, scores: Array, mask: Array, axis: int) -> None:
         options = {"tau": tau, "matrix": matrices.get(name)}
-        similarities[name] = aggregate(scores, mask, axis, outer, **options)
+        sim[name] = aggregate(scores, mask, axis, outer, **options)
 
     if "video_sentence" in granularities:  # Eq. 3
         sentence_TxD = _transform(text.sentence, matrices.get("video_sentence"))
-        similarities["video_sentence"] = _dot("td,vd->tv", sentence_TxD, video.video)
+        sim["video_sentence"] = _dot("td,vd->tv", sentence_TxD, video.video)
     if "video_word" in granularities:  # Eq. 4, 8
         scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
         reduce("video_word", scores_WxTxV, words_WxT[:, :, None], 0)
@@ -221,10 +221,8 @@ def granular_similarity(
         words_TxWxD = _transform(text.words, matrices.get("frame_word"))
         cells_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
         options = {"aggregation": aggregation, "tau": tau, "matrices": matrices}
-        similarities["frame_word"] = aggregate_matrix(
-            cells_WxTxFxV, words_WxT, frames_FxV, **options
-        )
-    return similarities
+        sim["frame_word"] = aggregate_matrix(cells_WxTxFxV, words_WxT, frames_FxV, **options)
+    return sim
 
 
 def word_frame_attention(

@@ -48,9 +48,8 @@ class TrainState:
 def train(config: RunConfig, workdir: str | Path) -> None:
     """Trains, or resumes training, and writes the selected weights to `workdir`/model.
 
-    Raises:
-        InputError: the config does not fit the data, the devices or the work directory, or the loss
-            became NaN or infinite.
+    Raises InputError if the config does not fit the data, the devices or the work directory, or the
+    loss became NaN or infinite.
     """
     workdir = Path(workdir)
     setup = Setup(config)
@@ -169,10 +168,8 @@ def clamp_logit_scale(params: PyTree) -> PyTree:
 class Setup:
     """The objects that training needs besides its state, built from a config.
 
-    `val_split` is the split evaluated during training, None if the data set has none.
-
-    Raises:
-        InputError: the config does not fit the data or the devices.
+    `val_split` is the split evaluated during training, None if the data set has none. Raises
+    InputError if the config does not fit the data or the devices.
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -3,7 +3,6 @@
 
 import collections
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
@@ -157,7 +156,7 @@ def map_on_beam(function: Function, items: Sequence[Any], folder: Path, runner: 
         with beam.Pipeline(runner=name, options=options) as stages:
             numbered = stages | beam.Create(list(enumerate(items)))
             spread = numbered | beam.Reshuffle()  # else the runner may fuse them into one bundle
-            lines = spread | beam.Map(functools.partial(_result_line, function))
+            lines = spread | beam.Map(lambda item: json.dumps([item[0], function(item[1])]))
             _ = lines | beam.io.WriteToText(str(prefix))
     except Exception as error:  # runners may raise any exception
         raise InputError(f"Apache Beam's {name} failed: {first_line(error)}") from error
@@ -166,8 +165,3 @@ def map_on_beam(function: Function, items: Sequence[Any], folder: Path, runner: 
         results.update(map(json.loads, path.read_text().splitlines()))
         path.unlink()
     return [results[index] for index in range(len(items))]
-
-
-def _result_line(function: Function, numbered_item: tuple[int, Any]) -> str:
-    index, item = numbered_item
-    return json.dumps([index, function(item)])

@@ -79,8 +79,7 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
         output: folder to write.
         options: settings that the checkpoint does not store.
 
-    Raises:
-        InputError: the source cannot be read, is of an unknown kind or does not fit.
+    Raises InputError if the source cannot be read, is of an unknown kind or does not fit.
     """
     read = read_source(source, options)
     config, vocab, tokenizer = infer(read), read.options.vocab, None
@@ -95,9 +94,21 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
         if (ids := tokenizer.vocab_size) > size:
             raise InputError(f"{vocab} has {ids} ids, but the text tower has {size}")
     save_model(output, config, params, tokenizer=tokenizer, unread=unread, extra={"step": 0})
+    v, t, temporal = config.vision, config.text, config.temporal.type
+    layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
+    ids = "none: texts cannot be encoded; convert again with --vocab"
+    ids = ids if tokenizer is None else f"{tokenizer.vocab_size} ids"
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{read.kind}: {total / 1e6:.1f} M parameters")
-    _print_summary(config, tokenizer)
+    print(f"""\
+  activation   {config.activation}
+  image tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, {v.layers} layers, \
+{v.heads} heads
+  text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, {t.layers} \
+layers, {t.heads} heads
+  head         {config.head} (preset {config.preset}; temporal encoder {temporal}{layers})
+  lengths      {config.max_words} words, {config.max_frames} frames
+  tokenizer    {ids}""")
     if unread:
         print(f"  kept unread  {', '.join(unread)} (saved by the release, never used)")
     if skipped:
@@ -108,8 +119,7 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
 def read_source(path: str | Path, options: Options = Options()) -> Source:
     """Reads a checkpoint file, a Hugging Face folder or a hub id.
 
-    Raises:
-        InputError: the checkpoint is missing, cannot be read or is of an unknown kind.
+    Raises InputError if the checkpoint is missing, cannot be read or is of an unknown kind.
     """
     location = Path(path)
     if not str(path).strip():
@@ -146,7 +156,7 @@ def _classify(archive: Archive, suffix: str, options: Options) -> Source:
     kind = "safetensors file" if suffix == ".safetensors" else f"PyTorch {kind}"
     if "vision_model.embeddings.class_embedding" in tensors:
         raise InputError(
-            "these are weights of a Hugging Face CLIP: pass the folder that also holds config.json"
+            "weights of a Hugging Face CLIP: pass the folder that also has config.json"
         )
     if any(name.startswith(("visual.layer1.", "clip.visual.layer1.")) for name in tensors):
         raise InputError("CLIP with a ResNet image tower is not supported, only ViT")
@@ -228,10 +238,8 @@ def _load_shards(folder: Path) -> dict[str, np.ndarray]:
 def infer(source: Source) -> ModelConfig:
     """Returns the architecture of a checkpoint, inferred from the shapes of its tensors.
 
-    Learned matrices in `source` are cropped if its options say so.
-
-    Raises:
-        InputError: sizes are missing or do not fit together.
+    Learned matrices in `source` are cropped if its options say so. Raises InputError if sizes are
+    missing or do not fit together.
     """
     _, official, tensors, options = source
 
@@ -301,19 +309,3 @@ def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
     """Returns the number of layers, which is the highest layer index plus 1."""
     pattern = re.compile(rf"{re.escape(prefix)}\.resblocks\.(\d{{1,4}})\.")
     return 1 + max((int(m[1]) for name in tensors if (m := pattern.match(name))), default=-1)
-
-
-def _print_summary(config: ModelConfig, tokenizer: text.Tokenizer | None) -> None:
-    v, t, temporal = config.vision, config.text, config.temporal.type
-    layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
-    ids = "none: texts cannot be encoded; convert again with --vocab"
-    ids = ids if tokenizer is None else f"{tokenizer.vocab_size} ids"
-    print(f"""\
-  activation   {config.activation}
-  image tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, {v.layers} layers, \
-{v.heads} heads
-  text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, {t.layers} \
-layers, {t.heads} heads
-  head         {config.head} (preset {config.preset}; temporal encoder {temporal}{layers})
-  lengths      {config.max_words} words, {config.max_frames} frames
-  tokenizer    {ids}""")

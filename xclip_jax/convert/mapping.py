@@ -118,8 +118,7 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
     Returns:
         (params, unused): float32 arrays in the structure of `template`; tensors not used in it.
 
-    Raises:
-        InputError: tensors are missing or have another shape; the message lists all of them.
+    Raises InputError if tensors are missing or have another shape; the message lists all of them.
     """
     # Nothing is allocated for parameters that are missing.
     empty = torch_views(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), template))
@@ -145,8 +144,7 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
 def torch_views(params: Any) -> dict[str, np.ndarray]:
     """Returns views of NumPy parameters in PyTorch's layout, by official name.
 
-    Raises:
-        InputError: the official code has no such parameters.
+    Raises InputError if the official code has no such parameters.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}

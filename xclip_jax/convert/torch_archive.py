@@ -41,6 +41,7 @@ MAX_PICKLE = 8 << 20
 MAX_DIRECTORY = 16 << 20  # bytes that list the entries of a zip file
 MAX_VISITS, MAX_NAME = 100_000, 1000  # limits on walking through TorchScript modules
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+Read = Callable[[str], bytes]  # the bytes of the storage with a given key
 
 
 @dataclass
@@ -114,9 +115,7 @@ class _Unpickler(pickle.Unpickler):
             return _CLASSES[script]
         if name in _CLASSES and not script:
             return _CLASSES[name]
-        raise InputError(
-            f"has a pickle that refers to {name!r:.99}: only plain tensors are allowed"
-        )
+        raise InputError(f"has a pickle that refers to {name!r:.99}: only tensors are allowed")
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
@@ -164,10 +163,8 @@ def read_archive(path: str | os.PathLike) -> Archive:
             raise InputError(_describe_other_file(head))
         except Exception as error:  # zipfile, pickletools and NumPy raise a dozen types
             cause = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            text = f"is corrupted or not a PyTorch checkpoint ({cause})"
-            raise InputError(
-                f"{path}: {error if isinstance(error, InputError) else text}"
-            ) from None
+            why = f"is corrupted or not a PyTorch checkpoint ({cause})"
+            raise InputError(f"{path}: {error if isinstance(error, InputError) else why}") from None
 
 
 def _describe_other_file(head: bytes) -> str:
@@ -238,7 +235,7 @@ def _read_legacy(file: BinaryIO) -> Archive:
     return _archive(root, False, read)
 
 
-def _archive(root: Any, torchscript: bool, read: Callable[[str], bytes]) -> Archive:
+def _archive(root: Any, torchscript: bool, read: Read) -> Archive:
     """Returns the Archive of an unpickled file, of whose storages `read` returns the bytes."""
     if not (isinstance(root, _Object) and root.name.startswith(_MODULE if torchscript else _DICT)):
         raise InputError("holds no dict of tensors or TorchScript module")
@@ -284,9 +281,7 @@ def _tensor(value: Any) -> tuple[_Storage, Any, tuple, tuple] | None:
     return None
 
 
-def _array(
-    read: Callable[[str], bytes], storage: _Storage, offset: Any, size: tuple, stride: tuple
-) -> np.ndarray:
+def _array(read: Read, storage: _Storage, offset: Any, size: tuple, stride: tuple) -> np.ndarray:
     """Returns a read-only view of the storage's bytes, after checking that it lies within them."""
     numbers = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
     if not numbers or len(size) != len(stride) or len(size) > 32:

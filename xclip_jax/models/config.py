@@ -20,6 +20,7 @@ Positive = Annotated[int, Rule(lambda x: x >= 1, "a whole number of at least 1")
 # Rejects sizes that fit no memory before anything is allocated.
 Size = Annotated[int, Rule(lambda x: 1 <= x <= 2**16, "a whole number from 1 to 65536")]
 PositiveFloat = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
+Head = Literal["xclip", "mean_pooling", "seq_lstm", "seq_transformer", "tight_transformer"]
 Granularities = Annotated[
     tuple[Granularity, ...],
     Rule(
@@ -68,9 +69,7 @@ class ModelConfig:
 
     preset: Literal["paper", "official"] = "paper"  # the paper or its PyTorch release
     # xclip, or a head of CLIP4Clip (https://arxiv.org/abs/2104.08860)
-    head: Literal["xclip", "mean_pooling", "seq_lstm", "seq_transformer", "tight_transformer"] = (
-        "xclip"
-    )
+    head: Head = "xclip"
     embed_dim: Size = 512  # D, width of the joint embedding space
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of every transformer
     max_words: int = 32  # W, tokens of a text, start and end included; longer texts are truncated

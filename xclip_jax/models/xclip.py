@@ -87,9 +87,8 @@ class XClip(nn.Module):
     def granular_similarity(self, text: TextFeatures, video: VideoFeatures) -> dict[str, Logits]:
         """Returns the scaled logits of each enabled granularity.
 
-        Raises:
-            ValueError: the model scores pairs with a Transformer, or its learned matrices are for
-                other lengths than those of the features.
+        Raises ValueError if the model scores pairs with a Transformer, or its learned matrices are
+        for other lengths than those of the features.
         """
         c = self.config
         if not c.has_granularities:

@@ -11,9 +11,6 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from xclip_jax.report import figures
-from xclip_jax.report.figures import WordFrameAttention
-
-__all__ = ["WordFrameAttention", "format_table", "write_report"]
 
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 DIRECTIONS = {"text_to_video": "text to video", "video_to_text": "video to text"}
@@ -39,7 +36,7 @@ def write_report(
     text_video_T: Int[np.ndarray, " T"],
     clip_names: Sequence[str],
     load_frames: Callable[[int], UInt8[np.ndarray, "F S S 3"]],
-    attentions: Iterable[WordFrameAttention] = (),
+    attentions: Iterable[figures.WordFrameAttention] = (),
     curves: Iterable[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes a report and returns the path of its index.html.

@@ -123,9 +123,7 @@ def make_strip(frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"]) -> Image.Image:
 
 
 @drawing_style()
-def draw_queries(
-    path: Path, queries: Sequence[ShownQuery], strips: Strips, *, are_texts: bool
-) -> None:
+def draw_queries(path: Path, queries: list[ShownQuery], strips: Strips, *, are_texts: bool) -> None:
     """Draws a card for each text (or video), with its right answer and the items ranked first."""
     columns = min(2, len(queries))
     first, pitch = (123, 76) if are_texts else (170, 46)  # middle of the right answer, next row
@@ -133,10 +131,8 @@ def draw_queries(
     rows = -(-len(queries) // columns)
     sheet = Canvas(columns * (CARD + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN)
     for k, query in enumerate(queries):
-        left, top = (
-            MARGIN + k % columns * (CARD + MARGIN),
-            MARGIN + k // columns * (height + MARGIN),
-        )
+        row, column = divmod(k, columns)
+        left, top = MARGIN + column * (CARD + MARGIN), MARGIN + row * (height + MARGIN)
         x, y, right = left + 18, top + first, left + 18 + INNER
         sheet.box(left, top, CARD, height, 10)
         color = GREEN if query.rank == 1 else canvas.AMBER

@@ -12,8 +12,6 @@ from typing import Any
 
 from xclip_jax.cli import InputError, call_user_file
 
-__all__ = ["Study", "Variant", "load_studies"]
-
 OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
 
 
@@ -88,17 +86,13 @@ def load_studies(patterns: Iterable[str], config: Any) -> dict[str, Study]:
     """Returns the studies of files such as configs/studies/table*.py, by file name.
 
     `patterns` are paths or glob patterns. Text after a colon is passed to get_study as a string:
-    fig5.py:500,1000. If a file occurs twice, the last occurrence counts.
-
-    Raises:
-        InputError: a file does not exist or does not define a valid study.
+    fig5.py:500,1000. If a file occurs twice, the last occurrence counts. Raises InputError if a
+    file does not exist or does not define a valid study.
     """
     files = {}
     for pattern in patterns:
-        path, colon, argument = pattern.partition(":")
-        matches = {
-            Path(file).resolve(): file + colon + argument for file in sorted(glob.glob(path))
-        }
+        path, colon, text = pattern.partition(":")
+        matches = {Path(file).resolve(): file + colon + text for file in sorted(glob.glob(path))}
         if not matches:
             raise InputError(f"--study={path}: no such file, see configs/studies/*.py")
         files |= matches

@@ -132,20 +132,12 @@ def make_table(study: Study, runs: Runs) -> Table:
                 pair = (np.stack([of[s]["R@1"] for s in common]) for of in (finished, reference))
                 differences[way] = estimate_difference(*pair)
         finished = values[name]["text_to_video"]
-        seeds = {
-            str(run.config.seed): None if run.config.seed in finished else run.why_missing()
-            for run in runs[name]
-        }
+        seeds = {str(run.config.seed): run.why_missing() for run in runs[name]}
+        seeds |= dict.fromkeys(map(str, finished))
         is_paper_data = (config.data.dataset, config.data.variant) == ("msrvtt", "9k")
-        row = Row(
-            name=name,
-            labels=study.labels(name),
-            stats=stats,
-            differences=differences,
-            seeds=seeds,
-            paper=variant.paper.get(backbone(config.model.vision)) if is_paper_data else None,
-        )
-        rows.append(row)
+        paper = variant.paper.get(backbone(config.model.vision)) if is_paper_data else None
+        numbers: Any = {"stats": stats, "differences": differences, "paper": paper}
+        rows.append(Row(name=name, labels=study.labels(name), seeds=seeds, **numbers))
     names = ("title", "columns", "reference", "lines", "note")
     facts, every_run = config.name, itertools.chain(*runs.values())
     if run := next((run for run in every_run if run.load_ranks() is not None), None):

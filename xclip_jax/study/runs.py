@@ -36,6 +36,7 @@ RESULTS = "results.json"
 FAILED = "failed.txt"  # why the last attempt failed
 MAX_FOLDER_NAME = 150
 POLL_SECONDS = 1
+Plan = dict[tuple[str, str], list["Run"]]  # by study and variant, one for each seed
 
 _open_dataset = functools.cache(Dataset)
 
@@ -84,18 +85,13 @@ class Run:
         return f"failed: {path.read_text()}" if path.is_file() else "not run yet"
 
 
-def plan_runs(
-    studies: Mapping[str, Study], base: Run, num_seeds: int
-) -> dict[tuple[str, str], list[Run]]:
+def plan_runs(studies: Mapping[str, Study], base: Run, num_seeds: int) -> Plan:
     """Returns the runs of every (study, variant), one for each seed from that of `base` on.
 
-    Variants with the same training share their runs, within a study and between studies. `base`
-    is the run that they change: its `config` has the `fields` of the command line applied, its
-    `workdir` is the folder of all runs.
-
-    Raises:
-        InputError: a variant changes an unknown field or uses a wrong type, or two variants need
-            different test-time options of the same run.
+    Variants with the same training share their runs, within a study and between studies. `base` is
+    the run that they change: its `config` has the `fields` of the command line applied, its
+    `workdir` is the folder of all runs. Raises InputError if a variant changes an unknown field or
+    uses a wrong type, or two variants need different test-time options of the same run.
     """
     by_folder, planned = {}, {}
     for study_name, study in studies.items():
