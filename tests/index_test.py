@@ -532,7 +532,7 @@ def test_data_files_of_many_commits_are_merged(copied, videos, tmp_path, monkeyp
 READ_ONLY = """
 import os, sys
 from xclip_jax.search import Index
-Index.open(sys.argv[1]).query("a dog")  # imports what nobody may not read
+Index.open(sys.argv[1]).query("a dog")  # imports modules before the change of user
 os.seteuid(65534)  # user nobody
 try:
     open(os.path.join(sys.argv[1], "x"), "w")

@@ -43,8 +43,8 @@ def test_ties_match_values_by_hand():
     sim_TxV = np.array(
         [
             [0.9, 0.1, 0.2],  # its video first
-            [0.5, 0.5, 0.5],  # all level: rank 2, counts 1/3 towards R@1
-            [0.8, 0.3, 0.3],  # one better, one level: rank 2.5, counts 0
+            [0.5, 0.5, 0.5],  # all equal: rank 2, counts 1/3 towards R@1
+            [0.8, 0.3, 0.3],  # one better, one equal: rank 2.5, counts 0
         ]
     )
     better, equal = rank_counts(sim_TxV, np.arange(3))
@@ -147,7 +147,7 @@ def test_many_captions_match_values_by_hand():
     """Three captions of video 0, one of video 1, with a tie between captions of both."""
     sim_TxV = np.array([[2.0, 3.0], [7.0, 5.0], [4.0, 4.0], [6.0, 5.0]])
     metrics = retrieval_metrics(sim_TxV, np.array([0, 0, 0, 1]))
-    # Each caption alone: second; first; level (1.5, counts 1/2); second.
+    # Each caption alone: second; first; equal (rank 1.5, counts 1/2); second.
     assert metrics["text_to_video"] == pytest.approx(
         {"R@1": 100 * 1.5 / 4, "R@5": 100, "R@10": 100, "MdR": 1.75, "MnR": 6.5 / 4}
     )

@@ -1,7 +1,7 @@
 """Parity with the PyTorch code: reference models are converted, run and trained.
 
-Small reference models lie in tests/data. Larger ones, where a folder `shared` lies beside the
-project, run under `-m slow`.
+Small reference models are in tests/data. Larger ones run under `-m slow` if a folder `shared` is
+next to the project.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ Manager = ocp.CheckpointManager
 def open_checkpoints(directory: Path) -> Manager:
     """Opens the checkpoints of a work directory: the newest two and the best one are kept.
 
-    Steps with unreadable metrics, which Orbax cannot open, are deleted, unless all steps are.
+    Steps with unreadable metrics, which Orbax cannot open, are deleted unless all steps have them.
     """
     if is_first_process():
         steps = [path for path in directory.glob("*") if path.name.isdigit()]

@@ -41,7 +41,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: PathLike, content: str | bytes) -> None:
-    """Writes a file of bytes, or of text as UTF-8."""
+    """Writes bytes, or text as UTF-8, to a file atomically."""
     with atomic_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 

@@ -3,8 +3,8 @@
     python -m xclip_jax.main --config=configs/demo.py --compile_only
     python -m xclip_jax.main --config=configs/demo.py --compile_only --topology=v6e:2x4
 
-With the libtpu wheel (`pip install libtpu`) the second compiles for a TPU slice on any machine. A
-model of CLIP's size takes minutes.
+With the libtpu wheel (`pip install libtpu`) the second command compiles for a TPU slice on
+any machine. A model of CLIP's size takes minutes.
 """
 
 import collections

@@ -205,7 +205,7 @@ def _check_types(config: Any, section: Any = Config, prefix: str = "") -> Checks
 
 
 def _check_sizes(config: RunConfig) -> Checks:
-    """Checks the fields that depend on others, all of the declared types."""
+    """Checks fields that depend on others, once all have their declared types."""
     data, log, m = config.data, config.log, read_model_config(config.model)
     yield "data.dataset", data.dataset in ("", *DATASETS), f"one of {', '.join(DATASETS)}"
     variants = DATASETS[data.dataset].variants if data.dataset else ()

@@ -152,7 +152,7 @@ def _join_processes(tree: Tree) -> Tree:
 
 
 def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics.RankCounts]]:
-    """Returns {option: {direction: counts}}: of the logits, option "", and of normalised scores."""
+    """Returns {test-time option, or "" for the plain logits: {direction: counts}}."""
     config, sim_TxV, text_video_T = e.config, e.sim_TxV, e.text_video_T
     counts = {"": metrics.retrieval_counts(sim_TxV, text_video_T)}
     if config.eval.dual_softmax:

@@ -21,8 +21,8 @@ _RESULTS = {
 def paper_results(dataset: str, variant: str, vision: Any) -> dict[str, dict[str, Any]]:
     """Returns the paper's results, {backbone: {"text_to_video": metrics, "video_to_text": ...}}.
 
-    They are empty for a data set (see xclip_jax.prepare) or a variant of it that the paper does not
-    have, and of both backbones if the image tower `vision` (patch_size, width) is neither of them.
+    The dict is empty for a data set (see xclip_jax.prepare) or variant that the paper does not use.
+    It has both backbones if the image tower `vision` (patch_size, width) is neither of them.
     """
     found = {key[2]: rows for key, rows in _RESULTS.items() if key[:2] == (dataset, variant)}
     results = {}

@@ -97,7 +97,7 @@ class Retriever:
         Args:
             method: encode_text or encode_video, of XClip.
             inputs: ids T x W or frames V x F x S x S x 3, and their mask, T x W or V x F.
-            size: rows encoded at once; of fewer rows, the next power of two.
+            size: rows encoded at once; fewer rows are padded to the next power of two.
 
         Raises:
             ValueError: there is nothing to encode.

@@ -55,7 +55,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 def split_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     """Returns how an array of at least SPLIT_SIZE elements is split over `fsdp` devices.
 
-    It is split along its largest axis that `fsdp` divides, the last one of equals.
+    It is split along its largest axis that `fsdp` divides, the last one if several are equal.
     """
     axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or not axes or math.prod(shape) < SPLIT_SIZE:

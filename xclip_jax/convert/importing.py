@@ -228,8 +228,8 @@ def _load_shards(folder: Path) -> dict[str, np.ndarray]:
             tensors = {}
             for shard in shards:
                 part = _load(shard).tensors
-                if again := sorted(tensors.keys() & part.keys()):
-                    raise InputError(f"{shard}: {again[0]} is also in another shard")
+                if repeated := sorted(tensors.keys() & part.keys()):
+                    raise InputError(f"{shard}: {repeated[0]} is also in another shard")
                 tensors |= part
             return tensors
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")

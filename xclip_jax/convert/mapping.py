@@ -19,7 +19,7 @@ Names = dict[str, str]
 
 
 def _expand(names: Names, stacks: Names, block: Names, leaves: Names) -> Names:
-    """Returns all names of tensors -> official names: those of stacks of blocks, others, leaves."""
+    """Returns {name: official name} of all tensors: each part of each block, each leaf of both."""
     modules = {a + x: b + y for a, b in stacks.items() for x, y in block.items()} | names
     return {a + x: b + y for a, b in modules.items() for x, y in ({"": ""} | leaves).items()}
 

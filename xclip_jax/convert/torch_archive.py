@@ -1,8 +1,8 @@
 """Reads and writes PyTorch checkpoint files without PyTorch.
 
 A checkpoint is a pickle beside raw storages, and a pickle is a program. Each of its instructions
-is compared with a list first. Loading then imports nothing: for each name that is allowed a class
-of this module is used.
+is first checked against a list of allowed ones. Loading imports nothing: each allowed name stands
+for a class of this module.
 """
 
 import functools
@@ -64,7 +64,7 @@ class _Storage(NamedTuple):
 
 
 class _Object(dict):
-    """An object of a pickle: the name and arguments of what made it, and its items."""
+    """An object of a pickle: the name and arguments of its constructor, and its items."""
 
     __match_args__ = ("name", "args")
     name, args = "", ()
@@ -236,7 +236,7 @@ def _read_legacy(file: BinaryIO) -> Archive:
 
 
 def _archive(root: Any, torchscript: bool, read: Read) -> Archive:
-    """Returns the Archive of an unpickled file, of whose storages `read` returns the bytes."""
+    """Returns the Archive of an unpickled file, whose storages are read by calling `read`."""
     if not (isinstance(root, _Object) and root.name.startswith(_MODULE if torchscript else _DICT)):
         raise InputError("holds no dict of tensors or TorchScript module")
     inner: Any = root.get("state_dict")

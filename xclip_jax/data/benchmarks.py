@@ -126,8 +126,8 @@ def read_lsmdc(source: PathLike) -> Listing:
 def read_didemo(source: PathLike) -> Listing:
     """Reads DiDeMo (Hendricks et al., ICCV 2017): videos from Flickr, for paragraph retrieval.
 
-    An id is a file name with a suffix or a bare dot. Videos are matched without the suffix, since
-    some occur with two.
+    An id is a file name that ends in a suffix or a bare dot. Videos are matched without it, since
+    some occur with two different suffixes.
     """
     names = [f"{split}_{end}" for split in SPLITS for end in ("data.json", "list.txt")]
     folder = AnnotationFolder(source, names, DATASETS["didemo"].download)

@@ -28,8 +28,8 @@ class VideoFolder:
     """The files in a folder and its sub-folders, indexed by the names annotations may use.
 
     A video file is found by its path below the folder and by its name, each also without its
-    suffix and without further suffixes of videos (`a.mov.mp4`, `a..mp4`: also `a`). A file with
-    another suffix is found by its full name or path only. Symbolic links are followed, each folder
+    video suffixes, one by one (`a.mov.mp4` and `a..mp4` are also found as `a`). A file with another
+    suffix is found by its full name or path only. Symbolic links are followed, each folder
     once. `files` are the video files, sorted; if there is none, an InputError is raised.
     """
 
@@ -84,7 +84,7 @@ def _without_suffix(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ClipJob:
-    """A clip to read from `path` (None: not found), up to the second `end`, into `cache`."""
+    """A clip to read from `path` (None: not found), up to `end` seconds, into the file `cache`."""
 
     clip: Clip
     image_size: int

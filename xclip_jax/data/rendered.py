@@ -107,8 +107,8 @@ def assign_split(scene: Scene) -> Split:
 def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
     """Returns the first `count` scenes of a split, each followed by its mirror.
 
-    A smaller count gives a prefix. Scenes of train have three captions, and some share captions.
-    Those of val and test have one, which describes no other scene; there is a limited number.
+    Scenes of train have three captions, and some share captions. Those of val and test have one,
+    which describes no other scene. Raises InputError if the split has fewer than `count` scenes.
     """
     rng = random.Random(f"{split} {seed}")
     scenes: list[Scene] = []
@@ -244,7 +244,7 @@ def render_dataset(
     """Renders the data set on all cores unless it exists, and returns its folder.
 
     Writes `videos/train_00000.mp4`, ... and finally `captions.jsonl`, one line per video. A run
-    that was killed resumes with the missing videos. Other arguments than before are an InputError.
+    that was killed resumes with the missing videos. Raises InputError if the arguments changed.
     """
     listing, settings = folder / "captions.jsonl", folder / "rendered.json"
     counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}

@@ -101,7 +101,7 @@ class ModelConfig:
         return _replace(_replace(self, PRESETS[self.preset], only_unset=True), HEADS[self.head])
 
     def cells_per_pair(self, num_words: int, num_frames: int) -> int:
-        """Returns approximately how many floats scoring one text-video pair needs in memory."""
+        """Returns the approximate number of floats in memory to score one text-video pair."""
         if self.has_granularities:
             return num_words * num_frames
         tokens = num_frames + (1 if self.head == "tight_transformer" else 2 + num_words)

@@ -186,7 +186,7 @@ class Index:
     def query_exhaustively(
         self, texts: Sequence[str], k: int = 10, **filters: Unpack[Filters]
     ) -> list[Answer]:
-        """Scores every segment by the full model for each of T sentences, as `query` for one."""
+        """Scores every segment by the full model for each of T sentences, see `query`."""
         started = time.perf_counter()
         features = self._encode(texts)
         encoding = time.perf_counter() - started

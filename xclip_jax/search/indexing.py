@@ -308,11 +308,11 @@ def load_frames(job: SegmentJob, segments: Sequence[Segment]) -> Iterator[np.nda
 def _cut(
     pictures: Iterable[tuple[float, Picture]], image_size: int, length: int, changes: list[float]
 ) -> Iterator[tuple[float, float | None, int, list[SampledFrame]]]:
-    """Yields (start, end or None: the file's, first frame's second, frames) of every segment.
+    """Yields (start, end, second of the first frame, frames) of every segment.
 
-    A segment ends at a shot change or after `length` seconds. A remainder of less than half of
-    `length` is merged into the previous segment. Only the frames at offsets that are powers of two
-    get a thumbnail: one of them is near the middle, whatever the segment's length.
+    A segment ends at a shot change, after `length` seconds, or with the file (end: None). A
+    remainder shorter than half of `length` is merged into the previous segment. Only frames at
+    offsets that are powers of two get a thumbnail: one is near the middle of any segment.
     """
     start, first_second, frames = 0.0, 0, []
     last_change = {math.ceil(change): change for change in changes}  # of each second

@@ -171,7 +171,7 @@ def sample_sentences(count: int) -> list[str]:
 
 
 def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
-    """Runs each text through the funnel and through exhaustive search of an index, not empty.
+    """Runs each text through the funnel and the exhaustive search of a non-empty index.
 
     Returns the numbers of sentences, segments, candidates and rerank; `top_1` and `top_10`:
     percentages of the first and of the first ten exhaustive results that are in the funnel's first

@@ -64,7 +64,7 @@ Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace"
 
 
 class Fields(BaseModel):
-    """The fields of a request, see `Index.query`, whose descriptions complete "FIELD must be"."""
+    """The fields of a request (see `Index.query`), with descriptions that errors quote."""
 
     text: Text = Field("", description="a string")
     path: Text | None = Field(None, description="a string")

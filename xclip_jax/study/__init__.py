@@ -19,7 +19,7 @@ OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
 class Variant:
     """A row of a study's table.
 
-    With the test-time option eval.dual_softmax or eval.qb_norm among the overrides, it has the
+    If the overrides set the test-time option eval.dual_softmax or eval.qb_norm, the row shows the
     metrics with that option.
     """
 
