@@ -51,8 +51,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     except ValueError as error:  # JAX recognises no cluster, or cannot read the variables of one
         variables = ", ".join(name for name in CLUSTER_VARIABLES if name in os.environ)
         if coordinator or variables:
-            found = f" ({variables} is set)" if variables else ""
-            raise InputError(f"cannot connect to the other processes{found}: {error}") from None
+            detected = f" ({variables} is set)" if variables else ""
+            raise InputError(f"cannot connect to the other processes{detected}: {error}") from None
     cli.progress_disabled = not is_first_process()
 
 

@@ -24,10 +24,10 @@ def paper_results(dataset: str, variant: str, vision: Any) -> dict[str, dict[str
     The dict is empty for a data set (see xclip_jax.prepare) or variant that the paper does not use.
     It has both backbones if the image tower `vision` (patch_size, width) is neither of them.
     """
-    found = {key[2]: rows for key, rows in _RESULTS.items() if key[:2] == (dataset, variant)}
+    reported = {key[2]: rows for key, rows in _RESULTS.items() if key[:2] == (dataset, variant)}
     results = {}
-    for name in [backbone(vision)] if backbone(vision) in found else found:
-        both = (dict(zip(_METRICS, row, strict=True)) for row in found[name])
+    for name in [backbone(vision)] if backbone(vision) in reported else reported:
+        both = (dict(zip(_METRICS, row, strict=True)) for row in reported[name])
         results[name] = dict(zip(("text_to_video", "video_to_text"), both, strict=True))
     return results
 

@@ -130,7 +130,7 @@ def compile_training(
 
     The initial state depends only on the seed, and `eval_shape` of its function returns its shapes
     and shardings. The training step donates its state. Its `batch` is one of training_batches: the
-    loss compares all pairs, also if they are split over devices.
+    loss compares all pairs, even if they are split over devices.
     """
 
     def init() -> TrainState:

@@ -188,17 +188,17 @@ def _read_folder(folder: Path, options: Options) -> Source:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip":
         raise InputError(f"{path}: model_type is {kind!r}, must be 'clip'")
-    vision, words = (config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
-    if not (isinstance(vision, dict) and isinstance(words, dict)):
+    vision, textual = (config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+    if not (isinstance(vision, dict) and isinstance(textual, dict)):
         raise InputError(f"{path}: each of vision_config and text_config must be an object")
     for name, allowed in _SETTINGS.items():
-        values = vision.get(name, allowed[0]), words.get(name, allowed[0])
+        values = vision.get(name, allowed[0]), textual.get(name, allowed[0])
         if values[0] != values[1] or values[0] not in allowed:
-            found = f"{values[0]!r} (vision) and {values[1]!r} (text)"
+            actual = f"{values[0]!r} (vision) and {values[1]!r} (text)"
             needed = " or ".join(map(str, allowed))
-            raise InputError(f"{path}: {name} is {found}; must be {needed} in both")
+            raise InputError(f"{path}: {name} is {actual}; must be {needed} in both")
     heads = {"vision_heads": vision.get("num_attention_heads", 12)}  # transformers' defaults
-    heads["text_heads"] = words.get("num_attention_heads", 8)
+    heads["text_heads"] = textual.get("num_attention_heads", 8)
     for name, count in heads.items():
         if type(count) is not int or count < 1:
             raise InputError(f"{path}: the number of {name} is {count!r}, must be at least 1")
@@ -207,7 +207,7 @@ def _read_folder(folder: Path, options: Options) -> Source:
         raise InputError(f"{path} sets activation and heads: omit {flags}")
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     vocab = options.vocab or (folder if has_tokenizer else None)
-    activation = words.get("hidden_act", _SETTINGS["hidden_act"][0])
+    activation = textual.get("hidden_act", _SETTINGS["hidden_act"][0])
     options = replace(options, vocab=vocab, activation=activation, **heads)
     tensors = from_hugging_face(_load_shards(folder))
     return Source("Hugging Face CLIP", False, tensors, options)
@@ -254,8 +254,8 @@ def infer(source: Source) -> ModelConfig:
         layers, name = _count(tensors, prefix), f"{tower}_heads"
         heads = getattr(options, name) or max(1, width // 64)
         if width % heads or not layers:
-            tower = f"the {tower} tower has {layers} layers and width {width}"
-            raise InputError(f"{tower}, not divisible by {heads} heads: set --{name}")
+            size = f"the {tower} tower has {layers} layers and width {width}"
+            raise InputError(f"{size}, not divisible by {heads} heads: set --{name}")
         return {"width": width, "layers": layers, "heads": heads}
 
     width, _, patch, _ = shape("visual.conv1.weight", 4)

@@ -271,7 +271,7 @@ def _module_tensors(root: _Object) -> dict[str, Any]:
 
 
 def _tensor(value: Any) -> tuple[_Storage, Any, tuple, tuple] | None:
-    """Returns (storage, offset, size, stride), not yet checked, or None if it is no tensor."""
+    """Returns unchecked (storage, offset, size, stride), or None if `value` is not a tensor."""
     match value:
         case _Object("torch._utils._rebuild_parameter", (_Object() as tensor, *_)):
             return _tensor(tensor)

@@ -60,10 +60,10 @@ TEMPLATES["order"] += ("{a} is replaced by {b}", "{a} gives way to {b}")
 class Event:
     """The motion of one object. No caption mentions its place, scale or tilt."""
 
-    colour: str  # a key of COLOURS, and so on
-    shape: str
-    size: str
-    motion: str
+    colour: str  # a key of COLOURS
+    shape: str  # one of SHAPES
+    size: str  # a key of RADII
+    motion: str  # a key of OPPOSITE
     place: tuple[float, float] = (0.5, 0.5)  # x and y of the centre, as fractions of the side
     scale: float = 1.0  # factor of the radius
     tilt: float = 0.0  # radians

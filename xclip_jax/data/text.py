@@ -126,9 +126,9 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_words: int = 77) -> Tokenizer:
-    """Returns a CLIP tokenizer with merges learned from `texts`."""
+    """Returns a CLIP tokenizer of at most `vocab_size` ids, with merges learned from `texts`."""
     tokens = _byte_tokens()
-    # As an alphabet, those with "</w>" would be numbered in random order.
+    # In the alphabet, tokens with "</w>" would be numbered in random order.
     options: Any = {"initial_alphabet": tokens[:256], "special_tokens": tokens[256:]}
     options |= {"end_of_word_suffix": "</w>", "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, **options)

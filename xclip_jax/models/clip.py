@@ -103,7 +103,7 @@ class Transformer(nn.Module):
 
 
 def normalize_frames(frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Float[Array, "V F S S 3"]:
-    """Normalises uint8 RGB as CLIP does (float is normalised already), sets masked frames to 0."""
+    """Normalises uint8 RGB as CLIP does (float is taken as normalised) and zeroes masked frames."""
     frames = frames_VxFxSxSx3
     if frames.dtype == jnp.uint8:
         frames = (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)

@@ -81,7 +81,7 @@ class ModelConfig:
     # None in the next four: by the preset.
     # Frames that texts are compared with: the temporal encoder's output (Eq. 1) or CLIP's.
     frame_features: Literal["temporal", "clip"] | None = None
-    words: Literal["word_tokens", "all_tokens"] | None = None  # all_tokens: also start and end
+    words: Literal["word_tokens", "all_tokens"] | None = None  # all_tokens: with start and end
     padding: Literal["masked", "competes"] | None = None  # competes: padding takes part in AOSM
     matrices: bool | None = None  # the release's eight learned matrices, tied to the lengths
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute type of the towers
@@ -157,7 +157,7 @@ def read_model_config(fields: Any) -> ModelConfig:
 
 
 def _replace(config: Any, values: Mapping[str, Any], *, only_unset: bool = False) -> Any:
-    """Returns a copy with values changed, also in sections, optionally only where None or 0."""
+    """Returns a copy of a config with all `values` set, or only those that were None or 0."""
     changes = {}
     for name, value in values.items():
         current = getattr(config, name)

@@ -72,7 +72,7 @@ def _pair(
 ) -> tuple[Array, Array]:
     """Returns the vectors of each text and each video, TV x L x D, and their attention mask."""
 
-    # The masks apply to the last positions of each side, all positions before are attended to.
+    # The masks cover the last positions of each side; all earlier positions are attended to.
     def extend(mask: AnyArray, x: Array) -> Array:
         return jnp.pad(mask, ((0, 0), (x.shape[1] - mask.shape[1], 0)), constant_values=True)
 

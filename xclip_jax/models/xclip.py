@@ -95,8 +95,8 @@ class XClip(nn.Module):
             raise ValueError("a model that scores pairs with a Transformer has no granularities")
         lengths, fixed = (text.mask.shape[1], video.mask.shape[1]), (c.max_words, c.max_frames)
         if c.matrices and lengths != fixed:
-            found = "features of {} words and {} frames".format(*lengths)
-            raise ValueError(f"{found}: the learned matrices are for {fixed[0]} and {fixed[1]}")
+            actual = "features of {} words and {} frames".format(*lengths)
+            raise ValueError(f"{actual}: the learned matrices are for {fixed[0]} and {fixed[1]}")
         words, frames = self.aosm_words(text.mask), self.aosm_frames(video.mask)
         options: Any = {"words_TxW": words, "frames_VxF": frames, "matrices": self.matrices()}
         options |= {"granularities": c.granularities, "aggregation": c.aggregation, "tau": c.tau}

@@ -164,8 +164,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = add_command(run_index, opens_model=False)
     add("videos", nargs="+", metavar="VIDEOS", help="video files or folders of video files")
     add("--model", help="model or work directory; required for a new index")
-    # The next three are fixed when the index is made; None: the default, or as it was made.
-    add("--segment_seconds", type=int, help=f"length of a segment (default {SEGMENT_SECONDS})")
+    # The next three are fixed when the index is made; None: the default, or the index's value.
+    add("--segment_seconds", type=int, help=f"seconds per segment (default {SEGMENT_SECONDS})")
     add("--shots", action="store_true", default=None, help="cut at shot changes as well")
     add("--precision", choices=PRECISIONS, help="of the stored features (default float32)")
     add("--prune", action="store_true", help="remove files that no longer exist in VIDEOS")

@@ -179,8 +179,8 @@ def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
 def frame_attention(model: XClip, text: TextFeatures, video: VideoFeatures) -> Float[Array, "V F"]:
     """Returns AOSM's weights of the frames of V videos for one text (T = 1), 0 where masked.
 
-    The mean of the weights in frame-sentence (Eq. 7) and in frame-word (Eq. 9-13), of those that
-    the model has. If it has neither: the softmax of the cosines with the sentence.
+    This is the mean of the weights in frame-sentence (Eq. 7) and frame-word (Eq. 9-13), or in the
+    one that the model has. A model with neither uses the softmax of cosines with the sentence.
     """
     config = model.config
     granularities = config.granularities if config.has_granularities else ()

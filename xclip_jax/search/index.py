@@ -34,7 +34,7 @@ Query = tuple[Funnel, TextFeatures]
 class Index:
     """Segments of videos with their features, and the model that computed them.
 
-    Searching is thread-safe, also while another process adds files: see `refresh`.
+    Searching is thread-safe, even while another process adds files: see `refresh`.
 
     Attributes:
         location, about: see xclip_jax.search.store.Store.

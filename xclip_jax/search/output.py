@@ -187,8 +187,8 @@ def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
         seconds.append({**answer.seconds, "total": time.perf_counter() - started})
         ids.append([hit.id for hit in answer])
     expected = index.query_exhaustively(texts)
-    hits = [np.isin([hit.id for hit in best], own) for best, own in zip(expected, ids, strict=True)]
-    top_1, top_10 = np.mean([found[0] for found in hits]), np.mean(hits)
+    hits = [np.isin([hit.id for hit in top], fast) for top, fast in zip(expected, ids, strict=True)]
+    top_1, top_10 = np.mean([row[0] for row in hits]), np.mean(hits)
     times = 1000 * np.percentile([list(row.values()) for row in seconds], (50, 95), axis=0)
     pairs = zip(seconds[0], times.T.round(2).tolist(), strict=True)
     milliseconds = {stage: {"p50": p50, "p95": p95} for stage, (p50, p95) in pairs}

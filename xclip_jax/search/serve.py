@@ -258,7 +258,7 @@ class _Api:
         return Response(jpeg, media_type="image/jpeg", headers=CACHED)
 
     async def get_video(self, request: Request) -> Response:
-        """Returns the segment's file, also in the byte ranges that seeking needs."""
+        """Returns the segment's file, or the byte ranges of it that a seeking player requests."""
         path = (await self._segment(request)).path
         exists = await run_sync(os.path.isfile, path)
         if not exists or not os.access(path, os.R_OK):

@@ -289,7 +289,7 @@ def _align(text: str) -> str:
 
 
 def format_csv(table: Table) -> str:
-    """Returns a line for each row, with all numbers unrounded, also those of each seed."""
+    """Returns a line for each row, with all numbers unrounded, including those of each seed."""
     file = io.StringIO()
     writer, parts = csv.writer(file, lineterminator="\n"), ("mean", "std", "low", "high", "seeds")
     for row in table.rows:
