@@ -5,7 +5,7 @@
     python -m xclip_jax.main --config=configs/captions.py --config.data.path=data/mine
 
 A small X-CLIP on frames of 224 pixels, the size that CLIP uses. It memorises a few hundred clips,
-also on a CPU.
+even on a CPU.
 """
 
 from typing import Any

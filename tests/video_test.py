@@ -27,7 +27,7 @@ def grey(number):
 
 
 def corners(height=96, width=160):
-    """Red top left, green top right, blue bottom left, white bottom right."""
+    """Returns a picture: red top left, green top right, blue bottom left, white bottom right."""
     picture = np.zeros((height, width, 3), np.uint8)
     top, left = slice(0, height // 2), slice(0, width // 2)
     picture[top, left, 0] = picture[top, width // 2 :, 1] = picture[height // 2 :, left, 2] = 255
@@ -36,7 +36,7 @@ def corners(height=96, width=160):
 
 
 def write(path, times, pictures=None, codec="libx264", time_base=MS, setup=None, **options):
-    """A video with one picture (numbered grey by default) at each of `times`, in seconds."""
+    """Writes a video with one picture (numbered grey by default) at each of `times` in seconds."""
     pictures = pictures or [grey(number) for number in range(len(times))]
     options = {"crf": "4", "preset": "ultrafast"} | options if codec == "libx264" else options
     with av.open(str(path), "w") as container:

@@ -38,7 +38,7 @@ PyTree = Any
 
 @struct.dataclass
 class TrainState:
-    """The content of a checkpoint, without random state: a step depends on its number."""
+    """The content of a checkpoint. Steps use no random numbers, so it has no random state."""
 
     step: Any
     params: PyTree

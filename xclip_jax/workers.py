@@ -126,7 +126,7 @@ def _end_with_parent() -> None:
 
 
 def parse_beam_flags(name: str, options: str) -> BeamRunner:
-    """Returns the runner `name`, such as FlinkRunner, and its own flags, given in one string."""
+    """Parses the name of a runner, such as FlinkRunner, and its flags, or raises InputError."""
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
         from apache_beam.runners import create_runner

@@ -104,7 +104,7 @@ class Funnel:
     def search(
         self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
     ) -> Answer:
-        """Searches the rows where `allowed` is True, None = all, for one sentence."""
+        """Searches the rows where `allowed` is True (None: all) for one sentence."""
         searched = len(snapshot) if allowed is None else int(allowed.sum())
         if not searched:
             return Answer([], {}, 0)
