@@ -37,7 +37,7 @@ _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays f
 @no_type_check  # JAX also builds it from placeholders that are not arrays
 @struct.dataclass
 class TextFeatures:
-    """Features of T texts, L2-normalised."""
+    """Features of T texts, L2-normalised except under the `tight_transformer` head."""
 
     sentence: AnyArray  # T x D
     words: AnyArray  # T x W x D, one vector per position, padding included
@@ -47,7 +47,7 @@ class TextFeatures:
 @no_type_check
 @struct.dataclass
 class VideoFeatures:
-    """Features of V videos, L2-normalised."""
+    """Features of V videos, L2-normalised except under the `tight_transformer` head."""
 
     video: AnyArray  # V x D
     frames: AnyArray  # V x F x D

@@ -34,7 +34,7 @@ class AggregationMatrices(nn.Module):
 
 
 class PairTransformer(nn.Module):
-    """Scores each pair with a pre-norm Transformer over its vectors: the tight head or the fusion.
+    """Pre-norm Transformer that scores each pair from its vectors: the tight head or the fusion.
 
     The tight head of CLIP4Clip (https://arxiv.org/abs/2104.08860) takes the raw sentence and frame
     vectors plus learned positions. The fusion, after Table 14 and Fig. 6 of the paper, which leaves
