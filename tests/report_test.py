@@ -36,7 +36,7 @@ def results_of(texts, videos, **extra):
 
 def attention_of(caption, words=4, frames=3):
     weights_WxF = np.random.default_rng(0).dirichlet(np.ones(words * frames))
-    return report.WordFrameAttention(
+    return figures.WordFrameAttention(
         words=(caption.split() + ["$x$"] * words)[:words],
         weights_WxF=weights_WxF.reshape(words, frames),
         times=[float(k) for k in range(frames)],
