@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from PIL import Image
-from video_test import at_rate, corners, grey, write
+from video_files import at_rate, corners, grey, write
 
 from xclip_jax.data import video
 from xclip_jax.search.indexing import SegmentJob, _cut, load_frames, read_segments
