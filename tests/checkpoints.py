@@ -95,3 +95,11 @@ def fill(shapes, seed):
     return {
         name: np.asarray(rng.normal(0, 0.1, shape), np.float32) for name, shape in shapes.items()
     }
+
+
+def assert_same(found, expected):
+    """Asserts that two dicts hold the same arrays, bit by bit."""
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        assert found[name].tobytes() == array.tobytes(), name

@@ -15,8 +15,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Before the package is imported: each call checks the annotations, array shapes among them.
 install_import_hook("xclip_jax", "type_checker.check")
+pytest.register_assert_rewrite("checkpoints", "launcher", "pickles")
 jax.config.update("jax_num_cpu_devices", 2)
