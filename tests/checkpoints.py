@@ -1,6 +1,12 @@
-"""Random state dicts with the names and shapes of the original PyTorch models."""
+"""Random checkpoints with the names and shapes of the original PyTorch models."""
+
+import json
 
 import numpy as np
+from safetensors.numpy import save_file
+
+from xclip_jax.convert import exporting, importing, mapping
+from xclip_jax.convert.importing import Options, Source
 
 VIT_B32 = {"patch": 32, "side": 224, "width": 768, "layers": 12, "dim": 512, "text_width": 512}
 TINY = {
@@ -95,6 +101,27 @@ def fill(shapes, seed):
     return {
         name: np.asarray(rng.normal(0, 0.1, shape), np.float32) for name, shape in shapes.items()
     }
+
+
+def write_hugging_face(folder, tensors, shards=1, **config):
+    """Writes a Hugging Face folder of a plain CLIP's tensors, returns `folder`."""
+    folder.mkdir()
+    named = {f"clip.{name}": array for name, array in tensors.items()}
+    a = importing.infer(Source("", False, named, Options(None, None, "gelu", 4, 2)))
+    description = exporting.clip_config(a, 58, 59) | config
+    (folder / "config.json").write_text(json.dumps(description))
+    weights = mapping.to_hugging_face(named)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    names, index = sorted(weights), {}
+    for shard in range(shards):
+        part = {name: weights[name] for name in names[shard::shards]}
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file(part, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
 
 
 def assert_same(found, expected):
