@@ -1,4 +1,4 @@
-"""Both optimizers compared with NumPy: rates, weight decay, schedules, clipping, freezing."""
+"""Tests of both optimizers against NumPy: rates, weight decay, schedules, clipping, freezing."""
 
 import math
 
@@ -82,10 +82,11 @@ def test_only_matrices_decay_with_adamw(temporal, new):
 
 @pytest.mark.parametrize("temporal", ["transformer", "lstm"])
 def test_all_except_biases_decay_with_bert_adam(temporal):
-    """Its norms are called ln_*, not LayerNorm; an LSTM's biases bias_ih_l0 and bias_hh_l0."""
+    """Decays the scales of norms too, because the release calls them ln_*, not LayerNorm."""
     params = params_of(temporal)
     exempt = true_names(jax.tree.map(lambda x: not x, non_bias_mask(params)))
     assert exempt == {name for name in flatten(params) if name.endswith("bias")}
+    # PyTorch's LSTM calls its biases bias_ih_l0 and bias_hh_l0.
     assert ("temporal_encoder/hidden_bias" in exempt) == (temporal == "lstm")
     always = ("logit_scale", "visual/class_token", "visual/ln_post/norm/scale", "textual/positions")
     assert {f"clip/{name}" for name in always} <= true_names(non_bias_mask(params))
@@ -128,43 +129,40 @@ def test_extreme_warmups_leave_a_step_to_each_part(total, warmup, expected):
 
 
 def test_updates_match_adamw_in_numpy():
-    """Five steps; one gradient is far above the largest norm."""
+    """Takes five steps, one of them with a gradient far above the largest norm."""
     rng = np.random.default_rng(0)
     shapes = {
-        ("clip", "kernel"): (3, 2),
-        ("clip", "bias"): (2,),
-        ("temporal_encoder", "kernel"): (2, 2),
-        ("temporal_encoder", "scale"): (2,),
+        "clip/kernel": (3, 2),
+        "clip/bias": (2,),
+        "temporal_encoder/kernel": (2, 2),
+        "temporal_encoder/scale": (2,),
     }
-    values = {path: rng.normal(size=shape) for path, shape in shapes.items()}
+    values = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     ratio, decay, b1, b2, eps, clip_norm = 0.01, 0.2, 0.9, 0.98, 1e-6, 1.0
     options = make_options(0.1, ratio, decay, 0.4, clip_norm)
     schedule, optimizer = make_optimizer(OptimizerConfig(name="adamw", **options), 5)
     assert [float(schedule(step)) for step in (0, 1, 2)] == pytest.approx([0, 0.05, 0.1])
-    params = flax.traverse_util.unflatten_dict(jax.tree.map(jnp.float32, values))
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    mean = dict.fromkeys(shapes, 0.0)
-    square = dict.fromkeys(shapes, 0.0)
+    params = unflatten(values)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    mean, square = dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0)
     for step, size in enumerate((0.05, 30.0, 0.01, 0.2, 5.0)):
-        gradients = {path: size * rng.normal(size=shape) for path, shape in shapes.items()}
+        gradients = {name: size * rng.normal(size=shape) for name, shape in shapes.items()}
         norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
-        for path, gradient in gradients.items():
+        for name, gradient in gradients.items():
             gradient = gradient * min(1, clip_norm / norm)
-            mean[path] = b1 * mean[path] + (1 - b1) * gradient
-            square[path] = b2 * square[path] + (1 - b2) * gradient**2
-            corrected = mean[path] / (1 - b1 ** (step + 1))
-            direction = corrected / (np.sqrt(square[path] / (1 - b2 ** (step + 1))) + eps)
-            if path[1] == "kernel":
-                direction = direction + decay * values[path]
+            mean[name] = b1 * mean[name] + (1 - b1) * gradient
+            square[name] = b2 * square[name] + (1 - b2) * gradient**2
+            corrected = mean[name] / (1 - b1 ** (step + 1))
+            direction = corrected / (np.sqrt(square[name] / (1 - b2 ** (step + 1))) + eps)
+            if name.endswith("kernel"):
+                direction = direction + decay * values[name]
             rate = (0, 0.05, 0.1, 0.075, 0.025)[step]  # 0.1 * (1 + cos(pi k / 3)) / 2 from step 2
-            rate *= ratio if path[0] == "clip" else 1
-            values[path] = values[path] - rate * direction
-        tree = flax.traverse_util.unflatten_dict(jax.tree.map(jnp.float32, gradients))
-        updates, state = update(tree, state, params)
+            rate *= ratio if name.startswith("clip/") else 1
+            values[name] = values[name] - rate * direction
+        updates, state = update(unflatten(gradients), state, params)
         params = optax.apply_updates(params, updates)
-        for path, value in values.items():
-            np.testing.assert_allclose(params[path[0]][path[1]], value, atol=3e-6, err_msg=path)
+        for name, value in values.items():
+            np.testing.assert_allclose(flatten(params)[name], value, atol=3e-6, err_msg=name)
 
 
 # 0.5 * (1 + cos(pi x)) at x = 0, 0.1, 0.2, ...
@@ -184,7 +182,7 @@ COSINE = [1, 0.975528, 0.904508, 0.793893, 0.654508, 0.5, 0.345492, 0.206107, 0.
     ],
 )
 def test_bert_schedule_matches_hand_calculation(total, warmup, expected):
-    """The same for a number and for an array in a jitted function."""
+    """Passes the step as a number, and as an array to a jitted function."""
     schedule = bert_schedule(2.0, total, warmup)
     found = [float(schedule(step)) for step in range(len(expected))]
     assert found == pytest.approx([2 * rate for rate in expected], abs=2e-6)
@@ -237,14 +235,12 @@ def to_torch(tree):
 
 
 class BertAdam:
-    """The release's optimizer in float64; `clipped` records which clipping took effect."""
+    """The release's optimizer in float64. `clipped` records which clipping took effect."""
 
-    def __init__(self, tensors, total, ratio, decay, warmup, b1, b2, eps, clip_norm):
+    def __init__(self, tensors, total, options):
         self.values = {name: np.float64(value) for name, value in tensors.items()}
-        self.mean = {name: np.zeros_like(value) for name, value in self.values.items()}
-        self.square = {name: np.zeros_like(value) for name, value in self.values.items()}
-        self.total, self.ratio, self.decay, self.warmup = total, ratio, decay, warmup
-        self.b1, self.b2, self.eps, self.clip_norm = b1, b2, eps, clip_norm
+        self.mean, self.square = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
+        self.total, self.options = total, options
         self.steps, self.clipped = 0, set()
 
     def clip(self, what, gradients, max_norm):
@@ -253,20 +249,21 @@ class BertAdam:
         self.clipped |= {what} if factor < 1 else set()
         return [gradient * min(1, factor) for gradient in gradients]
 
-    def step(self, gradients, lr):
+    def step(self, gradients):
+        o = self.options
         gradients = [np.float64(gradients[name]) for name in self.values]
-        gradients = self.clip("all", gradients, self.clip_norm)
+        gradients = self.clip("all", gradients, o["clip_norm"])
         x = self.steps / self.total
-        lr *= x / self.warmup if x < self.warmup else 0.5 * (1 + math.cos(math.pi * x))
+        factor = x / o["warmup"] if x < o["warmup"] else 0.5 * (1 + math.cos(math.pi * x))
         for name, gradient in zip(self.values, gradients, strict=True):
             [gradient] = self.clip("tensors", [gradient], 1.0)
-            self.mean[name] = self.b1 * self.mean[name] + (1 - self.b1) * gradient
-            self.square[name] = self.b2 * self.square[name] + (1 - self.b2) * gradient**2
-            update = self.mean[name] / (np.sqrt(self.square[name]) + self.eps)
+            self.mean[name] = o["b1"] * self.mean[name] + (1 - o["b1"]) * gradient
+            self.square[name] = o["b2"] * self.square[name] + (1 - o["b2"]) * gradient**2
+            update = self.mean[name] / (np.sqrt(self.square[name]) + o["eps"])
             if not ("bias" in name or "LayerNorm" in name):
-                update = update + self.decay * self.values[name]
-            rate = lr * (self.ratio if name.startswith("clip.") else 1)
-            self.values[name] = self.values[name] - rate * update
+                update = update + o["weight_decay"] * self.values[name]
+            rate = o["encoder_lr"] if name.startswith("clip.") else o["lr"]
+            self.values[name] = self.values[name] - factor * rate * update
         self.steps += 1
 
 
@@ -282,8 +279,8 @@ class BertAdam:
 )
 def test_updates_match_bert_adam_in_numpy(clip_norm, sizes, clipped):
     params = random_tree(0)
-    reference = BertAdam(to_torch(params), 5, 0.05, 0.2, 0.3, 0.9, 0.98, 1e-6, clip_norm)
     options = make_options(0.1, 0.05, 0.2, 0.3, clip_norm)
+    reference = BertAdam(to_torch(params), 5, options)
     schedule, optimizer = make_optimizer(OptimizerConfig(name="bert_adam", **options), 5)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     before = params
@@ -291,7 +288,7 @@ def test_updates_match_bert_adam_in_numpy(clip_norm, sizes, clipped):
         gradients = random_tree(step + 1, size)
         updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        reference.step(to_torch(gradients), 0.1)
+        reference.step(to_torch(gradients))
         for name, value in to_torch(params).items():
             np.testing.assert_allclose(value, reference.values[name], atol=2e-6, err_msg=name)
         if step == 0:
@@ -374,7 +371,7 @@ def test_frozen_parameters_do_not_change(name, layers):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_gradients_have_no_influence(name):
-    """Large ones and NaN do not count, not even in the global norm."""
+    """Sets them to large values and NaN, which do not count even in the global norm."""
     params, masks = random_tree(0), trainable_mask(random_tree(0), 1)
 
     def with_frozen(value):
