@@ -28,7 +28,7 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the released annota
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """Folder with the annotation files of the stand-ins, without videos."""
+    """Makes a folder with the annotation files of the stand-ins, without videos."""
     folder = tmp_path_factory.mktemp("standins")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(standins, "write_video", lambda path, scene: None)

@@ -1,4 +1,4 @@
-"""Tests of preparation with Apache Beam; `.ci/beam` installs Beam and runs them."""
+"""Tests of preparation with Apache Beam, which `.ci/beam` installs before it runs them."""
 
 import json
 

@@ -29,7 +29,7 @@ PREPARED = {
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Function from a benchmark's name to (prepared folder, output of prepare), with a cache."""
+    """Returns a function from a benchmark to (prepared folder, output of prepare), with a cache."""
     made = {}
 
     def get(name, capsys):

@@ -94,13 +94,13 @@ def chromium():
 
 @pytest.fixture
 def console():
-    """Errors on the console; a test that expects some removes them."""
+    """Collects errors on the console. A test that expects some removes them."""
     return []
 
 
 @pytest.fixture
 def page(chromium, console, address):
-    """An empty window; fails on requests to other servers and on console errors."""
+    """Opens an empty window, fails on requests to other servers and on console errors."""
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(10_000)
     urls = []

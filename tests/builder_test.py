@@ -133,7 +133,7 @@ def test_interrupted_data_set_does_not_exist(tmp_path):
 
 
 def test_tensorflow_is_not_imported(tmp_path):
-    """A fake TensorFlow on the path would exit the process if imported."""
+    """Puts a fake TensorFlow on the path, which exits the process if imported."""
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('imported')")
     code = """

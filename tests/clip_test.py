@@ -54,7 +54,7 @@ def shapes_of(model):
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters without zero biases or unit scales, which would hide a missing one."""
+    """Draws parameters without zero biases or unit scales, which would hide a missing one."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -66,7 +66,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def exact(params):
-    """Outputs of the float32 towers for IMAGES and IDS."""
+    """Returns the outputs of the float32 towers for IMAGES and IDS."""
     return run(clip(), params)
 
 
@@ -158,7 +158,7 @@ def test_remat_changes_neither_value_nor_gradient(params, remat):
 
 
 def test_word_depends_on_tokens_up_to_it_only(params):
-    """The gradient of word i with respect to token j is nonzero if and only if j <= i."""
+    """Checks that the gradient of word i by token j is nonzero if and only if j <= i."""
     ids = np.array([[48, 3, 7, 11, 2, 49]])
     model = clip()
 
@@ -231,7 +231,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(params, exact
 
 
 def test_clamped_logit_scale_keeps_its_gradient(params):
-    """CLIP's weights have the largest scale, 100: without a gradient it could not decrease."""
+    """Takes the gradient at CLIP's own scale, 100, which could not decrease without one."""
 
     def scale(logit_scale):
         variables = {"params": {**params, "logit_scale": logit_scale}}
@@ -246,14 +246,14 @@ def test_clamped_logit_scale_keeps_its_gradient(params):
 
 
 def test_equal_configs_make_equal_modules():
-    """Equal modules share compiled programs."""
+    """Compares modules, because equal ones share compiled programs."""
     assert clip() == clip()
     assert hash(clip()) == hash(clip())
     assert clip() != clip(vision=dataclasses.replace(CONFIG.vision, heads=4))
 
 
 def plain_attention(x, p, mask):
-    """Returns softmax attention on B x L x E float64; masked scores are -1e6."""
+    """Returns softmax attention on B x L x E float64, where masked scores are -1e6."""
     qkv = np.einsum("ble,eink->blink", x, p["qkv"]["kernel"]) + p["qkv"]["bias"]
     query, key, value = (qkv[:, :, i] for i in range(3))
     scores = np.einsum("bqnk,bsnk->bnqs", query, key) / math.sqrt(query.shape[-1])
@@ -263,7 +263,7 @@ def plain_attention(x, p, mask):
 
 
 def test_attention_matches_explicit_softmax():
-    """A fully masked row gives the mean of all values."""
+    """Includes a fully masked row, which gives the mean of all values."""
     rng = np.random.default_rng(4)
     x, mask = rng.normal(size=(3, 5, 18)), rng.random((3, 1, 5, 5)) < 0.5
     mask[0, 0, 2] = False

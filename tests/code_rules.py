@@ -1,4 +1,4 @@
-"""Checks source files against the rules of CONTRIBUTING.md that ruff does not cover.
+"""Checker of source files for the rules of CONTRIBUTING.md that ruff does not cover.
 
     python tests/code_rules.py [PATH ...]
 

@@ -1,4 +1,4 @@
-"""Each rule of code_rules.py reports what it forbids, and the package follows all of them."""
+"""Tests of the rules of code_rules.py, all of which the package follows."""
 
 import code_rules
 import pytest

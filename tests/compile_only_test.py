@@ -1,4 +1,4 @@
-"""Compiling the training step without data and without running it."""
+"""Tests of compiling the training step without data and without running it."""
 
 import jax
 import jax.numpy as jnp

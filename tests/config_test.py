@@ -1,4 +1,4 @@
-"""Validation of the config, the files in configs/, and config files of earlier versions."""
+"""Tests of validating configs, of the files in configs/ and of files of earlier versions."""
 
 import functools
 import importlib.util

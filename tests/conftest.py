@@ -1,4 +1,4 @@
-"""Runs the tests on two CPU devices, with types and shapes checked and compiled programs shared."""
+"""Settings of all tests: two CPU devices, checks of types and shapes, shared compiled programs."""
 
 import atexit
 import os

@@ -37,7 +37,7 @@ def unit(x):
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory):
-    """Segments of 20 topics; the frames of a segment are near each other."""
+    """Returns segments of 20 topics. The frames of a segment are near each other."""
     rng = np.random.default_rng(0)
     topics = unit(rng.normal(size=(20, DIM)))
     frames = unit(
@@ -70,7 +70,7 @@ def snapshot(tmp_path_factory):
 
 
 def rows_of(answer):
-    """Returns the rows of the hits; segments are written in the order of their ids."""
+    """Returns the rows of the hits, as segments are written in the order of their ids."""
     return [int(hit.id, 16) for hit in answer]
 
 

@@ -20,7 +20,7 @@ WORDS, FRAMES, DIM = 5, 4, 8
 
 
 def model_config(**changes):
-    """Returns a tiny ModelConfig; `changes` set fields of config.model, with __ for dots."""
+    """Returns a tiny ModelConfig, with fields of config.model set by `changes` (__ for dots)."""
     c = get_config().model
     c.update(embed_dim=DIM, max_words=WORDS, max_frames=FRAMES)
     c.vision.update(image_size=4, patch_size=2, width=8, layers=1, heads=2)
@@ -140,7 +140,7 @@ def test_special_tokens_and_padding_take_part_if_configured():
 
 
 def test_learned_matrices_match_loops():
-    """The weights are softmax(s / tau) @ M along the attended axis."""
+    """Computes the weights as softmax(s / tau) @ M along the attended axis."""
     text, video = features()
     rng, tau = np.random.default_rng(1), 0.1
     sizes = {"video_sentence": DIM, "frame_word": DIM}

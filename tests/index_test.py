@@ -156,7 +156,7 @@ def test_segment_and_thumbnail_by_id(index, videos):
 
 
 def test_features_do_not_depend_on_the_batch(index, model, videos, tmp_path):
-    """Bit-exact: after a kill, the remaining files are in different batches."""
+    """Compares bits, because after a kill the remaining files are in different batches."""
     other = Index.create(tmp_path / "one_by_one", model, segment_seconds=SECONDS)
     for path in sorted(videos.iterdir(), reverse=True):
         other.add([path])
@@ -214,7 +214,7 @@ def test_folder_with_other_files_is_an_error(model, tmp_path):
 
 
 def test_playlist_as_example_is_an_error(index, videos, tmp_path):
-    """FFmpeg would open any local file that a playlist names."""
+    """Passes playlists, because FFmpeg would open any local file that they name."""
     playlist = tmp_path / "a.m3u8"
     clip = videos / "clip0.mp4"
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{clip}\n#EXT-X-ENDLIST")

@@ -161,12 +161,12 @@ def test_missing_folders_can_be_pruned_and_removed(copied, videos, tmp_path):
 def test_changed_files_need_at_most_two_commits(copied, videos, tmp_path):
     folder = Path(shutil.copytree(videos, tmp_path / "videos"))
     copied.add(folder)
-    before = copied._store.version()
+    before = Store(copied.location).version()
     for path in folder.iterdir():
         os.utime(path, ns=(1, 1))
     assert copied.add(folder).removed == COUNT
     assert copied.num_segments == 6 * COUNT
-    assert copied._store.version() <= before + 2
+    assert Store(copied.location).version() <= before + 2
 
 
 def test_second_writer_is_an_error(copied, videos):
@@ -178,7 +178,7 @@ def test_second_writer_is_an_error(copied, videos):
 
 
 def test_readers_see_complete_files_while_a_writer_adds(copied, videos, tmp_path, monkeypatch):
-    """Two readers query continuously without an error, and never see part of a file."""
+    """Runs two readers that query continuously and must never see part of a file."""
     monkeypatch.setattr(indexing, "MIN_COMMIT_SECONDS", 0)
     monkeypatch.setattr(indexing, "COMMIT_FRACTION", 0)
     folder = tmp_path / "more"

@@ -1,4 +1,4 @@
-"""Batches and blocks give the same numbers as one piece, with few compilations."""
+"""Tests that batches and blocks give the same numbers as one piece, with few compilations."""
 
 import io
 
@@ -117,7 +117,7 @@ def test_nothing_to_encode_is_an_error(params):
 
 @pytest.mark.parametrize("pairs", [1, 12, 10**6])
 def test_blocked_similarity_matches_one_piece(params, features, direct, pairs):
-    """T and V are primes: no block but the smallest and the largest divides them."""
+    """Takes primes for T and V, which no block but the smallest and the largest divides."""
     bar = tqdm(file=io.StringIO())
     compare = Retriever({}, MODEL, params).similarity
     found = compare(*features, block_cells=18 * pairs, bar=bar)
@@ -141,7 +141,7 @@ def test_similarity_of_any_size_compiles_few_programs(params, features, compilat
 
 
 def test_blocks_stay_within_their_budget(params, features, sizes):
-    """The device never receives more word-frame cells than the budget."""
+    """Checks that the device never receives more word-frame cells than the budget."""
     Retriever({}, MODEL, params).similarity(*features, block_cells=18 * 12)
     ((texts, videos),) = set(sizes)  # one shape, one compilation
     assert 1 <= texts * videos <= 12

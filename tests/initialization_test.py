@@ -1,4 +1,4 @@
-"""Initialisation from CLIP takes every parameter from the same source as the release."""
+"""Tests that initialisation from CLIP takes every parameter from the release's source."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Trains the tiny model as one or several processes that are stopped or killed.
+"""Training of the tiny model by one or several processes that are stopped or killed.
 
     python tests/kills.py FOLDER [TIMES]
 
@@ -81,12 +81,12 @@ class Run:
         return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def wait_until(self, moment):
-        """Returns when moment() is true, or a process has ended."""
+        """Waits until moment() is true or a process has ended."""
         while not moment() and all(p.poll() is None for p in self.processes):
             time.sleep(0.002)
 
     def end(self, seconds=150):
-        """Returns the exit statuses; processes still running after `seconds` are killed."""
+        """Returns the exit statuses, after killing processes still running after `seconds`."""
         deadline = time.monotonic() + seconds
         try:
             return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
@@ -115,7 +115,7 @@ def truncate_newest(workdir):
 
 
 def in_mid_save(run):
-    """Returns True while this start (not an earlier one) is writing a checkpoint."""
+    """Returns True while this start, not an earlier one, is writing a checkpoint."""
     try:
         found = [path.stat().st_mtime for path in run.workdir.glob("checkpoints/*tmp*")]
     except FileNotFoundError:  # renamed: complete

@@ -118,7 +118,7 @@ def test_teardown_also_deletes_the_node(launcher):
 
 @pytest.fixture
 def worker(launcher):
-    """A launcher with a copy of the scripts, because the clone may hold a virtual environment."""
+    """Copies the scripts, because the clone may hold a virtual environment."""
     launcher.root = launcher.folder / "xclip_jax"
     shutil.copytree(LAUNCH, launcher.root / "launch")
     return launcher

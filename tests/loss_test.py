@@ -171,7 +171,7 @@ def test_blocks_avoid_the_word_frame_tensor_of_the_batch():
 
 
 def test_micro_batches_take_less_memory():
-    """Only one micro-batch's activations of the towers exist at a time."""
+    """Compares memory, as only one micro-batch's activations of the towers exist at a time."""
     model, params = make()
 
     def temporary(**way):

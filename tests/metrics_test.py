@@ -1,4 +1,4 @@
-"""Retrieval metrics against values by hand and against all tie-breaking orders."""
+"""Tests of retrieval metrics against values by hand and against all tie-breaking orders."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_ties_match_values_by_hand():
 
 
 def test_recall_is_the_probability_of_a_hit_under_ties():
-    """With 3 better and 3 equal scores: R@1 0, R@5 (5 - 3) / 4, R@10 1; rank 1 + 3 + 3 / 2."""
+    """Takes 3 better and 3 equal scores: R@1 0, R@5 (5 - 3) / 4, R@10 1, rank 1 + 3 + 3 / 2."""
     found = summarize(np.array([3]), np.array([3]))
     assert found == pytest.approx({"R@1": 0, "R@5": 50, "R@10": 100, "MdR": 5.5, "MnR": 5.5})
 
@@ -130,7 +130,7 @@ def test_video_without_caption_is_an_error(text_video):
 
 
 def test_one_text_per_video_matches_values_by_hand():
-    """Protocols paragraph and single caption: the correct pairs are on the diagonal."""
+    """Follows the protocols paragraph and single caption, with correct pairs on the diagonal."""
     sim_TxV = np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 4.0], [0.0, 9.0, 8.0]])
     # Texts: first; one better, one equal; one better. Videos: one better (5 > 3); two
     # (9 > 4, then 1 below): one better; first (8).
@@ -144,7 +144,7 @@ def test_one_text_per_video_matches_values_by_hand():
 
 
 def test_many_captions_match_values_by_hand():
-    """Three captions of video 0, one of video 1, with a tie between captions of both."""
+    """Ranks three captions of video 0 and one of video 1, with a tie between captions of both."""
     sim_TxV = np.array([[2.0, 3.0], [7.0, 5.0], [4.0, 4.0], [6.0, 5.0]])
     metrics = retrieval_metrics(sim_TxV, np.array([0, 0, 0, 1]))
     # Each caption alone: second; first; equal (rank 1.5, counts 1/2); second.

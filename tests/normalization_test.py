@@ -1,4 +1,4 @@
-"""Dual softmax and QB-Norm against their definitions."""
+"""Tests of dual softmax and QB-Norm against their definitions."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_dual_softmax_resolves_competing_queries():
 
 
 def test_qb_norm_matches_values_by_hand():
-    """The bank's only hub is item 0. Only query 0 has it first and is normalised."""
+    """Makes item 0 the bank's only hub. Only query 0 has it first and is normalised."""
     bank_BxG = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1]])
     scores_QxG = np.array([[0.6, 0.5, 0.1], [0.2, 0.5, 0.4]])
     beta = 2.0
@@ -39,7 +39,7 @@ def test_qb_norm_matches_values_by_hand():
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 def test_qb_norm_ignores_offsets_of_an_item(shift):
-    """An offset added to an item's scores with bank and queries does not change the ranking."""
+    """Adds an offset to an item's scores with bank and queries."""
     rng = np.random.default_rng(0)
     bank_BxG, scores_QxG = rng.normal(size=(50, 6)), rng.normal(size=(20, 6))
     added = np.array([shift, 0, 0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""Parity with the PyTorch code: reference models are converted, run and trained.
+"""Tests of parity with the PyTorch code: reference models are converted, run and trained.
 
 Small reference models are in tests/data. Larger ones run under `-m slow` if a folder `shared` is
 next to the project.
@@ -29,7 +29,7 @@ LARGE = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 
 
 def sources(*patterns):
-    """Parameters of a fixture, one per reference checkpoint."""
+    """Returns the parameters of a fixture, one per reference checkpoint."""
     folders = ((SMALL, ()), (LARGE, pytest.mark.slow))
     paths = ((p, marks) for f, marks in folders for pattern in patterns for p in f.glob(pattern))
     return [pytest.param(path, id=path.stem, marks=marks) for path, marks in sorted(paths, key=str)]
@@ -95,7 +95,7 @@ def official_loss(sim_TxV):
 
 
 def inputs(golden):
-    """The golden batch as the model takes it: ids, text mask, frames V x F x S x S x 3, mask."""
+    """Returns the golden batch as model inputs: ids, text mask, frames V x F x S x S x 3, mask."""
     if "image" in golden:  # plain CLIP: a one-frame video under mean pooling is an image
         ids = golden["ids"].astype(np.int32)
         mask_TxW = np.arange(ids.shape[1]) <= ids.argmax(1)[:, None]
@@ -107,7 +107,7 @@ def inputs(golden):
 
 
 def outputs(model, ids, mask_TxW, frames, mask_VxF):
-    """The features, similarities and inner frame vectors of a batch, as one program."""
+    """Returns the features, similarities and inner frame vectors of a batch, by one program."""
     text, video = model.encode_text(ids, mask_TxW), model.encode_video(frames, mask_VxF)
     clip_VxFxD = model.encode_frames(frames, mask_VxF)
     found = {"text": text, "video": video, "similarity": model.similarity(text, video)}
@@ -127,12 +127,12 @@ def assert_close(actual, expected, name, atol=1e-4):
 
 
 def norms(tree):
-    """Official name -> norm of that tensor."""
+    """Returns {official name: norm of that tensor}."""
     return {name: np.linalg.norm(array) for name, array in mapping.to_tensors(tree).items()}
 
 
 def assert_moved(params, start, expected):
-    """Compares how far each tensor moved; tensors that the release saves and never uses stay."""
+    """Compares how far each tensor moved. Tensors that the release saves and never uses stay."""
     moved = norms(jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, params, start))
     assert expected
     for key, value in expected.items():
@@ -209,7 +209,7 @@ def test_six_float32_steps_with_frozen_layers_match_release(tmp_path):
 
 
 def test_features_and_logits_match_plain_clip(plain_clip):
-    """A one-frame video under mean pooling is CLIP's image."""
+    """Encodes a one-frame video, which under mean pooling is CLIP's image."""
     retriever, golden = plain_clip
     found = tiny.apply(retriever.model, retriever.params, *inputs(golden), method=outputs)
     hugging_face = "text_embeds" in golden
@@ -222,7 +222,7 @@ def test_features_and_logits_match_plain_clip(plain_clip):
 
 
 def test_hugging_face_heads_come_from_config(tmp_path):
-    """Heads of the tiny model are 16 wide; CLIP's own are 64 wide."""
+    """Loads the tiny model, whose heads are 16 wide. CLIP's own are 64 wide."""
     retriever, _ = load(SMALL / "hf_clip_tiny", tmp_path)
     assert (retriever.config["vision"]["heads"], retriever.config["text"]["heads"]) == (3, 2)
 

@@ -35,7 +35,7 @@ def level(video, frame):
 
 
 class FakeDataset(Dataset):
-    """A data set in memory; the brightness of a frame encodes its video and its number."""
+    """A data set in memory. The brightness of a frame encodes its video and its number."""
 
     def __init__(self):
         self.captions_per_clip = {"train": np.array(COUNTS)}

@@ -1,4 +1,4 @@
-"""Runs stopped at any moment, on one or several processes, end as uninterrupted ones."""
+"""Tests that runs stopped at any moment, on one or several processes, end as uninterrupted ones."""
 
 import signal
 import subprocess
@@ -102,7 +102,7 @@ cli.run_command(main)
 
 
 def test_processes_shut_down_together_and_end_on_sigterm():
-    """JAX aborts processes that outlive the first one."""
+    """Runs two processes, because JAX aborts those that outlive the first one."""
     coordinator = f"localhost:{kills.free_port()}"
     command = [sys.executable, "-c", ENDING, coordinator]
     started = [subprocess.Popen([*command, number]) for number in "01"]
@@ -111,7 +111,7 @@ def test_processes_shut_down_together_and_end_on_sigterm():
 
 @pytest.mark.slow
 def test_resume_on_other_meshes_and_process_counts(folder, whole):
-    """Each run resumes where the previous one was stopped."""
+    """Resumes each run where the previous one was stopped."""
     config, workdir = folder / "config.py", folder / "moving"
     for stop, processes, devices, fields in (
         (6, 1, 8, ["--config.mesh.fsdp=2"]),

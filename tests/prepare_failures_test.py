@@ -182,7 +182,7 @@ def test_crashing_decoder_fails_only_its_clip(tmp_path, monkeypatch, capsys):
 
 def test_pool_that_breaks_on_submit_loses_no_job(tmp_path, monkeypatch):
     class Pool(concurrent.futures.Executor):
-        """Runs each job immediately and breaks at the fourth."""
+        """A pool that runs each job immediately and breaks at the fourth."""
 
         made = 0
 

@@ -122,7 +122,7 @@ def group_is_gone(group, seconds=20):
 
 
 def test_killed_runs_resume_to_the_same_data_set(videos, tmp_path, in_threads, capsys):
-    """Killed while reading and twice while writing."""
+    """Kills the command while it reads and twice while it writes."""
     segments = [
         {"video": "a", "caption": f"cut number {n}", "start": n / 1000, "split": split}
         for split in ("train", "test")

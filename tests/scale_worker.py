@@ -1,4 +1,4 @@
-"""Trains the tiny model and prints its losses; scale_test.py starts one or more of these.
+"""A program that trains the tiny model and prints its losses, started by scale_test.py.
 
     python tests/scale_worker.py '{"data": PATH, "devices": 8, "steps": 20, "cases": [FIELDS, ...]}'
 

@@ -16,7 +16,7 @@ from xclip_jax.search.__main__ import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder with `model`, `videos` and their `index`."""
+    """Makes a folder with `model`, `videos` and their `index`."""
     folder = tmp_path_factory.mktemp("search")
     tiny.make_model(folder / "model")
     tiny.make_videos(folder / "videos", 4)
@@ -44,7 +44,7 @@ def error_of(capsys, *arguments):
 
 
 def test_commands_run_as_programs(folder, tmp_path):
-    """With worker processes; stdout holds only the result."""
+    """Starts worker processes. stdout holds only the result."""
     command = [sys.executable, "-m", "xclip_jax.search"]
     index = ["--index", str(tmp_path / "index")]
     made = subprocess.run(

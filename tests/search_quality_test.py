@@ -124,7 +124,7 @@ def _plays(path, second):
 
 
 def test_page_plays_real_clips_from_the_best_second(real, chromium):
-    """XCLIP_JAX_SCREENSHOTS=FOLDER saves screenshots."""
+    """Saves screenshots in the folder XCLIP_JAX_SCREENSHOTS, if set."""
     index, clips = real
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     played = 0

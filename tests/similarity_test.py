@@ -40,7 +40,7 @@ def unit(rng, *shape):
 
 
 def features(seed, texts=TEXT_LENGTHS, videos=VIDEO_LENGTHS, words=6, frames=4, dim=6):
-    """Returns normalised features of these lengths; padding is not 0."""
+    """Returns normalised features of these lengths, with padding other than 0."""
     rng = np.random.default_rng(seed)
     text_mask = np.arange(words) < np.array(texts)[:, None]
     video_mask = np.arange(frames) < np.array(videos)[:, None]
@@ -74,7 +74,7 @@ def loop_matrix(rows, aggregation, tau):
 
 
 def loop_similarities(text, video, text_lengths, video_lengths, aggregation, tau):
-    """Returns Eq. 3-13 pair by pair; words are the tokens between the first and the last."""
+    """Returns Eq. 3-13 pair by pair. Words are the tokens between the first and the last."""
     outer = aggregation.split("-")[0]
     found = {name: np.zeros((len(text_lengths), len(video_lengths))) for name in GRANULARITIES}
 
@@ -105,7 +105,7 @@ def test_attention_of_a_vector_matches_hand_calculation():
 
 
 def test_attention_of_a_matrix_matches_loops():
-    """With four words and frames, all real or some masked."""
+    """Takes four words and frames, all real or some masked."""
     scores_WxF = [
         [0.30, 0.10, 0.90, 0.20],
         [0.25, 0.25, 0.35, 0.10],
@@ -138,7 +138,7 @@ def test_granularities_match_loops(aggregation):
 
 
 def test_aggregations_are_named_outer_inner():
-    """mean-max is the mean of maxima, max-mean the maximum of means."""
+    """Computes mean-max as the mean of maxima and max-mean as the maximum of means."""
     scores = jnp.array([[0.9, 0.1], [0.3, 0.5]])[:, None, :, None]
     real = jnp.ones((2, 1), bool)
     by_hand = {
@@ -223,7 +223,7 @@ def gradients_of(text, video, aggregation, tau=0.05):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_content_of_padding_has_no_influence(aggregation):
-    """Values and gradients stay bit-identical, and the gradient of padding is 0."""
+    """Compares values and gradients bit by bit. The gradient of padding is 0."""
     text, video = features(0)
     words = np.asarray(aosm_words(text.mask))
     garbage_text = text.replace(words=np.where(words[..., None], text.words, 1e4))
@@ -262,7 +262,7 @@ def test_amount_of_padding_does_not_matter(aggregation):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_empty_text_or_video_gives_zero_and_zero_gradient(aggregation):
-    """A text of start and end tokens only, an empty text, and a video without frames."""
+    """Takes a text of start and end tokens only, an empty text, and a video without frames."""
     text, video = features(2, texts=(5, 2, 0), videos=(0, 3, 4, 1))
     found = similarities(text, video, GRANULARITIES, aggregation, 0.05)
     value, gradients = gradients_of(text, video, aggregation)
@@ -305,7 +305,7 @@ def test_permuting_the_batch_permutes_the_similarities():
 
 
 def test_disabled_granularities_are_not_computed():
-    """NaN in the features of others has no influence; a granularity takes one matrix product."""
+    """Puts NaN in the features of others. A granularity takes one matrix product."""
     used = {
         "video_sentence": ("sentence", "video"),
         "video_word": ("words", "video"),

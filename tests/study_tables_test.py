@@ -45,7 +45,7 @@ def test_estimate_has_std_over_seeds_and_interval_over_queries():
 
 
 def test_interval_treats_the_captions_of_a_video_as_one_draw():
-    """Hits vary by video, and intervals cover the truth as often as they should."""
+    """Varies hits by video, and counts how often intervals cover the truth."""
     rng = np.random.default_rng(3)
     video_Q = np.repeat(np.arange(300), 10)
     covered = 0

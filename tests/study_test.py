@@ -282,7 +282,7 @@ def test_invalid_variant_has_a_separate_run(base):
 
 
 def test_variants_with_other_data_or_micro_batch_do_not_share_runs(base):
-    """Another data set is another training, and memory is measured for each variant."""
+    """Changes data, which is another training, and the micro-batch, whose memory is measured."""
     study = make_study(data={"data.path": "x"}, micro={"train.micro_batch": 4}, plain={})
     planned = plan({"s": study}, base)
     runs = [run for (run,) in planned.values()]

@@ -64,7 +64,7 @@ def test_amount_of_padding_does_not_matter(encoder):
 
 
 def test_transformer_attends_both_ways_and_lstm_backwards(encoder):
-    """Checked by gradients, which are also 0 between videos."""
+    """Checks gradients, which are also 0 between videos."""
     name, encode = encoder
 
     def frame_sums(frames):
@@ -77,7 +77,7 @@ def test_transformer_attends_both_ways_and_lstm_backwards(encoder):
 
 
 def test_lstm_matches_loop_in_numpy():
-    """PyTorch's nn.LSTM: gates in the order input, forget, candidate, output, two biases."""
+    """Compares with PyTorch's nn.LSTM: gates input, forget, candidate, output, and two biases."""
     rng = np.random.default_rng(2)
     params = {
         "input": {"kernel": rng.normal(size=(DIM, 4 * DIM)) / 3, "bias": rng.normal(size=4 * DIM)},

@@ -36,7 +36,7 @@ STRINGS = [
 
 
 def alphabet():
-    """Returns CLIP's letter for each byte; printable bytes are their own letters."""
+    """Returns CLIP's letter for each byte. Printable bytes are their own letters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -298,7 +298,7 @@ def test_vocabulary_file_may_have_any_line_ends(text, tmp_path):
 
 
 def test_learned_merges_as_vocabulary_file_give_the_same_ids(tokenizer, tmp_path):
-    """Learned merges are written in the format of OpenAI's file."""
+    """Writes learned merges in the format of OpenAI's file."""
     tokenizer.save(tmp_path)
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
     lines = "\n".join(["#learned", *map(" ".join, merges)])

@@ -45,7 +45,7 @@ def make_dataset(path, splits=("train", "val"), num_frames=3):
 
 
 def make_config(path, **train):
-    """Returns the config of a model of width 32; `train` sets fields of config.train."""
+    """Returns the config of a model of width 32, with fields of config.train set by `train`."""
     c = config.get_config()
     c.data.path = str(path)
     c.model.update(embed_dim=32, max_words=8, max_frames=4)
@@ -92,7 +92,7 @@ def make_params(model, seed=0):
 
 
 def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
-    """Writes a model directory with random weights; `model` sets fields of config.model."""
+    """Writes a model directory with random weights, with fields of config.model set by `model`."""
     tokenizer = learn_tokenizer(list(texts) * 2, max_words=8)
     c = make_config("")
     c.model.update(model)

@@ -177,7 +177,7 @@ def attacks(marker):
 
 
 class UnsafeUnpickler(pickle.Unpickler):
-    """Unpickler that executes every call except those of torch."""
+    """An unpickler that executes every call except those of torch."""
 
     def persistent_load(self, pid):
         return pid

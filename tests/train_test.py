@@ -1,4 +1,4 @@
-"""Training: convergence, exact resume on any devices, checkpoints and refused inputs."""
+"""Tests of training: convergence, exact resume on any devices, checkpoints, refused inputs."""
 
 import functools
 import json
@@ -302,7 +302,7 @@ def test_large_arrays_are_split_along_their_largest_divisible_axis():
 
 @pytest.mark.slow  # tests/scale_test.py compares meshes without a resume
 def test_resume_on_another_mesh_matches_within_rounding(data, tmp_path, monkeypatch):
-    """mesh, micro_batch and block_cells are free fields."""
+    """Changes mesh, micro_batch and block_cells, which are free fields."""
     monkeypatch.setattr(sharding, "SPLIT_SIZE", 256)
     config = tiny.make_config(data, epochs=2)
     config.optimizer.update(lr=1e-4, encoder_lr=1e-4)

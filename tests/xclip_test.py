@@ -39,7 +39,7 @@ def xclip(**changes):
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters, with a scale of 50."""
+    """Draws parameters, with a scale of 50."""
     inputs = IDS, TEXT_MASK, FRAMES, FRAME_MASK
     shapes = jax.eval_shape(xclip().init, jax.random.key(0), *inputs)["params"]
     rng = np.random.default_rng(1)
@@ -147,7 +147,7 @@ def test_permuting_the_batch_permutes_the_logits(params, features):
 
 
 def test_padding_does_not_change_the_logits(params, features):
-    """With more padding of arbitrary content, to 1e-6 of the scale of the logits."""
+    """Adds padding of arbitrary content, compares to 1e-6 of the scale of the logits."""
     expected = apply(params, *features, method="similarity")
     wider = [(0, 0), (0, 3)]
     ids = np.where(np.pad(TEXT_MASK, wider), np.pad(IDS, wider), 7)
