@@ -1,7 +1,12 @@
 """Tests of the rules of code_rules.py, all of which the package follows."""
 
 import code_rules
+import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
+
+from xclip_jax.inference import slice_rows
+from xclip_jax.loss import contrastive_loss
 
 SIX_PARAMETERS = ", ".join(f"x{i}: int" for i in range(6))
 PACKAGE_FILES = code_rules.list_files([code_rules.ROOT / code_rules.PACKAGE])
@@ -71,3 +76,10 @@ def test_package_follows_the_rules():
 
 def test_package_has_at_most_10000_lines():
     assert code_rules.count_lines(PACKAGE_FILES) <= code_rules.MAX_PACKAGE_LINES
+
+
+def test_calls_check_array_shapes_and_types_during_tests():
+    with pytest.raises(TypeCheckError, match="sim_TxV"):
+        contrastive_loss(np.zeros((2, 3), np.float32))
+    with pytest.raises(TypeCheckError, match="count"):
+        slice_rows({}, 0, "1")

@@ -253,8 +253,10 @@ def infer(source: Source) -> ModelConfig:
     def sizes(tower: str, width: int, prefix: str) -> dict[str, int]:
         layers, name = _count(tensors, prefix), f"{tower}_heads"
         heads = getattr(options, name) or max(1, width // 64)
-        if width % heads or not layers:
-            size = f"the {tower} tower has {layers} layers and width {width}"
+        if not layers:
+            raise InputError(f"the {tower} tower has no layers")
+        if width % heads:
+            size = f"the {tower} tower has width {width}"
             raise InputError(f"{size}, not divisible by {heads} heads: set --{name}")
         return {"width": width, "layers": layers, "heads": heads}
 

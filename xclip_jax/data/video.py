@@ -168,6 +168,7 @@ def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
         try:
             target = start + round(_seconds(second) * ticks_per_second)
             for origin in (target, start):
+                frame = None
                 container.seek(origin, stream=stream)
                 for frame in container.decode(stream):
                     if frame.pts is None or frame.pts + (frame.duration or 1) > target:
