@@ -304,6 +304,16 @@ def test_command_prints_summary_and_one_line_errors(tmp_path, capsys, monkeypatc
         assert not (tmp_path / "x").exists()
 
 
+def test_width_and_layers_of_towers_are_errors_of_their_own(tmp_path):
+    no_layers = write(tmp_path / "a.pt", checkpoints.clip(sizes=checkpoints.TINY | {"layers": 0}))
+    with pytest.raises(InputError, match="the vision tower has no layers"):
+        convert(no_layers, tmp_path / "model")
+    path = write(tmp_path / "b.pt", checkpoints.clip())
+    with pytest.raises(InputError, match="the text tower has width 64, not divisible by 5 heads"):
+        convert(path, tmp_path / "model", Options(text_heads=5))
+    assert not (tmp_path / "model").exists()
+
+
 def test_convert_runs_without_torch(tmp_path):
     path = write(tmp_path / "a.bin", checkpoints.release("seq_lstm"))
     code = (
