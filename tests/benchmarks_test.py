@@ -153,6 +153,7 @@ def test_missing_or_unsuitable_input_is_a_one_line_error(
     assert "\n" not in stopped.value.code
 
 
+@pytest.mark.slow
 def test_search_benchmark_writes_its_measurements(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import results

@@ -27,6 +27,7 @@ def test_report_lists_memory_flops_and_collectives(capsys):
     assert "temporary memory, a device" in out
 
 
+@pytest.mark.slow  # tests/loss_test.py compares the memory of a smaller batch
 def test_micro_batches_take_less_memory():
     config = tiny.make_config("")
     config.train.batch_size = 512

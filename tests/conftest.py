@@ -7,8 +7,12 @@ import tempfile
 
 # Set before JAX is imported. Worker processes and the programs that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling dominates the run time of small models. LLVM's expensive passes double it.
+# Compiling dominates the run time of small models: LLVM's expensive passes double it, and XLA's
+# fusion emitters, which build each fused kernel by way of MLIR, double it again.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+) + os.environ.get("XLA_FLAGS", "")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="jax_cache")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -101,7 +101,9 @@ def torch_clip(folder, **sizes):
             },
             "projection_dim": 32,
         },
-        pytest.param({"text_config": {"eos_token_id": 49407}}, id="B/32"),
+        pytest.param(
+            {"text_config": {"eos_token_id": 49407}}, id="B/32", marks=pytest.mark.slow
+        ),
     ],
 )  # fmt: skip
 def test_import_and_export_match_transformers(tmp_path, sizes):

@@ -1,6 +1,7 @@
 """Tests of the SLURM batch script."""
 
 import os
+import shlex
 import signal
 import sys
 
@@ -39,22 +40,40 @@ for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 exit "$status"
 """
 
+CONNECT = """
+from xclip_jax import distributed
 
-def test_slurm_tasks_connect_and_train_together(launcher, tmp_path):
-    """Runs the real program in the environment that SLURM sets for each of two tasks."""
-    config = kills.write_config(tmp_path, tiny.make_dataset(tmp_path / "data"), epochs=1)
+distributed.connect(None, None, None)
+distributed.print_once(f"processes {distributed.gather_objects(distributed.jax.process_index())}")
+distributed.shutdown()
+"""
+
+
+def two_tasks(launcher, python, variables):
+    """Runs the script with two tasks in the environment that SLURM sets, returns their output."""
     launcher.add_fake("srun", TWO_TASKS)
-    launcher.add_fake("python", f'exec "{sys.executable}" "$@"')
-    variables = {"NAME": "two", "CONFIG": str(config), "DATA": "data", "SHARED": str(tmp_path)}
+    launcher.add_fake("python", python)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "JAX_PLATFORMS": "cpu"}
-    job |= {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-    }
-    started = launcher.popen(["slurm.sbatch"], variables=variables | job)
+    job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(ROOT)}
+    started = launcher.popen(["slurm.sbatch"], variables=VARIABLES | job | variables)
     output, errors = started.communicate(timeout=150)
     assert started.returncode == 0, errors
+    return output
+
+
+def test_slurm_tasks_connect(launcher):
+    python = f"exec {sys.executable} -c {shlex.quote(CONNECT)}"
+    output = two_tasks(launcher, python, {"PYTHONPATH": str(ROOT)})
+    assert output.count("processes") == 1  # only one process prints
+    assert "processes [0, 1]" in output
+
+
+@pytest.mark.slow  # tests/preemption_test.py trains by two processes
+def test_slurm_tasks_train_together(launcher, tmp_path):
+    """Runs the real program."""
+    config = kills.write_config(tmp_path, tiny.make_dataset(tmp_path / "data"), epochs=1)
+    variables = {"NAME": "two", "CONFIG": str(config), "DATA": "data", "SHARED": str(tmp_path)}
+    output = two_tasks(launcher, f'exec "{sys.executable}" "$@"', variables)
     assert "on 2 x cpu" in output
     assert output.count("report: ") == 1  # only one process prints
     assert (tmp_path / "runs/two/results.json").is_file()

@@ -124,7 +124,8 @@ WAYS = {
 @pytest.mark.parametrize(
     ("fields", "same_video", "ways"),
     [
-        ({}, "ignore", WAYS),
+        ({}, "ignore", ["none", "both"]),
+        pytest.param({}, "ignore", ["blocks", "micro-batches"], marks=pytest.mark.slow),
         ({"preset": "official"}, "negative", ["both"]),
         ({"head": "tight_transformer"}, "ignore", ["both"]),
     ],

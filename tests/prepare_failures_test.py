@@ -8,7 +8,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
-from preparing import annotate, cut_off, failures, in_threads, levels, make_video, records, run
+from preparing import annotate, cut_off, failures, in_thread, levels, make_video, records, run
 
 from xclip_jax import prepare, workers
 from xclip_jax.cli import InputError
@@ -16,7 +16,7 @@ from xclip_jax.data import extraction
 from xclip_jax.data.annotations import Clip, Listing
 from xclip_jax.data.builder import Dataset
 
-__all__ = ["in_threads"]  # the fixture
+__all__ = ["in_thread"]  # the fixture
 
 REAL_EXTRACT = extraction.extract
 
@@ -34,7 +34,7 @@ def broken(tmp_path):
     return folder, annotate(tmp_path / "a.json", *items), tmp_path / "out"
 
 
-def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
+def test_failures_are_listed_with_reasons(broken, in_thread, capsys):
     folder, annotations, output = broken
     prepare.prepare(annotations, folder, output, image_size=32, max_failures=0.3)
     out = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_failures_are_listed_with_reasons(broken, in_threads, capsys):
 @pytest.mark.parametrize(
     ("bound", "enough"), [(0.0, False), (0.27, False), (0.28, True), (1.0, True)]
 )
-def test_max_failures_is_enforced(broken, in_threads, bound, enough):
+def test_max_failures_is_enforced(broken, in_thread, bound, enough):
     folder, annotations, output = broken
     if enough:
         prepare.prepare(annotations, folder, output, image_size=32, max_failures=bound)
@@ -104,7 +104,7 @@ def test_max_failures_applies_to_each_split(tmp_path):
     extraction.report_failures(tmp_path, listing, outcomes, 1.0)
 
 
-def test_other_videos_are_an_error_once_prepared(tmp_path, in_threads):
+def test_other_videos_are_an_error_once_prepared(tmp_path, in_thread):
     folder, output = tmp_path / "videos", tmp_path / "out"
     make_video(folder / "a.mp4", seconds=1)
     annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "b"})
@@ -114,7 +114,7 @@ def test_other_videos_are_an_error_once_prepared(tmp_path, in_threads):
         prepare.prepare(annotations, folder, output, image_size=32)
 
 
-def test_partly_read_files_are_not_failures(tmp_path, in_threads, capsys):
+def test_partly_read_files_are_not_failures(tmp_path, in_thread, capsys):
     cut_off(make_video(tmp_path / "videos" / "a.avi", seconds=20))
     annotations, output = annotate(tmp_path / "a.json", {"video": "a"}), tmp_path / "out"
     prepare.prepare(annotations, tmp_path / "videos", output, image_size=32, max_failures=0.0)
@@ -123,7 +123,7 @@ def test_partly_read_files_are_not_failures(tmp_path, in_threads, capsys):
     assert len(records(output)) == 1
 
 
-def test_repaired_videos_are_read_in_the_next_run(broken, in_threads, monkeypatch):
+def test_repaired_videos_are_read_in_the_next_run(broken, in_thread, monkeypatch):
     folder, annotations, output = broken
     items = json.loads(annotations.read_text())
     with pytest.raises(InputError, match=r"^3 of 11 clips failed"):
@@ -144,7 +144,7 @@ def test_repaired_videos_are_read_in_the_next_run(broken, in_threads, monkeypatc
     assert [entry["id"] for entry in failures(output)] == ["7"]
 
 
-def test_a_changed_video_is_read_again(tmp_path, in_threads):
+def test_a_changed_video_is_read_again(tmp_path, in_thread):
     folder, output = tmp_path / "videos", tmp_path / "out"
     make_video(folder / "a.mp4", level=40, seconds=1)
     annotations = annotate(tmp_path / "a.json", {"video": "a"}, {"video": "b"}, {"video": "c"})

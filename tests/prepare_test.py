@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from preparing import ROOT, annotate, command, in_threads, levels, main, records, run, videos
+from preparing import ROOT, annotate, command, in_thread, levels, main, records, run, videos
 
 from xclip_jax import prepare
 from xclip_jax.cli import InputError
@@ -15,7 +15,7 @@ from xclip_jax.data.builder import Dataset, dataset_folder
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.data.video import decode_jpeg
 
-__all__ = ["in_threads", "videos"]  # the fixtures
+__all__ = ["in_thread", "videos"]  # the fixtures
 
 
 def snapshot(folder):
@@ -86,7 +86,7 @@ def test_complete_run_is_not_repeated(videos, tmp_path, capsys):
     assert snapshot(output) == before
 
 
-def test_other_image_size_is_an_error(videos, tmp_path, in_threads):
+def test_other_image_size_is_an_error(videos, tmp_path, in_thread):
     annotations = annotate(tmp_path / "a.json", {"video": "d"})
     prepare.prepare(annotations, videos, tmp_path / "out", image_size=32)
     with pytest.raises(InputError, match="prepared with other image_size; choose"):
@@ -121,7 +121,7 @@ def group_is_gone(group, seconds=20):
     return False
 
 
-def test_killed_runs_resume_to_the_same_data_set(videos, tmp_path, in_threads, capsys):
+def test_killed_runs_resume_to_the_same_data_set(videos, tmp_path, in_thread, capsys):
     """Kills the command while it reads and twice while it writes."""
     segments = [
         {"video": "a", "caption": f"cut number {n}", "start": n / 1000, "split": split}
@@ -167,7 +167,7 @@ def test_killed_runs_resume_to_the_same_data_set(videos, tmp_path, in_threads, c
     assert files[0] == files[1]
 
 
-def test_run_killed_at_its_end_is_complete(videos, tmp_path, in_threads, capsys):
+def test_run_killed_at_its_end_is_complete(videos, tmp_path, in_thread, capsys):
     annotations = annotate(tmp_path / "a.json", {"video": "d"})
     prepare.prepare(annotations, videos, tmp_path / "out", image_size=32)
     (tmp_path / "out" / "work" / "ab").mkdir(parents=True)

@@ -56,10 +56,15 @@ def videos(tmp_path_factory):
     return folder
 
 
+def one_thread(jobs):
+    """Returns a pool of one thread, as np.load in two fails on Python 3.11.7 (gh-106905)."""
+    return concurrent.futures.ThreadPoolExecutor(1)
+
+
 @pytest.fixture
-def in_threads(monkeypatch):
-    """Replaces the pool of processes by one of threads, which start faster."""
-    monkeypatch.setattr(workers, "worker_pool", concurrent.futures.ThreadPoolExecutor)
+def in_thread(monkeypatch):
+    """Replaces the pool of processes by a thread, which starts faster."""
+    monkeypatch.setattr(workers, "worker_pool", one_thread)
 
 
 def command(videos, annotations, output, *more):

@@ -63,8 +63,7 @@ def single(data):
 @pytest.mark.parametrize(
     ("devices", "processes", "cases"),
     [
-        (8, 1, [CASES[0], ALL_ON]),
-        (1, 2, [ALL_ON]),
+        (8, 1, [ALL_ON]),
         pytest.param(8, 1, CASES, marks=pytest.mark.slow),
         pytest.param(1, 2, CASES, marks=pytest.mark.slow),
     ],

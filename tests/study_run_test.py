@@ -14,6 +14,7 @@ import kills
 import pytest
 import tiny
 
+from xclip_jax.monitor import read_metrics
 from xclip_jax.study.__main__ import main
 from xclip_jax.study.runs import failure_reason
 
@@ -87,10 +88,25 @@ def steps(folder):
 
 @pytest.fixture(scope="module")
 def complete(folder):
-    """Returns the output of an uninterrupted study, one variant of which fails."""
-    process = start(folder, "complete")
-    assert finish(process) == 1  # for the variant that failed
-    return folder / "complete"
+    """Returns the output of a study that was stopped and killed, one variant of which fails."""
+    output = folder / "complete"
+    stopped = start_and_wait(folder, "complete", 2)
+    stopped.terminate()
+    assert finish(stopped) == 75
+    (log,) = output.glob("runs/*/*/log.txt")
+    assert "preempted: saved step" in log.read_text()
+    assert not (log.parent / "failed.txt").exists()
+
+    killed = start_and_wait(folder, "complete", 18)
+    os.kill(killed.pid, signal.SIGKILL)  # only this process: its run must end with it
+    killed.wait()
+    time.sleep(1)
+    before = steps(output)
+    time.sleep(1)
+    assert 18 <= steps(output) == before < 30
+
+    assert finish(start(folder, "complete")) == 1  # for the variant that failed
+    return output
 
 
 def table(output):
@@ -136,25 +152,19 @@ def test_table_has_the_numbers_of_the_work_directories(complete):
     assert len(set(means)) == 3
 
 
-def test_study_resumed_after_sigterm_and_sigkill_ends_with_the_same_table(folder, complete):
-    stopped = start_and_wait(folder, "killed", 2)
-    stopped.terminate()
-    assert finish(stopped) == 75
-    (log,) = (folder / "killed").glob("runs/*/*/log.txt")
-    assert "preempted: saved step" in log.read_text()
-    assert not (log.parent / "failed.txt").exists()
+def test_study_resumes_after_sigterm_and_sigkill(complete):
+    for run in ("model.tau=0.1", "base"):  # stopped at its first steps, killed at its first steps
+        lines = read_metrics(complete / "runs" / run / "seed0")
+        steps = [line["step"] for line in lines if "train/loss" in line]
+        assert steps == list(range(1, 16))  # no step is missing or repeated
+    assert "resuming from step" in (complete / "runs/model.tau=0.1/seed0/log.txt").read_text()
 
-    killed = start_and_wait(folder, "killed", 18)
-    os.kill(killed.pid, signal.SIGKILL)  # only this process: its run must end with it
-    killed.wait()
-    time.sleep(1)
-    before = steps(folder / "killed")
-    time.sleep(1)
-    assert 18 <= steps(folder / "killed") == before < 30
 
-    assert finish(start(folder, "killed")) == 1
+@pytest.mark.slow  # tests/preemption_test.py compares weights
+def test_resumed_study_ends_with_the_table_of_an_uninterrupted_one(folder, complete):
+    assert finish(start(folder, "uninterrupted")) == 1
     for name in ("own.md", "own.csv", "own.tex", "own.json"):
-        one, other = ((folder / output / "report" / name) for output in ("killed", "complete"))
+        one, other = ((output / "report" / name) for output in (complete, folder / "uninterrupted"))
         assert one.read_text() == other.read_text()
 
 
