@@ -7,22 +7,31 @@ import sys
 import kills
 import numpy as np
 import pytest
+import scale_worker
 import tiny
 
+from xclip_jax.monitor import read_metrics
+
 EPOCHS = 8  # of three steps each
+SPLIT = """
+from xclip_jax import sharding
+sharding.SPLIT_SIZE = 256  # the model is tiny
+"""
+MEMORY = ["--config.mesh.fsdp=2", "--config.train.micro_batch=4", "--config.loss.block_cells=256"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    kills.write_config(folder, tiny.make_dataset(folder / "data"), EPOCHS)
+    config = kills.write_config(folder, tiny.make_dataset(folder / "data"), EPOCHS)
+    config.write_text(config.read_text() + SPLIT)
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
     """Returns the work directory of an uninterrupted run on two processes."""
-    run = kills.Run(folder / "config.py", folder / "whole", processes=2)
+    run = kills.Run(folder / "config.py", folder / "whole", processes=2, fields=MEMORY)
     assert run.end() == [0, 0], run.output()[-3000:]
     return run.workdir
 
@@ -60,9 +69,19 @@ def test_one_process_killed_at_any_moment_resumes(folder):
     assert_same(run.workdir, whole.workdir)
 
 
+def test_two_processes_have_the_losses_of_one_device(folder, whole):
+    """The processes divide parameters, batch and texts to save memory. The device does not."""
+    fields = {"train.epochs": EPOCHS, "mesh.data": 1}
+    fields |= {"optimizer.lr": 1e-4, "optimizer.encoder_lr": 1e-4}
+    request = {"data": folder / "data", "steps": 3 * EPOCHS}
+    losses = [line["train/loss"] for line in read_metrics(whole) if "train/loss" in line]
+    assert losses == pytest.approx(scale_worker.losses(request, fields), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_two_processes_stopped_in_every_way_resume(folder, whole):
     def start():
-        return kills.Run(folder / "config.py", folder / "stopped", processes=2)
+        return kills.Run(folder / "config.py", folder / "stopped", processes=2, fields=MEMORY)
 
     run = start()
     run.wait_until(lambda: run.steps() >= 4)
