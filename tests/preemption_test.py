@@ -28,10 +28,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+def start_two(folder, name):
+    return kills.Run(folder / "config.py", folder / name, processes=2, fields=MEMORY)
+
+
 @pytest.fixture(scope="module")
 def whole(folder):
     """Returns the work directory of an uninterrupted run on two processes."""
-    run = kills.Run(folder / "config.py", folder / "whole", processes=2, fields=MEMORY)
+    run = start_two(folder, "whole")
     assert run.end() == [0, 0], run.output()[-3000:]
     return run.workdir
 
@@ -41,6 +45,16 @@ def assert_same(workdir, whole):
         np.testing.assert_array_equal(a, b)
     one, other = ((path / "results.json").read_text() for path in (whole, workdir))
     assert one == other
+
+
+def finish_without_newest_checkpoint(name, whole):
+    """Runs to the end from the checkpoint before the newest, which is cut off."""
+    damaged = kills.truncate_newest(whole.parent / name)
+    run = start_two(whole.parent, name)
+    assert run.end() == [0, 0], run.output()[-3000:]
+    assert f"checkpoint {damaged} is corrupted, using" in run.output()
+    assert "Traceback" not in run.output()
+    assert_same(run.workdir, whole)
 
 
 MOMENTS = {
@@ -79,27 +93,22 @@ def test_two_processes_have_the_losses_of_one_device(folder, whole):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_two_processes_stopped_in_every_way_resume(folder, whole):
-    def start():
-        return kills.Run(folder / "config.py", folder / "stopped", processes=2, fields=MEMORY)
-
-    run = start()
-    run.wait_until(lambda: run.steps() >= 4)
+def test_two_processes_resume_after_sigterm_and_a_corrupted_checkpoint(folder, whole):
+    run = start_two(folder, "stopped")
+    run.wait_until(lambda: run.steps() >= 7)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.end() == [75, 75], run.output()[-3000:]
     assert "the same command resumes" in run.output()
+    finish_without_newest_checkpoint("stopped", whole)
 
-    run = start()
+
+@pytest.mark.slow
+def test_two_processes_resume_after_sigkill_in_mid_save(folder, whole):
+    run = start_two(folder, "killed_in_save")
     run.wait_until(lambda: run.steps() >= 11 and kills.in_mid_save(run))
     run.processes[0].kill()
     assert 0 not in run.end(seconds=90)
-    damaged = kills.truncate_newest(run.workdir)
-
-    run = start()
-    assert run.end() == [0, 0], run.output()[-3000:]
-    assert f"checkpoint {damaged} is corrupted, using" in run.output()
-    assert "Traceback" not in run.output()
-    assert_same(run.workdir, whole)
+    finish_without_newest_checkpoint("killed_in_save", whole)
 
 
 ENDING = """
