@@ -25,7 +25,13 @@ folder, model, videos = sys.argv[1:4]
 index = Index.open(folder) if exists(folder) else Index.create(folder, model, segment_seconds=2)
 index.retriever
 commit = Store.add
-Store.add = lambda store, *rows: (commit(store, *rows), print("committed", flush=True))
+
+def add(store, segments, unreadable):
+    commit(store, segments, unreadable)
+    if segments:
+        print("committed", flush=True)
+
+Store.add = add
 index.add([videos])
 """
 

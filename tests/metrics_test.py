@@ -125,7 +125,7 @@ def test_non_finite_scores_are_an_error(bad):
 
 @pytest.mark.parametrize("text_video", [[0, 1, 1], [0, 1, 3], [-1, 1, 2]])
 def test_video_without_caption_is_an_error(text_video):
-    with pytest.raises(ValueError, match="every video needs a caption"):
+    with pytest.raises(ValueError, match="every video must have a caption"):
         retrieval_metrics(np.eye(3), np.array(text_video))
 
 

@@ -142,9 +142,9 @@ def test_resume_on_other_meshes_and_process_counts(folder, whole):
     """Resumes each run where the previous one was stopped."""
     config, workdir = folder / "config.py", folder / "moving"
     for stop, processes, devices, fields in (
-        (6, 1, 8, ["--config.mesh.fsdp=2"]),
-        (14, 1, 8, ["--config.mesh.fsdp=4", "--config.train.micro_batch=8"]),
-        (22, 2, 2, ["--config.mesh.fsdp=2"]),
+        (5, 1, 8, ["--config.mesh.fsdp=2"]),
+        (11, 1, 8, ["--config.mesh.fsdp=4", "--config.train.micro_batch=8"]),
+        (17, 2, 2, ["--config.mesh.fsdp=2"]),
         (None, 1, 1, []),
     ):
         run = kills.Run(config, workdir, processes, devices, fields)

@@ -221,10 +221,7 @@ def test_invalid_input_is_a_one_line_error(videos, tmp_path, capsys):
             {"--output": tmp_path / "file"},
             f"[Errno 20] Not a directory: '{tmp_path / 'file' / 'work'}'",
         ),
-        (
-            {"--split": "9k"},
-            "--split=9k: with --dataset=captions it must be omitted: it has no variants",
-        ),
+        ({"--split": "9k"}, "--split=9k: with --dataset=captions it must be omitted (no variants)"),
         ({"--beam_options": "--a=b"}, "--beam_options requires --beam_runner"),
         ({"--dataset": "rendered"}, "--videos is not allowed with --dataset=rendered"),
         ({"--max_seconds": "-1"}, "--max_seconds=-1: must be at least 0"),

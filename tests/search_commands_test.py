@@ -61,6 +61,12 @@ def test_commands_run_as_programs(folder, tmp_path):
     assert answer["hits"][0]["path"].startswith(str(folder / "videos"))
 
 
+def test_index_of_missing_videos_is_not_created(tmp_path, capsys):
+    arguments = ["index", "/nowhere", "--model=model", "--index", str(tmp_path / "new")]
+    assert "no such file or folder of videos: /nowhere" in error_of(capsys, *arguments)
+    assert not (tmp_path / "new").exists()
+
+
 def test_query_prints_a_table(capsys):
     main(["query", "a red dog", "-k", "3", *at()])
     head, *lines = capsys.readouterr().out.splitlines()

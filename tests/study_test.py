@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studies(base):
-    few_videos = f"{ROOT}/configs/studies/fig5.py:6"  # the default numbers are shares of thousands
+    few_videos = f"{ROOT}/configs/studies/fig5.py:6"  # its default sizes need thousands of videos
     return load_studies([STUDIES], base) | load_studies([few_videos], base)
 
 
@@ -95,7 +95,7 @@ def with_field(config, field, value):
 
 @pytest.mark.parametrize("count", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_every_switch_changes_the_program(base, studies, base_program, count):
-    """Checks the first value of each field, all of them if slow. Options: study_run_test.py."""
+    """Checks the first value of each field, all of them if slow. Not test-time options."""
     values = effective_values(base, studies)
     assert len(values) >= 12
     for field in values:
@@ -164,7 +164,7 @@ def test_invalid_study_file_is_reported_with_the_reason(tmp_path, base, text, me
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(f"--study={path}")) as error:
         load_studies([str(path)], base)
-    # With annotations checked at run time, a wrong type does not get as far as the message.
+    # The tests check annotations at run time: a wrong type is a TypeCheckError before the message.
     assert message in str(error.value) or "TypeCheckError" in str(error.value)
 
 
@@ -282,7 +282,7 @@ def test_invalid_variant_has_a_separate_run(base):
 
 
 def test_variants_with_other_data_or_micro_batch_do_not_share_runs(base):
-    """Changes data, which is another training, and the micro-batch, whose memory is measured."""
+    """Data changes the results and the micro-batch the memory, so each has runs of its own."""
     study = make_study(data={"data.path": "x"}, micro={"train.micro_batch": 4}, plain={})
     planned = plan({"s": study}, base)
     runs = [run for (run,) in planned.values()]

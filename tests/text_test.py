@@ -335,7 +335,7 @@ PACKED = gzip.compress(MADE_UP.encode() * 1000, mtime=0)
         (b"#version: 0.2\n", NO_MERGES),
         (b"A dog runs after the red ball.", NO_MERGES),
         (MADE_UP.partition("\n")[2].encode(), NO_MERGES),  # the header is gone: ids would be off
-        (PROSE.encode(), "line 2 is not a new token from two earlier ones"),
+        (PROSE.encode(), "line 2 is not a new token made of two earlier tokens"),
         (PROSE.encode("utf-16"), CORRUPTED),
         (MADE_UP.replace("d o\n", "").encode(), "line 4 is not a new token"),
         (MADE_UP.replace("d o\n", "t h\n").encode(), "line 4 is not a new token"),

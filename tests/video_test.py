@@ -102,7 +102,7 @@ def test_decoding_stops_after_the_end(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 50))
     reader = video.VideoReader(path, start=0.0, end=1.0)
     assert len(list(reader)) == 2
-    assert reader.count == 12  # that of 1.1 s is the first past the end
+    assert reader.count == 12  # the frame at 1.1 s is the first after the end
 
 
 @pytest.mark.parametrize(

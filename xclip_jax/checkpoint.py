@@ -264,7 +264,7 @@ def check_same_run(
     ]
     if changed:
         advice = f"use the same config or choose another {option}"
-        raise InputError(f"{workdir} is of another config: {', '.join(changed)}; {advice}")
+        raise InputError(f"{workdir} has another config: {', '.join(changed)}; {advice}")
 
 
 def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def best_caption_scores(sim_TxV: Similarities, text_video_T: TextVideo) -> np.nd
     """
     num_videos = sim_TxV.shape[1]
     if set(text_video_T.tolist()) != set(range(num_videos)):
-        raise ValueError("every video needs a caption")
+        raise ValueError("every video must have a caption")
     best_VxV = np.full((num_videos, num_videos), -np.inf, sim_TxV.dtype)
     np.maximum.at(best_VxV, text_video_T, sim_TxV)
     return best_VxV.T

@@ -117,7 +117,7 @@ def _read_annotations(old: DatasetSettings, annotations: Path) -> tuple[DatasetS
     """Returns the settings with the variant, by default the first, and the annotations' clips."""
     dataset, variant, variants = old.dataset, old.variant, DATASETS[old.dataset].variants
     if variant and variant not in variants:
-        allowed = f"one of {', '.join(variants)}" if variants else "omitted: it has no variants"
+        allowed = f"one of {', '.join(variants)}" if variants else "omitted (no variants)"
         raise InputError(f"--split={variant}: with --dataset={dataset} it must be {allowed}")
     chosen = [variant or variants[0]] if variants else []
     listing = DATASETS[dataset].read(annotations, *chosen)

@@ -190,7 +190,7 @@ def require_type(value: Any, kind: Any, where: object) -> Any:
     """Returns `value` if it is a `kind` (a type or a union of types), else raises InputError."""
     if not isinstance(value, kind) or isinstance(value, bool):
         expected = getattr(kind, "__name__", str(kind))
-        raise InputError(f"{where}: must be {expected}, is {type(value).__name__}: wrong file?")
+        raise InputError(f"{where}: must be {expected}, is {type(value).__name__}; wrong file")
     return value
 
 
@@ -199,7 +199,7 @@ def require_fields(item: Any, where: object, **kinds: Any) -> list[Any]:
     require_type(item, dict, where)
     for name, kind in kinds.items():
         if name not in item:
-            raise InputError(f"{where}: has no {name!r}: wrong file?")
+            raise InputError(f"{where}: has no {name!r}; wrong file")
         require_type(item[name], kind, f"{where}, {name!r}")
     return [item[name] for name in kinds]
 
@@ -325,7 +325,7 @@ def _parse_clip(where: str, item: Any) -> Clip:
     check(is_text, field, "contains an empty sentence or a value that is not text")
     times = [item.get("start"), item.get("end")]
     for field, time in zip(("start", "end"), times, strict=True):
-        problem = f"{time!r} is not a number of seconds, at least 0"
+        problem = f"{time!r} is not a number of seconds from 0"
         check(time is None or _is_seconds(time), field, problem)
     start, end = (None if time is None else float(time) for time in times)
     if end is not None and end <= (start or 0):

@@ -117,7 +117,7 @@ def read_lsmdc(source: PathLike) -> Listing:
         for number, line in enumerate(folder.lines(name), 1):
             cells = line.split("\t")
             if len(cells) != 6:
-                problem = f"must have 6 fields separated by tabs, has {len(cells)}: wrong file?"
+                problem = f"must have 6 fields separated by tabs, has {len(cells)}; wrong file"
                 raise InputError(f"{folder.path / name}, line {number}: {problem}")
             listing.add(split, cells[0].strip(), [cells[5]])
     return listing

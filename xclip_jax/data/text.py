@@ -119,7 +119,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
             known.add("".join(pair))
             merges.append((pair[0], pair[1]))
         elif number > 1:
-            raise OSError(f"line {number} is not a new token from two earlier ones")
+            raise OSError(f"line {number} is not a new token made of two earlier tokens")
     if not merges or len(merges) == len(lines):
         raise OSError("the file has no merges below a header line")
     return merges

@@ -143,7 +143,7 @@ class Picture:
         self._square: dict[int, UInt8[np.ndarray, "S S 3"]] = {}
 
     def to_square(self, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-        """Returns the frame as `preprocess` makes it, cached by size."""
+        """Returns the preprocessed frame, which is cached by image size."""
         if image_size not in self._square:
             self._square[image_size] = preprocess(self.image, image_size, self.pixel_aspect)
         return self._square[image_size]

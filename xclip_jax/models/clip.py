@@ -41,7 +41,7 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention where the mask is True."""
+    """Multi-head self-attention to the positions whose mask is True."""
 
     heads: int
     dtype: str

@@ -121,7 +121,7 @@ def _list_facts(results: Mapping[str, Any]) -> list[str]:
 
 
 def _metric_rows(results: Mapping[str, Any]) -> list[_Row]:
-    """Returns this model, with test-time options, and the paper, for each direction, and chance."""
+    """Returns the rows of each direction (model, test-time options, paper), and of chance."""
     rows = []
     for key, name in DIRECTIONS.items():
         rows.append((name, results[key], "ours"))
@@ -136,7 +136,7 @@ def _metric_rows(results: Mapping[str, Any]) -> list[_Row]:
 
 
 def render(template: str, **values: Any) -> str:
-    """Renders a file of templates/ with the given values, escaped if it is HTML."""
+    """Renders a file of templates/. HTML templates escape the values."""
     environment = jinja2.Environment(
         *(_LATEX_DELIMITERS if template.endswith(".tex") else ()),
         loader=jinja2.PackageLoader("xclip_jax.report"),

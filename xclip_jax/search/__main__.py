@@ -18,7 +18,7 @@ from typing import Any
 
 from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
 from xclip_jax.data.annotations import read_text
-from xclip_jax.search import output
+from xclip_jax.search import indexing, output
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.serve import serve
 from xclip_jax.search.store import exists
@@ -40,6 +40,7 @@ def run_index(args: argparse.Namespace) -> None:
     elif args.model is None:
         raise InputError(f"--model is required: there is no index in {args.index} yet")
     else:
+        indexing.find_videos(args.videos, allow_none=args.prune)  # raises before it is created
         index = Index.create(args.index, args.model, **settings)
     started = time.perf_counter()
     if index.retriever.tokenizer is None:

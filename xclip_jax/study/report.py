@@ -62,7 +62,7 @@ class Stat(Interval):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A variant's results."""
+    """The table row of a variant."""
 
     name: str
     labels: Sequence[str]  # texts of the first columns
