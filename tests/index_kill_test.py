@@ -50,7 +50,8 @@ def content(folder):
     return sorted(rows, key=lambda row: row["id"])
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_killed_runs_end_with_the_index_of_an_uninterrupted_run(tmp_path, kills):
     model, videos = tiny.make_model(tmp_path / "model"), tmp_path / "videos"
     num_files = 8 * (1 + kills // 2)

@@ -10,9 +10,10 @@ from pathlib import Path
 import kills
 import pytest
 import tiny
+from preparing import one_thread
 
 import xclip_jax
-from xclip_jax import cli, main
+from xclip_jax import cli, main, workers
 from xclip_jax.__main__ import COMMANDS
 from xclip_jax.__main__ import main as dispatch
 from xclip_jax.data import rendered
@@ -180,6 +181,7 @@ def test_demo_config_renders_trains_and_reports(run_main, tmp_path, monkeypatch)
     monkeypatch.setattr(
         rendered, "render_dataset", lambda *a, **k: make(*a, **{**k, "num_val": 6, "num_test": 12})
     )
+    monkeypatch.setattr(workers, "worker_pool", one_thread)
     data = tmp_path / "data"
     arguments = (f"--config.data.path={data}", "--config.data.rendered=16")
     assert run_main(*arguments) is None

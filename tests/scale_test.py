@@ -105,6 +105,7 @@ print(json.dumps([float(loss), [float(v) for v in value], max(far) / scale]))
 """
 
 
+@pytest.mark.slow
 def test_pmap_gives_the_same_value_and_gradient():
     done = subprocess.run(
         [sys.executable, "-c", PMAP], env=ENVIRONMENT, capture_output=True, text=True, check=False
