@@ -41,10 +41,11 @@ exit "$status"
 """
 
 CONNECT = """
+import jax
 from xclip_jax import distributed
 
 distributed.connect(None, None, None)
-distributed.print_once(f"processes {distributed.gather_objects(distributed.jax.process_index())}")
+distributed.print_once(f"processes {distributed.gather_objects(jax.process_index())}")
 distributed.shutdown()
 """
 

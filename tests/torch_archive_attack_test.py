@@ -76,7 +76,7 @@ PLAINS = {
     "nested tuples for a key": program(b"}" + TUPLES + b"Ns"),
     "2^99 tuples for a key": program(b"})" + b"q\0h\0\x86" * 99 + b"Ns"),
     "keys of one hash": program(
-        b"}" + b"".join(push((n << 61) - n, 0) + b"s" for n in range(1, 30_000))
+        b"}" + b"".join(push((n << 61) - n, 0) + b"s" for n in range(1, 100_000))
     ),
     "dict in itself": program(b"}q\xff" + push("state_dict") + b"h\xffs"),
     "state of a function": program(

@@ -40,7 +40,7 @@ def run_index(args: argparse.Namespace) -> None:
     elif args.model is None:
         raise InputError(f"--model is required: there is no index in {args.index} yet")
     else:
-        indexing.find_videos(args.videos, allow_none=args.prune)  # raises before it is created
+        indexing.find_videos(args.videos, allow_none=args.prune)  # raises before an index exists
         index = Index.create(args.index, args.model, **settings)
     started = time.perf_counter()
     if index.retriever.tokenizer is None:
