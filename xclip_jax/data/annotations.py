@@ -325,7 +325,7 @@ def _parse_clip(where: str, item: Any) -> Clip:
     check(is_text, field, "contains an empty sentence or a value that is not text")
     times = [item.get("start"), item.get("end")]
     for field, time in zip(("start", "end"), times, strict=True):
-        problem = f"{time!r}: must be a number of seconds, at least 0"
+        problem = f"{time!r} must be a number of seconds, at least 0"
         check(time is None or _is_seconds(time), field, problem)
     start, end = (None if time is None else float(time) for time in times)
     if end is not None and end <= (start or 0):
