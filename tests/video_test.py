@@ -13,6 +13,7 @@ from av.stream import Disposition
 from video_files import at_rate, grey, numbers, write
 
 from xclip_jax.data import video
+from xclip_jax.data.container import Clock, VideoError, _picture_streams
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_decoding_stops_after_the_end(tmp_path):
     ],
 )
 def test_clock_repairs_time_stamps(stamps, ticks):
-    clock = video._Clock(second=Fraction(100), rate=Fraction(25))
+    clock = Clock(second=Fraction(100), rate=Fraction(25))
     assert [clock(stamp) for stamp in stamps] == ticks
 
 
@@ -219,12 +220,12 @@ def test_names_like_protocols_or_options_are_read(tmp_path, monkeypatch):
 def test_cover_art_is_not_a_video_stream():
     cover = SimpleNamespace(disposition=Disposition.attached_pic | Disposition.default)
     container = Mock(spec=InputContainer, streams=SimpleNamespace(video=[cover]))
-    with pytest.raises(video.VideoError, match=r"^no video stream$"):
-        video._video_stream(container)
+    with pytest.raises(VideoError, match=r"^no video stream$"):
+        _picture_streams(container)
     unknown = SimpleNamespace(disposition=Disposition.default, codec_context=None)
     container.streams.video.append(unknown)
     with pytest.raises(video.VideoError, match=r"^no decoder for the video stream$"):
-        video._video_stream(container)
+        _picture_streams(container)
 
 
 def test_default_stream_is_read(tmp_path):

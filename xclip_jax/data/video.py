@@ -7,25 +7,22 @@ files (variable rates, broken indices, wrong headers) seeking and counting frame
 import contextlib
 import dataclasses
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
-import av
-import av.logging
 import numpy as np
 import simplejpeg
-from av import VideoFrame, VideoStream
-from av.container import InputContainer
+from av import Packet, VideoFrame
 from av.error import FFmpegError
-from av.stream import Disposition
+from av.filter import Graph
 from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from xclip_jax.cli import PathLike
+from xclip_jax.data.container import Clock, Film, VideoError, exact_seconds, open_film, reason
 
 # swscale follows each frame's matrix (BT.601/709/2020; BT.601 if untagged, as in ffmpeg) and range.
 # Measured against the formula with 8 bits, its default is off by 1.1 levels on average, 3 at most,
@@ -33,17 +30,11 @@ from xclip_jax.cli import PathLike
 _DEFAULT = Interpolation.BILINEAR
 _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNSPECIFIED_COLORSPACE = 2
+_HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
+_TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
 ONE = Fraction(1)
 Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
-
-# Steps between time stamps outside these bounds, in seconds, are a restart (joined recordings) or
-# an invalid stamp, not a pause; the backward bound is ffmpeg's own.
-_LARGEST_STEP_BACK, _LONGEST_PAUSE = -10, 3600
-
-
-class VideoError(Exception):
-    """The error that a video cannot be read, with a short reason as its message."""
 
 
 @dataclasses.dataclass
@@ -78,61 +69,73 @@ class VideoReader:
 
     A picture shown for more than a second occurs repeatedly, as the same object. Iteration raises
     VideoError if no frame can be read. After the last picture, `note` is the reason why only a part
-    of the file was read, or None, `count` the number of decoded frames, and `end` the seconds from
-    the file's first frame to the end of its last.
+    of the file was read, or None, `count` the number of decoded frames, `end` the seconds from the
+    file's first frame to the end of its last, and `offset` the seconds from the start of the film,
+    such as its sound, to its first frame.
     """
 
     note: str | None = None
-    count, end = 0, 0.0
+    count, end, offset = 0, 0.0, 0.0
+    _undecoded, _discarded = 0, 0  # packets that cannot be decoded, that an edit list cuts away
     _error: Exception | None = None
 
     def __init__(self, path: PathLike, *, start: Seconds = None, end: Seconds = None) -> None:
         self.path, self.start, self.until = path, start, end
 
     def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
-        self.count, self._error = 0, None
-        first = max(_seconds(self.start or 0.0), 0)
-        last = math.inf if self.until is None else _seconds(self.until)
-        with _open(self.path) as (stream, second):
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            clock, shown, picture = _Clock(second, rate), None, None
-            frames = self._decode(stream, clock)
+        self.count = self._undecoded = self._discarded = 0
+        self._error = None
+        first = max(exact_seconds(self.start or 0.0), 0)
+        last = math.inf if self.until is None else exact_seconds(self.until)
+        with open_film(self.path) as film:
+            clock, second, shown, picture = film.clock(), film.second, None, None
+            frames = self._decode(film, clock)
             for ticks, frame in _choose_each_second(frames, first * second, last * second, second):
                 if picture is None or frame is not shown:
-                    shown, picture = frame, _to_picture(frame, stream.sample_aspect_ratio)
+                    shown, picture = frame, _to_picture(frame, film.stream.sample_aspect_ratio)
                 yield float(ticks / second), picture
             if not self.count:
-                raise VideoError(f"no frame could be decoded: {_reason(self._error)}")
+                raise VideoError(f"no frame could be decoded: {reason(self._error)}")
             if picture is None:
                 until = "its end" if self.until is None else f"{self.until} s"
                 raise VideoError(f"no frame between {self.start or 0} s and {until}")
-            if self._error:
-                self.note = f"decoder stopped at frame {self.count}: {_reason(self._error)}"
-            elif self.until is None and self.count < 0.9 * stream.frames:
-                counts = f"{self.count} of {stream.frames}"
-                self.note = f"far fewer frames than the header states ({counts})"
+            self.note = self._describe_missing(film)
             self.end = float((clock.now + clock.period) / second)
 
-    def _decode(self, stream: VideoStream, clock: "_Clock") -> Iterator[Stamped]:
+    def _decode(self, film: Film, clock: Clock) -> Iterator[Stamped]:
         """Yields the frames in decoding order, up to an error."""
-        container: Any = stream.container
-        # AVI stores decoding times only; with B-frames, the presentation times that FFmpeg derives
-        # from them are out of order.
-        stamp = "dts" if container.format.name == "avi" else "pts"
         try:
-            for packet in container.demux(stream):
+            for packet in film.container.demux(film.stream):
+                self._discarded += packet.is_discard
                 try:
                     frames = packet.decode()
                 except (FFmpegError, ValueError) as error:
-                    # A recording cut out of a broadcast starts with packets that cannot be decoded.
+                    # A recording cut out of a broadcast starts with packets that cannot be decoded,
+                    # and so may each part of joined ones.
                     frames, self._error = [], error
-                    if self.count:
+                    self._undecoded += self.count > 0
+                    if self.count and not film.is_joinable:
                         return
                 for frame in frames:
+                    stamp = getattr(frame, film.stamp)
+                    if not self.count:
+                        self.offset = film.offset(stamp)
                     self.count, self._error = self.count + 1, None
-                    yield clock(getattr(frame, stamp)), frame
+                    yield clock(stamp), frame
         except (FFmpegError, ValueError) as error:  # of the container
             self._error = error
+
+    def _describe_missing(self, film: Film) -> str | None:
+        """Returns the reason why only a part of the file was read, or None."""
+        expected = film.count_frames() - self._discarded
+        if self._error:
+            return f"decoder stopped at frame {self.count}: {reason(self._error)}"
+        if self._undecoded:
+            return f"{self._undecoded} packets of {film.container.format.name} cannot be decoded"
+        if self.until is None and self.count < 0.9 * expected:
+            counts = f"{self.count} of {expected}"
+            return f"far fewer frames than the header states ({counts})"
+        return None
 
 
 class Picture:
@@ -162,24 +165,62 @@ def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
 
     It seeks, which is inexact on files with invalid time stamps or indices: for display only.
     """
-    with _open(path) as (stream, ticks_per_second):
-        container: Any = stream.container
-        start, frame = stream.start_time or 0, None
+    with open_film(path) as film:
+        target = exact_seconds(second) * film.second
         try:
-            target = start + round(_seconds(second) * ticks_per_second)
-            for origin in (target, start):
-                frame = None
-                container.seek(origin, stream=stream)
-                for frame in container.decode(stream):
-                    if frame.pts is None or frame.pts + (frame.duration or 1) > target:
-                        break
-                if frame is not None and not frame.is_corrupt:
-                    break  # else it is not decodable from where seeking arrived
+            find = _find_in_joined if film.is_joinable else _find_by_seeking
+            frame = find(film, math.floor(target))
         except (FFmpegError, ValueError, OverflowError) as error:
-            raise VideoError(f"no picture at {second} s: {_reason(error)}") from error
+            raise VideoError(f"no picture at {second} s: {reason(error)}") from error
         if frame is None:
             raise VideoError(f"no picture at {second} s")
-        return _to_picture(frame, stream.sample_aspect_ratio).encode_thumbnail(longest)
+        return _to_picture(frame, film.stream.sample_aspect_ratio).encode_thumbnail(longest)
+
+
+def _find_by_seeking(film: Film, target: int) -> VideoFrame | None:
+    """Returns the frame shown `target` ticks after the first one, or None."""
+    container: Any = film.container
+    first = next(container.decode(film.stream), None)
+    start = getattr(first, film.stamp, None) or 0
+    for origin in (start + target, start):
+        container.seek(origin, stream=film.stream)
+        frame = None
+        for frame_after in container.decode(film.stream):
+            stamp = getattr(frame_after, film.stamp)
+            if stamp is not None and stamp > start + target:
+                break
+            frame = frame_after
+        if frame is not None and not frame.is_corrupt:
+            return frame  # else it is not decodable from where seeking arrived
+    return first
+
+
+def _find_in_joined(film: Film, target: int) -> VideoFrame | None:
+    """Returns the frame shown `target` ticks after the first one, or None, without seeking.
+
+    Joined recordings repeat time stamps. Packets are read from the start, and those from the last
+    key frame on are decoded.
+    """
+    clock, start, packets = film.clock(), 0, []
+    for packet in film.container.demux(film.stream):
+        if clock(packet.dts) > target:
+            break
+        if packet.is_keyframe:
+            start, packets = clock.now, []
+        packets.append(packet)
+    stamps, frame = film.clock(), None
+    stamps.now = start - stamps.period
+    for decoded in _decode_packets(film, packets):
+        if frame is not None and stamps(getattr(decoded, film.stamp)) > target:
+            break
+        frame = decoded
+    return frame
+
+
+def _decode_packets(film: Film, packets: list[Packet]) -> Iterator[VideoFrame]:
+    for packet in [*packets, None]:  # None: what the decoder still holds
+        with contextlib.suppress(FFmpegError, ValueError):
+            yield from film.stream.codec_context.decode(packet)
 
 
 def preprocess(
@@ -217,57 +258,6 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
     return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
-@contextlib.contextmanager
-def _open(path: PathLike) -> Iterator[tuple[VideoStream, Fraction]]:
-    """Opens a file and yields (video stream, its ticks per second)."""
-    av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
-    try:
-        if os.path.getsize(path) == 0:
-            raise VideoError("empty file (0 bytes)")
-        # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
-    except (OSError, ValueError, FFmpegError) as error:
-        raise VideoError(f"cannot be opened: {_reason(error)}") from error
-    with container:
-        stream = _video_stream(container)
-        stream.codec_context.thread_count = 1  # callers run one process per core
-        yield stream, 1 / (stream.time_base or Fraction(1, 1_000_000))
-
-
-def _video_stream(container: InputContainer) -> VideoStream:
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        raise VideoError("no video stream")
-    streams = [s for s in streams if s.codec_context is not None]
-    if not streams:
-        raise VideoError("no decoder for the video stream")
-    return next((s for s in streams if s.disposition & Disposition.default), streams[0])
-
-
-class _Clock:
-    """A converter of time stamps, possibly invalid, to non-decreasing ticks since the first frame.
-
-    A second has `second` ticks and `rate` frames. Ticks are integers: in floating point, 17.8 s -
-    16.8 s is not 1 s.
-    """
-
-    def __init__(self, second: Fraction, rate: Fraction) -> None:
-        self.period = max(round(second / rate), 1)
-        self.steps = round(_LARGEST_STEP_BACK * second), round(_LONGEST_PAUSE * second)
-        self.zero: int | None = None
-        self.now = -self.period
-
-    def __call__(self, stamp: int | None) -> int:
-        if stamp is None:
-            self.now += self.period
-            return self.now
-        back, pause = self.steps
-        if self.zero is None or not back <= stamp - self.zero - self.now <= pause:
-            self.zero = stamp - self.now - self.period
-        self.now = max(self.now, stamp - self.zero)
-        return self.now
-
-
 def _choose_each_second(
     frames: Iterable[Stamped], start: Fraction, end: Fraction | float, second: Fraction
 ) -> Iterator[Stamped]:
@@ -285,12 +275,25 @@ def _choose_each_second(
         target += second
 
 
+def _map_tones(frame: VideoFrame) -> Image.Image:
+    """Converts an HDR frame to sRGB: diffuse white becomes white, brighter colours are clipped."""
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=ONE
+    )
+    scale = graph.add("scale", _TO_SRGB)
+    rgb, sink = graph.add("format", "rgb24"), graph.add("buffersink")
+    graph.link_nodes(source, scale, rgb, sink).configure()
+    source.push(frame)
+    return sink.pull().to_image()
+
+
 def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
     """Converts a frame to RGB and turns it upright."""
     flags = _DEFAULT if frame.format.components[0].bits <= 8 else _ACCURATE
     options: dict[str, Any] = {"interpolation": flags, "threads": 1}
     try:
-        image = frame.to_image(**options)
+        image = _map_tones(frame) if frame.color_trc in _HDR else frame.to_image(**options)
     except FFmpegError:  # a matrix that swscale does not support, such as YCgCo
         frame.colorspace = _UNSPECIFIED_COLORSPACE
         image = frame.to_image(**options)
@@ -305,12 +308,3 @@ def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
         image = (ImageOps.flip(image) if determinant < 0 else image).rotate(degrees, expand=True)
         aspect = aspect if degrees % 180 == 0 else 1 / aspect
     return Picture(image, aspect)
-
-
-def _seconds(value: float) -> Fraction:
-    # 0.3 is slightly less than 3/10 in floating point, and would miss the frame at 3/10 s.
-    return Fraction(value).limit_denominator(1_000_000)
-
-
-def _reason(error: Exception | None) -> str:
-    return getattr(error, "strerror", None) or str(error or "the file has none")

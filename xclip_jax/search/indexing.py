@@ -24,7 +24,8 @@ from jaxtyping import UInt8
 from xclip_jax.cli import InputError, PathLike, progress
 from xclip_jax.data.extraction import CRASHED, VideoFolder
 from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.video import Picture, VideoError, VideoReader
+from xclip_jax.data.container import VideoError
+from xclip_jax.data.video import Picture, VideoReader
 from xclip_jax.inference import pad_rows
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.store import FileStamp, Store

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from xclip_jax.cli import InputError, PathLike, atomic_file, progress
-from xclip_jax.data.video import VideoError, read_still
+from xclip_jax.data.container import VideoError
+from xclip_jax.data.video import read_still
 from xclip_jax.report.canvas import BLUE, MUTED, Canvas, drawing_style
 from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.index import Index

@@ -1,0 +1,259 @@
+"""Opens video files and turns their time stamps into seconds of one continuous film."""
+
+import bisect
+import contextlib
+import io
+import itertools
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import av.logging
+from av import VideoStream
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.format import Flags
+from av.stream import Disposition
+
+from xclip_jax.cli import PathLike
+
+# FFmpeg's readers of files that hold pictures themselves. Others open further files or addresses,
+# which a file of any name may list: playlists (HLS, DASH, concat), SDP, image sequences.
+CONTAINERS = (
+    *("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpegtsraw", "mpeg", "mpegvideo", "flv"),
+    *("live_flv", "asf", "asf_o", "ogg", "rm", "mxf", "gif", "apng", "nut", "ivf", "dv", "wtv"),
+    *("h264", "hevc", "m4v", "av1", "obu", "mjpeg", "yuv4mpegpipe", "nsv", "gxf"),
+)
+# Formats whose clock may restart, in addition to those that FFmpeg marks as such.
+_JOINABLE = ("flv",)
+_FIRST_PICTURES = 60  # seconds of a file in which a film has at least two pictures
+
+
+class VideoError(Exception):
+    """The error that a video cannot be read, with a short reason as its message."""
+
+
+class Film(NamedTuple):
+    """The picture track of an open file."""
+
+    container: InputContainer
+    stream: VideoStream
+
+    @property
+    def second(self) -> Fraction:
+        """Ticks per second of the time stamps."""
+        return 1 / (self.stream.time_base or Fraction(1, 1_000_000))
+
+    @property
+    def stamp(self) -> str:
+        """Attribute of a frame that holds its time stamp."""
+        # AVI stores decoding times only; with B-frames, the presentation times that FFmpeg derives
+        # from them are out of order.
+        return "dts" if self.container.format.name == "avi" else "pts"
+
+    @property
+    def is_joinable(self) -> bool:
+        """True if recordings of this format may be joined byte by byte."""
+        flags = self.container.format.flags & Flags.ts_discont.value
+        return bool(flags) or self.container.format.name in _JOINABLE
+
+    def offset(self, stamp: int | None) -> float:
+        """Returns the seconds from the start of the file, as players count, to a time stamp."""
+        return max(0.0, float((stamp or 0) / self.second) - (self.container.start_time or 0) / 1e6)
+
+    def count_frames(self) -> int:
+        """Returns the number of frames that the header states, 0 if unknown."""
+        frames = self.stream.frames
+        if "mov" in self.container.format.name.split(","):  # its index has what an edit list leaves
+            frames = min(frames, len(self.stream.index_entries))
+        return frames
+
+    def clock(self) -> "Clock":
+        """Returns a new clock for the time stamps."""
+        rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
+        sparse = self.container.format.name == "mpeg"
+        return Clock(self.second, rate, joinable=self.is_joinable, sparse=sparse)
+
+
+@contextlib.contextmanager
+def open_film(path: PathLike) -> Iterator[Film]:
+    """Opens the picture track of a video file, or raises VideoError."""
+    with contextlib.ExitStack() as stack:
+        container = stack.enter_context(_open(path))
+        streams = _picture_streams(container)
+        index = streams[0].index
+        if len(streams) > 1:
+            index = _choose_stream(container, streams)
+            container = stack.enter_context(_open(path))  # at the start again
+        stream: Any = container.streams[index]
+        stream.codec_context.thread_count = 1  # callers run one process per core
+        yield Film(container, stream)
+
+
+class _JoinedFlv(io.RawIOBase):
+    """An FLV file without the headers in its middle, at which FFmpeg would stop reading.
+
+    The format: https://rtmp.veriskope.com/pdf/video_file_format_spec_v10.pdf, Annex E.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115  (closed by `close`)
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.parts = list(self._find_parts())  # (first byte, end)
+        self.ends = list(itertools.accumulate(end - start for start, end in self.parts))
+        self.place = 0
+
+    def _find_parts(self) -> Iterator[tuple[int, int]]:
+        start = place = 0
+        while place < self.size:
+            self.file.seek(place)
+            tag = self.file.read(11)
+            if tag[:3] == b"FLV" and len(tag) > 8:
+                if place:
+                    yield start, place
+                    start = place + 13  # bytes of a header and of the size of the tag before it
+                place += 13
+            else:
+                place += 11 + int.from_bytes(tag[1:4]) + 4
+        yield start, self.size
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads up to `size` bytes of one part."""
+        number = bisect.bisect_right(self.ends, self.place)
+        if number == len(self.parts):
+            return b""
+        left = self.ends[number] - self.place
+        self.file.seek(self.parts[number][1] - left)
+        data = self.file.read(left if size < 0 else min(size, left))
+        self.place += len(data)
+        return data
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to a place in the file without the headers."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.ends[-1]}
+        self.place = origin[whence] + place
+        return self.place
+
+    def tell(self) -> int:
+        """Returns the place in the file without the headers."""
+        return self.place
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _open(path: PathLike) -> Iterator[InputContainer]:
+    av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
+    allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    try:
+        if os.path.getsize(path) == 0:
+            raise VideoError("empty file (0 bytes)")
+        # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
+        options: Any = {"container_options": allowed, "metadata_errors": "replace"}
+        container = av.open(os.path.abspath(path), **options)
+        if container.format.name == "flv" and len((joined := _JoinedFlv(path)).parts) > 1:
+            container.close()
+            container = av.open(joined, **options)
+    except (OSError, ValueError, FFmpegError) as error:
+        raise VideoError(f"cannot be opened: {reason(error)}") from error
+    with container:
+        yield container
+
+
+def _picture_streams(container: InputContainer) -> list[VideoStream]:
+    """Returns the video streams except cover pictures, those marked as default first."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise VideoError("no video stream")
+    streams = [s for s in streams if s.codec_context is not None]
+    if not streams:
+        raise VideoError("no decoder for the video stream")
+    return sorted(streams, key=lambda s: not s.disposition & Disposition.default)
+
+
+def _choose_stream(container: InputContainer, streams: list[VideoStream]) -> int:
+    """Returns the index of the first of `streams` that has more than one picture, or of the first.
+
+    A picture of the disc or of the show may be marked as the default video.
+    """
+    counts = dict.fromkeys((stream.index for stream in streams), 0)
+    with contextlib.suppress(FFmpegError, ValueError):
+        for packet in container.demux(streams):
+            counts[packet.stream.index] += packet.size > 0
+            seconds = (packet.dts or 0) * (packet.time_base or 0) - (
+                container.start_time or 0
+            ) / 1e6
+            if counts[streams[0].index] > 1 or seconds > _FIRST_PICTURES:
+                break
+    return next((index for index, count in counts.items() if count > 1), streams[0].index)
+
+
+class Clock:
+    """A converter of time stamps, possibly invalid, to non-decreasing ticks since the first frame.
+
+    A second has `second` ticks and `rate` frames. Ticks are integers: in floating point, 17.8 s -
+    16.8 s is not 1 s. Steps back of more than 10 s or forward of more than an hour are a restart of
+    the clock. If recordings may be `joinable`, so are steps back of more than 0.1 s and steps
+    forward of more than 10 s (FFmpeg's limits, https://ffmpeg.org/ffmpeg.html), unless pictures are
+    held that long: unless the step is at most 20 times the longest so far. `sparse` stamps, of
+    which FFmpeg attributes some to the frame before, are followed only when they are two frames off.
+    """
+
+    def __init__(
+        self, second: Fraction, rate: Fraction, *, joinable: bool = False, sparse: bool = False
+    ) -> None:
+        self.period = max(round(second / rate), 1)
+        self.second, self.joinable = second, joinable
+        self.tolerance = 2 * self.period if sparse else 0
+        self.zero: int | None = None
+        self.now = -self.period
+        self._longest = 0  # step between two frames so far
+
+    def __call__(self, stamp: int | None) -> int:
+        """Returns the ticks of the next frame, whose time stamp may be None."""
+        if stamp is None:
+            self.now += self.period
+            return self.now
+        if self.zero is None:
+            self.now += self.period
+            self.zero = stamp - self.now
+            return self.now
+        if self._restarts(stamp - self.zero - self.now):
+            self.zero = stamp - self.now - self.period
+        step = stamp - self.zero - self.now
+        if abs(step - self.period) < self.tolerance:
+            step = self.period
+        self._longest, self.now = max(self._longest, step), max(self.now, self.now + step)
+        return self.now
+
+    def _restarts(self, step: int) -> bool:
+        back, pause = Fraction(10), Fraction(3600)
+        if self.joinable:
+            back = Fraction(1, 10)
+            usual = 20 * self._longest / self.second
+            pause = min(max(Fraction(10), usual), pause) if usual else pause
+        return not -back * self.second <= step <= pause * self.second
+
+
+def exact_seconds(value: float) -> Fraction:
+    """Returns seconds as a fraction that is not below the decimal number they were given as."""
+    # 0.3 is slightly less than 3/10 in floating point, and would miss the frame at 3/10 s.
+    return Fraction(value).limit_denominator(1_000_000)
+
+
+def reason(error: Exception | None) -> str:
+    """Returns a short description of a decoder's error."""
+    return getattr(error, "strerror", None) or str(error or "the file has none")
