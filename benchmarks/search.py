@@ -133,7 +133,7 @@ def measure(
 
 def score_exhaustively(funnel: Funnel, snapshot: Snapshot, text: TextFeatures) -> np.ndarray:
     """Returns T x K, the ids of the full model's best scores of T queries."""
-    answers = funnel.search_exhaustively(snapshot, text, K)
+    answers = funnel.search_exhaustively(snapshot.select(), text, K)
     return np.array([[hit.id for hit in answer] for answer in answers])
 
 
@@ -148,7 +148,9 @@ def run_queries(
     hit_ids, times = [], []
     for n in numbers:
         query = jax.tree.map(lambda x, n=n: x[n : n + 1], text)
-        seconds, answer = results.measure_seconds(lambda q=query: funnel.search(snapshot, q, K))
+        seconds, answer = results.measure_seconds(
+            lambda q=query: funnel.search(snapshot.select(), q, K)
+        )
         hit_ids.append([hit.id for hit in answer])
         times.append({"query": seconds, **answer.seconds})
     milliseconds = {name: [1000 * row[name] for row in times] for name in times[0]}

@@ -1,5 +1,7 @@
 """Tests of the funnel for every kind of head."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def unit(x):
 
 
 @pytest.fixture(scope="module")
-def snapshot(tmp_path_factory):
+def selection(tmp_path_factory):
     """Returns segments of 20 topics. The frames of a segment are near each other."""
     rng = np.random.default_rng(0)
     topics = unit(rng.normal(size=(20, DIM)))
@@ -57,6 +59,7 @@ def snapshot(tmp_path_factory):
                 "mtime": 1,
                 "start": float(number),
                 "end": float(number + 1),
+                "offset": 0.0,
                 "count": count,
                 "times": [0.0] * FRAMES,
                 "video": unit(block[:count].sum(0)),
@@ -66,7 +69,7 @@ def snapshot(tmp_path_factory):
         )
     for start in range(0, COUNT, 100):  # three fragments
         store.add(rows[start : start + 100], [])
-    return store.snapshot()
+    return store.snapshot().select()
 
 
 def rows_of(answer):
@@ -80,22 +83,22 @@ def make_text(seed=0):
     return TextFeatures(words[:, 5], words, np.arange(WORDS)[None] < 6)
 
 
-def score_all(snapshot, model, params, text):
-    video = snapshot.features(np.arange(len(snapshot)))
+def score_all(selection, model, params, text):
+    video = selection.snapshot.features(np.arange(len(selection)))
     return np.asarray(tiny.apply(model, params, text, video, method="similarity"))[0]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_funnel_as_wide_as_the_index_equals_exhaustive_search(snapshot, head):
+def test_funnel_as_wide_as_the_index_equals_exhaustive_search(selection, head):
     model, params = make_model(**HEADS[head])
     for seed in range(3):
         text = make_text(seed)
-        scores = score_all(snapshot, model, params, text)
+        scores = score_all(selection, model, params, text)
         expected = np.argsort(-scores, kind="stable")[:10]
         funnel = Funnel(model, params, candidates=COUNT, rerank=COUNT)
         for answer in (
-            funnel.search(snapshot, text, 10),
-            funnel.search_exhaustively(snapshot, text, 10)[0],
+            funnel.search(selection, text, 10),
+            funnel.search_exhaustively(selection, text, 10)[0],
         ):
             rows, found_scores = rows_of(answer), [hit.score for hit in answer]
             np.testing.assert_allclose(found_scores, scores[expected], rtol=1e-4, atol=1e-5)
@@ -103,10 +106,10 @@ def test_funnel_as_wide_as_the_index_equals_exhaustive_search(snapshot, head):
             assert len(answer) == 10
 
 
-def test_each_stage_passes_on_its_best_scores(snapshot):
+def test_each_stage_passes_on_its_best_scores(selection):
     model, params = make_model()
     text = make_text()
-    video = snapshot.features(np.arange(COUNT))
+    video = selection.snapshot.features(np.arange(COUNT))
     parts = tiny.apply(model, params, text, video, method="granular_similarity")
     parts = {name: np.asarray(value)[0] for name, value in parts.items()}
     first = np.argsort(-parts["video_sentence"])[:50]
@@ -114,38 +117,47 @@ def test_each_stage_passes_on_its_best_scores(snapshot):
     second = first[np.argsort(-words[first])][:16]
     total = sum(parts.values()) / 4
     third = second[np.argsort(-total[second])]
-    answer = Funnel(model, params, candidates=50, rerank=16).search(snapshot, text, 16)
+    answer = Funnel(model, params, candidates=50, rerank=16).search(selection, text, 16)
     assert rows_of(answer) == third.tolist()
     np.testing.assert_allclose([hit.score for hit in answer], total[third], atol=1e-4)
     assert list(answer.seconds) == ["sentence-video", "video-word", "reading", "all"]
 
 
-def test_model_without_word_granularity_skips_the_word_stage(snapshot):
+def test_model_without_word_granularity_skips_the_word_stage(selection):
     model, params = make_model(head="mean_pooling")
     text = make_text()
     funnel = Funnel(model, params, candidates=7, rerank=20)
-    scores = score_all(snapshot, model, params, text)
-    assert rows_of(funnel.search(snapshot, text, 20)) == np.argsort(-scores)[:20].tolist()
+    scores = score_all(selection, model, params, text)
+    assert rows_of(funnel.search(selection, text, 20)) == np.argsort(-scores)[:20].tolist()
 
 
-def test_only_allowed_rows_are_returned(snapshot):
+def test_only_allowed_rows_are_returned(selection):
     model, params = make_model()
     text, allowed = make_text(), np.arange(COUNT) % 3 == 1
-    scores = np.where(allowed, score_all(snapshot, model, params, text), -np.inf)
+    scores = np.where(allowed, score_all(selection, model, params, text), -np.inf)
     funnel = Funnel(model, params)
     expected = np.argsort(-scores)[:10].tolist()
-    assert rows_of(funnel.search(snapshot, text, 10, allowed)) == expected
-    (answer,) = funnel.search_exhaustively(snapshot, text, 10, allowed)
+    assert (
+        rows_of(funnel.search(dataclasses.replace(selection, rows=allowed), text, 10)) == expected
+    )
+    (answer,) = funnel.search_exhaustively(dataclasses.replace(selection, rows=allowed), text, 10)
     assert rows_of(answer) == expected
-    assert funnel.search(snapshot, text, 10, np.zeros(COUNT, bool)).hits == []
+    assert (
+        funnel.search(dataclasses.replace(selection, rows=np.zeros(COUNT, bool)), text, 10).hits
+        == []
+    )
     few = np.arange(COUNT) < 3
-    assert sorted(rows_of(funnel.search(snapshot, text, 10, few))) == [0, 1, 2]
+    assert sorted(rows_of(funnel.search(dataclasses.replace(selection, rows=few), text, 10))) == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
-def test_best_frame_is_the_most_similar_real_frame(snapshot, head):
+def test_best_frame_is_the_most_similar_real_frame(selection, head):
     model, params = make_model(**HEADS[head])
-    video = snapshot.features(np.array([3]))
+    video = selection.snapshot.features(np.array([3]))
     text = make_text()
     frames = 0.1 * np.ones((1, FRAMES, DIM), np.float32)
     frames[0, 2] = text.sentence[0]
@@ -156,9 +168,9 @@ def test_best_frame_is_the_most_similar_real_frame(snapshot, head):
     assert weights[0, 3] == 0
 
 
-def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
+def test_frame_attention_is_the_mean_of_its_two_granularities(selection):
     model, params = make_model()
-    text, video = make_text(), snapshot.features(np.arange(5))
+    text, video = make_text(), selection.snapshot.features(np.arange(5))
     weights = np.asarray(tiny.apply(model, params, text, video, method=frame_attention))
     shares = np.asarray(tiny.apply(model, params, text, video, method="word_frame_attention"))
     cosines = np.where(video.mask, video.frames @ text.sentence[0], -np.inf)
@@ -169,26 +181,26 @@ def test_frame_attention_is_the_mean_of_its_two_granularities(snapshot):
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "tight"])
-def test_example_is_compared_with_videos_and_frames(snapshot, head):
+def test_example_is_compared_with_videos_and_frames(selection, head):
     model, params = make_model(**HEADS[head])
-    every = snapshot.features(np.arange(COUNT))
+    every = selection.snapshot.features(np.arange(COUNT))
     vector = every.video[42]
     cosines = np.where(every.mask, every.frames @ vector, -np.inf)
     weights = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)
     attended = np.sum(weights * (every.frames @ vector), 1) / weights.sum(1)  # Eq. 7, 8
     scores = np.exp(params["clip"]["logit_scale"]) * (every.video @ vector + attended) / 2
     funnel, query = Funnel(model, params, rerank=COUNT).example(5 * vector[None])
-    answer = funnel.search(snapshot, query, 10)
+    answer = funnel.search(selection, query, 10)
     expected = np.argsort(-scores)[:10]
     np.testing.assert_allclose([hit.score for hit in answer], scores[expected], rtol=1e-4)
     np.testing.assert_allclose(scores[rows_of(answer)], scores[expected], rtol=1e-4)
 
 
-def test_rows_are_read_in_the_requested_order(snapshot):
+def test_rows_are_read_in_the_requested_order(selection):
     rows = np.array([250, 3, 101, 299, 0])
-    table = snapshot.read(rows, ["id", "start"])
+    table = selection.snapshot.read(rows, ["id", "start"])
     assert table["start"].to_pylist() == rows.tolist()
-    assert [snapshot.find(key) for key in table["id"].to_pylist()] == rows.tolist()
-    every = snapshot.features(np.arange(COUNT))
+    assert [selection.snapshot.find(key) for key in table["id"].to_pylist()] == rows.tolist()
+    every = selection.snapshot.features(np.arange(COUNT))
     some = jax.tree.map(lambda x: x[rows], every)
-    jax.tree.map(np.testing.assert_array_equal, snapshot.features(rows), some)
+    jax.tree.map(np.testing.assert_array_equal, selection.snapshot.features(rows), some)

@@ -71,7 +71,38 @@ def test_filters_select_segments_by_path_and_time(index, videos):
     assert len(index.query("a dog", k=50, start=2.5, end=3.5, exhaustive=True)) == COUNT
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n"])
+@pytest.mark.parametrize("exhaustive", [False, True])
+@pytest.mark.parametrize(("start", "end"), [(2.6, 4.4), (None, 0.5), (5, None), (3, 3), (2.2, 2.7)])
+def test_best_second_is_between_start_and_end(index, start, end, exhaustive):
+    answer = index.query("a dog", k=50, start=start, end=end, exhaustive=exhaustive)
+    assert len(answer) >= COUNT
+    for hit in answer:
+        assert (start or 0) <= hit.second <= (6 if end is None else end)
+        assert hit.start <= hit.second <= hit.end
+
+
+def test_start_after_end_is_an_error(index):
+    hit = index.query("a dog")[0]
+    for search in (index.query, index.similar, index.like):
+        argument = {"query": "a dog", "similar": hit.path, "like": hit.id}[search.__name__]
+        with pytest.raises(InputError, match=r"start = 4, end = 3: start must not be after end"):
+            search(argument, start=4, end=3)
+
+
+def test_filters_apply_to_segments_similar_to_another(index):
+    hit = index.query("a dog")[0]
+    answer = index.like(hit.id, k=50, path="clip2", start=2.5, end=3.5)
+    assert [(Path(other.path).name, other.start) for other in answer] == [("clip2.mp4", 2)]
+
+
+def test_overlong_filter_or_sentence_is_an_error(index):
+    with pytest.raises(InputError, match=r"path: must have at most 4096 characters"):
+        index.query("a dog", path="x" * 200_000)
+    with pytest.raises(InputError, match=r"more than 10,000 characters"):
+        index.query("dog " * 250_000)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n", "&nbsp;", "\ufeff", "\0", "\x1b[31m", "\u200b"])
 def test_empty_sentence_is_an_error(index, text):
     with pytest.raises(InputError, match="sentence is empty"):
         index.query(text)

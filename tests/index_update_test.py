@@ -90,12 +90,15 @@ def test_file_name_that_is_not_utf8_is_listed(copied, videos, tmp_path):
     assert copied.remove(folder / "\N{DOG FACE}'s.mp4") == 3
 
 
-def test_prune_removes_files_of_an_emptied_folder(copied, videos, tmp_path):
+def test_prune_keeps_files_of_an_emptied_folder(copied, videos, tmp_path):
     folder = tmp_path / "emptied"
     folder.mkdir()
     shutil.copy(videos / "clip0.mp4", folder)
     copied.add(folder)
     (folder / "clip0.mp4").unlink()
+    added = copied.add(folder, prune=True)
+    assert (added.removed, added.unreadable) == (0, {str(folder): indexing.HIDING})
+    folder.rmdir()
     assert copied.add(folder, prune=True).removed == 1
 
 
@@ -238,3 +241,72 @@ def test_data_files_of_many_commits_are_merged(copied, videos, tmp_path, monkeyp
     copied.add([folder])
     assert fragments(copied) == 1
     assert content(copied) == before
+
+
+def test_file_with_several_names_is_indexed_once(copied, videos, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    shutil.copy(videos / "clip0.mp4", folder / "b.mp4")
+    os.link(folder / "b.mp4", folder / "c.mp4")
+    (folder / "a.mp4").symlink_to("b.mp4")
+    (tmp_path / "linked").symlink_to(folder, target_is_directory=True)
+    assert copied.add([folder, tmp_path / "linked"]).files == 1
+    names = {row[0] for row in content(copied).values()}
+    assert str(folder / "b.mp4") in names
+    again = copied.add([tmp_path / "linked"])
+    assert (again.files, again.unchanged, copied.num_files) == (0, 1, COUNT + 1)
+    (folder / "b.mp4").unlink()  # the file stays, with another name
+    assert copied.add([folder], prune=True).removed == 1
+    assert copied.num_files == COUNT + 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_prune_keeps_files_of_a_folder_that_cannot_be_listed(copied, videos, tmp_path):
+    folder = Path(shutil.copytree(videos, tmp_path / "videos" / "below"))
+    shutil.copy(videos / "clip0.mp4", folder.parent)
+    copied.add(folder.parent)
+    folder.chmod(0)
+    try:
+        added = copied.add(folder.parent, prune=True)
+    finally:
+        folder.chmod(0o755)
+    assert added.removed == 0
+    assert str(folder) in added.unreadable
+    assert copied.num_files == 2 * COUNT + 1
+
+
+def test_file_that_could_not_be_opened_is_read_later(copied, one_clip, monkeypatch):
+    real = open
+
+    def open_unless_clip(file, *args, **options):
+        if str(file).endswith("more/clip0.mp4"):
+            raise PermissionError(13, "Permission denied")
+        return real(file, *args, **options)
+
+    monkeypatch.setattr("builtins.open", open_unless_clip)
+    (reason,) = copied.add(one_clip).unreadable.values()
+    assert reason == "cannot be opened: Permission denied"
+    monkeypatch.undo()
+    monkeypatch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
+    added = copied.add(one_clip)
+    assert (added.files, added.unreadable) == (1, {})
+
+
+def test_segments_added_by_two_processes_count_once(copied, one_clip):
+    before, num_segments = copied.query("a dog", k=100), copied.num_segments
+    table = copied._store._segments
+    table.add(table.to_arrow().slice(2, 5))  # what a second writer of a bucket may commit
+    reader = Index.open(copied.location)
+    assert reader.num_segments == num_segments
+    after = reader.query("a dog", k=100)
+    assert [(hit.id, hit.score) for hit in after] == [(hit.id, hit.score) for hit in before]
+    reader.add(one_clip)
+    assert reader._store._segments.count_rows() == reader.num_segments == num_segments + 3
+
+
+def test_index_without_offsets_is_still_read(copied, one_clip, tmp_path):
+    table = copied._store._segments
+    table.drop_columns(["offset"])
+    old = Index.open(copied.location)
+    assert {hit.offset for hit in old.query("a dog", k=100)} == {0.0}
+    assert old.add(one_clip).files == 1

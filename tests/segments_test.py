@@ -34,7 +34,7 @@ def spans(cut):
 )
 def test_videos_are_split_into_segments_of_the_given_length(tmp_path, length, expected):
     path = write(tmp_path / "a.mp4", at_rate(2, 2 * length), [grey(0)] * 2 * length)
-    _, (cut, problem) = read(tmp_path, path)
+    _, (cut, problem, _) = read(tmp_path, path)
     for actual, span in zip(spans(cut), expected, strict=True):
         assert actual == pytest.approx(span, abs=0.1)
     assert problem is None
@@ -42,7 +42,7 @@ def test_videos_are_split_into_segments_of_the_given_length(tmp_path, length, ex
 
 def test_frames_and_times_equal_those_of_the_video_reader(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(1, 12))
-    job, (cut, _) = read(tmp_path, path, max_frames=3)
+    job, (cut, *_) = read(tmp_path, path, max_frames=3)
     every_second = video.read_frames(path, 32).frames
     loaded = list(load_frames(job, cut))
     assert [segment.times for segment in cut] == [[0, 1, 3], [4, 5, 7], [8, 9, 11]]
@@ -54,7 +54,7 @@ def test_frames_and_times_equal_those_of_the_video_reader(tmp_path):
 
 def test_frame_shown_across_a_boundary_is_in_both_segments(tmp_path):
     path = write(tmp_path / "a.mkv", [0, 1, 2, 6.5, 7, 8])
-    job, (cut, _) = read(tmp_path, path)
+    job, (cut, *_) = read(tmp_path, path)
     second = list(load_frames(job, cut))[1]
     assert spans(cut)[1][0] == 4
     assert cut[1].times == [4, 5, 6, 7, 8]
@@ -65,7 +65,7 @@ def test_thumbnail_is_an_uncropped_frame_near_the_middle(tmp_path):
     pictures = [corners(360, 640) if second in (4, 8) else grey(0) for second in range(12)]
     pictures = [np.resize(p, (360, 640, 3)) if p.shape[0] != 360 else p for p in pictures]
     path = write(tmp_path / "a.mp4", at_rate(1, 12), pictures)
-    _, (cut, _) = read(tmp_path, path, seconds=30)
+    _, (cut, *_) = read(tmp_path, path, seconds=30)
     image = np.asarray(Image.open(io.BytesIO(cut[0].thumbnail)))
     assert image.shape == (180, 320, 3)
     assert image[10, 10].tolist() == pytest.approx([255, 0, 0], abs=12)
@@ -78,11 +78,11 @@ def test_segments_end_at_shot_changes(tmp_path):
     shots = [rng.integers(0, 255, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(3)]
     pictures = [shots[int(t >= 3.4) + int(t >= 8)] for t in np.arange(0, 14, 0.2)]
     path = write(tmp_path / "a.mp4", at_rate(5, len(pictures)), pictures)
-    _, (cut, _) = read(tmp_path, path, seconds=30, shots=True)
+    _, (cut, *_) = read(tmp_path, path, seconds=30, shots=True)
     starts = [segment.start for segment in cut]
     assert starts == pytest.approx([0, 3.4, 8], abs=0.05)
     assert [segment.times[0] for segment in cut] == [0, 4, 8]
-    _, (cut, _) = read(tmp_path, path, seconds=4, shots=True)
+    _, (cut, *_) = read(tmp_path, path, seconds=4, shots=True)
     assert [round(segment.start) for segment in cut] == [0, 3, 8, 12]
 
 
@@ -100,7 +100,7 @@ def test_unreadable_file_has_a_reason(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "garbage.mp4").write_bytes(bytes(range(256)) * 50)
     for name, expected in (("empty", "0 bytes"), ("garbage", ""), ("gone", "cannot be opened")):
-        _, (cut, problem) = read(tmp_path, tmp_path / f"{name}.mp4")
+        _, (cut, problem, _) = read(tmp_path, tmp_path / f"{name}.mp4")
         assert cut == []
         assert problem
         assert expected in problem
@@ -110,7 +110,7 @@ def test_truncated_file_is_used_with_a_note(tmp_path):
     path = write(tmp_path / "a.avi", at_rate(10, 50), time_base=Fraction(1, 10), g="10")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
-    _, (cut, problem) = read(tmp_path, path)
+    _, (cut, problem, _) = read(tmp_path, path)
     assert "fewer frames" in problem
     assert 2 <= len(cut[0].times) <= 4
 

@@ -180,7 +180,7 @@ def test_diffuse_white_of_hdr_is_white(tmp_path, transfer, white):
 PLAYLISTS = {
     "concat": "ffconcat version 1.0\nfile '{}'\n",
     "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n",
-    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nt=0 0\nm=video 5004 RTP/AVP 96\n",
 }
 
 

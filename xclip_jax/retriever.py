@@ -14,9 +14,9 @@ from tqdm import tqdm
 from xclip_jax import inference
 from xclip_jax.checkpoint import load_model, model_folder
 from xclip_jax.cli import InputError
+from xclip_jax.data.container import VideoError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.text import Tokenizer
-from xclip_jax.data.container import VideoError
 from xclip_jax.data.video import preprocess, read_frames
 from xclip_jax.models import XClip
 from xclip_jax.similarity import TextFeatures, VideoFeatures

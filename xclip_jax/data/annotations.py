@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xclip_jax.cli import InputError, PathLike, first_line
+from xclip_jax.data.text import is_blank
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -97,9 +98,9 @@ class Listing:
         first of test, val, train.
         """
         texts = [normalize_spaces(caption) for caption in captions]
-        if "" in texts:
-            self.note(BLANK, video, f"{texts.count('')} in {split}")
-        texts = [text for text in texts if text]
+        if blank := sum(map(is_blank, texts)):
+            self.note(BLANK, video, f"{blank} in {split}")
+        texts = [text for text in texts if not is_blank(text)]
         if self.paragraphs and texts:
             texts = [" ".join(texts)]
         known = self.clips_by_id.get(video)
@@ -337,7 +338,7 @@ def _parse_clip(where: str, item: Any) -> Clip:
 def _is_text(value: Any) -> bool:
     """Returns True for text that is not blank and has no lone surrogate (JSON may contain one)."""
     is_text = isinstance(value, str) and value == value.encode(errors="ignore").decode()
-    return is_text and bool(value.strip())
+    return is_text and not is_blank(value)
 
 
 def _is_seconds(value: Any) -> bool:

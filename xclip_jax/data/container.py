@@ -35,6 +35,10 @@ class VideoError(Exception):
     """The error that a video cannot be read, with a short reason as its message."""
 
 
+class AccessError(VideoError):
+    """The error that a file cannot be opened or read now: another attempt may succeed."""
+
+
 class Film(NamedTuple):
     """The picture track of an open file."""
 
@@ -159,8 +163,12 @@ def _open(path: PathLike) -> Iterator[InputContainer]:
     av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
-        if os.path.getsize(path) == 0:
-            raise VideoError("empty file (0 bytes)")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise VideoError("empty file (0 bytes)")
+    except OSError as error:
+        raise AccessError(f"cannot be opened: {reason(error)}") from error
+    try:
         # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
         options: Any = {"container_options": allowed, "metadata_errors": "replace"}
         container = av.open(os.path.abspath(path), **options)
@@ -168,7 +176,8 @@ def _open(path: PathLike) -> Iterator[InputContainer]:
             container.close()
             container = av.open(joined, **options)
     except (OSError, ValueError, FFmpegError) as error:
-        raise VideoError(f"cannot be opened: {reason(error)}") from error
+        kind = AccessError if isinstance(error, OSError) else VideoError
+        raise kind(f"cannot be opened: {reason(error)}") from error
     with container:
         yield container
 
@@ -209,7 +218,7 @@ class Clock:
     the clock. If recordings may be `joinable`, so are steps back of more than 0.1 s and steps
     forward of more than 10 s (FFmpeg's limits, https://ffmpeg.org/ffmpeg.html), unless pictures are
     held that long: unless the step is at most 20 times the longest so far. `sparse` stamps, of
-    which FFmpeg attributes some to the frame before, are followed only when they are two frames off.
+    which FFmpeg attributes some to the frame before, are followed only when two frames off.
     """
 
     def __init__(

@@ -5,7 +5,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import posixpath
+import unicodedata
 from collections.abc import Iterable, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +33,9 @@ class VideoFolder:
 
     A video file is found by its path below the folder and by its name, each also without its
     video suffixes, one by one (`a.mov.mp4` and `a..mp4` are also found as `a`). A file with another
-    suffix is found by its full name or path only. Symbolic links are followed, each folder
-    once. `files` are the video files, sorted; if there is none, an InputError is raised.
+    suffix is found by its full name or path only. Names may be in any Unicode normal form. Symbolic
+    links are followed, each folder once. `files` are the video files, sorted; `unlisted` is
+    {folder: reason} of those that cannot be listed. Raises InputError if there is no video file.
     """
 
     def __init__(self, folder: PathLike) -> None:
@@ -39,26 +43,33 @@ class VideoFolder:
         if not folder.is_dir():
             raise InputError(f"no such folder of videos: {folder}")
         self.files: list[Path] = []
+        self.unlisted: dict[str, str] = {}
         self._by_path: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] = collections.defaultdict(list)
         paths, seen = [], set()
-        for parent, folders, names in os.walk(folder, followlinks=True):
+
+        def note(error: OSError) -> None:
+            self.unlisted[str(error.filename)] = f"cannot be listed: {error.strerror}"
+
+        for parent, folders, names in os.walk(folder, followlinks=True, onerror=note):
+            if not os.access(parent, os.X_OK):
+                self.unlisted[parent] = "cannot be searched: permission denied"
             if (real := os.path.realpath(parent)) in seen:  # links may form a cycle
                 folders.clear()
             else:
-                paths += [path for name in names if (path := Path(parent, name)).is_file()]
+                paths += [Path(parent, name) for name in names if isfile(Path(parent, name))]
             seen.add(real)
         for path in sorted(paths):
             below = path.relative_to(folder)
             names = [path.name]
             while stem := _without_suffix(names[-1]):
                 names.append(stem)
-            self._by_path[below.as_posix()] = path
+            self._by_path[_normalize(below.as_posix())] = path
             for name in {*names, *((below.parent / name).as_posix() for name in names)}:
-                self._by_name[name].append(path)
+                self._by_name[_normalize(name)].append(path)
             if len(names) > 1:
                 self.files.append(path)
-        if not self.files:
+        if not self.files and not self.unlisted:
             raise InputError(f"no video files in {folder}")
 
     def locate(self, video: str, *, is_path: bool = False) -> Path | None:
@@ -67,14 +78,20 @@ class VideoFolder:
         With `is_path`, `video` may be a path in the folder, which then matches that file only. If
         several files match, an InputError names them.
         """
-        if is_path and video in self._by_path:
-            return self._by_path[video]
-        paths = self._by_name.get(video, [])
+        name = _normalize(video)
+        if is_path and name in self._by_path:
+            return self._by_path[name]
+        paths = self._by_name.get(name, [])
         if not is_path or not paths:
-            paths = sorted({*paths, *self._by_name.get(_without_suffix(video), [])})
+            paths = sorted({*paths, *self._by_name.get(_without_suffix(name), [])})
         if len(paths) > 1:
             raise InputError(f"video {video!r} is ambiguous: {' and '.join(map(str, paths[:3]))}")
         return paths[0] if paths else None
+
+
+def _normalize(name: str) -> str:
+    """Returns a relative path in one spelling: without `./` and `//`, in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
 
 
 def _without_suffix(name: str) -> str:

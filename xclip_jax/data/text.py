@@ -19,6 +19,7 @@ import ftfy
 import numpy as np
 from huggingface_hub import snapshot_download
 from jaxtyping import Bool, Int32
+from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
@@ -35,21 +36,38 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
+def is_blank(text: str) -> bool:
+    """Returns True if nothing visible is left of a text after cleaning."""
+    if "&" in text or not (text.isascii() and text.isprintable()):  # cleaning removes something
+        text = clean(text)
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
+
+
 class Tokenizer:
     """A converter of texts to at most `max_words` token ids, 0 to vocab_size - 1."""
 
     def __init__(self, backend: Any, max_words: int = 77) -> None:
         self._backend = backend
+        # The model reads a text at its end token, which "<|endoftext|>" in it must not become.
+        self._plain = BackendTokenizer.from_str(backend.backend_tokenizer.to_str())
+        self._plain.encode_special_tokens = True
         self.max_words, self.vocab_size = max_words, len(backend)
         self.start, self.end = backend.convert_tokens_to_ids([START, END])
 
     def encode(self, text: str) -> list[int]:
-        """Returns all ids of one text, cleaned, without start and end token."""
+        """Returns all ids of one text, cleaned, without start and end token.
+
+        As in OpenAI's code, a text that spells a special token gets its id. In `tokenizer(texts)`
+        it is a text like any other.
+        """
         return self._backend.backend_tokenizer.encode(clean(text), add_special_tokens=False).ids
 
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._plain.encode(clean(text), add_special_tokens=False).ids
+
     def tokens(self, text: str) -> list[str]:
-        """Returns the tokens of `encode` as readable text, one string per id."""
-        pieces = self._backend.convert_ids_to_tokens(self.encode(text))
+        """Returns the tokens of a text in `tokenizer(texts)`, one readable string per id."""
+        pieces = self._backend.convert_ids_to_tokens(self._encode_plain(text))
         to_string = self._backend.convert_tokens_to_string
         return [to_string([piece]).removesuffix("</w>").strip() for piece in pieces]
 
@@ -63,14 +81,14 @@ class Tokenizer:
         ids_TxW = np.zeros((len(texts), self.max_words), np.int32)
         mask_TxW = np.zeros((len(texts), self.max_words), bool)
         for row, text in enumerate(texts):
-            ids = [self.start, *self.encode(text)[: self.max_words - 2], self.end]
+            ids = [self.start, *self._encode_plain(text)[: self.max_words - 2], self.end]
             ids_TxW[row, : len(ids)] = ids
             mask_TxW[row, : len(ids)] = True
         return ids_TxW, mask_TxW
 
     def is_truncated(self, text: str) -> bool:
         """Returns True if `text` is too long for max_words."""
-        return len(self.encode(text)) > self.max_words - 2
+        return len(self._encode_plain(text)) > self.max_words - 2
 
     def save(self, folder: PathLike) -> None:
         """Writes a folder in Hugging Face layout, which `load_tokenizer` reads."""

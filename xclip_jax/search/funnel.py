@@ -24,7 +24,7 @@ from xclip_jax.cli import progress
 from xclip_jax.inference import apply_model, next_power_of_two, pad_rows
 from xclip_jax.models.xclip import XClip, normalize
 from xclip_jax.retriever import Retriever
-from xclip_jax.search.store import RowMask, Rows, Snapshot, unit_vectors
+from xclip_jax.search.store import Rows, Selection, Snapshot, unit_vectors
 from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures, compute_weights
 
 STAGES = ("sentence-video", "video-word", "reading", "all")
@@ -47,6 +47,7 @@ class Hit:
     start: float
     end: float
     second: float  # time of the frame that AOSM weights most for the query
+    offset: float  # from the start of the file, as players count, to its first frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +102,16 @@ class Funnel:
         query = TextFeatures(sentence_1xD, words, mask_W[None])
         return dataclasses.replace(self, model=XClip(config), normalize=True), query
 
-    def search(
-        self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
-    ) -> Answer:
-        """Searches the rows where `allowed` is True (None: all) for one sentence."""
-        searched = len(snapshot) if allowed is None else int(allowed.sum())
+    def search(self, selection: Selection, text: TextFeatures, k: int) -> Answer:
+        """Searches the selected rows for one sentence."""
+        snapshot, searched = selection.snapshot, len(selection)
         if not searched:
             return Answer([], {}, 0)
         times, k = [time.perf_counter()], min(k, len(snapshot))
         rerank = self.rerank if k <= self.rerank else next_power_of_two(k)
         width = max(self.candidates, rerank) if self.word_model else rerank
         vector_1xD = apply_model(self.params, text, model=self.model, method=sentence_vector)
-        rows = snapshot.nearest_rows(np.asarray(vector_1xD), width, allowed)
+        rows = snapshot.nearest_rows(np.asarray(vector_1xD), width, selection.rows)
         times.append(time.perf_counter())
         if self.word_model and len(rows) > rerank:
             mask = np.ones((len(rows), self.model.config.max_frames), bool)
@@ -128,17 +127,16 @@ class Funnel:
             video = VideoFeatures(vectors, frames, video.mask)
         scores = self._score(self.model, text, video, rerank)
         order = np.argsort(-scores, kind="stable")[:k]
-        frames = self._best_frames(text, jax.tree.map(lambda x: x[order], video))
-        hits = make_hits(snapshot, rows[order], scores[order], frames)
+        video = jax.tree.map(lambda x: x[order], video)
+        hits = self._make_hits(selection, rows[order], scores[order], text, video)
         times.append(time.perf_counter())
         return Answer(hits, dict(zip(STAGES, np.diff(times).tolist(), strict=True)), searched)
 
-    def search_exhaustively(
-        self, snapshot: Snapshot, text: TextFeatures, k: int, allowed: RowMask | None = None
-    ) -> list[Answer]:
-        """Scores all allowed rows by the full model for each of T sentences (not for examples)."""
-        started = time.perf_counter()
-        rows = np.arange(len(snapshot)) if allowed is None else np.flatnonzero(allowed)
+    def search_exhaustively(self, selection: Selection, text: TextFeatures, k: int) -> list[Answer]:
+        """Scores all selected rows by the full model for each of T sentences (not for examples)."""
+        started, snapshot = time.perf_counter(), selection.snapshot
+        everything = np.arange(len(snapshot))
+        rows = everything if selection.rows is None else everything[selection.rows]
         retriever = Retriever({}, self.model, self.params)
         sim_TxN = np.zeros((len(text.mask), len(rows)), np.float32)
         with progress(len(rows), "scoring", "segment") as bar:
@@ -151,8 +149,8 @@ class Funnel:
         for index, scores in enumerate(sim_TxN if len(rows) else ()):
             order = np.argsort(-scores, kind="stable")[:k]
             sentence = inference.slice_rows(text, index)
-            frames = self._best_frames(sentence, snapshot.features(rows[order]))
-            hits = make_hits(snapshot, rows[order], scores[order], frames)
+            video = snapshot.features(rows[order])
+            hits = self._make_hits(selection, rows[order], scores[order], sentence, video)
             answers.append(Answer(hits, seconds, len(rows)))
         return answers or [Answer([], seconds, 0)] * len(text.mask)
 
@@ -162,12 +160,20 @@ class Funnel:
         scores = apply_model(self.params, text, padded, model=model, method="similarity")
         return np.asarray(scores)[0, : len(video.mask)]
 
-    def _best_frames(self, text: TextFeatures, video: VideoFeatures) -> Rows:
-        """Returns the index of the frame with the most attention in each of n videos."""
-        count = len(video.mask)
-        video = pad_rows(video, max(MIN_ATTENTION_BATCH, next_power_of_two(count)))
-        weights = apply_model(self.params, text, video, model=self.model, method=frame_attention)
-        return np.asarray(weights)[:count].argmax(1)
+    def _make_hits(
+        self,
+        selection: Selection,
+        rows: Rows,
+        scores: Scores,
+        text: TextFeatures,
+        video: VideoFeatures,
+    ) -> list[Hit]:
+        """Returns the Hits of n rows, best first, with the frames that get the most attention."""
+        padded = pad_rows(video, max(MIN_ATTENTION_BATCH, next_power_of_two(len(rows))))
+        weights = apply_model(self.params, text, padded, model=self.model, method=frame_attention)
+        inside = selection.frames(rows, np.asarray(video.mask))
+        frames = np.where(inside, np.asarray(weights)[: len(rows)], -1).argmax(1)
+        return make_hits(selection.snapshot, rows, scores, frames, selection.interval)
 
 
 def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
@@ -195,10 +201,20 @@ def frame_attention(model: XClip, text: TextFeatures, video: VideoFeatures) -> F
     return jnp.where(video.mask, sum(weights) / len(weights), 0)
 
 
-def make_hits(snapshot: Snapshot, rows: Rows, scores: Scores, frames: Rows) -> list[Hit]:
-    """Returns the Hits of n rows, best first, whose best seconds are the times of `frames`."""
+def make_hits(
+    snapshot: Snapshot,
+    rows: Rows,
+    scores: Scores,
+    frames: Rows,
+    interval: tuple[float, float] = (-np.inf, np.inf),
+) -> list[Hit]:
+    """Returns the Hits of n rows, best first.
+
+    The best seconds are the times of `frames`, or, outside the interval, its nearest second.
+    """
     ids = [snapshot.ids[row].as_py() for row in rows]
     paths = [snapshot.paths[row].as_py() for row in rows]
-    times = snapshot.starts[rows], snapshot.ends[rows], snapshot.times[rows, frames]
+    best = np.clip(snapshot.times[rows, frames].astype(float), *interval)
+    times = snapshot.starts[rows], snapshot.ends[rows], best, snapshot.offsets[rows]
     columns = scores.tolist(), ids, paths, *(column.tolist() for column in times)
     return list(map(Hit, itertools.count(1), *columns))

@@ -18,15 +18,17 @@ from PIL import Image, ImageOps
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError, PathLike
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
+from xclip_jax.data.text import is_blank
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.store import Filters, RowMask, Snapshot, Store
+from xclip_jax.search.store import Filters, Selection, Store
 from xclip_jax.similarity import TextFeatures
 
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
+MAX_SENTENCE = 10_000  # characters
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 Query = tuple[Funnel, TextFeatures]
 
@@ -190,8 +192,7 @@ class Index:
         started = time.perf_counter()
         features = self._encode(texts)
         encoding = time.perf_counter() - started
-        snapshot, allowed = self._select(k, filters)
-        answers = self._funnel.search_exhaustively(snapshot, features, k, allowed)
+        answers = self._funnel.search_exhaustively(self._select(k, filters), features, k)
         return [self._complete(a, encoding, text) for text, a in zip(texts, answers, strict=True)]
 
     def similar(self, file: PathLike, k: int = 10, **filters: Unpack[Filters]) -> Answer:
@@ -212,12 +213,14 @@ class Index:
         query = self._funnel.example(self.retriever.encode_video([video]).video)
         return self._search(query, k, filters, started, "")
 
-    def like(self, segment_id: str, k: int = 10) -> Answer:
-        """Searches for segments similar to an indexed one, or raises KeyError for an unknown id."""
-        started = time.perf_counter()
-        snapshot, _ = self._select(k, {})
+    def like(self, segment_id: str, k: int = 10, **filters: Unpack[Filters]) -> Answer:
+        """Searches for segments similar to an indexed one, with the options of `query`.
+
+        Raises KeyError for an unknown id.
+        """
+        started, snapshot = time.perf_counter(), self._select(k, filters).snapshot
         query = self._funnel.example(snapshot.features(snapshot.find(segment_id)).video)
-        answer = self._search(query, k + 1, {}, started, "")
+        answer = self._search(query, k + 1, filters, started, "")
         others = [hit for hit in answer if hit.id != segment_id][:k]
         hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
         return dataclasses.replace(answer, hits=hits)
@@ -272,27 +275,28 @@ class Index:
 
     def _encode(self, texts: Sequence[str]) -> TextFeatures:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates
-        if not all(text.split() for text in texts):
+        if any(len(text) > MAX_SENTENCE for text in texts):
+            raise InputError(f"the sentence has more than {MAX_SENTENCE:,} characters")
+        if any(map(is_blank, texts)):
             raise InputError("the sentence is empty")
         return self.retriever.encode_text(texts)
 
     def _search(self, query: Query, k: int, filters: Filters, started: float, text: str) -> Answer:
         (funnel, features), encoding = query, time.perf_counter() - started
         while True:
-            snapshot, allowed = self._select(k, filters)
+            selection = self._select(k, filters)
             try:
-                answer = funnel.search(snapshot, features, k, allowed)
+                answer = funnel.search(selection, features, k)
                 return self._complete(answer, encoding, text)
             except InputError:  # a writer compacted the index, and this version's files are deleted
                 if not self.refresh():
                     raise
 
-    def _select(self, k: int, filters: Filters) -> tuple[Snapshot, RowMask | None]:
-        """Returns (snapshot to search, mask of the rows to search or None for all)."""
+    def _select(self, k: int, filters: Filters) -> Selection:
+        """Returns the rows to search."""
         if not isinstance(k, int) or k < 1:
             raise InputError(f"k = {k!r}: must be an integer of at least 1")
-        snapshot = self._snapshot
-        return snapshot, snapshot.matching_rows(**filters)
+        return self._snapshot.select(**filters)
 
     def _complete(self, answer: Answer, encoding: float, text: str) -> Answer:
         """Adds the seconds of encoding, and a note if the sentence was truncated."""

@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError, PathLike, progress
+from xclip_jax.data.container import AccessError, VideoError
 from xclip_jax.data.extraction import CRASHED, VideoFolder
 from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.container import VideoError
 from xclip_jax.data.video import Picture, VideoReader
 from xclip_jax.inference import pad_rows
 from xclip_jax.retriever import Retriever
@@ -35,6 +35,7 @@ THUMBNAIL_SIDE = 320  # pixels, the longer side
 MIN_SHOT_FRAMES = 2  # a shorter shot is merged into the previous one
 SampledFrame = tuple[UInt8[np.ndarray, "S S 3"], bytes | None]  # with its JPEG thumbnail, or None
 Row = dict[str, Any]  # column -> value
+HIDING = "empty or not readable: files that are missing in it stay in the index"
 NAME_NOT_UTF8 = "the file name is not UTF-8"
 # Each commit adds a file that readers must open, so commits become rarer as a run gets longer.
 MIN_COMMIT_SECONDS = 5
@@ -73,6 +74,7 @@ class Segment:
 
     start: float
     end: float
+    offset: float  # from the start of the file, as players count, to its first frame
     times: list[float]  # of its n frames, 1 <= n <= max_frames
     thumbnail: bytes  # JPEG of a frame near the middle
 
@@ -81,7 +83,8 @@ def add_files(
     store: Store, retriever: Retriever, videos: Sequence[PathLike], *, prune: bool = False
 ) -> IndexingSummary:
     """Adds new and changed files to the index, see `xclip_jax.search.Index.add`."""
-    paths, summary = find_videos(videos, allow_none=prune), IndexingSummary()
+    paths, unlisted = find_videos(videos, allow_none=prune)
+    summary = IndexingSummary(unreadable=unlisted)
     if store.about["shots"] and importlib.util.find_spec("scenedetect") is None:
         raise InputError("--shots requires scenedetect: run pip install -e '.[shots]'")
     with contextlib.ExitStack() as stack:
@@ -90,19 +93,15 @@ def add_files(
                 stack.enter_context(FileLock(Path(store.location, "writer.lock"), timeout=0))
             except Timeout:
                 raise InputError(f"another process is adding to {store.location}") from None
-        stamps: dict[str, FileStamp] = {}
-        for path in paths:
-            if path != path.encode("utf-8", "replace").decode():  # on Linux, names may be any bytes
-                summary.unreadable[path] = NAME_NOT_UTF8
-                continue
-            with contextlib.suppress(FileNotFoundError):  # deleted since it was found
-                status = os.stat(path)
-                stamps[path] = status.st_size, status.st_mtime_ns
         indexed = store.files()
+        stamps = _read_stamps(paths, indexed, summary)
         if prune:
             missing = [path for path in indexed if path not in stamps and is_below(path, videos)]
-            store.remove(dict.fromkeys(missing))
-            summary.removed = len(missing)
+            folders = {path: find_hiding_folder(path) for path in missing}
+            deleted = [path for path, folder in folders.items() if folder is None]
+            store.remove(dict.fromkeys(deleted))
+            summary.removed = len(deleted)
+            summary.unreadable |= {folder: HIDING for folder in folders.values() if folder}
         new = {path: stamp for path, stamp in stamps.items() if stamp not in indexed.get(path, ())}
         unchanged = {path: stamp for path, stamp in stamps.items() if path not in new}
         # A killed run may have left the outdated version of a file beside the new one.
@@ -116,23 +115,69 @@ def add_files(
     return summary
 
 
-def find_videos(videos: Iterable[PathLike], *, allow_none: bool = False) -> list[str]:
+def _read_stamps(
+    paths: Iterable[str], indexed: Iterable[str], summary: IndexingSummary
+) -> dict[str, FileStamp]:
+    """Returns {path: stamp} of files, each of which occurs once.
+
+    Of several names of a file (links, linked folders) it is the one in the index, else the first.
+    """
+    stamps: dict[str, FileStamp] = {}
+    known: dict[tuple[int, int], str] = {}  # device and number of a file -> path
+    for path in indexed:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            known.setdefault((status.st_dev, status.st_ino), path)
+    for path in sorted(paths, key=lambda path: (path != os.path.realpath(path), path)):
+        if path != path.encode("utf-8", "replace").decode():  # on Linux, names may be any bytes
+            summary.unreadable[path] = NAME_NOT_UTF8
+            continue
+        with contextlib.suppress(FileNotFoundError):  # deleted since it was found
+            status = os.stat(path)
+            name = known.setdefault((status.st_dev, status.st_ino), path)
+            stamps[name] = status.st_size, status.st_mtime_ns
+    return stamps
+
+
+def find_hiding_folder(path: str) -> str | None:
+    """Returns the folder that may hide a missing file, or None if the file was deleted.
+
+    A folder that cannot be listed may hold the file, and an empty one may be the mount point of a
+    share that is offline.
+    """
+    for folder in Path(path).parents:
+        try:
+            is_complete = os.listdir(folder) and os.access(folder, os.X_OK)
+            return None if is_complete else str(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return str(folder)
+    return None
+
+
+def find_videos(
+    videos: Iterable[PathLike], *, allow_none: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """Returns the sorted absolute paths of files and of the video files in folders, recursively.
 
-    Raises InputError for a missing path or no video at all, unless `allow_none`.
+    Returns also {folder: reason why it cannot be listed}. Raises InputError for a missing path or
+    no video at all, unless `allow_none`.
     """
-    paths = set()
+    paths, unlisted = set(), {}
     for video in videos:
         if os.path.isdir(video):
             with contextlib.suppress(InputError):  # one of several folders may be empty
-                paths.update(os.path.abspath(path) for path in VideoFolder(video).files)
+                folder = VideoFolder(os.path.abspath(video))
+                paths.update(map(str, folder.files))
+                unlisted |= folder.unlisted
         elif os.path.isfile(video):
             paths.add(os.path.abspath(video))
         elif not allow_none:
             raise InputError(f"no such file or folder of videos: {video}")
     if not paths and not allow_none:
         raise InputError(f"no video files in {', '.join(map(str, videos))}")
-    return sorted(paths)
+    return sorted(paths), unlisted
 
 
 @dataclasses.dataclass
@@ -168,9 +213,9 @@ class _Writer:
             files = (Path(folder, str(number)) for number in range(len(self.stamps)))
             jobs = [SegmentJob(*pair, **options) for pair in zip(self.stamps, files, strict=True)]
 
-            def done(index: int, result: tuple[list[Segment], str | None] | None) -> None:
+            def done(index: int, result: tuple[list[Segment], str | None, bool] | None) -> None:
                 job = jobs[index]
-                self.add(job, *(result or ([], CRASHED)))
+                self.add(job, *(result or ([], CRASHED, True)))
                 job.frames_file.unlink(missing_ok=True)
                 bar.update(self.stamps[job.path][0])
                 counts = {"segments": summary.segments, "failed": len(summary.unreadable)}
@@ -181,14 +226,16 @@ class _Writer:
             self.commit()
             bar.set_postfix(segments=summary.segments, failed=len(summary.unreadable))
 
-    def add(self, job: SegmentJob, segments: list[Segment], problem: str | None) -> None:
+    def add(
+        self, job: SegmentJob, segments: list[Segment], problem: str | None, retry: bool
+    ) -> None:
         """Queues the segments of a file, encodes full batches, and commits at intervals."""
         size, mtime = self.stamps[job.path]
         file_fields = {"path": job.path, "size": size, "mtime": mtime}
         if problem:
             problems = self.summary.partial if segments else self.summary.unreadable
             problems[job.path] = problem
-        if not segments and problem != CRASHED:  # a crash may be due to the machine: retried later
+        if not segments and not retry:
             self.failed.append({**file_fields, "reason": problem})
         for segment, frames_FxSxSx3 in zip(segments, load_frames(job, segments), strict=False):
             key = repr((job.path, size, mtime, segment.start)).encode()
@@ -252,13 +299,14 @@ def is_below(path: str, videos: Iterable[PathLike]) -> bool:
     return any(Path(path).is_relative_to(os.path.abspath(video)) for video in videos)
 
 
-def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None]:
+def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
     """Cuts a file, keeping one frame a second and at most `max_frames` of a segment.
 
     The frames of all segments are written to `frames_file`, uint8 S x S x 3 each.
 
     Returns:
-        (segments in order, reason why there are none or the file was only partly read, or None).
+        (segments in order, reason why there are none or the file was only partly read, or None,
+        True if the reason may be temporary: the next update reads the file again).
     """
     av.logging.set_level(None)  # errors are returned
     reader = VideoReader(job.path)
@@ -274,10 +322,11 @@ def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None]:
                 times = [float(first_second + index) for index in chosen]
                 by_distance = sorted(range(len(frames)), key=lambda k: abs(2 * k + 1 - len(frames)))
                 thumbnail = next(filter(None, (frames[k][1] for k in by_distance)))
-                segments.append(Segment(start, end or reader.end, times, thumbnail))
+                interval = start, end or reader.end, reader.offset
+                segments.append(Segment(*interval, times, thumbnail))
     except VideoError as error:
-        return [], str(error)
-    return segments, reader.note or note
+        return [], str(error), isinstance(error, AccessError)
+    return segments, reader.note or note, False
 
 
 def detect_shot_changes(path: str) -> tuple[list[float], str | None]:

@@ -88,7 +88,9 @@ def play(hit: Hit) -> None:
     """Opens the file at its best second, or from the start if no suitable player is installed."""
     for player, options in _PLAYERS.items():
         if shutil.which(player):
-            options = [option.format(second=hit.second, path=hit.path) for option in options]
+            options = [
+                option.format(second=hit.second + hit.offset, path=hit.path) for option in options
+            ]
             subprocess.Popen([player, *options])
             return
     webbrowser.open(Path(hit.path).as_uri())

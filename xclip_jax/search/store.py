@@ -6,10 +6,12 @@ are not affected by writers of the next.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -23,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from xclip_jax.checkpoint import partial_folder
 from xclip_jax.cli import InputError, PathLike
-from xclip_jax.similarity import VideoFeatures
+from xclip_jax.similarity import FrameMask, VideoFeatures
 
 FORMAT = 1  # increased when older indexes can no longer be read
 MAX_VERSIONS = 100
@@ -34,6 +36,7 @@ _FILE_FIELDS = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64(
 FileStamp = tuple[int, int]  # size in bytes, modification time in ns
 RowMask = Bool[np.ndarray, " N"]
 Rows = Int[np.ndarray, " n"]
+MAX_PATH = 4096  # characters of a path filter
 
 
 class Store:
@@ -112,11 +115,24 @@ class Store:
                 if table.count_rows(condition):  # an empty delete would commit a version
                     table.delete(condition)
 
+    @staticmethod
+    def repeated_rows(table: Any) -> pa.Array:
+        """Returns the ids of rows that repeat a segment: two processes may add the same file.
+
+        A folder is locked for one writer, which a bucket cannot be.
+        """
+        rows = table.search().select(["id"]).with_row_id(True).to_arrow().sort_by("_rowid")
+        _, first = np.unique(rows["id"].to_numpy(zero_copy_only=False), return_index=True)
+        return pa.array(np.delete(rows["_rowid"].to_numpy(), first))
+
     def compact(self) -> None:
         """Merges small files and removes versions older than an hour, if there are many.
 
         Merging is expensive: it also rewrites data merged before, up to a million rows.
         """
+        self._segments.checkout_latest()
+        if len(repeated := self.repeated_rows(self._segments)):
+            self._segments.delete(f"_rowid IN ({', '.join(map(str, repeated.to_pylist()))})")
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
             stats: Any = table.stats()
@@ -142,7 +158,7 @@ class Filters(TypedDict, total=False):
     # Part of the path; with the wildcards `*` (any characters) and `?` (any one), a pattern of the
     # end of the path, or of the whole path if it begins with `/`.
     path: str | None
-    # Seconds; the segment must overlap this interval of its file.
+    # Seconds; the segment must overlap this interval of its file, and its best second is in it.
     start: float | None
     end: float | None
 
@@ -150,8 +166,9 @@ class Filters(TypedDict, total=False):
 class Snapshot:
     """One version of an index: vectors, names and times in memory, frames read on demand.
 
-    Of N segments: `ids`, `paths` (Arrow strings), `starts`, `ends` (seconds), `times` (seconds of
-    the frames, N x F), `vectors_NxD` (L2-normalised video vectors, float16). Rows start at 0.
+    Of N segments: `ids`, `paths` (Arrow strings), `starts`, `ends` (seconds), `offsets` (seconds
+    from the start of the file to its first frame), `times` (seconds of the frames, N x F),
+    `vectors_NxD` (L2-normalised video vectors, float16). Rows start at 0.
     """
 
     def __init__(self, store: Store, table: Any) -> None:
@@ -164,19 +181,24 @@ class Snapshot:
         self._max_frames, dim = store.about["max_frames"], store.about["embed_dim"]
         kinds = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         self._vector_index = faiss.IndexScalarQuantizer(dim, *kinds)
+        repeated = store.repeated_rows(table)
         # Allocated once: growing by doubling would copy. The first `add` starts at row 0.
         codes = self._vector_index.codes
-        codes.resize(table.count_rows() * self._vector_index.code_size)
-        names = ["id", "path", "start", "end", "count", "times", "video"]
+        codes.resize((table.count_rows() - len(repeated)) * self._vector_index.code_size)
+        names = ["id", "path", "start", "end", "offset", "count", "times", "video"]
+        names = [name for name in names if name in table.schema.names]
         reader = table.search().select(names).with_row_id(True).to_batches(_BATCH_ROWS)
         batches = []
         for batch in reader:
+            batch = batch.filter(pc.invert(pc.is_in(batch["_rowid"], repeated)))
             self._vector_index.add(unit_vectors(_to_matrix(batch["video"], dim)))
             batches.append(batch.drop_columns("video"))
         schema = reader.schema.remove(reader.schema.get_field_index("video"))
         rows = pa.Table.from_batches(batches, schema)
         self.ids, self.paths = rows["id"], rows["path"]
         self.starts, self.ends = rows["start"].to_numpy(), rows["end"].to_numpy()
+        known = "offset" in rows.column_names
+        self.offsets = rows["offset"].to_numpy() if known else np.zeros(len(rows))
         self.times = _to_matrix(rows["times"], self._max_frames).astype(np.float32)
         self._counts, self._row_ids = rows["count"].to_numpy(), rows["_rowid"].to_numpy()
         self.vectors_NxD = np.zeros((0, dim), np.float16)
@@ -194,22 +216,32 @@ class Snapshot:
             raise KeyError(segment_id)
         return np.array([row])
 
-    def matching_rows(
+    def select(
         self, path: str | None = None, start: float | None = None, end: float | None = None
-    ) -> RowMask | None:
-        """Returns the mask of the rows that pass `Filters`, or None if all do."""
+    ) -> "Selection":
+        """Returns the rows that pass `Filters`.
+
+        Raises InputError if the path is too long, or no second is from `start` to `end`.
+        """
         mask = np.ones(len(self), bool)
+        if start is not None and end is not None and start > end:
+            raise InputError(f"start = {start:g}, end = {end:g}: start must not be after end")
+        if path and len(path) > MAX_PATH:
+            raise InputError(f"path: must have at most {MAX_PATH} characters")
         if path:
+            path = unicodedata.normalize("NFC", path)
             pattern = path if any(c in path for c in "*?") else f"*{path}*"
             pattern = pattern if pattern.startswith("/") else f"*{pattern}"
             like = {"\\": r"\\", "%": r"\%", "_": r"\_", "*": "%", "?": "_"}
             options = pc.MatchSubstringOptions(pattern.translate(str.maketrans(like)))
-            mask &= pc.call_function("match_like", [self.paths], options).to_numpy()
+            paths = pc.utf8_normalize(self.paths, form="NFC")
+            mask &= pc.call_function("match_like", [paths], options).to_numpy()
         if start is not None:
             mask &= self.ends > start
         if end is not None:
-            mask &= self.starts < end
-        return None if mask.all() else mask
+            mask &= self.starts <= end
+        interval = -np.inf if start is None else start, np.inf if end is None else end
+        return Selection(self, None if mask.all() else mask, interval)
 
     def nearest_rows(self, vector_1xD: np.ndarray, count: int, allowed: RowMask | None) -> Rows:
         """Returns the allowed rows (None: all) of largest inner product, best first."""
@@ -247,6 +279,25 @@ class Snapshot:
                 yield pa.Table.from_batches([batch])
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The rows of a snapshot that pass `Filters`."""
+
+    snapshot: Snapshot
+    rows: RowMask | None = None  # None: all
+    interval: tuple[float, float] = (-np.inf, np.inf)  # seconds of a file
+
+    def __len__(self) -> int:
+        return len(self.snapshot) if self.rows is None else int(self.rows.sum())
+
+    def frames(self, rows: Rows, mask_nxF: FrameMask) -> FrameMask:
+        """Returns the real frames in the interval, or all real ones where none is in it."""
+        start, end = self.interval
+        times = self.snapshot.times[rows]
+        inside = mask_nxF & (times >= start) & (times <= end)
+        return np.where(inside.any(1, keepdims=True), inside, mask_nxF)
+
+
 def exists(location: PathLike) -> bool:
     """Returns True if there is an index, or raises InputError if a bucket cannot be accessed."""
     location = _absolute(location)
@@ -270,6 +321,10 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
         *_FILE_FIELDS,
         ("start", pa.float64()),
         ("end", pa.float64()),
+        (
+            "offset",
+            pa.float64(),
+        ),  # from the start of the file to its first frame; not in old indexes
         ("count", pa.int32()),  # real frames; the rest of `times` and `frames` is 0
         ("times", pa.list_(pa.float64(), max_frames)),
         ("video", pa.list_(number, dim)),

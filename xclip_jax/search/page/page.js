@@ -248,7 +248,7 @@ function openPlayer(hit, state) {
   $("details").replaceChildren(...detailsOf(hit));
   $("best").textContent = `Best second, ${clock(hit.second)}`;
   $("best").onclick = () => seek(hit.second);
-  $("similar").href = state.get("k") ? `#like=${hit.id}&k=${state.get("k")}` : `#like=${hit.id}`;
+  $("similar").href = `#${stateOfForm({ like: hit.id })}`;
   $("download").href = `video/${hit.id}`;
   $("download").download = hit.name;
   if (!$("player").open) $("player").showModal();
@@ -271,7 +271,7 @@ function startVideo(hit) {
   video.onerror = () => cannotPlay(hit);
   video.onloadedmetadata = () => {
     if (!video.videoWidth) return cannotPlay(hit); // only its sound can be played
-    video.currentTime = hit.second;
+    video.currentTime = hit.second + hit.offset;
     video.play().catch(() => {}); // without permission to autoplay, the user starts it
   };
   video.src = `video/${hit.id}`;
@@ -295,7 +295,7 @@ function stopVideo() {
 }
 
 function seek(second) {
-  if (!$("video").hidden) $("video").currentTime = second;
+  if (!$("video").hidden) $("video").currentTime = second + shown.open.offset;
   else $("picture").src = stillOf(shown.open.id, second);
 }
 
@@ -392,7 +392,8 @@ function heatCell(strength, frame, title) {
 /** Marks the frame of the heat map at the current time of the video. */
 function followVideo() {
   const buttons = [...$("heat").querySelectorAll("button")];
-  const now = buttons.findLast((button) => button.dataset.time <= $("video").currentTime + 0.05);
+  const second = $("video").currentTime - (shown.open?.offset ?? 0);
+  const now = buttons.findLast((button) => button.dataset.time <= second + 0.05);
   for (const button of buttons) button.classList.toggle("now", button === now);
 }
 
