@@ -21,8 +21,8 @@ import results
 
 from xclip_jax.data.builder import Dataset, DatasetSettings, PendingRecord, write_dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
+from xclip_jax.data.preprocess import decode_jpeg, encode_jpeg
 from xclip_jax.data.text import Tokenizer, learn_tokenizer
-from xclip_jax.data.video import decode_jpeg, encode_jpeg
 
 CLIPS, FRAMES, BATCH, THREADS, SIDE = 200, 12, 20, 4, 224
 

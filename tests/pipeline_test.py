@@ -16,8 +16,8 @@ from xclip_jax.data.pipeline import (
     steps_per_epoch,
     training_batches,
 )
+from xclip_jax.data.preprocess import encode_jpeg
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.data.video import encode_jpeg
 
 SIDE, MAX_FRAMES = 16, 4
 COUNTS = [1, 3, 2, 5, 1, 4, 2, 3, 1, 3, 2]  # captions of each video: 27 pairs

@@ -12,8 +12,8 @@ from preparing import ROOT, annotate, command, in_thread, levels, main, records,
 from xclip_jax import prepare
 from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset, dataset_folder
+from xclip_jax.data.preprocess import decode_jpeg
 from xclip_jax.data.text import load_tokenizer
-from xclip_jax.data.video import decode_jpeg
 
 __all__ = ["in_thread", "videos"]  # the fixtures
 

@@ -17,7 +17,7 @@ import pytest
 
 from xclip_jax import prepare, workers
 from xclip_jax.data.builder import Dataset
-from xclip_jax.data.video import decode_jpeg
+from xclip_jax.data.preprocess import decode_jpeg
 
 ROOT = Path(__file__).resolve().parents[1]
 

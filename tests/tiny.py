@@ -10,8 +10,8 @@ from xclip_jax import config
 from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.data import rendered
 from xclip_jax.data.builder import DatasetSettings, PendingRecord, write_dataset
+from xclip_jax.data.preprocess import encode_jpeg
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.data.video import encode_jpeg
 from xclip_jax.models import XClip
 from xclip_jax.train import configure_model
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from video_files import at_rate, corners, grey, numbers, plain_preprocess, write
 
+from xclip_jax.data import preprocess as preprocessing
 from xclip_jax.data import video
 
 
@@ -21,7 +22,9 @@ def test_rotated_and_mirrored_frames_are_upright(tmp_path, turn):
         setup=lambda stream: stream.set_display_rotation(degrees, hflip=mirrored),
     )
     upright = np.rot90(corners(), turn % 4)  # both counterclockwise
-    want = video.preprocess(np.ascontiguousarray(upright[:, ::-1] if mirrored else upright), 32)
+    want = preprocessing.preprocess(
+        np.ascontiguousarray(upright[:, ::-1] if mirrored else upright), 32
+    )
     (frame,) = video.read_frames(path, 32).frames
     at = [(y, x) for y in (4, 28) for x in (4, 28)]
     assert [frame[p].tolist() for p in at] == [pytest.approx(want[p].tolist(), abs=6) for p in at]
@@ -64,10 +67,10 @@ def test_preprocess_equals_pillow(size, shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     want = plain_preprocess(image, size)
-    np.testing.assert_array_equal(video.preprocess(image, size), want)
-    np.testing.assert_array_equal(video.preprocess(noise, size), want)
+    np.testing.assert_array_equal(preprocessing.preprocess(image, size), want)
+    np.testing.assert_array_equal(preprocessing.preprocess(noise, size), want)
     rgba = image.convert("RGBA")
-    np.testing.assert_array_equal(video.preprocess(rgba, size), want)
+    np.testing.assert_array_equal(preprocessing.preprocess(rgba, size), want)
 
 
 COEFFICIENTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 2: (0.299, 0.114), 9: (0.2627, 0.0593)}
@@ -114,15 +117,15 @@ def test_any_pixel_format_becomes_rgb(pixel_format):
 
 def test_jpeg_round_trip():
     picture = np.asarray(Image.fromarray(corners()).resize((64, 64), Image.BICUBIC))
-    data = video.encode_jpeg(picture)
+    data = preprocessing.encode_jpeg(picture)
     assert data[:2] == b"\xff\xd8"
-    back = video.decode_jpeg(data)
+    back = preprocessing.decode_jpeg(data)
     assert back.shape == (64, 64, 3)
     assert back.dtype == np.uint8
     # With colour at half resolution: 4.4 on this picture of saturated edges.
     assert np.abs(back.astype(int) - picture).mean() < 2
     with pytest.raises(ValueError, match=r"."):
-        video.decode_jpeg(b"not a picture")
+        preprocessing.decode_jpeg(b"not a picture")
     np.testing.assert_array_equal(
-        video.decode_jpeg(video.encode_jpeg(np.asfortranarray(picture))), back
+        preprocessing.decode_jpeg(preprocessing.encode_jpeg(np.asfortranarray(picture))), back
     )

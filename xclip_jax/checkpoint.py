@@ -1,24 +1,33 @@
 """Reads and writes the files of a run: checkpoints, model directories and work directories."""
 
 import asyncio
+import contextlib
 import dataclasses
+import getpass
+import hashlib
 import json
 import logging
+import math
 import operator
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from filelock import FileLock, Timeout
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
+from xclip_jax import integrity
 from xclip_jax.cli import InputError, first_line, write_atomically
 from xclip_jax.config import FREE_FIELDS, RunConfig
 from xclip_jax.data.builder import Dataset
@@ -29,38 +38,68 @@ from xclip_jax.models.config import upgrade_value
 
 UNSCORED = -1.0  # score of a checkpoint without validation: below every recall
 UNREAD_FILE = "unread.safetensors"
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # changed when a step gets its name; not needed
 PyTree = Any
-Manager = ocp.CheckpointManager
 
 
-def open_checkpoints(directory: Path) -> Manager:
-    """Opens the checkpoints of a work directory: the newest two and the best one are kept.
+class Checkpoints(ocp.CheckpointManager):
+    """The checkpoints of a work directory: the newest two and the best one are kept.
 
-    Steps with unreadable metrics, which Orbax cannot open, are deleted unless all steps have them.
+    A step is committed together with the digests of its files, which repeat its score.
     """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory.absolute()
+        self.saving: tuple[int, dict[str, float]] | None = None  # the step and its metrics
+        score = operator.itemgetter("score")
+        best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+            best_fn=score,  # Orbax writes metrics only if this is set
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
+        )
+        super().__init__(escape_path(self.path), options=options)
+
+    def _write_digests(self) -> None:
+        """Writes the digests of the step that is being saved, just before it gets its name."""
+        if self.saving is not None and is_first_process():
+            step, metrics = self.saving
+            for folder in self.path.glob(f"{step}.*"):
+                integrity.write_digests(folder, metrics, skip=[_ORBAX_METADATA])
+
+
+def open_checkpoints(directory: Path) -> Checkpoints:
+    """Opens the checkpoints of a work directory, and repairs scores that cannot be read."""
     if is_first_process():
-        steps = [path for path in directory.glob("*") if path.name.isdigit()]
-        corrupted = []
-        for path in steps:
-            try:
-                json.loads((path / "metrics" / "metrics").read_text())
-            except FileNotFoundError:
-                pass
-            except ValueError:
-                corrupted.append(path)
-        for path in corrupted if len(corrupted) < len(steps) else []:
-            logging.warning("checkpoint %s is corrupted: its metrics cannot be read", path.name)
-            shutil.rmtree(path)
+        for path in directory.glob("*"):
+            if path.name.isdigit():
+                _repair_score(path)
     wait_for_all("readable checkpoints")
     _ignore_reads_after_failure()
-    score = operator.itemgetter("score")
-    best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
-        best_fn=score,  # Orbax writes metrics only if this is set
-        cleanup_tmp_directories=True,
-    )
-    return Manager(directory.absolute(), options=options)
+    return Checkpoints(directory)
+
+
+def _repair_score(folder: Path) -> None:
+    """Rewrites the score of a step whose file is corrupted, because Orbax then opens no step.
+
+    Without digests, its score is unknown, and the step is not selected as the best.
+    """
+    file = folder / "metrics" / "metrics"
+    if not file.parent.is_dir() and not integrity.read_digests(folder):
+        return  # saved without a score
+    digests = integrity.read_digests(folder)
+    try:
+        score = json.loads(file.read_text())["score"]
+        intact = integrity.find_corruption(folder, ["metrics/metrics"]) is None
+        if intact and type(score) is float and math.isfinite(score):
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    metrics = digests["notes"] if digests else {"score": UNSCORED}
+    logging.warning("checkpoint %s has a corrupted score, now set to %s", folder.name, metrics)
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps(metrics))
 
 
 def _ignore_reads_after_failure() -> None:
@@ -74,20 +113,27 @@ def _ignore_reads_after_failure() -> None:
     sys.unraisablehook = report_others
 
 
-def save_checkpoint(manager: Manager, step: int, state: PyTree, score: float | None = None) -> None:
+def save_checkpoint(
+    manager: Checkpoints, step: int, state: PyTree, score: float | None = None
+) -> None:
     """Starts writing the state after `step` steps, with its validation score (higher is better)."""
+    manager.wait_until_finished()
     metrics = {"score": UNSCORED if score is None else float(score)}
+    manager.saving = step, metrics
     args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
     manager.save(step, args=args, metrics=metrics, force=True)
 
 
-def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tuple[int, PyTree]:
+def restore_checkpoint(
+    manager: Checkpoints, like: PyTree, best: bool = False
+) -> tuple[int, PyTree]:
     """Returns (step, state) of the newest or the best intact checkpoint.
 
-    Corrupted ones, with files that are missing or unreadable or contain NaN or infinite numbers,
-    are skipped; those newer than the newest intact one are deleted. Of equally good checkpoints the
-    newest is returned. `like` is a tree of arrays or ShapeDtypeStructs with the shardings to
-    restore to. Raises InputError if no checkpoint can be restored; all remain on disk.
+    Corrupted ones, with files that are missing, unreadable or unlike their digests, or that contain
+    NaN or infinite numbers, are skipped; those newer than the newest intact one are renamed. Of
+    equally good checkpoints the newest is returned. `like` is a tree of arrays or
+    ShapeDtypeStructs with the shardings to restore to. Raises InputError if no checkpoint can be
+    restored.
     """
     manager.wait_until_finished()
     scores = dict.fromkeys(manager.all_steps(), UNSCORED)
@@ -100,26 +146,39 @@ def restore_checkpoint(manager: Manager, like: PyTree, best: bool = False) -> tu
             continue
         for other, reason in corrupted.items():
             logging.warning("checkpoint %d is corrupted, using %d: %s", other, step, reason)
-            if not best:
-                manager.delete(other)  # so that its step can be saved again
+        if corrupted and not best:
+            _set_aside(manager, corrupted)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
         return step, manager.restore(step, args=args)["state"]
     raise InputError(
-        f"no checkpoint in {manager.directory} can be restored: all are corrupted or of another "
+        f"no checkpoint in {manager.path} can be restored: all are corrupted or of another "
         f"model ({next(iter(corrupted.values()), 'none')}); delete it or choose another --workdir"
     )
 
 
-def _find_corruption(manager: Manager, step: int, like: PyTree) -> str | None:
+def _set_aside(manager: Checkpoints, steps: Iterable[int]) -> None:
+    """Renames corrupted checkpoints, so that their steps can be saved again."""
+    if is_first_process():
+        for step in steps:
+            folder = manager.path / str(step)
+            target = folder.with_name(f"corrupted_{step}_{uuid.uuid4().hex[:6]}")
+            folder.rename(target)
+            logging.warning("checkpoint %d is now %s: it can be deleted", step, target)
+    wait_for_all("corrupted checkpoints")
+    manager.reload()
+
+
+def _find_corruption(manager: Checkpoints, step: int, like: PyTree) -> str | None:
     """Returns, in all processes, why a checkpoint cannot be restored, or None."""
     reason = None
     if is_first_process():  # if one fails in a joint restore, the others wait forever
-        folder = Path(manager.directory) / str(step) / "state"
+        folder = manager.path / str(step)
         try:
-            for path in folder.glob("array_metadatas/*"):
+            reason = integrity.find_corruption(folder)
+            for path in (folder / "state").glob("array_metadatas/*"):
                 json.loads(path.read_text())
-            arrays = jax.tree.leaves(_read_arrays(folder, like))
+            arrays = jax.tree.leaves(_read_arrays(folder / "state", like)) if not reason else []
             if not all(np.isfinite(array).all() for array in arrays):
                 reason = "it contains NaN or infinite numbers"
         except Exception as error:  # Orbax has no common type for corrupted checkpoints
@@ -131,7 +190,25 @@ def _read_arrays(folder: Path, like: PyTree) -> PyTree:
     """Reads a tree of arrays as NumPy arrays, in this process alone and for any set of devices."""
     like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     with local_checkpointer() as checkpointer:
-        return checkpointer.restore(folder, like)
+        return checkpointer.restore(escape_path(folder), like)
+
+
+def escape_path(folder: Path) -> Path:
+    """Returns a path to an absolute folder without characters that Orbax takes for wildcards.
+
+    It is a symbolic link of a name that depends on the folder only, as all processes of a run must
+    use the same one.
+    """
+    if not set("*?[]\\") & set(str(folder)):
+        return folder
+    links = Path(tempfile.gettempdir(), f"xclip_jax-{getpass.getuser()}")
+    links.mkdir(mode=0o700, exist_ok=True)
+    if links.is_symlink() or links.owner() != getpass.getuser():
+        raise InputError(f"{folder}: rename it without * ? [ ] \\, as {links} is not yours")
+    link = links / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder, target_is_directory=True)
+    return link
 
 
 def local_checkpointer() -> ocp.StandardCheckpointer:
@@ -179,16 +256,25 @@ def save_model(
         return
     directory = Path(directory).absolute()
     partial = partial_folder(directory)
-    described = dataclasses.asdict(config) | dict(extra or {})
+    described = describe_model(config) | dict(extra or {})
     (partial / "model.json").write_text(json.dumps(described, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial / "tokenizer")
     if unread:
         save_file(dict(unread), partial / UNREAD_FILE)
     with local_checkpointer() as checkpointer:
-        checkpointer.save(partial / "params", jax.tree.map(np.asarray, params))
+        checkpointer.save(escape_path(partial) / "params", jax.tree.map(np.asarray, params))
+    integrity.write_digests(partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
+
+
+def describe_model(config: ModelConfig) -> dict[str, Any]:
+    """Returns the content of model.json."""
+    described = dataclasses.asdict(config)
+    size = {"image_size": config.vision.image_size}
+    described["preprocess"] |= {"resize": "crop", "interpolation": "bicubic"} | size
+    return described
 
 
 def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokenizer | None]:
@@ -205,6 +291,9 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
         raise InputError(f"no model in {directory}: model.json is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a model: {error}") from None
+    if reason := integrity.find_corruption(directory):
+        advice = f"restore it, or delete {integrity.DIGESTS} if it was changed on purpose"
+        raise InputError(f"{reason}: {advice}")
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     try:
         params = _read_arrays(folder, shapes)
@@ -216,6 +305,9 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             sizes = f"{name} has shape {array.shape}, must be {expected.shape}"
             raise InputError(f"{folder} does not fit model.json: {sizes}")
+        if not np.isfinite(array).all():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise InputError(f"{folder}: {name} contains NaN or infinite numbers")
     folder = directory / "tokenizer"
     tokenizer = load_tokenizer(folder, model.config.max_words) if folder.is_dir() else None
     return described, model, jax.device_put(params), tokenizer
@@ -240,6 +332,16 @@ def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
         raise InputError(f"work directory {workdir} cannot be written: {error}") from None
     wait_for_all("config.json")
     check_same_run(workdir, config, dataset)
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Locks a work directory for this run, or raises InputError if another one is using it."""
+    try:
+        with FileLock(workdir / "train.lock", timeout=0) if is_first_process() else nullcontext():
+            yield
+    except Timeout:
+        raise InputError(f"another process trains in {workdir}: wait until it ends") from None
 
 
 def check_same_run(

@@ -29,6 +29,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def list_some(items: Sequence[str], separator: str = "; ", limit: int = 5) -> str:
+    """Returns the first items, and the number of the others."""
+    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(f"{item:.300}" for item in items[:limit]) + more
+
+
 @contextlib.contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
     """Yields a new path next to `path`, whose file replaces `path` at the end."""

@@ -225,7 +225,9 @@ def _check_sizes(config: RunConfig) -> Checks:
     yield "model.aggregation", attends, "attention where model.matrices = True"
     longest, context = m.text.context_length, "model.text.context_length"
     yield "model.max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
-    yield "model.max_frames", m.max_frames <= longest, f"at most {context} = {longest}"
+    # The tight head has a position for the sentence, too.
+    most, less = (longest - 1, " - 1") if m.head == "tight_transformer" else (longest, "")
+    yield "model.max_frames", m.max_frames <= most, f"at most {context}{less} = {most}"
 
 
 BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size

@@ -46,6 +46,7 @@ def start_from_clip(
     fields = [f"vision.{name}" for name in ("patch_size", "width", "layers", "heads")]
     fields += [f"text.{field.name}" for field in dataclasses.fields(config.text)]
     problems = []
+    fields += [f"preprocess.{field.name}" for field in dataclasses.fields(config.preprocess)]
     for field in [*fields, "embed_dim", "activation"]:
         ours, theirs = map(operator.attrgetter(field), (config, model.config))
         if ours != theirs:

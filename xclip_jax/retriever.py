@@ -2,27 +2,31 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from tqdm import tqdm
 
 from xclip_jax import inference
-from xclip_jax.checkpoint import load_model, model_folder
+from xclip_jax.checkpoint import describe_model, load_model, model_folder
 from xclip_jax.cli import InputError
+from xclip_jax.convert.importing import import_model, is_importable
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.pipeline import choose_frames
+from xclip_jax.data.preprocess import preprocess
 from xclip_jax.data.text import Tokenizer
-from xclip_jax.data.video import preprocess, read_frames
+from xclip_jax.data.video import read_frames
 from xclip_jax.models import XClip
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 Video = str | os.PathLike | np.ndarray
 _BATCH = 32  # videos whose frames are in memory at once
+MAX_NORMALISED = 10.0  # far above the values of normalised pixels
 
 
 class Match(NamedTuple):
@@ -60,9 +64,7 @@ class Retriever:
             InputError: `texts` is empty or a single string, or the model has no tokenizer.
         """
         tokenizer = self.get_tokenizer()
-        texts = [] if isinstance(texts, str) else list(texts)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError("encode_text: texts must be a list of at least one str")
+        texts = _to_list("encode_text: texts", texts, "str", (str,))
         return self.encode("encode_text", tokenizer(texts), size)
 
     def encode_video(self, videos: Sequence[Video]) -> VideoFeatures:
@@ -70,7 +72,8 @@ class Retriever:
 
         Args:
             videos: paths, or frames as arrays F x H x W x 3: uint8 RGB of any size, or float,
-                normalised, of the model's image size.
+                normalised (with CLIP's mean and deviation from -1.8 to 2.2), of the model's image
+                size.
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) video V x D and
@@ -78,10 +81,10 @@ class Retriever:
 
         Raises:
             InputError: `videos` is empty or a single path, a file cannot be read, or an array has
-                the wrong shape or values.
+                the wrong type, shape or values.
         """
-        if isinstance(videos, str | os.PathLike) or not len(videos):
-            raise InputError("encode_video: videos must be a list of at least one path or array")
+        kinds = (str, os.PathLike, np.ndarray)
+        videos = _to_list("encode_video: videos", videos, "path or F x H x W x 3 array", kinds)
 
         def encode_batches() -> Iterator[VideoFeatures]:
             for start in range(0, len(videos), _BATCH):
@@ -149,11 +152,15 @@ class Retriever:
             bar: progress bar, advanced by the number of pairs.
 
         Raises:
-            InputError: an argument has the wrong type.
+            InputError: an argument has the wrong type, or is of another model.
         """
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
+        widths, dim = (text.words.shape[-1], video.frames.shape[-1]), self.model.config.embed_dim
+        if widths != (dim, dim):
+            problem = f"similarity: features of widths {widths[0]} and {widths[1]}"
+            raise InputError(f"{problem}: those of this model have width {dim}")
         (num_texts, words), (num_videos, frames) = text.mask.shape, video.mask.shape
         if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
             block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
@@ -183,7 +190,7 @@ class Retriever:
         Raises:
             InputError: `query` is not a str, `k` is below 0, or as in `encode_video`.
         """
-        if not isinstance(query, str) or k < 0:
+        if not isinstance(query, str) or not isinstance(k, int) or k < 0:
             raise InputError(f"search: {query!r}, k = {k}: must be a str and at least 0")
         encoded = isinstance(videos, VideoFeatures)
         features = videos if encoded else self.encode_video(videos)
@@ -205,10 +212,8 @@ class Retriever:
             if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
                 allowed = "must be F x H x W x 3 without zero sizes"
                 raise InputError(f"frames of shape {images.shape}: {allowed}")
-            if not np.isfinite(images).all():
-                raise InputError("float frames contain NaN or infinite values")
-            if images.dtype != np.uint8 and images.shape[1:3] != (side, side):
-                raise InputError(f"float frames must be {side} x {side} pixels and normalised")
+            if images.dtype != np.uint8:
+                images = _check_normalised(images, side)
         chosen = [images[index] for index in choose_frames(len(images), max_frames)]
         if chosen[0].shape[:2] != (side, side):
             chosen = [preprocess(image, side) for image in chosen]
@@ -217,10 +222,49 @@ class Retriever:
         return frames, np.arange(max_frames) < len(chosen)
 
 
-def load(directory: str | os.PathLike) -> Retriever:
-    """Loads a model directory, or the `model` of a work directory.
+def _to_list(what: str, items: Any, kind: str, types: tuple[type, ...]) -> list[Any]:
+    """Returns the items of an iterable as a list, or raises InputError if their type is wrong."""
+    is_single = isinstance(items, types) and not (isinstance(items, np.ndarray) and items.ndim == 5)
+    items = [] if is_single or not isinstance(items, Iterable) else list(items)
+    wrong = next((item for item in items if not isinstance(item, types)), None)
+    if not items or wrong is not None:
+        found = "" if wrong is None else f", not of {type(wrong).__name__}"
+        raise InputError(f"{what} must be a list of at least one {kind}{found}")
+    return items
+
+
+def _check_normalised(images: np.ndarray, side: int) -> Float[np.ndarray, "F S S 3"]:
+    """Returns frames as float32, or raises InputError if they cannot be normalised ones."""
+    expected = f"must be uint8, or float, normalised, of {side} x {side} pixels"
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"frames of type {images.dtype}: {expected}")
+    if not np.isfinite(images).all():
+        raise InputError(f"float frames contain NaN or infinite values: {expected}")
+    low, high = float(images.min()), float(images.max())
+    if max(-low, high) > MAX_NORMALISED or (0 <= low < high <= 1):
+        raise InputError(
+            f"float frames from {low:.3g} to {high:.3g} are not normalised: {expected}"
+        )
+    if images.shape[1:3] != (side, side):
+        raise InputError(
+            f"float frames of {images.shape[1]} x {images.shape[2]} pixels: {expected}"
+        )
+    return images.astype(np.float32)
+
+
+def load(source: str | os.PathLike) -> Retriever:
+    """Loads a model directory, a work directory, or whatever `convert` takes.
+
+    That is a PyTorch checkpoint, a Hugging Face folder or a hub id; without options, which only
+    `python -m xclip_jax.convert` has.
 
     Raises:
         InputError: there is no model, or it is corrupted.
     """
-    return Retriever(*load_model(model_folder(directory)))
+    directory = model_folder(source)
+    if is_importable(source) and not (directory / "model.json").is_file():
+        imported = import_model(source)
+        described = describe_model(imported.config)
+        params = jax.device_put(imported.params)
+        return Retriever(described, XClip(imported.config), params, imported.tokenizer)
+    return Retriever(*load_model(directory))

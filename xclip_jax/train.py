@@ -16,7 +16,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from xclip_jax import checkpoint, distributed, sharding
-from xclip_jax.checkpoint import Manager
+from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.cli import InputError
 from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
@@ -53,8 +53,13 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     """
     workdir = Path(workdir)
     setup = Setup(config)
-    model, mesh, total = setup.model, setup.mesh, setup.total_steps
     checkpoint.claim_workdir(workdir, config, setup.dataset)
+    with checkpoint.lock_workdir(workdir):
+        _train(setup, workdir)
+
+
+def _train(setup: "Setup", workdir: Path) -> None:
+    config, model, mesh, total = setup.config, setup.model, setup.mesh, setup.total_steps
     state = setup.init()
     size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     print_once(
@@ -89,7 +94,9 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     distributed.wait_for_all("model directory")
 
 
-def _run_steps(setup: "Setup", state: TrainState, manager: Manager, workdir: Path) -> TrainState:
+def _run_steps(
+    setup: "Setup", state: TrainState, manager: Checkpoints, workdir: Path
+) -> TrainState:
     """Runs the remaining steps, with evaluations and checkpoints at the config's intervals."""
     config, start, total = setup.config, int(state.step), setup.total_steps
     eval_every = config.train.eval_every or setup.epoch_steps

@@ -16,6 +16,15 @@ from pathlib import Path
 from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import Options, convert
+from xclip_jax.models.config import PreprocessConfig
+
+
+def _parse_rgb(text: str) -> tuple[float, ...]:
+    """Returns three numbers above 0."""
+    values = tuple(map(float, text.split(",")))
+    if not (len(values) == 3 and all(0 < value < 1e3 for value in values)):
+        raise ValueError
+    return values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,16 +41,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         "image; xclip also compares words and frames, without a temporal encoder"
     )
     add("--head", choices=["mean_pooling", "xclip"], help=text)
-    text = "for checkpoints without config.json; default gelu for open_clip, else quick_gelu"
+    text = "required where neither the weights nor a file beside them states it"
     add("--activation", choices=["quick_gelu", "gelu"], help=text)
-    add("--vision_heads", type=int, help="attention heads of the image tower (default width / 64)")
-    add("--text_heads", type=int, help="attention heads of the text tower (default width / 64)")
+    add(
+        "--vision_heads",
+        type=int,
+        help="attention heads of the image tower (if not stated: width / 64)",
+    )
+    add("--text_heads", type=int, help="attention heads of the text tower")
+    text = "mean and standard deviation of RGB in [0, 1] in training, as in 0.5,0.5,0.5 (CLIP's)"
+    add("--image_mean", type=_parse_rgb, help=text)
+    add("--image_std", type=_parse_rgb, help="see --image_mean")
     add("--max_words", type=int, help="tokens per text, including start and end")
     add("--max_frames", type=int, help="frames per video (default 12)")
     text = "cut learned matrices to --max_words and --max_frames"
     add("--crop_matrices", action="store_true", help=text)
     options = vars(parser.parse_args(argv))
     source, output, to = (options.pop(name) for name in ("input", "output", "to"))
+    mean, std = options.pop("image_mean"), options.pop("image_std")
+    if (mean is None) != (std is None):
+        parser.error("--image_mean and --image_std belong together")
+    options["preprocess"] = PreprocessConfig(mean, std) if mean and std else None
     with one_line_errors():
         if output.exists():
             raise InputError(f"{output} exists already: pass another --output or delete it")

@@ -1,6 +1,6 @@
 """Imports PyTorch checkpoints of any supported kind into model directories, without PyTorch."""
 
-import json
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -15,14 +15,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from xclip_jax.checkpoint import init_params, save_model
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.cli import InputError, first_line, list_some
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, from_hugging_face, to_params
+from xclip_jax.convert.settings import Settings, read_hugging_face, read_json, read_open_clip
 from xclip_jax.convert.torch_archive import Archive, read_archive
 from xclip_jax.data import text
 from xclip_jax.models import ModelConfig, XClip
-from xclip_jax.models.config import TemporalConfig, TextConfig, VisionConfig
+from xclip_jax.models.config import PreprocessConfig, TemporalConfig, TextConfig, VisionConfig
 
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *text.HUB_FILES]
+HUB_FILES = [
+    "config.json",
+    "preprocessor_config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+    *text.HUB_FILES,
+]
 MAX_IMAGE_SIZE = 4096  # in pixels, far above any CLIP: limits what a corrupted file allocates
 _MATRICES = {
     "max_words": ("word_logit_weight", "word_mat_weight", "word_mat_weight2"),
@@ -32,11 +39,12 @@ _HEADS: dict[str, Any] = {  # by the module of a tensor; the last that occurs co
     "": "mean_pooling",
     "lstm_visual": "seq_lstm",
     "transformerClip": "seq_transformer",
-    "cross": "tight_transformer",
     "global_mat_weight": "xclip",
+    "cross": "tight_transformer",  # X-CLIP saves its matrices with this head, too
 }
-# The values that config.json may give to both towers, the default first.
-_SETTINGS = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
+_HUB_ID = r"[\w.-]+/[\w.-]+"  # how the hub names models
+_PREFIXES = ("module.", "_orig_mod.")  # before the names of wrapped models
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,13 @@ class Options:
 
     vocab: str | Path | None = None  # tokenizer, as in `load_tokenizer`; else the source's, if any
     head: Literal["mean_pooling", "xclip"] | None = None  # of plain CLIP; else mean_pooling
-    # These three are set by config.json where the source has it.
+    # What a file beside the weights may state. Otherwise: activation is required, except for weights
+    # of OpenAI and of the official models; width / 64 heads, required above a width of 1024; CLIP's
+    # normalisation of images.
     activation: Literal["quick_gelu", "gelu"] | None = None
-    vision_heads: int | None = None  # else width / 64
+    vision_heads: int | None = None
     text_heads: int | None = None
+    preprocess: PreprocessConfig | None = None
     # The lengths of the learned matrices, if any.
     max_words: int | None = None
     max_frames: int | None = None
@@ -71,13 +82,20 @@ class Source(NamedTuple):
     options: Options = Options()  # with what the source sets
 
 
-def convert(source: str | Path, output: str | Path, options: Options = Options()) -> None:
-    """Converts a checkpoint to a model directory, atomically, and prints a summary.
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A model read from a PyTorch checkpoint."""
 
-    Args:
-        source: checkpoint file, Hugging Face folder or hub id.
-        output: folder to write.
-        options: settings that the checkpoint does not store.
+    kind: str  # a description of the checkpoint to print
+    config: ModelConfig
+    params: Any
+    tokenizer: text.Tokenizer | None
+    unread: dict[str, np.ndarray]  # weights that the release saves and never uses
+    skipped: list[str]  # tensors that are no weights
+
+
+def import_model(source: str | Path, options: Options = Options()) -> Imported:
+    """Reads a checkpoint file, a Hugging Face folder or a hub id as a model.
 
     Raises InputError if the source cannot be read, is of an unknown kind or does not fit.
     """
@@ -88,20 +106,39 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     unread = {name: unused.pop(name) for name in UNREAD if name in unused}
     skipped = [name for name in unused if BUFFERS.fullmatch(name)]
     if unknown := sorted(unused.keys() - skipped):
-        raise InputError(f"{source}: unknown weights: {', '.join(unknown)}")
+        raise InputError(f"{source}: unknown weights: {list_some(unknown)}")
     if vocab is not None:
         tokenizer, size = text.load_tokenizer(vocab, config.max_words), config.text.vocab_size
         if (ids := tokenizer.vocab_size) > size:
             raise InputError(f"{vocab} has {ids} ids, but the text tower has {size}")
-    save_model(output, config, params, tokenizer=tokenizer, unread=unread, extra={"step": 0})
+    model = {"config": config, "params": params, "tokenizer": tokenizer}
+    return Imported(kind=read.kind, **model, unread=unread, skipped=skipped)
+
+
+def convert(source: str | Path, output: str | Path, options: Options = Options()) -> None:
+    """Converts a checkpoint to a model directory, atomically, and prints a summary.
+
+    Args:
+        source: checkpoint file, Hugging Face folder or hub id.
+        output: folder to write.
+        options: settings that the checkpoint does not store.
+
+    Raises InputError as `import_model`.
+    """
+    model = import_model(source, options)
+    config, tokenizer = model.config, model.tokenizer
+    extra = {"tokenizer": tokenizer, "unread": model.unread, "extra": {"step": 0}}
+    save_model(output, config, model.params, **extra)
     v, t, temporal = config.vision, config.text, config.temporal.type
     layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
     ids = "none: texts cannot be encoded; convert again with --vocab"
     ids = ids if tokenizer is None else f"{tokenizer.vocab_size} ids"
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{read.kind}: {total / 1e6:.1f} M parameters")
+    total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    mean, std = (", ".join(f"{x:.3g}" for x in vars(config.preprocess)[n]) for n in ("mean", "std"))
+    print(f"{model.kind}: {total / 1e6:.1f} M parameters")
     print(f"""\
   activation   {config.activation}
+  images       mean {mean}; standard deviation {std}
   image tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, {v.layers} layers, \
 {v.heads} heads
   text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, {t.layers} \
@@ -109,11 +146,21 @@ layers, {t.heads} heads
   head         {config.head} (preset {config.preset}; temporal encoder {temporal}{layers})
   lengths      {config.max_words} words, {config.max_frames} frames
   tokenizer    {ids}""")
-    if unread:
-        print(f"  kept unread  {', '.join(unread)} (saved by the release, never used)")
-    if skipped:
-        print(f"  skipped      {', '.join(skipped).replace('clip.', '')} (no weights)")
+    if model.unread:
+        print(f"  kept unread  {', '.join(model.unread)} (saved by the release, never used)")
+    if model.skipped:
+        print(f"  skipped      {', '.join(model.skipped).replace('clip.', '')} (no weights)")
     print(f"wrote {output}")
+
+
+def is_importable(source: str | Path) -> bool:
+    """Returns True for a file, a folder as `convert` takes it, and what may be a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / "checkpoints").is_dir():  # a work directory has a config.json of its own
+            return False
+        return any((path / name).is_file() for name in ("config.json", *OPEN_CLIP_FILES))
+    return path.is_file() or re.fullmatch(_HUB_ID, str(source)) is not None
 
 
 def read_source(path: str | Path, options: Options = Options()) -> Source:
@@ -127,8 +174,8 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
     if location.is_dir():
         return _read_folder(location, options)
     if location.is_file():
-        return _classify(_load(location), location.suffix, options)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):  # how the hub names models
+        return _classify(_load(location), location, options)
+    if not re.fullmatch(_HUB_ID, str(path)):
         raise InputError(f"{path}: no such file or folder")
     try:
         location = Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
@@ -150,10 +197,21 @@ def _load(path: Path) -> Archive:
         raise InputError(f"{path}: not a complete safetensors file: {error}") from None
 
 
-def _classify(archive: Archive, suffix: str, options: Options) -> Source:
+def _strip_prefixes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Removes what torch.compile, DataParallel and averaged models put before all names."""
+    tensors = {name: array for name, array in tensors.items() if name != "n_averaged"}
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), None):
+        tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
+        if not tensors:
+            break
+    return tensors
+
+
+def _classify(archive: Archive, path: Path, options: Options) -> Source:
     """Returns the Source of a single file: official, OpenAI's or open_clip's."""
     tensors, kind = archive.tensors, "TorchScript archive" if archive.torchscript else "state dict"
-    kind = "safetensors file" if suffix == ".safetensors" else f"PyTorch {kind}"
+    kind = "safetensors file" if path.suffix == ".safetensors" else f"PyTorch {kind}"
+    tensors = _strip_prefixes(tensors)
     if "vision_model.embeddings.class_embedding" in tensors:
         raise InputError(
             "weights of a Hugging Face CLIP: pass the folder that also has config.json"
@@ -162,55 +220,46 @@ def _classify(archive: Archive, suffix: str, options: Options) -> Source:
         raise InputError("CLIP with a ResNet image tower is not supported, only ViT")
     if "clip.visual.conv1.weight" in tensors:
         model = "X-CLIP" if "global_mat_weight" in tensors else "CLIP4Clip"
-        return Source(f"official {model} {kind}", True, tensors, options)
+        settings = Settings("quick_gelu")  # with OpenAI's towers
+        return Source(f"official {model} {kind}", True, tensors, _complete(options, settings))
     # open_clip's CustomTextCLIP has a prefix; its other models come in training checkpoints.
     open_clip = archive.nested or "text.token_embedding.weight" in tensors
     if "text.token_embedding.weight" in tensors:
         tensors = {name.removeprefix("text."): array for name, array in tensors.items()}
     if "visual.conv1.weight" not in tensors:
         names = ", ".join(list(tensors)[:3]) or "nothing"
-        raise InputError(f"not a CLIP model: visual.conv1.weight is missing, found {names}")
+        raise InputError(f"not a CLIP model: visual.conv1.weight is missing, found {names:.300}")
+    settings = read_open_clip(path.parent) or Settings()
+    model = "open_clip" if open_clip or settings.source else "CLIP"
+    if archive.torchscript or "input_resolution" in tensors:  # OpenAI's
+        model, settings = "CLIP", Settings("quick_gelu")
     tensors = {f"clip.{name}": array for name, array in tensors.items()}
-    model, activation = ("open_clip", "gelu") if open_clip else ("CLIP", "quick_gelu")
-    options = replace(options, activation=options.activation or activation)
-    return Source(f"{model} {kind}", False, tensors, options)
+    return Source(f"{model} {kind}", False, tensors, _complete(options, settings))
 
 
 def _read_folder(folder: Path, options: Options) -> Source:
-    """Returns the Source of a Hugging Face folder."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no config.json and is not a Hugging Face model") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "clip":
-        raise InputError(f"{path}: model_type is {kind!r}, must be 'clip'")
-    vision, textual = (config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
-    if not (isinstance(vision, dict) and isinstance(textual, dict)):
-        raise InputError(f"{path}: each of vision_config and text_config must be an object")
-    for name, allowed in _SETTINGS.items():
-        values = vision.get(name, allowed[0]), textual.get(name, allowed[0])
-        if values[0] != values[1] or values[0] not in allowed:
-            actual = f"{values[0]!r} (vision) and {values[1]!r} (text)"
-            needed = " or ".join(map(str, allowed))
-            raise InputError(f"{path}: {name} is {actual}; must be {needed} in both")
-    heads = {"vision_heads": vision.get("num_attention_heads", 12)}  # transformers' defaults
-    heads["text_heads"] = textual.get("num_attention_heads", 8)
-    for name, count in heads.items():
-        if type(count) is not int or count < 1:
-            raise InputError(f"{path}: the number of {name} is {count!r}, must be at least 1")
-    if options.activation or options.vision_heads or options.text_heads:
-        flags = "--activation, --vision_heads and --text_heads"
-        raise InputError(f"{path} sets activation and heads: omit {flags}")
+    """Returns the Source of a folder as published by Hugging Face or open_clip."""
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    vocab = options.vocab or (folder if has_tokenizer else None)
-    activation = textual.get("hidden_act", _SETTINGS["hidden_act"][0])
-    options = replace(options, vocab=vocab, activation=activation, **heads)
-    tensors = from_hugging_face(_load_shards(folder))
-    return Source("Hugging Face CLIP", False, tensors, options)
+    options = replace(options, vocab=options.vocab or (folder if has_tokenizer else None))
+    for name in OPEN_CLIP_FILES:
+        if (folder / name).is_file() and not (folder / "config.json").exists():
+            return _classify(_load(folder / name), folder / name, options)
+    settings = read_hugging_face(folder)
+    tensors = from_hugging_face(_strip_prefixes(_load_shards(folder)))
+    return Source("Hugging Face CLIP", False, tensors, _complete(options, settings))
+
+
+def _complete(options: Options, settings: Settings) -> Options:
+    """Returns the options with what is stated beside the weights, which no flag may contradict."""
+    values = {}
+    for field in dataclasses.fields(Settings):
+        stated, flag = getattr(settings, field.name), getattr(options, field.name, None)
+        if stated is None or field.name == "source":
+            continue
+        if flag not in (None, stated):
+            raise InputError(f"--{field.name}={flag}: {settings.source} states {stated}: omit it")
+        values[field.name] = stated
+    return replace(options, **values)
 
 
 def _load_shards(folder: Path) -> dict[str, np.ndarray]:
@@ -221,9 +270,9 @@ def _load_shards(folder: Path) -> dict[str, np.ndarray]:
             return _load(folder / stem).tensors
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                names = set(read_json(index)["weight_map"].values())
                 shards = [folder / Path(name).name for name in sorted(names)]
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            except (KeyError, AttributeError, TypeError):
                 raise InputError(f"{index}: not a valid index of shards") from None
             tensors = {}
             for shard in shards:
@@ -255,6 +304,9 @@ def infer(source: Source) -> ModelConfig:
         heads = getattr(options, name) or max(1, width // 64)
         if not layers:
             raise InputError(f"the {tower} tower has no layers")
+        if width > 1024 and not getattr(options, name):
+            problem = f"heads are not stored, and the {tower} tower has width {width}"
+            raise InputError(f"{problem}: set --{name} (16 for ViT-H, ViT-g and ViT-bigG)")
         if width % heads:
             size = f"the {tower} tower has width {width}"
             raise InputError(f"{size}, not divisible by {heads} heads: set --{name}")
@@ -272,6 +324,9 @@ def infer(source: Source) -> ModelConfig:
     if options.head and official:
         raise InputError(f"--head={options.head}: the checkpoint has its own head: omit --head")
     head = [name for module, name in _HEADS.items() if module in modules or not module][-1]
+    if options.activation is None:
+        allowed = "--activation=quick_gelu (OpenAI) or --activation=gelu (most of open_clip)"
+        raise InputError(f"the weights do not state their activation: set {allowed}")
     temporal = "transformer" if "transformerClip" in modules else "none"
     temporal = "lstm" if "lstm_visual" in modules else temporal
     layers = max(_count(tensors, "transformerClip"), _count(tensors, "cross.transformer"))
@@ -279,7 +334,8 @@ def infer(source: Source) -> ModelConfig:
         preset="official" if official else "paper",
         head=options.head or head,
         embed_dim=embed_dim,
-        activation=options.activation or "quick_gelu",
+        activation=options.activation,
+        preprocess=options.preprocess or PreprocessConfig(),
         **_fit_lengths(source, words.context_length),
         vision=vision,
         text=words,
@@ -291,16 +347,18 @@ def _fit_lengths(source: Source, context: int) -> dict[str, Any]:
     """Returns max_words and max_frames, and crops the learned matrices to them if allowed."""
     _, official, tensors, options = source
     limits = {"max_words": (3, 32 if official else context), "max_frames": (1, 12)}  # the release's
-    lengths = {}
+    lengths, is_tight = {}, any(name.startswith("cross.") for name in tensors)
     for option, (minimum, default) in limits.items():
         fixed = len(tensors.get(_MATRICES[option][0], ()))
-        lengths[option] = length = getattr(options, option) or fixed or min(default, context)
+        # The tight head has a position for the sentence, too.
+        maximum = context - (is_tight and option == "max_frames")
+        lengths[option] = length = getattr(options, option) or fixed or min(default, maximum)
         if fixed and (length > fixed or (length < fixed and not options.crop_matrices)):
             hint = "; --crop_matrices crops them" if length < fixed else ""
             matrices = f"the learned matrices are for length {fixed}{hint}"
             raise InputError(f"--{option}={length}: {matrices}")
-        if not minimum <= length <= context:
-            allowed = f"from {minimum} to {context}, the text tower's positions"
+        if not minimum <= length <= maximum:
+            allowed = f"from {minimum} to {maximum}, by the text tower's {context} positions"
             raise InputError(f"--{option}={length}: must be {allowed}")
         for name in tensors.keys() & set(_MATRICES[option] if length < fixed else ()):
             tensors[name] = tensors[name][:length, :length]

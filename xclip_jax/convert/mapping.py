@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xclip_jax.cli import InputError
+from xclip_jax.cli import InputError, list_some
 
 Tensors = Mapping[str, np.ndarray]
 Names = dict[str, str]
@@ -100,7 +100,9 @@ _HF_TENSORS = {
 _HF_LEAVES = {".weight": ".weight", ".bias": ".bias"}
 HUGGING_FACE = _expand(_HF_TENSORS, _HF_STACKS, _HF_BLOCK, _HF_LEAVES)
 # Saved by the release for every model, and never used by the models that lack them here.
-UNREAD = ("frame_position_embeddings.weight", "clip.logit_scale")
+UNREAD = ("frame_position_embeddings.weight", "clip.logit_scale", "global_mat_weight")
+UNREAD += ("local_mat_weight", "word_logit_weight", "word_mat_weight", "word_mat_weight2")
+UNREAD += ("frame_logit_weight", "frame_mat_weight", "frame_mat_weight2")
 # Not weights: sizes stored in OpenAI's archives, and buffers saved by older libraries.
 BUFFERS = re.compile(
     r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size|num_batches_tracked)"
@@ -118,17 +120,19 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
     Returns:
         (params, unused): float32 arrays in the structure of `template`; tensors not used in it.
 
-    Raises InputError if tensors are missing or have another shape; the message lists all of them.
+    Raises InputError if tensors are missing, have another shape or contain NaN.
     """
     # Nothing is allocated for parameters that are missing.
     empty = torch_views(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), template))
     problems = [f"{name} is missing" for name in empty.keys() - tensors.keys()]
+    finite = {name: np.isfinite(tensors[name]).all() for name in empty.keys() & tensors.keys()}
+    problems += [f"{name} contains NaN or infinite numbers" for name, x in finite.items() if not x]
     for name in empty.keys() & tensors.keys():
         found, expected = tensors[name].shape, empty[name].shape
         if found != expected:
             problems.append(f"{name} has shape {found}, must be {expected}")
     if problems:
-        raise InputError(f"the weights do not fit the model: {'; '.join(sorted(problems))}")
+        raise InputError(f"the weights do not fit the model: {list_some(sorted(problems))}")
     params = jax.tree.map(lambda x: np.empty(x.shape, np.float32), template)
     for name, view in torch_views(params).items():
         view[...] = tensors[name]

@@ -249,9 +249,8 @@ def _archive(root: Any, torchscript: bool, read: Read) -> Archive:
     unread = {name: tensor for name, value in values.items() if (tensor := _tensor(value))}
     if not unread:
         raise InputError("holds no tensors")
-    prefix = "module." if all(name.startswith("module.") for name in unread) else ""
     read = functools.cache(read)
-    tensors = {name.removeprefix(prefix): _array(read, *tensor) for name, tensor in unread.items()}
+    tensors = {name: _array(read, *tensor) for name, tensor in unread.items()}
     return Archive(tensors, torchscript, nested)
 
 

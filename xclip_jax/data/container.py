@@ -28,6 +28,7 @@ CONTAINERS = (
 )
 # Formats whose clock may restart, in addition to those that FFmpeg marks as such.
 _JOINABLE = ("flv",)
+MAX_PIXELS = 2**26  # of a frame: 8,192 x 8,192
 _FIRST_PICTURES = 60  # seconds of a file in which a film has at least two pictures
 
 
@@ -82,15 +83,18 @@ class Film(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_film(path: PathLike) -> Iterator[Film]:
-    """Opens the picture track of a video file, or raises VideoError."""
+def open_film(path: PathLike, *, max_pixels: int | None = None) -> Iterator[Film]:
+    """Opens the picture track of a video file, or raises VideoError.
+
+    Frames of more than `max_pixels` cannot be decoded.
+    """
     with contextlib.ExitStack() as stack:
-        container = stack.enter_context(_open(path))
+        container = stack.enter_context(_open(path, max_pixels))
         streams = _picture_streams(container)
         index = streams[0].index
         if len(streams) > 1:
             index = _choose_stream(container, streams)
-            container = stack.enter_context(_open(path))  # at the start again
+            container = stack.enter_context(_open(path, max_pixels))  # at the start again
         stream: Any = container.streams[index]
         stream.codec_context.thread_count = 1  # callers run one process per core
         yield Film(container, stream)
@@ -159,7 +163,7 @@ class _JoinedFlv(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _open(path: PathLike) -> Iterator[InputContainer]:
+def _open(path: PathLike, max_pixels: int | None) -> Iterator[InputContainer]:
     av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
@@ -171,6 +175,7 @@ def _open(path: PathLike) -> Iterator[InputContainer]:
     try:
         # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
         options: Any = {"container_options": allowed, "metadata_errors": "replace"}
+        options["options"] = {"max_pixels": str(max_pixels or MAX_PIXELS)}
         container = av.open(os.path.abspath(path), **options)
         if container.format.name == "flv" and len((joined := _JoinedFlv(path)).parts) > 1:
             container.close()

@@ -17,7 +17,8 @@ import numpy as np
 from xclip_jax.cli import InputError, PathLike, atomic_file, progress
 from xclip_jax.data.annotations import Clip, Finding, Listing
 from xclip_jax.data.container import VideoError
-from xclip_jax.data.video import encode_jpeg, read_frames
+from xclip_jax.data.preprocess import encode_jpeg
+from xclip_jax.data.video import read_frames
 from xclip_jax.workers import BeamRunner, map_on_beam, run_jobs
 
 CRASHED = "the decoder crashed on this file"

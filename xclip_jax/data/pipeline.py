@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int, UInt8
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset
+from xclip_jax.data.preprocess import decode_jpeg
 from xclip_jax.data.text import Tokenizer
-from xclip_jax.data.video import decode_jpeg
 
 Record = Mapping[str, Any]  # see data.builder.PendingRecord, with bytes in place of str
 Pair = tuple[Record, int, int | None]  # record, video, caption: None until one is drawn

@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from xclip_jax.models.config import ModelConfig
+from xclip_jax.models.config import ModelConfig, PreprocessConfig
 from xclip_jax.similarity import AnyArray, FrameMask
 
 Ids = Int[AnyArray, "T W"]
 Tokens = Float[AnyArray, "B L E"]
 Mask = Bool[AnyArray, "#B #N #L #L"]  # of attention, from position to position, True = attends
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]: CLIP's preprocessing
-STD = (0.26862954, 0.26130258, 0.27577711)
 # What the backward pass keeps of a layer: nothing, or the results of its matrix products.
 REMAT = {
     "layers": jax.checkpoint_policies.nothing_saveable,
@@ -102,11 +100,14 @@ class Transformer(nn.Module):
         return scanned(jnp.asarray(x), mask)[0]
 
 
-def normalize_frames(frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Float[Array, "V F S S 3"]:
-    """Normalises uint8 RGB as CLIP does (float is taken as normalised) and zeroes masked frames."""
+def normalize_frames(
+    frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask, config: PreprocessConfig = PreprocessConfig()
+) -> Float[Array, "V F S S 3"]:
+    """Normalises uint8 RGB (float is taken as normalised) and zeroes masked frames."""
     frames = frames_VxFxSxSx3
     if frames.dtype == jnp.uint8:
-        frames = (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+        mean, std = jnp.array(config.mean), jnp.array(config.std)
+        frames = (frames.astype(jnp.float32) / 255 - mean) / std
     return jnp.where(mask_VxF[..., None, None, None], frames, 0)
 
 

@@ -30,6 +30,24 @@ Granularities = Annotated[
 ]
 
 
+def _is_rgb(values: Any) -> bool:
+    return len(values) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in values)
+
+
+Rgb = Annotated[tuple[float, ...], Rule(_is_rgb, "three numbers, for red, green and blue")]
+PositiveRgb = Annotated[
+    tuple[float, ...], Rule(lambda x: _is_rgb(x) and min(x) > 0, "three numbers above 0")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig:
+    """Preprocessing of frames: a bicubic resize with a centre crop, then (x - mean) / std."""
+
+    mean: Rgb = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; by default CLIP's
+    std: PositiveRgb = (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """Sizes of the image tower."""
@@ -90,6 +108,7 @@ class ModelConfig:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     temporal: TemporalConfig = TemporalConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
 
     @property
     def has_granularities(self) -> bool:
@@ -128,6 +147,7 @@ HEADS = {
     "seq_transformer": {**_COSINE, "temporal": {"type": "transformer", "residual": True}},
     "tight_transformer": {**_COSINE, "temporal": {"type": "none"}},
 }
+RGB = {"mean", "std"}
 _FORMER_FIELDS = ("frame_features", "words", "padding", "matrices", "temporal.residual")
 _FORMER_VALUES = {"": None, "none": False, "learned": True, "no": False, "yes": True}
 
@@ -147,11 +167,14 @@ def read_model_config(fields: Any) -> ModelConfig:
         KeyError, TypeError: a field is missing, or a section has an unknown one.
     """
     names = [field.name for field in dataclasses.fields(ModelConfig)]
+    fields = {"preprocess": {}, **fields}  # missing in earlier model.json
     values = {name: upgrade_value(f"model.{name}", fields[name]) for name in names}
     sections = {"vision": VisionConfig, "text": TextConfig, "temporal": TemporalConfig}
     for name, section in sections.items():
         upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in values[name].items()}
         values[name] = section(**upgraded)
+    rgb = {name: tuple(values["preprocess"][name]) for name in values["preprocess"].keys() & RGB}
+    values["preprocess"] = PreprocessConfig(**rgb)
     values["granularities"] = tuple(values["granularities"])
     return ModelConfig(**values).resolve()
 

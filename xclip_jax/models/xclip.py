@@ -65,7 +65,7 @@ class XClip(nn.Module):
 
     def encode_frames(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Frames:
         """Returns CLIP's vectors of frames, not normalised."""
-        images = normalize_frames(frames_VxFxSxSx3, mask_VxF)
+        images = normalize_frames(frames_VxFxSxSx3, mask_VxF, self.config.preprocess)
         flat_VFxD = self.clip.visual(jax.lax.collapse(images, 0, 2))
         return flat_VFxD.reshape(*mask_VxF.shape, -1)
 

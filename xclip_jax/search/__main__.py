@@ -106,7 +106,8 @@ def run_serve(args: argparse.Namespace) -> None:
     """
     index = Index.open(args.index, args.model, args.candidates, args.rerank)
     index.warm_up()
-    serve(index, args.host, args.port, browse=args.open)
+    options = {"allow_hosts": args.allow_host, "token": args.token, "browse": args.open}
+    serve(index, args.host, args.port, **options)
 
 
 def run_recall(args: argparse.Namespace) -> None:
@@ -188,6 +189,12 @@ def _make_parser() -> argparse.ArgumentParser:
     add = add_command(run_serve)
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=7870, help="port to listen on (default 7870)")
+    text = "another name of this machine by which browsers may call it; may be repeated"
+    add("--allow_host", action="append", default=[], metavar="NAME", help=text)
+    text = "secret of each request; default: a random one if other machines can reach the address"
+    add("--token", help=text)
+    text = "let everyone who can reach the address search and watch"
+    add("--no_token", action="store_const", const="", dest="token", help=text)
     add("--open", action="store_true", help="open the page in the browser")
 
     add = add_command(run_recall)

@@ -47,7 +47,7 @@ class Hit:
     start: float
     end: float
     second: float  # time of the frame that AOSM weights most for the query
-    offset: float  # from the start of the file, as players count, to its first frame
+    offset: float = 0.0  # from the start of the file, as players count, to its first frame
 
 
 @dataclasses.dataclass(frozen=True)

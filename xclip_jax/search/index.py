@@ -13,13 +13,18 @@ from typing import Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
 
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError, PathLike
+from xclip_jax.data.container import VideoError
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
+from xclip_jax.data.pipeline import choose_frames
+from xclip_jax.data.preprocess import read_image
 from xclip_jax.data.text import is_blank
+from xclip_jax.data.video import Limits, VideoReader
 from xclip_jax.inference import copy_to_local_devices
+from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
@@ -29,6 +34,8 @@ from xclip_jax.similarity import TextFeatures
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
 MAX_SENTENCE = 10_000  # characters
+EXAMPLE_SECONDS = 600.0  # of a video that is an example
+EXAMPLE_LIMITS = Limits(pixels=2**24, working_seconds=10)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 Query = tuple[Funnel, TextFeatures]
 
@@ -204,12 +211,13 @@ class Index:
         started, video, suffix = time.perf_counter(), file, Path(file).suffix.lower()
         if suffix in _IMAGE_SUFFIXES:
             try:
-                with Image.open(file) as image:
-                    video = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+                video = read_image(file)[None]
             except Exception as error:  # Pillow's plugins raise many types
                 raise InputError(f"{file}: cannot be read as an image: {error}") from None
         elif suffix not in VIDEO_SUFFIXES:  # FFmpeg would disclose the files that a playlist names
             raise InputError(f"{file}: suffix must be that of a video or an image")
+        else:
+            video = _read_example(file, self.retriever.model.config)
         query = self._funnel.example(self.retriever.encode_video([video]).video)
         return self._search(query, k, filters, started, "")
 
@@ -254,6 +262,26 @@ class Index:
         """Returns a segment as a Hit of score 0, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
         return make_hits(snapshot, snapshot.find(segment_id), np.zeros(1), np.array([0]))[0]
+
+    def find_file(self, segment_id: str) -> str:
+        """Returns the path of a segment's file.
+
+        Raises KeyError for an unknown id, OSError if the file cannot be read, or is no longer the
+        one that was indexed.
+        """
+        snapshot = self._snapshot
+        (row,) = snapshot.read(snapshot.find(segment_id), ["path", "size", "mtime"]).to_pylist()
+        path, name = row["path"], os.path.basename(row["path"])
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+        except FileNotFoundError:
+            raise OSError(f"{name} is no longer on disk") from None
+        except OSError as error:
+            raise OSError(f"{name} cannot be read: {error.strerror}") from None
+        if (status.st_size, status.st_mtime_ns) != (row["size"], row["mtime"]):
+            raise OSError(f"{name} has changed since it was indexed: index it again")
+        return path
 
     def thumbnail(self, segment_id: str) -> bytes:
         """Returns a segment's JPEG thumbnail, or raises KeyError for an unknown id."""
@@ -305,6 +333,16 @@ class Index:
             note = f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
         seconds = {"encoding": encoding, **answer.seconds}
         return dataclasses.replace(answer, seconds=seconds, note=note)
+
+
+def _read_example(file: PathLike, config: ModelConfig) -> UInt8[np.ndarray, "F S S 3"]:
+    """Returns one frame a second of the start of a video file, within EXAMPLE_LIMITS."""
+    reader = VideoReader(file, end=EXAMPLE_SECONDS, limits=EXAMPLE_LIMITS)
+    try:
+        frames = [picture.to_square(config.vision.image_size) for _, picture in reader]
+        return np.stack([frames[index] for index in choose_frames(len(frames), config.max_frames)])
+    except VideoError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def _to_list(paths: PathLike | Iterable[PathLike]) -> list[PathLike]:

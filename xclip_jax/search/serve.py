@@ -9,14 +9,14 @@ import dataclasses
 import ipaddress
 import json
 import logging
-import mimetypes
 import os
 import re
+import secrets
 import socket
 import tempfile
 import time
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,39 +26,36 @@ import uvicorn
 from anyio.to_thread import run_sync
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from xclip_jax.cli import InputError
 from xclip_jax.data import video
+from xclip_jax.data.container import VideoError
 from xclip_jax.search.funnel import Answer, Hit
-from xclip_jax.search.index import Index
+from xclip_jax.search.guard import IDLE_SECONDS, LOCAL_HOSTS, Guard, TimedProtocol
+from xclip_jax.search.index import MAX_SENTENCE, Index
+from xclip_jax.search.store import MAX_PATH
 
 PAGE = Path(__file__).with_name("page")
-MAX_HITS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES = 100, 2**20, 500 * 2**20
+MAX_HITS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES = 100, 2**17, 500 * 2**20
+MAX_UPLOADS, UPLOAD_SECONDS = 4, 600  # at once, and the longest time of one
 STILL_SIDE = 480  # pixels, the longer side
 REFRESH_SECONDS = 5
-# Host names of a local server. Without this check, a web site whose name resolves to this machine
-# ("DNS rebinding") could read the index through its visitor's browser.
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' blob: data:; media-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+CLOSE = {"Connection": "close"}  # the rest of the request is not read
+# What browsers may play. The host's own table might call a video a web page.
+MEDIA_TYPES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "quicktime", ".qt": "quicktime"}
+MEDIA_TYPES |= {".webm": "webm", ".mkv": "x-matroska", ".ogv": "ogg", ".ogg": "ogg"}
+MEDIA_TYPES |= {".avi": "x-msvideo", ".mpg": "mpeg", ".mpeg": "mpeg", ".ts": "mp2t"}
 CACHED = {"Cache-Control": "private, max-age=3600"}  # the pictures of an id do not change
 REVALIDATED = {"Cache-Control": "no-cache"}  # an updated page needs its updated script
 _RULE = "a number of seconds, at least 0"
 Seconds = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description=_RULE)]
+_TEXT = f"a string of at most {MAX_SENTENCE:,} characters"
+_PATH = f"a string of at most {MAX_PATH:,} characters"
 # JSON allows lone surrogates.
 Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace").decode())]
 
@@ -66,12 +63,16 @@ Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace"
 class Fields(BaseModel):
     """The fields of a request (see `Index.query`), with descriptions that errors quote."""
 
-    text: Text = Field("", description="a string")
-    path: Text | None = Field(None, description="a string")
+    text: Text = Field("", max_length=MAX_SENTENCE, description=_TEXT)
+    path: Text | None = Field(None, max_length=MAX_PATH, description=_PATH)
     k: int = Field(12, ge=1, le=MAX_HITS, description=f"between 1 and {MAX_HITS}")
     start: Seconds = None
     end: Seconds = None
     second: Seconds = None  # of a picture
+
+    def filters(self) -> dict[str, Any]:
+        """Returns `k` and the fields of `Filters`."""
+        return self.model_dump(exclude={"text", "second"})
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "Fields":
@@ -96,14 +97,24 @@ class Fields(BaseModel):
         return cls.parse(values)
 
 
-def serve(index: Index, host: str = "127.0.0.1", port: int = 7870, *, browse: bool = False) -> None:
+def serve(
+    index: Index,
+    host: str = "127.0.0.1",
+    port: int = 7870,
+    *,
+    allow_hosts: Sequence[str] = (),
+    token: str | None = None,
+    browse: bool = False,
+) -> None:
     """Serves the page until Ctrl-C, or raises InputError if it cannot listen on the port.
 
     Args:
         index: an open index.
-        host: name or address to listen on. There is no password: an address that other machines can
-            reach is open to all of them.
+        host: name or address to listen on.
         port: 0 for any free port.
+        allow_hosts: further names of this machine by which browsers may call it.
+        token: secret that every request must have, "" for none; None: none if only this machine can
+            reach the address, else a random one, which is printed.
         browse: True to open the page in this machine's browser.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -117,25 +128,42 @@ def serve(index: Index, host: str = "127.0.0.1", port: int = 7870, *, browse: bo
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host
         url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
         print(f"{index.location}: {index.num_segments:,} segments of {index.num_files:,} files")
-        if not local:
-            print("no password: everyone who can reach this address can search and watch")
+        token = secrets.token_urlsafe(16) if token is None and not local else token or None
+        if token:
+            url += f"/?token={token}"
+        elif not local:
+            print("no token: everyone who can reach this address can search and watch")
         print(f"search page: {url}  (stop with Ctrl-C)", flush=True)
-        app = make_app(index, (*LOCAL_HOSTS, host) if local else ("*",))
+        app = make_app(index, (host, *_own_names(local), *allow_hosts), token)
         if browse:
             webbrowser.open(url)
         # `_handle_defect` logs errors. A video that is playing must not delay the shutdown.
         options: Any = {"log_level": "critical", "timeout_graceful_shutdown": 1}
+        options |= {"http": TimedProtocol, "timeout_keep_alive": IDLE_SECONDS}
         server = uvicorn.Server(uvicorn.Config(app, server_header=False, **options))
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 
 
-def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> ASGIApp:
-    """Returns the page and its JSON API for requests to one of the `hosts` ("*": any)."""
+def _own_names(local: bool) -> list[str]:
+    """Returns the names and addresses of this machine."""
+    if local:
+        return list(LOCAL_HOSTS)
+    name = socket.gethostname()
+    addresses: list[str] = []
+    with contextlib.suppress(OSError):
+        addresses = [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
+    return [*LOCAL_HOSTS, name.lower(), socket.getfqdn().lower(), *addresses]
+
+
+def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS, token: str | None = None) -> ASGIApp:
+    """Returns the page and its JSON API, for requests that `Guard` allows."""
     api = _Api(index)
     handlers: dict[Any, Any] = {
         InputError: lambda _, error: JSONResponse({"error": str(error)}, 400),
-        HTTPException: lambda _, error: JSONResponse({"error": error.detail}, error.status_code),
+        HTTPException: lambda _, error: JSONResponse(
+            {"error": error.detail}, error.status_code, error.headers
+        ),
         ClientDisconnect: lambda *_: Response(status_code=400),  # never received
         Exception: _handle_defect,
     }
@@ -153,20 +181,10 @@ def make_app(index: Index, hosts: Sequence[str] = LOCAL_HOSTS) -> ASGIApp:
             Route("/still/{id}", api.get_picture),
             Route("/video/{id}", api.get_video),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         exception_handlers=handlers,
         lifespan=api.keep_refreshed,
     )
-
-    async def app_with_headers(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(SECURITY_HEADERS)
-            await send(message)
-
-        await app(scope, receive, send_with_headers)
-
-    return app_with_headers
+    return Guard(app, hosts, token)
 
 
 class _Api:
@@ -175,7 +193,9 @@ class _Api:
     def __init__(self, index: Index) -> None:
         self.index = index
         # Separate limits, so that a page of pictures does not delay the next query.
+        # Examples have one of their own: nor do they.
         self.query_limiter, self.picture_limiter = map(anyio.CapacityLimiter, (2, 2))
+        self.example_limiter, self.uploads = anyio.CapacityLimiter(1), anyio.Semaphore(MAX_UPLOADS)
 
     @contextlib.asynccontextmanager
     async def keep_refreshed(self, app: Starlette) -> AsyncIterator[None]:
@@ -206,31 +226,47 @@ class _Api:
     async def search(self, request: Request) -> Response:
         """Searches by a sentence: {text, k, path, start, end}."""
         fields = await Fields.parse_json(request)
-        options = fields.model_dump(exclude={"second"})
-        return await self._respond(partial(self.index.query, **options))
+        search = partial(self.index.query, fields.text, **fields.filters())
+        return await self._respond(search, self.query_limiter)
 
     async def search_example(self, request: Request) -> Response:
         """Searches by an image or video: its bytes in the body, ?name=its name&k=..."""
         fields = Fields.parse(request.query_params)
-        options = fields.model_dump(exclude={"text", "second"})
+        options = fields.filters()
         name = request.query_params.get("name", "")
         suffix = "".join(re.findall(r"\.[a-z0-9]{1,8}\Z", name.lower()))
-        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        with self._upload(), tempfile.NamedTemporaryFile(suffix=suffix) as file:
             async for chunk in _read_chunks(request, MAX_UPLOAD_BYTES):
                 await run_sync(file.write, chunk)
             await run_sync(file.flush)
             try:
-                return await self._respond(partial(self.index.similar, file.name, **options))
+                search = partial(self.index.similar, file.name, **options)
+                return await self._respond(search, self.example_limiter)
             except InputError as error:  # the user does not know the temporary name
                 raise InputError(str(error).replace(file.name, name or "the file")) from error
 
-    async def search_like(self, request: Request) -> Response:
-        """Searches by a segment of the index: ?k=."""
-        segment, k = await self._segment(request), Fields.parse(request.query_params).k
-        return await self._respond(partial(self.index.like, segment.id, k), like=_describe(segment))
+    @contextlib.contextmanager
+    def _upload(self) -> Iterator[None]:
+        """Occupies one of the MAX_UPLOADS, or raises HTTP 503."""
+        try:
+            self.uploads.acquire_nowait()
+        except anyio.WouldBlock:
+            raise HTTPException(503, "too many uploads at once: try again later", CLOSE) from None
+        try:
+            yield
+        finally:
+            self.uploads.release()
 
-    async def _respond(self, search: Callable[[], Answer], **fields: Any) -> Response:
-        answer = await run_sync(search, limiter=self.query_limiter)
+    async def search_like(self, request: Request) -> Response:
+        """Searches by a segment of the index: ?k=, path, start, end."""
+        segment, fields = await self._segment(request), Fields.parse(request.query_params)
+        search = partial(self.index.like, segment.id, **fields.filters())
+        return await self._respond(search, self.query_limiter, like=_describe(segment))
+
+    async def _respond(
+        self, search: Callable[[], Answer], limiter: anyio.CapacityLimiter, **fields: Any
+    ) -> Response:
+        answer = await run_sync(search, limiter=limiter)
         facts = {"hits": [_describe(hit) for hit in answer], "searched": answer.searched}
         times = {"seconds": sum(answer.seconds.values()), "stages": answer.seconds}
         return JSONResponse({**facts, "note": answer.note, **times, **fields})
@@ -250,8 +286,9 @@ class _Api:
 
         def read() -> bytes:
             if second is not None:
-                with contextlib.suppress(video.VideoError, OSError):
-                    return video.read_still(segment.path, second, STILL_SIDE)
+                with contextlib.suppress(VideoError, OSError):
+                    path = self.index.find_file(segment.id)
+                    return video.read_still(path, second, STILL_SIDE)
             return self.index.thumbnail(segment.id)
 
         jpeg = await run_sync(read, limiter=self.picture_limiter)
@@ -259,14 +296,13 @@ class _Api:
 
     async def get_video(self, request: Request) -> Response:
         """Returns the segment's file, or the byte ranges of it that a seeking player requests."""
-        path = (await self._segment(request)).path
-        exists = await run_sync(os.path.isfile, path)
-        if not exists or not os.access(path, os.R_OK):
-            reason = "cannot be read" if exists else "is no longer on disk"
-            raise HTTPException(404, f"{os.path.basename(path)} {reason}")
-        media_type = mimetypes.guess_type(path)[0] or ""
-        if not media_type.startswith(("video/", "audio/")):  # a browser could show it as a web page
-            media_type = "application/octet-stream"
+        segment = await self._segment(request)
+        try:
+            path = await run_sync(self.index.find_file, segment.id)
+        except OSError as error:
+            raise HTTPException(404, str(error)) from None
+        kind = MEDIA_TYPES.get(os.path.splitext(path)[1].lower())
+        media_type = f"video/{kind}" if kind else "application/octet-stream"
         return FileResponse(path, media_type=media_type)
 
     async def _segment(self, request: Request) -> Hit:
@@ -279,12 +315,24 @@ class _Api:
 
 
 async def _read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """Yields the body in chunks, or raises HTTP 413 if it is larger than `max_bytes`."""
-    declared, size = int(request.headers.get("content-length") or 0), 0
-    async for chunk in request.stream():
+    """Yields the body in chunks.
+
+    Raises HTTP 413 if it is larger than `max_bytes`, 408 if the client stops sending.
+    """
+    declared, size, chunks = int(request.headers.get("content-length") or 0), 0, request.stream()
+    deadline = anyio.current_time() + UPLOAD_SECONDS
+    while True:
+        wait = min(IDLE_SECONDS, deadline - anyio.current_time())
+        try:
+            with anyio.fail_after(wait):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise HTTPException(408, "the request takes too long", CLOSE) from None
+        if chunk is None:
+            return
         size += len(chunk)
         if max(size, declared) > max_bytes:
-            raise HTTPException(413, f"more than {max_bytes / 2**20:,.0f} MB")
+            raise HTTPException(413, f"more than {max_bytes / 2**20:,.1f} MB", CLOSE)
         yield chunk
 
 

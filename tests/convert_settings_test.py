@@ -1,0 +1,192 @@
+"""Tests of what checkpoints do not store: activation, heads, image normalisation, prefixes."""
+
+import json
+
+import checkpoints
+import numpy as np
+import pytest
+from checkpoints import TINY, write_hugging_face
+from safetensors.numpy import save_file
+
+import xclip_jax
+from xclip_jax.cli import InputError
+from xclip_jax.convert.importing import Options, convert, import_model
+from xclip_jax.convert.torch_archive import write_archive
+from xclip_jax.models.config import PreprocessConfig
+
+QUICK = Options(activation="quick_gelu")
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+
+
+def write(path, tensors):
+    (save_file if path.suffix == ".safetensors" else lambda x, path: write_archive(path, x))(
+        tensors, path
+    )
+    return path
+
+
+def write_open_clip(folder, tensors=None, name="open_clip_pytorch_model.bin", **config):
+    """Writes the weights and the open_clip_config.json of a plain CLIP, returns the weights."""
+    vision = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 16, "head_width": 16}
+    model = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": {"width": 64, "heads": 2}}
+    described = {"model_cfg": model | config.pop("model", {})} | config
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    return write(folder / name, checkpoints.clip() if tensors is None else tensors)
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_open_clip_config_beside_the_weights_is_read(tmp_path, name, quick):
+    stated = {"mean": [0.5, 0.25, 0.5], "std": [0.25, 0.5, 0.25], "interpolation": "bicubic"}
+    path = write_open_clip(tmp_path, name=name, model={"quick_gelu": quick}, preprocess_cfg=stated)
+    for source in (path, tmp_path):
+        c = import_model(source).config
+        assert c.activation == ("quick_gelu" if quick else "gelu")
+        assert (c.vision.heads, c.text.heads) == (4, 2)
+        assert c.preprocess == PreprocessConfig((0.5, 0.25, 0.5), (0.25, 0.5, 0.25))
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
+def test_plain_weights_require_their_activation(tmp_path, name):
+    path = write(tmp_path / name, checkpoints.clip())
+    with pytest.raises(InputError, match=r"do not state their activation: set --activation=quick"):
+        import_model(path)
+    for activation in ("gelu", "quick_gelu"):
+        assert import_model(path, Options(activation=activation)).config.activation == activation
+
+
+def test_state_dict_with_the_sizes_of_openai_is_quick_gelu(tmp_path):
+    sizes = {"input_resolution": np.array(16), "context_length": np.array(16)}
+    path = write(tmp_path / "a.pt", checkpoints.clip() | sizes)
+    assert import_model(path).config.activation == "quick_gelu"
+
+
+def test_heads_of_wide_towers_must_be_stated(tmp_path):
+    wide = TINY | {"width": 1280, "layers": 1, "text_width": 64}
+    path = write(tmp_path / "a.bin", checkpoints.clip(sizes=wide))
+    with pytest.raises(InputError, match=r"vision tower has width 1280: set --vision_heads"):
+        import_model(path, QUICK)
+    options = Options(activation="gelu", vision_heads=16)
+    assert import_model(path, options).config.vision.heads == 16
+    (tmp_path / "b").mkdir()
+    vision = {"width": 1280, "head_width": 80}
+    path = write_open_clip(
+        tmp_path / "b", checkpoints.clip(sizes=wide), model={"vision_cfg": vision}
+    )
+    assert import_model(path).config.vision.heads == 16
+
+
+def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
+    path = write_open_clip(tmp_path)
+    assert import_model(path, Options(activation="gelu")).config.activation == "gelu"
+    message = r"--activation=quick_gelu: open_clip_config.json states gelu: omit it"
+    with pytest.raises(InputError, match=message):
+        import_model(path, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"preprocess_cfg": {"mean": [1, 2]}}, r"mean is \[1, 2\]: must be three numbers"),
+        ({"preprocess_cfg": {"std": [0, 1, 1]}}, r"std is .*: must be three numbers above 0"),
+        ({"preprocess_cfg": {"resize_mode": "squash"}}, r"with 'squash', supported is bicubic"),
+        ({"preprocess_cfg": 3}, r"preprocess_cfg must be an object"),
+        ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be from 1"),
+        ({"model": {"text_cfg": []}}, r"heads|embed"),
+    ],
+)
+def test_malformed_open_clip_config_is_an_error(tmp_path, config, message):
+    path = write_open_clip(tmp_path, **config)
+    if config == {"model": {"text_cfg": []}}:  # nothing stated: open_clip's defaults
+        assert import_model(path).config.text.heads == 8
+        return
+    with pytest.raises(InputError, match=rf"open_clip_config.json: {message}"):
+        import_model(path)
+
+
+def test_preprocessor_config_changes_the_features(tmp_path):
+    folders = {name: write_hugging_face(tmp_path / name, checkpoints.clip()) for name in "ab"}
+    (folders["b"] / "preprocessor_config.json").write_text(json.dumps(HALF))
+    frames = [np.full((1, 16, 16, 3), 200, np.uint8)]
+    features = []
+    for name, folder in folders.items():
+        convert(folder, tmp_path / f"model_{name}")
+        features.append(xclip_jax.load(tmp_path / f"model_{name}").encode_video(frames).video)
+    assert not np.allclose(*features, atol=1e-3)
+    stored = json.loads((tmp_path / "model_b" / "model.json").read_text())["preprocess"]
+    common = {"resize": "crop", "interpolation": "bicubic", "image_size": 16}
+    assert stored == {"mean": [0.5] * 3, "std": [0.25] * 3} | common
+    normalised = (np.asarray(frames, np.float32) / 255 - 0.5) / 0.25
+    retriever = xclip_jax.load(tmp_path / "model_b")
+    np.testing.assert_allclose(
+        retriever.encode_video(list(normalised)).video, features[1], atol=1e-5
+    )
+
+
+def test_old_config_dicts_win_as_in_transformers(tmp_path):
+    old = {"num_attention_heads": 2}  # transformers fills the rest up with its defaults
+    folder = write_hugging_face(tmp_path / "hf", checkpoints.clip(), vision_config_dict=old)
+    with pytest.raises(InputError, match=r"hidden_act is 'quick_gelu' \(vision\) and 'gelu'"):
+        import_model(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config_dict": old}))
+    config = import_model(folder).config
+    assert (config.activation, config.vision.heads, config.text.heads) == ("quick_gelu", 2, 2)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
+def test_prefixes_of_wrapped_models_are_removed(tmp_path, prefix, name):
+    tensors = checkpoints.clip()
+    expected = import_model(write(tmp_path / "plain.bin", tensors), QUICK)
+    wrapped = {prefix + name: array for name, array in tensors.items()}
+    wrapped["n_averaged"] = np.array(3)
+    actual = import_model(write(tmp_path / name, wrapped), QUICK)
+    assert actual.config == expected.config
+    for a, b in zip(*(x.params["clip"]["visual"].items() for x in (actual, expected)), strict=True):
+        np.testing.assert_equal(a, b)
+
+
+def test_release_checkpoint_with_the_tight_head_is_recognized(tmp_path):
+    tensors = checkpoints.release("xclip") | checkpoints.release("tight_transformer", seed=1)
+    tensors = {n: x for n, x in tensors.items() if not n.startswith("transformerClip")}
+    imported = import_model(write(tmp_path / "a.bin", tensors))
+    assert imported.config.head == "tight_transformer"
+    assert "global_mat_weight" in imported.unread
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    tensors = checkpoints.clip()
+    tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"][0, 0] = value
+    path = write(tmp_path / "a.bin", tensors)
+    with pytest.raises(InputError, match=r"c_fc.weight contains NaN or infinite numbers$"):
+        convert(path, tmp_path / "model", QUICK)
+    assert not (tmp_path / "model").exists()
+
+
+def test_tight_head_leaves_a_position_for_the_sentence(tmp_path):
+    path = write(tmp_path / "a.bin", checkpoints.release("tight_transformer"))
+    with pytest.raises(InputError, match=r"--max_frames=16: must be from 1 to 15"):
+        import_model(path, Options(max_frames=16))
+    imported = import_model(path, Options(max_frames=15))
+    assert imported.config.max_frames == 15
+
+
+def test_error_about_many_tensors_is_short(tmp_path):
+    names = {f"{'x' * 1000}{number}": np.zeros(1, np.float32) for number in range(2000)}
+    path = write(tmp_path / "a.bin", checkpoints.clip() | names)
+    with pytest.raises(InputError, match=r"and 1995 more$") as error:
+        import_model(path, QUICK)
+    assert len(str(error.value)) < 3000
+
+
+def test_load_takes_what_convert_takes(tmp_path):
+    folder = write_hugging_face(tmp_path / "hf", checkpoints.clip())
+    convert(folder, tmp_path / "model")
+    frames = [np.full((2, 20, 30, 3), 90, np.uint8)]
+    expected = xclip_jax.load(tmp_path / "model").encode_video(frames)
+    actual = xclip_jax.load(folder)
+    np.testing.assert_array_equal(actual.encode_video(frames).video, expected.video)
+    path = write(tmp_path / "a.bin", checkpoints.release("xclip"))
+    assert xclip_jax.load(path).model.config.head == "xclip"

@@ -1,0 +1,62 @@
+"""Preprocesses images as for CLIP, and reads and writes image files."""
+
+from fractions import Fraction
+
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from xclip_jax.cli import PathLike
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's others run programs (EPS)
+MAX_IMAGE_PIXELS = 2**25  # 33 million: 100 MB as RGB
+ONE = Fraction(1)
+
+
+def preprocess(
+    image: Image.Image | UInt8[np.ndarray, "H W 3"], image_size: int, pixel_aspect: Fraction = ONE
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Applies CLIP's preprocessing before normalisation: short side to S, bicubic, centre crop.
+
+    Equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on a Pillow image, as in
+    https://github.com/openai/CLIP/blob/main/clip/clip.py, for RGB in [0, 255] and S = `image_size`.
+    `pixel_aspect` is the width of a pixel divided by its height; the resize corrects it to 1.
+    """
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    width, height = image.width * pixel_aspect, image.height
+    short = min(width, height)
+    size = (int(image_size * width / short), int(image_size * height / short))
+    left, top = (round((side - image_size) / 2.0) for side in size)
+    # The two passes of Pillow's resize, with the first crop in between to save work.
+    image = image.resize((size[0], height), Image.Resampling.BICUBIC)
+    image = image.crop((left, 0, left + image_size, height))
+    image = image.resize((image_size, size[1]), Image.Resampling.BICUBIC)
+    return np.array(image.crop((0, top, image_size, top + image_size)))
+
+
+def encode_jpeg(frame_SxSx3: UInt8[np.ndarray, "S S 3"]) -> bytes:
+    """Returns a JPEG of an RGB frame in [0, 255]."""
+    # 4:4:4: on five test frames 18 % more bytes than 4:2:0, a mean error of 1.2 levels instead of
+    # 1.6, and at worst (saturated edges) 22 levels instead of 67.
+    frame = np.ascontiguousarray(frame_SxSx3)
+    return simplejpeg.encode_jpeg(frame, quality=95, colorspace="RGB", colorsubsampling="444")
+
+
+def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns the RGB frame in [0, 255] of a JPEG, or raises ValueError."""
+    return simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+def read_image(path: PathLike) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the upright RGB pixels of an image file.
+
+    Raises ValueError if it has more than MAX_IMAGE_PIXELS, OSError if it is not in IMAGE_FORMATS.
+    """
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{size}: more than {MAX_IMAGE_PIXELS / 1e6:.0f} million")
+        image.draft("RGB", (1024, 1024))  # a JPEG is decoded at a half, a quarter, an eighth
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -1,0 +1,136 @@
+"""Protects the search server: hosts, origins, a token, time limits of connections."""
+
+import asyncio
+import collections
+import http.cookies
+import secrets
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# Host names of a local server. Without this check, a web site whose name resolves to this machine
+# ("DNS rebinding") could read the index through its visitor's browser.
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; media-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+COOKIE = "xclip_jax_token"
+IDLE_SECONDS = 4  # in which a client must send the head of a request, or more of its body
+MAX_WAITING = 256  # connections without a request; the oldest of more is closed
+
+
+class Guard:
+    """Middleware that passes on requests for one of the `hosts`, from its own pages, with a token.
+
+    Args:
+        app: the application.
+        hosts: names or addresses without port that the Host header may have; "*": any.
+        token: the secret that a request must have, as a cookie or as `Authorization: Bearer`;
+            ?token= in the address of the page sets the cookie. None: no token.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], token: str | None = None) -> None:
+        self.app, self.hosts, self.token = app, hosts, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or passes it on."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+            await send(message)
+
+        refusal = self.refuse(scope) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, send_with_headers)
+
+    def refuse(self, scope: Scope) -> Response | None:
+        """Returns the response to a request that is not passed on, or None."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if "*" not in self.hosts and _host_name(host) not in self.hosts:
+            return _error(400, "this server has another name: see --allow_host")
+        origin = headers.get("origin")
+        changes = scope["method"] not in ("GET", "HEAD")
+        if changes and origin is not None and urlsplit(origin).netloc != host:
+            return _error(403, "requests from pages of other sites are refused")
+        if self.token is None:
+            return None
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        if scope["path"] == "/" and self._is_token(query.get("token", [""])[0]):
+            page = RedirectResponse("/", 303)
+            page.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            return page
+        cookies = http.cookies.SimpleCookie()
+        cookies.load(headers.get("cookie", ""))
+        cookie = cookies[COOKIE].value if COOKIE in cookies else ""
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if self._is_token(cookie) or self._is_token(bearer):
+            return None
+        return _error(401, "open the address with ?token=... that the server printed")
+
+    def _is_token(self, value: str) -> bool:
+        return secrets.compare_digest(value.encode(), (self.token or "").encode())
+
+
+def _host_name(host: str) -> str | None:
+    """Returns the lower-case name or address of a Host header, without port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status, {"Connection": "close"})
+
+
+class TimedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, which closes connections that wait too long for a request's head."""
+
+    waiting: ClassVar[collections.OrderedDict[Any, asyncio.TimerHandle]] = collections.OrderedDict()
+
+    def connection_made(self, transport: Any) -> None:
+        """Starts waiting for the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Stops waiting once the head of a request is complete."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        """Starts waiting for the next request."""
+        super().on_response_complete()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops waiting."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._stop_waiting()
+        self.waiting[self] = self.loop.call_later(IDLE_SECONDS, self.stop)
+        if len(self.waiting) > MAX_WAITING:
+            next(iter(self.waiting)).stop()
+
+    def _stop_waiting(self) -> None:
+        if timer := self.waiting.pop(self, None):
+            timer.cancel()
+
+    def stop(self) -> None:
+        """Closes the connection."""
+        self._stop_waiting()
+        self.transport.close()
