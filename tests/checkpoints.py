@@ -9,6 +9,7 @@ from xclip_jax.convert import exporting, importing, mapping
 from xclip_jax.convert.importing import Options, Source
 
 VIT_B32 = {"patch": 32, "side": 224, "width": 768, "layers": 12, "dim": 512, "text_width": 512}
+QUICK = Options(activation="quick_gelu")
 TINY = {
     **{"patch": 8, "side": 16, "width": 64, "layers": 2, "dim": 64, "text_width": 64},
     **{"text_layers": 3, "context": 16, "vocab": 60},
@@ -107,7 +108,9 @@ def write_hugging_face(folder, tensors, shards=1, **config):
     """Writes a Hugging Face folder of a plain CLIP's tensors, returns `folder`."""
     folder.mkdir()
     named = {f"clip.{name}": array for name, array in tensors.items()}
-    a = importing.infer(Source("", False, named, Options(None, None, "gelu", 4, 2)))
+    a = importing.infer(
+        Source("", False, named, Options(activation="gelu", vision_heads=4, text_heads=2))
+    )
     description = exporting.clip_config(a, 58, 59) | config
     (folder / "config.json").write_text(json.dumps(description))
     weights = mapping.to_hugging_face(named)

@@ -18,7 +18,7 @@ from xclip_jax.models.clip import (
     Transformer,
     normalize_frames,
 )
-from xclip_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from xclip_jax.models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 
 # No size is a power of two: 3 x 3 patches of 5 pixels, heads of widths 8 and 9.
 EMBED_DIM = 10
@@ -29,6 +29,8 @@ CONFIG = ModelConfig(
 )
 IDS = np.array([[48, 3, 7, 11, 2, 49, 0], [48, 9, 5, 49, 0, 0, 0]])
 IMAGES = np.random.default_rng(0).normal(size=(2, 15, 15, 3)).astype(np.float32)
+
+RGB = PreprocessConfig()
 
 
 def clip(**changes):
@@ -212,12 +214,12 @@ def test_uint8_frames_are_normalised_like_float_frames():
     std = np.array([0.26862954, 0.26130258, 0.27577711])
     normalised = (pixels / 255.0 - mean) / std
     expected = normalised * mask[..., None, None, None]
-    np.testing.assert_allclose(normalize_frames(pixels, mask), expected, atol=2e-6)
-    floats = normalize_frames(normalised.astype(np.float32), mask)
+    np.testing.assert_allclose(normalize_frames(pixels, mask, RGB), expected, atol=2e-6)
+    floats = normalize_frames(normalised.astype(np.float32), mask, RGB)
     np.testing.assert_allclose(floats, expected, atol=2e-6)
     assert not np.asarray(floats)[~mask].any()
     broken = np.where(mask[..., None, None, None], normalised, np.nan).astype(np.float32)
-    np.testing.assert_array_equal(normalize_frames(broken, mask), floats)
+    np.testing.assert_array_equal(normalize_frames(broken, mask, RGB), floats)
 
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(params, exact):

@@ -5,7 +5,7 @@ import json
 import checkpoints
 import numpy as np
 import pytest
-from checkpoints import TINY, write_hugging_face
+from checkpoints import QUICK, TINY, write_hugging_face
 from safetensors.numpy import save_file
 
 import xclip_jax
@@ -14,14 +14,14 @@ from xclip_jax.convert.importing import Options, convert, import_model
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.models.config import PreprocessConfig
 
-QUICK = Options(activation="quick_gelu")
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
 
 def write(path, tensors):
-    (save_file if path.suffix == ".safetensors" else lambda x, path: write_archive(path, x))(
-        tensors, path
-    )
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        write_archive(path, tensors)
     return path
 
 
@@ -89,7 +89,7 @@ def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
     [
         ({"preprocess_cfg": {"mean": [1, 2]}}, r"mean is \[1, 2\]: must be three numbers"),
         ({"preprocess_cfg": {"std": [0, 1, 1]}}, r"std is .*: must be three numbers above 0"),
-        ({"preprocess_cfg": {"resize_mode": "squash"}}, r"with 'squash', supported is bicubic"),
+        ({"preprocess_cfg": {"resize_mode": "squash"}}, r".*with 'squash', supported is bicubic"),
         ({"preprocess_cfg": 3}, r"preprocess_cfg must be an object"),
         ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be from 1"),
         ({"model": {"text_cfg": []}}, r"heads|embed"),

@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
 import jax
 import numpy as np
 import pytest
-from checkpoints import assert_same, write_hugging_face
+from checkpoints import QUICK, assert_same, write_hugging_face
 from safetensors.numpy import load_file
 
 import xclip_jax
@@ -84,7 +85,7 @@ def test_sizes_are_inferred_from_shapes(tmp_path):
 def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
     shapes = {f"clip.{name}": s for name, s in checkpoints.clip_shapes(**sizes).items()}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    a = importing.infer(Source("CLIP", False, tensors))
+    a = importing.infer(Source("CLIP", False, tensors, QUICK))
     assert (a.text.heads, a.vision.heads, a.max_words) == (text_heads, heads, 77)
     assert a.vision.image_size == sizes["side"]
     assert shapes["clip.visual.positional_embedding"][0] == positions
@@ -96,7 +97,7 @@ def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
 
 def test_float16_weights_are_converted_exactly(tmp_path):
     tensors = {n: x.astype(np.float16) for n, x in checkpoints.clip().items()}
-    convert(write(tmp_path / "a.pt", tensors), tmp_path / "model")
+    convert(write(tmp_path / "a.pt", tensors), tmp_path / "model", QUICK)
     params = xclip_jax.load(tmp_path / "model").params
     found = mapping.to_tensors(params)
     assert_same(found, {f"clip.{n}": x.astype(np.float32) for n, x in tensors.items()})
@@ -105,7 +106,7 @@ def test_float16_weights_are_converted_exactly(tmp_path):
 def test_open_clip_checkpoints_and_buffers_are_recognized(tmp_path, capsys):
     tensors = {f"module.{n}": x for n, x in checkpoints.clip().items()}
     tensors["module.attn_mask"] = np.zeros((16, 16), np.float32)
-    convert(write(tmp_path / "a.pt", tensors), tmp_path / "plain")
+    convert(write(tmp_path / "a.pt", tensors), tmp_path / "plain", QUICK)
     assert "quick_gelu" in capsys.readouterr().out
     convert(tmp_path / "a.pt", tmp_path / "gelu", Options(activation="gelu"))
     printed = capsys.readouterr().out
@@ -115,7 +116,7 @@ def test_open_clip_checkpoints_and_buffers_are_recognized(tmp_path, capsys):
     custom = checkpoints.clip()
     text = ("positional_embedding", "text_projection", "token", "ln_final", "transformer")
     custom = {f"text.{n}" if n.startswith(text) else n: x for n, x in custom.items()}
-    convert(write(tmp_path / "b.pt", custom), tmp_path / "custom")
+    convert(write(tmp_path / "b.pt", custom), tmp_path / "custom", Options(activation="gelu"))
     assert "open_clip" in capsys.readouterr().out
     assert xclip_jax.load(tmp_path / "custom").model.config.activation == "gelu"
 
@@ -128,7 +129,7 @@ def test_converted_clip_searches_with_either_head(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     scores = {}
     for head in ("mean_pooling", "xclip"):
-        convert(path, tmp_path / head, Options(vocab=str(tmp_path / "vocab"), head=head))
+        convert(path, tmp_path / head, replace(QUICK, vocab=str(tmp_path / "vocab"), head=head))
         retriever = xclip_jax.load(tmp_path / head)
         found = retriever.search("a red ball", [frames, frames[:1]], k=1)
         scores[head] = found[0].score
@@ -208,7 +209,7 @@ def test_export_names_features_the_official_code_lacks(tmp_path, capsys):
         ({"vision_heads": 4}, "model.vision.heads = 4"),
         ({}, None),
     ]):  # fmt: skip
-        convert(path, tmp_path / f"model{number}", Options(**options))
+        convert(path, tmp_path / f"model{number}", replace(QUICK, **options))
         capsys.readouterr()
         export(tmp_path / f"model{number}", tmp_path / f"out{number}")
         assert (reason or "official state dict, for torch.load") in capsys.readouterr().out
@@ -219,7 +220,7 @@ def test_files_beside_the_output_are_untouched(tmp_path):
     path = write(tmp_path / "a.pt", checkpoints.clip())
     mine = tmp_path / "model.part" / "precious"
     mine.mkdir(parents=True)
-    convert(path, tmp_path / "model")
+    convert(path, tmp_path / "model", QUICK)
     export(tmp_path / "model", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "model", "model.part", "out"]
     assert mine.is_dir()
@@ -236,8 +237,8 @@ def test_invalid_options_are_refused(tmp_path):
         with pytest.raises(InputError, match=re.escape(message)):
             convert(path, tmp_path / "model", Options(**options))
     folder = write_hugging_face(tmp_path / "hf", checkpoints.clip())
-    with pytest.raises(InputError, match=r"config.json sets activation and heads"):
-        convert(folder, tmp_path / "model", Options(activation="gelu"))
+    with pytest.raises(InputError, match=r"--activation=quick_gelu: config.json states gelu: omit"):
+        convert(folder, tmp_path / "model", QUICK)
     config = json.loads((folder / "config.json").read_text())
     vision = config["vision_config"] | {"num_attention_heads": 0}
     for tower, message in [("x", "must be an object"), (vision, "_heads is 0")]:
@@ -257,7 +258,7 @@ def test_resnet_is_refused(tmp_path):
 
 def test_export_without_official_counterpart_writes_only_towers(tmp_path, capsys):
     path = write(tmp_path / "a.pt", checkpoints.clip())
-    convert(path, tmp_path / "model", Options(head="xclip"))
+    convert(path, tmp_path / "model", replace(QUICK, head="xclip"))
     export(tmp_path / "model", tmp_path / "out")
     assert "no official state dict" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip"]

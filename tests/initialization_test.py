@@ -1,6 +1,7 @@
 """Tests that initialisation from CLIP takes every parameter from the release's source."""
 
 import json
+from dataclasses import replace
 
 import checkpoints
 import jax
@@ -11,7 +12,7 @@ import tiny
 import xclip_jax
 from xclip_jax import train
 from xclip_jax.cli import InputError
-from xclip_jax.convert.importing import Options, convert
+from xclip_jax.convert.importing import convert
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
@@ -28,7 +29,9 @@ def clip(tmp_path_factory):
     tokenizer.save(folder / "vocab")
     tensors = checkpoints.clip(sizes={**checkpoints.TINY, "vocab": tokenizer.vocab_size})
     write_archive(folder / "clip.pt", tensors)
-    convert(folder / "clip.pt", folder / "model", Options(vocab=folder / "vocab"))
+    convert(
+        folder / "clip.pt", folder / "model", replace(checkpoints.QUICK, vocab=folder / "vocab")
+    )
     return folder / "model", tensors
 
 
@@ -139,7 +142,7 @@ def test_training_starts_from_clip_and_resumes(clip, tmp_path, capsys):
 
 def test_clip_without_a_tokenizer_is_refused(clip, tmp_path):
     write_archive(tmp_path / "clip.pt", clip[1])
-    convert(tmp_path / "clip.pt", tmp_path / "model")
+    convert(tmp_path / "clip.pt", tmp_path / "model", checkpoints.QUICK)
     config = make_config(tmp_path / "model", tiny.make_dataset(tmp_path / "data"))
     with pytest.raises(InputError, match=r"no tokenizer in .*; download .*--vocab"):
         train.train(config, tmp_path / "run")

@@ -1,6 +1,8 @@
 """Tests of the Python API with a small random model."""
 
 import av
+import jax
+import jaxtyping
 import numpy as np
 import pytest
 import tiny
@@ -89,6 +91,25 @@ def test_search_ranks_by_similarity(retriever, clip):
     ).tolist()
 
 
+def normalised():
+    return np.random.default_rng(0).normal(size=(2, 16, 16, 3))
+
+
+def test_arguments_may_be_generators(retriever):
+    texts, videos = ["a dog", "a cat"], [frames(2), frames(3)]
+    sim_TxV = retriever.similarity(retriever.encode_text(texts), retriever.encode_video(videos))
+    text = retriever.encode_text(text for text in texts)
+    video = retriever.encode_video(video for video in videos)
+    np.testing.assert_array_equal(retriever.similarity(text, video), sim_TxV)
+
+
+def test_features_of_another_model_are_refused(retriever):
+    text, video = retriever.encode_text(["a"]), retriever.encode_video([frames(2)])
+    other = jax.tree.map(lambda x: x[..., :-1] if x.dtype == np.float32 else x, text)
+    with pytest.raises(InputError, match=r"similarity: features of widths 31 and 32: those of"):
+        retriever.similarity(other, video)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -97,11 +118,25 @@ def test_search_ranks_by_similarity(retriever, clip):
         (lambda r: r.encode_video("dog.mp4"), "list of at least one path"),
         (lambda r: r.encode_video(["nothing.mp4"]), "nothing.mp4: "),
         (lambda r: r.encode_video([frames(2)[0]]), "must be F x H x W x 3"),
-        (lambda r: r.encode_video([frames(2).astype(np.float32)[:, :5]]), "float frames must be"),
-        (lambda r: r.encode_video([frames(2), frames(2).astype(np.float32)]), "all uint8 or all"),
+        (lambda r: r.encode_video([normalised()[:, :5]]), "frames of 5 x 16 pixels: must be uint8"),
+        (lambda r: r.encode_video([frames(2), normalised()]), "all uint8 or all"),
+        (lambda r: r.encode_video([frames(2).astype(np.float32)]), "are not normalised: must be"),
+        (lambda r: r.encode_video([frames(2) / 255]), "frames from 0 to 0.* are not normalised"),
+        (lambda r: r.encode_video([normalised() * 1e300]), "are not normalised"),
+        (lambda r: r.encode_video([frames(2).astype(np.int64)]), "frames of type int64: must be"),
+        (lambda r: r.encode_video([frames(2) > 9]), "frames of type bool: must be uint8"),
+        (lambda r: r.encode_video([normalised() * 1j]), "frames of type complex128: must be"),
+        (lambda r: r.encode_video(None), "list of at least one path"),
+        (lambda r: r.encode_video([None]), "list of at least one path.*, not of NoneType"),
+        (lambda r: r.encode_video(frames(2)), "list of at least one path"),
+        (lambda r: r.encode_text(3), "list of at least one str"),
+        (lambda r: r.encode_text(["a", 3]), "list of at least one str, not of int"),
+        (lambda r: r.search("a", [frames(2)], k="2"), "must be a str and at least 0"),
     ],
 )
-def test_invalid_arguments_are_named(retriever, call, message):
+def test_invalid_arguments_are_named(retriever, call, message, monkeypatch):
+    # Users' programs do not check types at run time, as these tests do.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(InputError, match=message):
         call(retriever)
 

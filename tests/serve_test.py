@@ -57,6 +57,16 @@ class FakeIndex(Index):
             raise RuntimeError(SECRET)
         return self.answer(k, text, path, start, end)
 
+    def find_file(self, segment_id):
+        path = self.hits[segment_id].path
+        try:
+            with open(path, "rb"):
+                return path
+        except FileNotFoundError:
+            raise OSError(f"{os.path.basename(path)} is no longer on disk") from None
+        except OSError as error:
+            raise OSError(f"{os.path.basename(path)} cannot be read: {error}") from None
+
     def similar(self, file, k=10, path=None, start=None, end=None):
         try:
             Image.open(file).load()

@@ -94,7 +94,7 @@ def test_only_weights_of_a_training_checkpoint_are_read(tmp_path):
     unread = {"exp_avg": push_tensor(key="9", numel=1 << 40, size=(1 << 40,))}
     items = {"epoch": push(3), "state_dict": push_dict(state), "optimizer": push_dict(unread)}
     archive = read_archive(write_program(tmp_path / "t.pt", program(push_dict(items))))
-    assert_same(archive.tensors, {"a": WEIGHTS})
+    assert_same(archive.tensors, {"module.a": WEIGHTS})
     assert (archive.torchscript, archive.nested) == (False, True)
 
 
@@ -247,7 +247,7 @@ def test_state_dicts_saved_by_torch_are_read(tmp_path, options):
     optimizer.step()
     saved = {"state_dict": wrapped.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(saved, tmp_path / "x.pt", **options)
-    assert_same(read_archive(tmp_path / "x.pt").tensors, to_numpy(torch, model.state_dict()))
+    assert_same(read_archive(tmp_path / "x.pt").tensors, to_numpy(torch, wrapped.state_dict()))
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor")

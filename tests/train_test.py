@@ -158,8 +158,6 @@ def cut(path):
 CORRUPTIONS = {
     "a file cut": cut,
     "no state": lambda path: shutil.rmtree(path / "state"),
-    "metrics": lambda path: (path / "metrics/metrics").write_bytes(b"\xff"),
-    "no metrics": lambda path: (path / "metrics/metrics").write_text(""),
     "array metadata": lambda path: (path / "state/array_metadatas/process_0").write_text("?"),
 }
 
@@ -176,6 +174,21 @@ def test_corrupted_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
     step, found = restore_checkpoint(checkpoints, state)
     assert (step, found["x"][0]) == (1, 1)
     assert "checkpoint 2 is corrupted" in caplog.text
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"", b'{"score": 3.0}', b'{"scorf": 2.0}', b"[]"])
+def test_corrupted_score_is_repaired(tmp_path, content, caplog):
+    state = {"x": np.arange(4.0)}
+    checkpoints = open_checkpoints(tmp_path)
+    for step in (1, 2):
+        save_checkpoint(checkpoints, step, {"x": state["x"] + step}, 3.0 - step)
+    checkpoints.close()
+    (tmp_path / "2" / "metrics" / "metrics").write_bytes(content)
+    checkpoints = open_checkpoints(tmp_path)
+    assert "checkpoint 2 has a corrupted score, now set to {'score': 1.0}" in caplog.text
+    assert restore_checkpoint(checkpoints, state)[0] == 2
+    assert restore_checkpoint(checkpoints, state, best=True)[0] == 1
     checkpoints.close()
 
 

@@ -53,7 +53,7 @@ class Retriever:
             raise InputError(f"the model has no tokenizer: convert again with --vocab, or {advice}")
         return self.tokenizer
 
-    def encode_text(self, texts: Sequence[str], size: int = 64) -> TextFeatures:
+    def encode_text(self, texts: Iterable[str], size: int = 64) -> TextFeatures:
         """Encodes at least one text, truncated to max_words tokens, `size` texts at a time.
 
         Returns:
@@ -67,7 +67,7 @@ class Retriever:
         texts = _to_list("encode_text: texts", texts, "str", (str,))
         return self.encode("encode_text", tokenizer(texts), size)
 
-    def encode_video(self, videos: Sequence[Video]) -> VideoFeatures:
+    def encode_video(self, videos: Iterable[Video]) -> VideoFeatures:
         """Encodes V videos, of each at most max_frames uniformly spaced frames.
 
         Args:
@@ -226,9 +226,9 @@ def _to_list(what: str, items: Any, kind: str, types: tuple[type, ...]) -> list[
     """Returns the items of an iterable as a list, or raises InputError if their type is wrong."""
     is_single = isinstance(items, types) and not (isinstance(items, np.ndarray) and items.ndim == 5)
     items = [] if is_single or not isinstance(items, Iterable) else list(items)
-    wrong = next((item for item in items if not isinstance(item, types)), None)
-    if not items or wrong is not None:
-        found = "" if wrong is None else f", not of {type(wrong).__name__}"
+    wrong = [type(item).__name__ for item in items if not isinstance(item, types)]
+    if wrong or not items:
+        found = f", not of {wrong[0]}" if wrong else ""
         raise InputError(f"{what} must be a list of at least one {kind}{found}")
     return items
 
@@ -239,7 +239,7 @@ def _check_normalised(images: np.ndarray, side: int) -> Float[np.ndarray, "F S S
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"frames of type {images.dtype}: {expected}")
     if not np.isfinite(images).all():
-        raise InputError(f"float frames contain NaN or infinite values: {expected}")
+        raise InputError(f"frames contain NaN or infinite values: {expected}")
     low, high = float(images.min()), float(images.max())
     if max(-low, high) > MAX_NORMALISED or (0 <= low < high <= 1):
         raise InputError(

@@ -23,13 +23,8 @@ from xclip_jax.data import text
 from xclip_jax.models import ModelConfig, XClip
 from xclip_jax.models.config import PreprocessConfig, TemporalConfig, TextConfig, VisionConfig
 
-HUB_FILES = [
-    "config.json",
-    "preprocessor_config.json",
-    "model*.safetensors",
-    "*.safetensors.index.json",
-    *text.HUB_FILES,
-]
+HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors"]
+HUB_FILES += ["model.safetensors.index.json", *text.HUB_FILES]
 MAX_IMAGE_SIZE = 4096  # in pixels, far above any CLIP: limits what a corrupted file allocates
 _MATRICES = {
     "max_words": ("word_logit_weight", "word_mat_weight", "word_mat_weight2"),
@@ -53,9 +48,9 @@ class Options:
 
     vocab: str | Path | None = None  # tokenizer, as in `load_tokenizer`; else the source's, if any
     head: Literal["mean_pooling", "xclip"] | None = None  # of plain CLIP; else mean_pooling
-    # What a file beside the weights may state. Otherwise: activation is required, except for weights
-    # of OpenAI and of the official models; width / 64 heads, required above a width of 1024; CLIP's
-    # normalisation of images.
+    # A file beside the weights may state the next four. Otherwise: the activation is required,
+    # except for OpenAI's and the official weights; the number of heads is width / 64, and required
+    # above a width of 1024; images are normalised as for CLIP.
     activation: Literal["quick_gelu", "gelu"] | None = None
     vision_heads: int | None = None
     text_heads: int | None = None

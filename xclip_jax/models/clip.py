@@ -101,12 +101,12 @@ class Transformer(nn.Module):
 
 
 def normalize_frames(
-    frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask, config: PreprocessConfig = PreprocessConfig()
+    frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask, preprocess: PreprocessConfig
 ) -> Float[Array, "V F S S 3"]:
     """Normalises uint8 RGB (float is taken as normalised) and zeroes masked frames."""
     frames = frames_VxFxSxSx3
     if frames.dtype == jnp.uint8:
-        mean, std = jnp.array(config.mean), jnp.array(config.std)
+        mean, std = jnp.array(preprocess.mean), jnp.array(preprocess.std)
         frames = (frames.astype(jnp.float32) / 255 - mean) / std
     return jnp.where(mask_VxF[..., None, None, None], frames, 0)
 

@@ -147,7 +147,7 @@ HEADS = {
     "seq_transformer": {**_COSINE, "temporal": {"type": "transformer", "residual": True}},
     "tight_transformer": {**_COSINE, "temporal": {"type": "none"}},
 }
-RGB = {"mean", "std"}
+RGB = ("mean", "std")  # the others of model.json are fixed or repeated
 _FORMER_FIELDS = ("frame_features", "words", "padding", "matrices", "temporal.residual")
 _FORMER_VALUES = {"": None, "none": False, "learned": True, "no": False, "yes": True}
 
@@ -173,7 +173,7 @@ def read_model_config(fields: Any) -> ModelConfig:
     for name, section in sections.items():
         upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in values[name].items()}
         values[name] = section(**upgraded)
-    rgb = {name: tuple(values["preprocess"][name]) for name in values["preprocess"].keys() & RGB}
+    rgb = {name: tuple(value) for name, value in values["preprocess"].items() if name in RGB}
     values["preprocess"] = PreprocessConfig(**rgb)
     values["granularities"] = tuple(values["granularities"])
     return ModelConfig(**values).resolve()
