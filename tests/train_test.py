@@ -13,7 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import xclip_jax
 from xclip_jax import distributed, evaluate, sharding, train
-from xclip_jax.checkpoint import load_model, open_checkpoints, restore_checkpoint, save_checkpoint
+from xclip_jax.checkpoint import (
+    load_model,
+    lock_workdir,
+    open_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from xclip_jax.cli import InputError
 from xclip_jax.metrics import summarize
 from xclip_jax.monitor import read_metrics
@@ -190,6 +196,40 @@ def test_corrupted_score_is_repaired(tmp_path, content, caplog):
     assert restore_checkpoint(checkpoints, state)[0] == 2
     assert restore_checkpoint(checkpoints, state, best=True)[0] == 1
     checkpoints.close()
+
+
+@pytest.mark.parametrize("name", ["[v2]", "a*b?", "back\\slash", "x [1] {2}"])
+def test_folders_may_have_names_with_wildcards(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    folder.mkdir(parents=True)
+    state = {"x": np.arange(4.0)}
+    checkpoints = open_checkpoints(folder)
+    save_checkpoint(checkpoints, 1, state)
+    checkpoints.close()
+    checkpoints = open_checkpoints(folder)
+    assert restore_checkpoint(checkpoints, state)[0] == 1
+    checkpoints.close()
+    tiny.make_model(tmp_path / name / "model")
+    assert load_model(tmp_path / name / "model")[0]["head"]
+
+
+def test_second_run_in_a_work_directory_is_refused(tmp_path):
+    refused = pytest.raises(InputError, match=r"another process trains in .*: wait until it ends")
+    with lock_workdir(tmp_path), refused, lock_workdir(tmp_path):
+        pass
+    with lock_workdir(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("file", ["model.json", "params/_METADATA", "tokenizer/tokenizer.json"])
+def test_flipped_bit_in_a_model_directory_is_noticed(tmp_path, file):
+    folder = tiny.make_model(tmp_path / "model")
+    load_model(folder)
+    data = bytearray((folder / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(InputError, match=f"{file}(\\W.*)?(differs from its digest|does not)"):
+        load_model(folder)
 
 
 def test_corrupted_best_checkpoint_is_skipped(tmp_path, caplog):

@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
 from xclip_jax import integrity
-from xclip_jax.cli import InputError, first_line, write_atomically
+from xclip_jax.cli import InputError, check_local, first_line, write_atomically
 from xclip_jax.config import FREE_FIELDS, RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.text import Tokenizer, load_tokenizer
@@ -66,7 +66,7 @@ class Checkpoints(ocp.CheckpointManager):
         if self.saving is not None and is_first_process():
             step, metrics = self.saving
             for folder in self.path.glob(f"{step}.*"):
-                integrity.write_digests(folder, metrics, skip=[_ORBAX_METADATA])
+                integrity.write_digests(folder, metrics, skip=_ORBAX_METADATA)
 
 
 def open_checkpoints(directory: Path) -> Checkpoints:
@@ -222,7 +222,7 @@ def local_checkpointer() -> ocp.StandardCheckpointer:
 
 def model_folder(directory: str | os.PathLike) -> Path:
     """Returns the model directory at `directory`, or its `model` if it is a work directory."""
-    directory = Path(directory)
+    directory = check_local("model directory", directory)
     is_workdir = (directory / "model").is_dir() and not (directory / "model.json").is_file()
     return directory / "model" if is_workdir else directory
 

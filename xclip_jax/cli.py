@@ -29,6 +29,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def check_local(name: str, path: PathLike) -> Path:
+    """Returns a path of this machine's file system, or raises InputError if it is a URI."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        advice = "mount the bucket (for example with gcsfuse or s3fs) and pass the folder"
+        raise InputError(f"{name}={path}: must be a folder of this machine: {advice}")
+    return Path(path)
+
+
 def list_some(items: Sequence[str], separator: str = "; ", limit: int = 5) -> str:
     """Returns the first items, and the number of the others."""
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""

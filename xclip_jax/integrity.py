@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,13 @@ from xclip_jax.cli import write_atomically
 DIGESTS = "digests.json"
 
 
-def write_digests(
-    folder: Path, notes: Mapping[str, Any] | None = None, skip: Sequence[str] = ()
-) -> None:
-    """Writes the digests of all files in a folder, except `skip`, to its digests.json.
+def write_digests(folder: Path, notes: Mapping[str, Any] | None = None, skip: str = "") -> None:
+    """Writes the digests of all files in a folder to its digests.json, which keeps `notes`, too.
 
-    `notes` are stored there, too.
+    `skip` is a pattern of names of files to leave out, such as `*.txt`.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in _list_files(folder)}
-    files = {name: _digest(path) for name, path in paths.items() if name not in skip}
+    files = {n: _digest(path) for n, path in paths.items() if not fnmatch(path.name, skip)}
     content = {"files": files, "notes": dict(notes or {})}
     content["check"] = _digest_json(content)
     write_atomically(folder / DIGESTS, json.dumps(content, indent=1))

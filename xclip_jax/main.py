@@ -16,7 +16,14 @@ from collections.abc import Sequence
 import jax
 
 from xclip_jax import compile_only, distributed, evaluate, prepare, train
-from xclip_jax.cli import CommandParser, InputError, one_line_errors, parse_with_config, run_command
+from xclip_jax.cli import (
+    CommandParser,
+    InputError,
+    check_local,
+    one_line_errors,
+    parse_with_config,
+    run_command,
+)
 from xclip_jax.config import validate
 
 
@@ -42,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if jax.process_count() == 1 or config.mode == "eval":
             distributed.stop_when_preempted()
-        workdir = arguments.workdir or f"runs/{config.name}"
+        workdir = check_local("--workdir", arguments.workdir or f"runs/{config.name}")
         if distributed.is_first_process():
             prepare.render_if_missing(config)
         distributed.wait_for_all("the demo's data")

@@ -24,7 +24,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command, write_atomically
+from xclip_jax import integrity
+from xclip_jax.cli import (
+    CommandParser,
+    InputError,
+    check_local,
+    first_line,
+    one_line_errors,
+    run_command,
+    write_atomically,
+)
 from xclip_jax.data import extraction, rendered
 from xclip_jax.data.annotations import SPLITS, Listing
 from xclip_jax.data.benchmarks import DATASETS
@@ -52,8 +61,9 @@ def prepare(
         beam_runner: see `workers.parse_beam_flags`; None: this machine.
         **options: `dataset`, `variant`, `image_size` and `max_seconds` of DatasetSettings.
     """
-    output, work = Path(output), Path(output, "work")
-    settings, listing = _read_annotations(DatasetSettings(**options), Path(annotations))
+    output, videos = check_local("--output", output), check_local("--videos", videos)
+    annotations, work = check_local("--annotations", annotations), output / "work"
+    settings, listing = _read_annotations(DatasetSettings(**options), annotations)
     clips, folder = listing.clips, extraction.VideoFolder(videos)
     dataset, variant = settings.dataset, settings.variant
     if not clips:
@@ -79,6 +89,7 @@ def prepare(
     extraction.report_failures(output, listing, outcomes, max_failures)
     texts = (text for clip in clips if clip.split == "train" for text in clip.captions)
     learn_tokenizer(texts).save(output / "tokenizer")
+    integrity.write_digests(output / "tokenizer")
     records: dict[str, list[PendingRecord]] = {}
     for clip, job, outcome in zip(clips, jobs, outcomes, strict=True):
         if job.cache and not outcome.failure:
@@ -95,7 +106,7 @@ def prepare(
 
 def render_if_missing(config: Any) -> None:
     """Prepares the rendered data of a config that requires it, unless it exists."""
-    path = Path(config.data.path)
+    path = check_local("config.data.path", config.data.path)
     if config.data.rendered and not dataset_folder(path).is_dir():
         path.mkdir(parents=True, exist_ok=True)
         with FileLock(path / "render.lock"):  # one process renders, the others wait
@@ -108,7 +119,7 @@ def prepare_rendered(output: str | Path, image_size: int, **counts: int) -> None
 
     `counts` are num_train, num_val and num_test of `rendered.render_dataset`.
     """
-    scenes = Path(output) / "scenes"
+    scenes = check_local("--output", output) / "scenes"
     rendered.render_dataset(scenes, **counts)
     prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
 
@@ -133,7 +144,11 @@ def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(request, indent=1))
         return False
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        before = dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        advice = f"choose another --output or delete {output}"
+        raise InputError(f"{path} is corrupted ({first_line(error)}): {advice}") from None
     if changed := [name for name, value in request.items() if before.get(name) != value]:
         problem = f"{output} holds a data set prepared with other {', '.join(changed)}"
         raise InputError(f"{problem}; choose another --output or delete it")

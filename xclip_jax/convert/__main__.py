@@ -11,9 +11,8 @@ checkpoints, and the official X-CLIP and CLIP4Clip pytorch_model.bin.N. Needs no
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
+from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import Options, convert
 from xclip_jax.models.config import PreprocessConfig
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     text = "checkpoint, Hugging Face folder or hub id; with --to=pytorch a model directory"
     add("--input", required=True, help=text)
-    add("--output", required=True, type=Path, help="folder to write; must not exist yet")
+    add("--output", required=True, help="folder to write; must not exist yet")
     add("--to", choices=["jax", "pytorch"], default="jax", help="direction (default jax)")
     add("--vocab", help="tokenizer: OpenAI's bpe_simple_vocab_16e6.txt.gz, a folder or a hub id")
     text = (
@@ -63,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--image_mean and --image_std belong together")
     options["preprocess"] = PreprocessConfig(mean, std) if mean and std else None
     with one_line_errors():
+        output = check_local("--output", output)
         if output.exists():
             raise InputError(f"{output} exists already: pass another --output or delete it")
         if to == "jax":

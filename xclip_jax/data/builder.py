@@ -4,12 +4,13 @@ One record is one clip: its id, its captions, its frames as JPEG bytes and their
 stored once however many captions a clip has. Neither writing nor reading needs TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow_datasets as tfds
 
-from xclip_jax.cli import InputError, PathLike, atomic_file, first_line
+from xclip_jax import integrity
+from xclip_jax.cli import InputError, PathLike, atomic_file, check_local, first_line
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.workers import BeamRunner, map_on_beam
 
@@ -92,6 +94,7 @@ def write_dataset(
     )
     info.set_file_format(FORMAT)
     info.write_to_directory(work)
+    integrity.write_digests(work, skip="*.array_record*")  # records have checksums of their own
     work.rename(folder)
 
 
@@ -150,13 +153,15 @@ class Dataset:
 
     def __init__(self, path: PathLike, name: str = "", variant: str = "") -> None:
         """Opens a data set, which must be of the given `name` and `variant` unless these are ""."""
-        self.path = Path(path)
+        self.path = check_local("config.data.path", path)
         folder = dataset_folder(path)
         if not str(path):
             raise InputError("config.data.path is empty: set it to a folder of xclip_jax.prepare")
         if not folder.is_dir():
             problem = f"no prepared data set in {path}: {folder} does not exist"
             raise InputError(f"{problem}; {_how_to_prepare(path, name, variant)}")
+        if reason := integrity.find_corruption(folder):
+            raise InputError(f"{reason}; prepare the data again")
         try:
             self._builder: Any = tfds.builder_from_directory(str(folder))
             files = ("dataset_info.json", "metadata.json")
@@ -183,11 +188,33 @@ class Dataset:
         if split not in self.captions_per_clip:
             splits = ", ".join(self.captions_per_clip)
             raise InputError(f"{self.path} has no split {split!r}, only {splits}")
+        return _Clips(self._builder, split, f"{self.path}, {split}")
+
+
+class _Clips(Sequence[Mapping[str, Any]]):
+    """The records of a split, which raise InputError where they are corrupted."""
+
+    def __init__(self, builder: Any, split: str, where: str) -> None:
+        self.where = where
+        with self._readable():
+            self.source: Any = builder.as_data_source(split)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):  # ends a loop
+            raise IndexError(index)
+        with self._readable():
+            return self.source[index]
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
         try:
-            return self._builder.as_data_source(split)
-        except Exception as error:  # ArrayRecord raises several types for a truncated file
-            problem = f"{self.path}, {split} is corrupted, prepare it again"
-            raise InputError(f"{problem}: {first_line(error)}") from None
+            yield
+        except Exception as error:  # ArrayRecord raises several types
+            problem = f"{self.where} is corrupted, prepare it again"
+            raise InputError(f"{problem}: {first_line(error):.300}") from None
 
 
 def _how_to_prepare(path: PathLike, name: str, variant: str) -> str:

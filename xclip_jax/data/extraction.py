@@ -7,6 +7,8 @@ import json
 import os
 import posixpath
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from os.path import isfile
 from pathlib import Path
@@ -141,10 +143,8 @@ def extract(job: ClipJob) -> Outcome:
     """Reads the frames of one clip into its cache file, unless that exists."""
     if job.path is None or job.cache is None:
         return Outcome(f"no video file found for {job.clip.video!r}")
-    if job.cache.is_file():
-        with np.load(job.cache) as arrays:
-            content: Any = {name: arrays[name] for name in ("sizes", "note", "digest")}
-    else:
+    content: Any = _read_cache(job.cache)
+    if content is None:
         try:
             frames = read_frames(job.path, job.image_size, start=job.clip.start, end=job.end)
         except VideoError as error:
@@ -160,6 +160,20 @@ def extract(job: ClipJob) -> Outcome:
             np.savez(file, **content)
     size, digest = int(content["sizes"].sum()), str(content["digest"])
     return Outcome(None, str(content["note"]) or None, size, digest)
+
+
+def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """Reads a cache file, or returns None if it is missing or corrupted (by a power failure)."""
+    try:
+        with np.load(path) as arrays:
+            content = {name: arrays[name] for name in ("sizes", "jpegs", "times", "note", "digest")}
+        frames = b"".join(content[name].tobytes() for name in ("sizes", "jpegs", "times"))
+        is_intact = hashlib.sha256(frames).hexdigest() == str(content["digest"])
+        return content if is_intact else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def make_record(clip: Clip, cache: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from xclip_jax import integrity
 from xclip_jax.cli import InputError, PathLike, first_line
 
 HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json"]
@@ -112,6 +113,8 @@ def load_tokenizer(path_or_hub_id: PathLike, max_words: int = 77) -> Tokenizer:
             except Exception as error:
                 problem = "no such file, folder or Hugging Face hub repository"
                 raise OSError(f"{problem}: {first_line(error)}") from None
+        if reason := integrity.find_corruption(folder):
+            raise OSError(reason)
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise OSError("it contains neither tokenizer.json nor vocab.json")
         backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -152,6 +152,8 @@ class Index:
         After an interruption, a second call resumes. `prune` removes files that no longer exist
         in these folders. Raises InputError if there is no video.
         """
+        corrupted = self._snapshot.corrupted
+        self._store.remove(dict.fromkeys(sorted(corrupted)))  # to be read again
         summary = add_files(self._store, self.retriever, _to_list(videos), prune=prune)
         self.refresh()
         return summary
@@ -286,8 +288,7 @@ class Index:
     def thumbnail(self, segment_id: str) -> bytes:
         """Returns a segment's JPEG thumbnail, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
-        table = snapshot.read(snapshot.find(segment_id), ["thumbnail"])
-        return table["thumbnail"][0].as_py()
+        return snapshot.thumbnail(snapshot.find(segment_id))
 
     def warm_up(self) -> None:
         """Compiles everything that queries use, so that the first one is fast."""

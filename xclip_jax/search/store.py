@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import textwrap
 import unicodedata
@@ -24,7 +25,8 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from xclip_jax.checkpoint import partial_folder
-from xclip_jax.cli import InputError, PathLike
+from xclip_jax.cli import InputError, PathLike, list_some
+from xclip_jax.search.digests import PARTS, add_digests, are_intact
 from xclip_jax.similarity import FrameMask, VideoFeatures
 
 FORMAT = 1  # increased when older indexes can no longer be read
@@ -98,7 +100,10 @@ class Store:
     def add(self, segments: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
         """Commits new rows, one dict of columns each, and skips segments that exist already."""
         if segments:
-            table = pa.Table.from_pylist(segments, self._segments.schema)
+            fields = [field for field in self._segments.schema if field.name not in PARTS]
+            table = pa.Table.from_pylist(segments, pa.schema(fields))
+            if "digest" in self._segments.schema.names:  # not in indexes of earlier versions
+                table = add_digests(table)
             self._segments.merge_insert("id").when_not_matched_insert_all().execute(table)
         if unreadable:
             self._unreadable.add(pa.Table.from_pylist(unreadable, self._unreadable.schema))
@@ -182,15 +187,19 @@ class Snapshot:
         kinds = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         self._vector_index = faiss.IndexScalarQuantizer(dim, *kinds)
         repeated = store.repeated_rows(table)
+        self.corrupted: set[str] = set()  # paths of segments that are left out
         # Allocated once: growing by doubling would copy. The first `add` starts at row 0.
         codes = self._vector_index.codes
         codes.resize((table.count_rows() - len(repeated)) * self._vector_index.code_size)
-        names = ["id", "path", "start", "end", "offset", "count", "times", "video"]
+        names = [*PARTS["digest"], "digest"]
         names = [name for name in names if name in table.schema.names]
         reader = table.search().select(names).with_row_id(True).to_batches(_BATCH_ROWS)
         batches = []
         for batch in reader:
-            batch = batch.filter(pc.invert(pc.is_in(batch["_rowid"], repeated)))
+            intact = are_intact(batch, "digest")
+            self.corrupted.update(batch.filter(pa.array(~intact))["path"].to_pylist())
+            first = ~np.isin(batch["_rowid"].to_numpy(), repeated)
+            batch = batch.filter(pa.array(intact & first))
             self._vector_index.add(unit_vectors(_to_matrix(batch["video"], dim)))
             batches.append(batch.drop_columns("video"))
         schema = reader.schema.remove(reader.schema.get_field_index("video"))
@@ -201,6 +210,9 @@ class Snapshot:
         self.offsets = rows["offset"].to_numpy() if known else np.zeros(len(rows))
         self.times = _to_matrix(rows["times"], self._max_frames).astype(np.float32)
         self._counts, self._row_ids = rows["count"].to_numpy(), rows["_rowid"].to_numpy()
+        if self.corrupted:
+            paths = list_some(sorted(self.corrupted))
+            logging.warning("segments are corrupted and left out: run index again for %s", paths)
         self.vectors_NxD = np.zeros((0, dim), np.float16)
         if len(rows):
             view = faiss.rev_swig_ptr(codes.data(), codes.size())
@@ -254,18 +266,32 @@ class Snapshot:
         _, rows = self._vector_index.search(vector_1xD, min(count, len(self)), **options)
         return rows[0][rows[0] >= 0]
 
-    def read(self, rows: Rows, columns: list[str]) -> pa.Table:
-        """Reads columns of the given rows, in that order."""
+    def thumbnail(self, row: Rows) -> bytes:
+        """Reads the JPEG thumbnail of a row."""
+        return self.read(row, ["thumbnail"], "thumbnail_digest")["thumbnail"][0].as_py()
+
+    def read(self, rows: Rows, columns: list[str], digest: str | None = None) -> pa.Table:
+        """Reads columns of the given rows, in that order.
+
+        `digest` is the checksum to compare with, if any: InputError is raised where it differs.
+        """
         row_ids = self._row_ids[rows].tolist()
+        names = [*columns, *({digest} & set(self._table.schema.names))]
         with _readable(self._location):
-            query = self._table.take_row_ids(row_ids).select(columns)
+            query = self._table.take_row_ids(row_ids).select(names)
             table = query.with_row_id().to_arrow()
             positions = {row_id: k for k, row_id in enumerate(table["_rowid"].to_pylist())}
-            return table.take([positions[row_id] for row_id in row_ids])
+            table = table.take([positions[row_id] for row_id in row_ids])
+        wrong = np.flatnonzero(~are_intact(table, digest)) if digest else ()
+        if len(wrong):
+            path = self.paths[rows[wrong[0]]].as_py()
+            problem = f"the index {self._location} is corrupted at a segment of {path}"
+            raise InputError(f"{problem}: touch that file and index it again")
+        return table
 
     def features(self, rows: Rows) -> VideoFeatures:
         """Reads the VideoFeatures of the given rows, in the stored precision."""
-        table = self.read(rows, ["video", "frames"])
+        table = self.read(rows, ["video", "frames"], "frames_digest")
         video = _to_matrix(table["video"], self.vectors_NxD.shape[1])
         frames = _to_matrix(table["frames"], self._max_frames * video.shape[1])
         mask = np.arange(self._max_frames) < self._counts[rows, None]
@@ -330,6 +356,7 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
         ("video", pa.list_(number, dim)),
         ("frames", pa.list_(number, max_frames * dim)),  # one list: nested lists are slow
         ("thumbnail", pa.binary()),
+        *((part, pa.int64()) for part in PARTS),
     ]
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(about).encode()})
 
@@ -339,7 +366,9 @@ def _readable(location: str) -> Iterator[None]:
     """Raises database errors as InputError."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
+    except InputError:
+        raise
+    except Exception as error:  # LanceDB has no common type, and may panic
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         problem = f"the index {location} cannot be read: {reason}"
         advice = "if it is corrupted, delete it and index the videos again"

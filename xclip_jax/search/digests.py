@@ -1,0 +1,54 @@
+"""Checksums of the rows of an index, by which corrupted ones are noticed.
+
+Each is a CRC-32 of a part of a row, so that no part has to be read for the sake of another.
+"""
+
+import zlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Int64
+
+PARTS = {
+    "digest": ["id", "path", "size", "mtime", "start", "end", "offset", "count", "times", "video"],
+    "frames_digest": ["frames"],
+    "thumbnail_digest": ["thumbnail"],
+}
+Table = pa.Table | pa.RecordBatch
+
+
+def compute_digests(rows: Table, part: str) -> Int64[np.ndarray, " n"]:
+    """Returns the checksum of a part (a key of PARTS) of n rows."""
+    digests = [0] * len(rows)
+    for name in PARTS[part]:
+        for row, value in enumerate(_to_bytes(rows[name])):
+            digests[row] = zlib.crc32(value, digests[row])
+    return np.array(digests, np.int64)
+
+
+def add_digests(rows: pa.Table) -> pa.Table:
+    """Returns a table with the checksums of its rows as further columns."""
+    for part in PARTS:
+        rows = rows.append_column(part, pa.array(compute_digests(rows, part)))
+    return rows
+
+
+def are_intact(rows: Table, part: str) -> Bool[np.ndarray, " n"]:
+    """Returns the mask of the rows whose part equals its checksum, or which have none."""
+    if part not in rows.schema.names:  # of an earlier version
+        return np.ones(len(rows), bool)
+    return rows[part].to_numpy(zero_copy_only=False) == compute_digests(rows, part)
+
+
+def _to_bytes(column: Any) -> Any:
+    """Returns the bytes of each value of a column."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_fixed_size_list(column.type):
+        values = column.flatten().to_numpy(zero_copy_only=False)
+        return np.ascontiguousarray(values).reshape(len(column), -1)
+    if pa.types.is_string(column.type):
+        return (value.encode() for value in column.to_pylist())
+    if pa.types.is_binary(column.type):
+        return column.to_pylist()
+    return np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).reshape(-1, 1)
