@@ -49,7 +49,7 @@ def count_outcomes(
             except InputError as error:
                 outcome = "refused" if len(str(error)) < 1000 else "long message"
             except Exception as error:
-                outcome = f"{type(error).__name__}"
+                outcome = f"{type(error).__name__}: {error}"[:300]
             if outcome not in HARMLESS:
                 print(f"{number}: {file}: {outcome}", flush=True)
             outcomes[outcome] += 1

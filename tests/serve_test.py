@@ -74,8 +74,8 @@ class FakeIndex(Index):
             raise InputError(f"{file}: cannot be read as an image") from error
         return self.answer(k, file, path)
 
-    def like(self, segment_id, k=10):
-        return self.answer(k, segment_id)
+    def like(self, segment_id, k=10, path=None, start=None, end=None):
+        return self.answer(k, segment_id, path, start, end)
 
     def attention(self, segment_id, text):
         if text == "no attention":
@@ -151,7 +151,7 @@ def test_query_applies_filters(client, index, tmp_path):
     assert (answer["searched"], answer["note"], len(answer["hits"])) == (12340, "a note", 2)
     assert 0 <= answer["seconds"] < 1
     path = str(tmp_path / "dog.mp4")
-    times = {"start": 10.0, "end": 20.0, "second": 12.5}
+    times = {"start": 10.0, "end": 20.0, "second": 12.5, "offset": 0.0}
     hit = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4"}
     assert answer["hits"][0] == hit | times
 
@@ -188,11 +188,11 @@ def test_invalid_query_is_an_error(client, fields, message):
 
 def test_body_that_is_invalid_or_too_large_is_an_error(client):
     assert "not a JSON" in error_of(client.post("/api/search", content=b"\xff{"), 400)
-    assert "not a JSON" in error_of(client.post("/api/search", content=b"[" * 200_000), 400)
+    assert "not a JSON" in error_of(client.post("/api/search", content=b"[" * 100_000), 400)
     huge = b'{"text": "a", "start": 1' + b"0" * 400 + b"}"
     assert "number of seconds" in error_of(client.post("/api/search", content=huge), 400)
     unknown_length = iter([b" " * 2**20] * 2)  # no Content-Length
-    assert error_of(client.post("/api/search", content=unknown_length), 413) == "more than 1 MB"
+    assert error_of(client.post("/api/search", content=unknown_length), 413) == "more than 0.125 MB"
 
 
 def test_uploaded_example_is_deleted_after_the_search(client, index):
@@ -218,8 +218,8 @@ def test_corrupted_or_too_large_example_is_an_error(client, index, monkeypatch, 
 
 
 def test_segment_of_the_index_is_an_example(client, index):
-    answer = client.get(f"/api/like/{segment(2)}?k=1").json()
-    assert index.queries == [(segment(2),)]
+    answer = client.get(f"/api/like/{segment(2)}?k=1&path=a&start=2&end=3").json()
+    assert index.queries == [(segment(2), "a", 2.0, 3.0)]
     assert (answer["like"]["name"], len(answer["hits"])) == ("<b>&.webm", 1)
     assert "between 1" in error_of(client.get(f"/api/like/{segment(2)}?k=101"), 400)
 
@@ -324,6 +324,17 @@ def test_internal_error_is_logged_but_not_disclosed(client, caplog):
 def test_local_server_accepts_only_local_host_names(index, host, status):
     with browser(index, host) as client:
         assert client.get("/api/index").status_code == status
+
+
+def test_token_is_required_of_every_request(index):
+    client = TestClient(serve.make_app(index, ("testserver",), "secret"), follow_redirects=False)
+    for path in ("/", "/page.js", "/api/index", "/?token=wrong"):
+        assert client.get(path).status_code == 401
+    assert client.get("/api/index", headers={"Authorization": "Bearer secret"}).status_code == 200
+    entered = client.get("/?token=secret")
+    assert (entered.status_code, entered.headers["location"]) == (303, "/")
+    assert "httponly" in entered.headers["set-cookie"].lower()
+    assert client.get("/api/index").status_code == 200  # with the cookie
 
 
 def test_parallel_requests_run_two_queries_at_a_time(client, index):

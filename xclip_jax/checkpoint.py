@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
 from xclip_jax import integrity
-from xclip_jax.cli import InputError, check_local, first_line, write_atomically
+from xclip_jax.cli import InputError, check_local, first_line, read_json, write_atomically
 from xclip_jax.config import FREE_FIELDS, RunConfig
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.text import Tokenizer, load_tokenizer
@@ -117,11 +117,27 @@ def save_checkpoint(
     manager: Checkpoints, step: int, state: PyTree, score: float | None = None
 ) -> None:
     """Starts writing the state after `step` steps, with its validation score (higher is better)."""
-    manager.wait_until_finished()
+    wait_for_writes(manager)
     metrics = {"score": UNSCORED if score is None else float(score)}
     manager.saving = step, metrics
     args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
-    manager.save(step, args=args, metrics=metrics, force=True)
+    with _report_failed_writes(manager):
+        manager.save(step, args=args, metrics=metrics, force=True)
+
+
+def wait_for_writes(manager: Checkpoints) -> None:
+    """Waits until the last checkpoint is written, or raises InputError if it cannot be."""
+    with _report_failed_writes(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _report_failed_writes(manager: Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk is a ValueError of TensorStore
+        problem = f"no checkpoint can be written to {manager.path}"
+        raise InputError(f"{problem}: {first_line(error):.300}") from None
 
 
 def restore_checkpoint(
@@ -135,7 +151,7 @@ def restore_checkpoint(
     ShapeDtypeStructs with the shardings to restore to. Raises InputError if no checkpoint can be
     restored.
     """
-    manager.wait_until_finished()
+    wait_for_writes(manager)
     scores = dict.fromkeys(manager.all_steps(), UNSCORED)
     for step in scores if best else ():
         scores[step] = (manager.metrics(step) or {}).get("score", UNSCORED)
@@ -285,12 +301,12 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
     directory = Path(directory).absolute()
     file, folder = directory / "model.json", directory / "params"
     try:
-        described = json.loads(file.read_text())
+        described = read_json(file)
         model = XClip(read_model_config(described))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: model.json is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} does not describe a model: {error}") from None
+        raise InputError(f"{file} does not describe a model: {first_line(error)}") from None
     if reason := integrity.find_corruption(directory):
         advice = f"restore it, or delete {integrity.DIGESTS} if it was changed on purpose"
         raise InputError(f"{reason}: {advice}")
@@ -354,7 +370,7 @@ def check_same_run(
     """
     path = workdir / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         saved = {field: upgrade_value(field, value) for field, value in saved.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None

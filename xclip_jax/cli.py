@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import re
 import runpy
 import sys
+import textwrap
 import threading
 import traceback
 import uuid
@@ -18,6 +20,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 PathLike = str | os.PathLike
+MAX_JSON_BYTES = 1 << 24
+MAX_MESSAGE = 4000  # characters of an error
 
 
 class InputError(ValueError):
@@ -35,6 +39,25 @@ def check_local(name: str, path: PathLike) -> Path:
         advice = "mount the bucket (for example with gcsfuse or s3fs) and pass the folder"
         raise InputError(f"{name}={path}: must be a folder of this machine: {advice}")
     return Path(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON from a regular file of at most MAX_JSON_BYTES.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is no regular file, too large, or not valid.
+    """
+    if not path.is_file():
+        if path.exists():
+            raise InputError(f"{path}: is not a regular file")
+        raise FileNotFoundError(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path}: is larger than {MAX_JSON_BYTES:,} bytes")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not valid JSON: {first_line(error)}") from None
 
 
 def list_some(items: Sequence[str], separator: str = "; ", limit: int = 5) -> str:
@@ -66,7 +89,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (InputError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + textwrap.shorten(str(error), MAX_MESSAGE, placeholder=" ..."))
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -78,6 +101,7 @@ def run_command(command: Callable[[], object]) -> None:
     """
     logging.captureWarnings(True)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also raises what it logs
     status = None
     try:
         command()

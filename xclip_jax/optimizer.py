@@ -47,13 +47,17 @@ def make_optimizer(
     )
     if c.freeze_layers >= 0:
         # First, so that frozen gradients do not count in the global norm; last, against decay.
-        def zero_frozen(updates: Any, _: Any) -> Any:
-            masks = trainable_mask(updates, c.freeze_layers)
-            return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
-
-        freeze = optax.stateless(zero_frozen)
+        freeze = optax.stateless(lambda updates, _: trainable(updates, c))
         optimizer = optax.chain(freeze, optimizer, freeze)
     return schedule, optimizer
+
+
+def trainable(updates: Any, c: OptimizerConfig | ConfigDict) -> Any:
+    """Returns gradients or updates with zeros for frozen parameters."""
+    if c.freeze_layers < 0:
+        return updates
+    masks = trainable_mask(updates, c.freeze_layers)
+    return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), updates, masks)
 
 
 def learning_rate_schedule(peak: float, total_steps: int, warmup: float) -> optax.Schedule:
@@ -144,6 +148,17 @@ def _names(path: Any) -> list[str]:
     return [entry.key for entry in path]
 
 
+def non_bias_mask(params: Any) -> Any:
+    """Returns the mask of the parameters that decay with bert_adam: all except biases.
+
+    The release exempts names that contain `bias` or `LayerNorm`, but its norms are called `ln_*`.
+    PyTorch updates no parameter without a gradient: where pairs are scored by a Transformer, the
+    logit scale has none.
+    """
+    exempt = {"bias", "hidden_bias"} | ({"logit_scale"} if "pair_encoder" in params else set())
+    return tree_map_with_path(lambda path, _: _names(path)[-1] not in exempt, params)
+
+
 def _mask(is_in: Callable[[list[str]], bool]) -> Callable[[Any], Any]:
     """Returns a function from parameters to the mask of those whose names satisfy a condition."""
     return lambda params: tree_map_with_path(lambda path, _: is_in(_names(path)), params)
@@ -151,7 +166,4 @@ def _mask(is_in: Callable[[list[str]], bool]) -> Callable[[Any], Any]:
 
 _NO_DECAY = ("bias", "scale", "hidden_bias", "logit_scale", "class_token")
 decay_mask = _mask(lambda names: names[-1] not in _NO_DECAY)  # kernels and embeddings, for adamw
-# With bert_adam all except biases decay. The release exempts names that contain `bias` or
-# `LayerNorm`, but its norms are called `ln_*`.
-non_bias_mask = _mask(lambda names: names[-1] not in ("bias", "hidden_bias"))
 encoder_mask = _mask(lambda names: names[0] == "clip")

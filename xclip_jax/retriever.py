@@ -261,7 +261,7 @@ def load(source: str | os.PathLike) -> Retriever:
     Raises:
         InputError: there is no model, or it is corrupted.
     """
-    directory = model_folder(source)
+    directory, source = model_folder(source), os.fspath(source)
     if is_importable(source) and not (directory / "model.json").is_file():
         imported = import_model(source)
         described = describe_model(imported.config)

@@ -30,7 +30,7 @@ from xclip_jax.loss import LOSS_SCALES, Batch, LossOptions, loss_and_grad
 from xclip_jax.metrics import retrieval_metrics
 from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.monitor import Monitor
-from xclip_jax.optimizer import make_optimizer
+from xclip_jax.optimizer import make_optimizer, trainable
 from xclip_jax.retriever import Retriever
 
 PyTree = Any
@@ -123,7 +123,7 @@ def _run_steps(
                 score = None if config.train.select == "last" else score
                 checkpoint.save_checkpoint(manager, step, state, score)
             if stop:
-                manager.wait_until_finished()
+                checkpoint.wait_for_writes(manager)
                 print_once(f"preempted: saved step {step} of {total}; the same command resumes")
                 distributed.shutdown()
                 sys.exit(distributed.PREEMPTED)
@@ -155,7 +155,7 @@ def compile_training(
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.global_norm(trainable(gradients, config.optimizer)),
             "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from xclip_jax.checkpoint import init_params, save_model
 from xclip_jax.cli import InputError, first_line, list_some
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, from_hugging_face, to_params
-from xclip_jax.convert.settings import Settings, read_hugging_face, read_json, read_open_clip
+from xclip_jax.convert.settings import Settings, read_hugging_face, read_object, read_open_clip
 from xclip_jax.convert.torch_archive import Archive, read_archive
 from xclip_jax.data import text
 from xclip_jax.models import ModelConfig, XClip
@@ -265,7 +265,7 @@ def _load_shards(folder: Path) -> dict[str, np.ndarray]:
             return _load(folder / stem).tensors
         if index.is_file():
             try:
-                names = set(read_json(index)["weight_map"].values())
+                names = set(read_object(index)["weight_map"].values())
                 shards = [folder / Path(name).name for name in sorted(names)]
             except (KeyError, AttributeError, TypeError):
                 raise InputError(f"{index}: not a valid index of shards") from None

@@ -6,15 +6,13 @@
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.cli import InputError, read_json
 from xclip_jax.models.config import PreprocessConfig
 
-MAX_JSON_BYTES = 1 << 20
 # The values that config.json may give to both towers, the default first.
 _SETTINGS = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
 _HF_HEADS = {"vision": 12, "text": 8}  # transformers' defaults
@@ -31,18 +29,9 @@ class Settings:
     source: str = ""  # the file that states activation and heads
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file, or raises InputError."""
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: not a file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not valid JSON: {first_line(error)}") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: must be a JSON object, is {type(value).__name__}")
     return value
@@ -56,7 +45,7 @@ def read_open_clip(folder: Path) -> Settings | None:
     path = folder / "open_clip_config.json"
     if not path.exists():
         return None
-    config = read_json(path)
+    config = read_object(path)
     model = _section(path, config, "model_cfg") or config
     vision, text = (_section(path, model, f"{tower}_cfg") for tower in ("vision", "text"))
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
@@ -84,7 +73,7 @@ def read_hugging_face(folder: Path) -> Settings:
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder} holds no config.json and is not a Hugging Face model")
-    config = read_json(path)
+    config = read_object(path)
     if (kind := config.get("model_type")) != "clip":
         raise InputError(f"{path}: model_type is {kind!r:.99}, must be 'clip'")
     vision, text = (_tower(path, config, tower) for tower in ("vision", "text"))
@@ -102,7 +91,7 @@ def read_hugging_face(folder: Path) -> Settings:
             raise InputError(f"{path}: {wrong}, must be at least 1")
         heads.append(count)
     activation = text.get("hidden_act", _SETTINGS["hidden_act"][0])
-    return Settings(activation, *heads, _read_preprocessor(folder), path.name)
+    return Settings(activation, heads[0], heads[1], _read_preprocessor(folder), path.name)
 
 
 def _tower(path: Path, config: dict[str, Any], tower: str) -> dict[str, Any]:
@@ -122,7 +111,7 @@ def _read_preprocessor(folder: Path) -> PreprocessConfig | None:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return None
-    config = read_json(path)
+    config = read_object(path)
     if config.get("do_normalize") is False:
         return _preprocess(path, {"mean": [0.0] * 3, "std": [1.0] * 3})
     size = config.get("size", 224)

@@ -183,15 +183,15 @@ class Dataset:
             raise InputError(f"{problem}; {_how_to_prepare('ANOTHER_FOLDER', name, variant)}")
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
-    def clips(self, split: str) -> Sequence[Mapping[str, Any]]:
+    def clips(self, split: str) -> "Records":
         """Returns the records of a split (see PendingRecord), with bytes in place of str."""
         if split not in self.captions_per_clip:
             splits = ", ".join(self.captions_per_clip)
             raise InputError(f"{self.path} has no split {split!r}, only {splits}")
-        return _Clips(self._builder, split, f"{self.path}, {split}")
+        return Records(self._builder, split, f"{self.path}, {split}")
 
 
-class _Clips(Sequence[Mapping[str, Any]]):
+class Records(Sequence[Mapping[str, Any]]):
     """The records of a split, which raise InputError where they are corrupted."""
 
     def __init__(self, builder: Any, split: str, where: str) -> None:

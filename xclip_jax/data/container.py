@@ -83,7 +83,7 @@ class Film(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_film(path: PathLike, *, max_pixels: int | None = None) -> Iterator[Film]:
+def open_film(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Iterator[Film]:
     """Opens the picture track of a video file, or raises VideoError.
 
     Frames of more than `max_pixels` cannot be decoded.
@@ -97,6 +97,7 @@ def open_film(path: PathLike, *, max_pixels: int | None = None) -> Iterator[Film
             container = stack.enter_context(_open(path, max_pixels))  # at the start again
         stream: Any = container.streams[index]
         stream.codec_context.thread_count = 1  # callers run one process per core
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
         yield Film(container, stream)
 
 
@@ -163,7 +164,7 @@ class _JoinedFlv(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _open(path: PathLike, max_pixels: int | None) -> Iterator[InputContainer]:
+def _open(path: PathLike, max_pixels: int) -> Iterator[InputContainer]:
     av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
@@ -175,7 +176,7 @@ def _open(path: PathLike, max_pixels: int | None) -> Iterator[InputContainer]:
     try:
         # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
         options: Any = {"container_options": allowed, "metadata_errors": "replace"}
-        options["options"] = {"max_pixels": str(max_pixels or MAX_PIXELS)}
+        options["options"] = {"max_pixels": str(max_pixels)}
         container = av.open(os.path.abspath(path), **options)
         if container.format.name == "flv" and len((joined := _JoinedFlv(path)).parts) > 1:
             container.close()

@@ -23,7 +23,15 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from xclip_jax.cli import PathLike
-from xclip_jax.data.container import Clock, Film, VideoError, exact_seconds, open_film, reason
+from xclip_jax.data.container import (
+    MAX_PIXELS,
+    Clock,
+    Film,
+    VideoError,
+    exact_seconds,
+    open_film,
+    reason,
+)
 from xclip_jax.data.preprocess import ONE, preprocess
 
 # swscale follows each frame's matrix (BT.601/709/2020; BT.601 if untagged, as in ffmpeg) and range.
@@ -40,10 +48,10 @@ Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits on reading a file that somebody else sent."""
+    """Limits on reading a file."""
 
-    pixels: int  # of a frame
-    working_seconds: float  # after which the rest of the file is not read
+    pixels: int = MAX_PIXELS  # of a frame
+    working_seconds: float = math.inf  # after which the rest of the file is not read
 
 
 @dataclasses.dataclass
@@ -94,7 +102,7 @@ class VideoReader:
         *,
         start: Seconds = None,
         end: Seconds = None,
-        limits: Limits | None = None,
+        limits: Limits = Limits(),
     ) -> None:
         self.path, self.start, self.until, self.limits = path, start, end, limits
 
@@ -103,7 +111,7 @@ class VideoReader:
         self._error = None
         first = max(exact_seconds(self.start or 0.0), 0)
         last = math.inf if self.until is None else exact_seconds(self.until)
-        with open_film(self.path, max_pixels=self.limits and self.limits.pixels) as film:
+        with open_film(self.path, max_pixels=self.limits.pixels) as film:
             clock, second, shown, picture = film.clock(), film.second, None, None
             frames = self._decode(film, clock)
             for ticks, frame in _choose_each_second(frames, first * second, last * second, second):
@@ -120,7 +128,7 @@ class VideoReader:
 
     def _decode(self, film: Film, clock: Clock) -> Iterator[Stamped]:
         """Yields the frames in decoding order, up to an error."""
-        deadline = time.monotonic() + (self.limits.working_seconds if self.limits else math.inf)
+        deadline = time.monotonic() + (self.limits.working_seconds)
         try:
             for packet in film.container.demux(film.stream):
                 if time.monotonic() > deadline:
@@ -262,14 +270,14 @@ def _choose_each_second(
 def _map_tones(frame: VideoFrame) -> Image.Image:
     """Converts an HDR frame to sRGB: diffuse white becomes white, brighter colours are clipped."""
     graph = Graph()
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format.name, time_base=ONE
-    )
+    size: Any = {"width": frame.width, "height": frame.height, "format": frame.format.name}
+    source = graph.add_buffer(**size, time_base=ONE)
     scale = graph.add("scale", _TO_SRGB)
     rgb, sink = graph.add("format", "rgb24"), graph.add("buffersink")
     graph.link_nodes(source, scale, rgb, sink).configure()
     source.push(frame)
-    return sink.pull().to_image()
+    result: Any = sink.pull()
+    return result.to_image()
 
 
 def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:

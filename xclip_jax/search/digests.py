@@ -15,10 +15,10 @@ PARTS = {
     "frames_digest": ["frames"],
     "thumbnail_digest": ["thumbnail"],
 }
-Table = pa.Table | pa.RecordBatch
+Rows = Any  # pa.Table or pa.RecordBatch
 
 
-def compute_digests(rows: Table, part: str) -> Int64[np.ndarray, " n"]:
+def compute_digests(rows: Rows, part: str) -> Int64[np.ndarray, " n"]:
     """Returns the checksum of a part (a key of PARTS) of n rows."""
     digests = [0] * len(rows)
     for name in PARTS[part]:
@@ -34,7 +34,7 @@ def add_digests(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def are_intact(rows: Table, part: str) -> Bool[np.ndarray, " n"]:
+def are_intact(rows: Rows, part: str) -> Bool[np.ndarray, " n"]:
     """Returns the mask of the rows whose part equals its checksum, or which have none."""
     if part not in rows.schema.names:  # of an earlier version
         return np.ones(len(rows), bool)

@@ -54,17 +54,24 @@ CACHED = {"Cache-Control": "private, max-age=3600"}  # the pictures of an id do 
 REVALIDATED = {"Cache-Control": "no-cache"}  # an updated page needs its updated script
 _RULE = "a number of seconds, at least 0"
 Seconds = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description=_RULE)]
-_TEXT = f"a string of at most {MAX_SENTENCE:,} characters"
-_PATH = f"a string of at most {MAX_PATH:,} characters"
-# JSON allows lone surrogates.
-Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace").decode())]
+
+
+def _limit_length(limit: int, text: str) -> str:
+    if len(text) > limit:
+        raise ValueError
+    return text.encode("utf-8", "replace").decode()  # JSON allows lone surrogates
+
+
+Sentence = Annotated[str, AfterValidator(partial(_limit_length, MAX_SENTENCE))]
+PathFilter = Annotated[str, AfterValidator(partial(_limit_length, MAX_PATH))]
+_LENGTH = "a string of at most {:,} characters"
 
 
 class Fields(BaseModel):
     """The fields of a request (see `Index.query`), with descriptions that errors quote."""
 
-    text: Text = Field("", max_length=MAX_SENTENCE, description=_TEXT)
-    path: Text | None = Field(None, max_length=MAX_PATH, description=_PATH)
+    text: Sentence = Field("", description=_LENGTH.format(MAX_SENTENCE))
+    path: PathFilter | None = Field(None, description=_LENGTH.format(MAX_PATH))
     k: int = Field(12, ge=1, le=MAX_HITS, description=f"between 1 and {MAX_HITS}")
     start: Seconds = None
     end: Seconds = None
@@ -332,7 +339,7 @@ async def _read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]
             return
         size += len(chunk)
         if max(size, declared) > max_bytes:
-            raise HTTPException(413, f"more than {max_bytes / 2**20:,.1f} MB", CLOSE)
+            raise HTTPException(413, f"more than {max_bytes / 2**20:.3g} MB", CLOSE)
         yield chunk
 
 

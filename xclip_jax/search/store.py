@@ -73,11 +73,15 @@ class Store:
         if in_folder and os.path.exists(location) and os.listdir(location):
             raise InputError(f"{location} is not empty and not an index: choose a new folder")
         folder = str(partial_folder(location)) if in_folder else location
-        database = lancedb.connect(folder)
         unreadable = pa.schema([*_FILE_FIELDS, ("reason", pa.string())])
-        database.create_table("unreadable", schema=unreadable, mode="overwrite")
-        # Created last: `exists` looks for this table.
-        database.create_table("segments", schema=_segment_schema({"format": FORMAT, **about}))
+        try:
+            database = lancedb.connect(folder)
+            database.create_table("unreadable", schema=unreadable, mode="overwrite")
+            # Created last: `exists` looks for this table.
+            database.create_table("segments", schema=_segment_schema({"format": FORMAT, **about}))
+        except Exception as error:  # LanceDB has no common type
+            reason = textwrap.shorten(str(error), 300)
+            raise InputError(f"no index can be created in {location!r}: {reason}") from None
         if in_folder:
             os.replace(folder, location)
         return cls(location)
@@ -246,7 +250,8 @@ class Snapshot:
             pattern = pattern if pattern.startswith("/") else f"*{pattern}"
             like = {"\\": r"\\", "%": r"\%", "_": r"\_", "*": "%", "?": "_"}
             options = pc.MatchSubstringOptions(pattern.translate(str.maketrans(like)))
-            paths = pc.utf8_normalize(self.paths, form="NFC")
+            composed = pc.Utf8NormalizeOptions("NFC")
+            paths = pc.call_function("utf8_normalize", [self.paths], composed)
             mask &= pc.call_function("match_like", [paths], options).to_numpy()
         if start is not None:
             mask &= self.ends > start
@@ -282,9 +287,8 @@ class Snapshot:
             table = query.with_row_id().to_arrow()
             positions = {row_id: k for k, row_id in enumerate(table["_rowid"].to_pylist())}
             table = table.take([positions[row_id] for row_id in row_ids])
-        wrong = np.flatnonzero(~are_intact(table, digest)) if digest else ()
-        if len(wrong):
-            path = self.paths[rows[wrong[0]]].as_py()
+        if digest and not (intact := are_intact(table, digest)).all():
+            path = self.paths[rows[intact.argmin()]].as_py()
             problem = f"the index {self._location} is corrupted at a segment of {path}"
             raise InputError(f"{problem}: touch that file and index it again")
         return table
