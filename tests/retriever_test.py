@@ -154,7 +154,7 @@ def test_missing_or_corrupted_model_is_named(folder, tmp_path):
     with pytest.raises(InputError, match=r"model\.json is missing"):
         xclip_jax.load(tmp_path)
     (tmp_path / "model.json").write_text("{")
-    with pytest.raises(InputError, match="does not describe a model: Expecting"):
+    with pytest.raises(InputError, match=r"model.json: is not valid JSON: Expecting"):
         xclip_jax.load(tmp_path)
     (tmp_path / "model.json").write_text((folder / "model.json").read_text())
     with pytest.raises(InputError, match="cannot be read"):

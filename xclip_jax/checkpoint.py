@@ -305,6 +305,8 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
         model = XClip(read_model_config(described))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: model.json is missing") from None
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a model: {first_line(error)}") from None
     if reason := integrity.find_corruption(directory):
@@ -372,7 +374,7 @@ def check_same_run(
     try:
         saved = read_json(path)
         saved = {field: upgrade_value(field, value) for field, value in saved.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None
     free = tuple(f"{field}." for field in FREE_FIELDS)
     changed = [

@@ -1,7 +1,7 @@
 """Runs models on batches that are padded to a few sizes, so each is compiled only a few times."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -79,6 +79,26 @@ def slice_rows(tree: Tree, start: int, count: int = 1) -> Tree:
 def next_power_of_two(size: int) -> int:
     """Returns the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
+
+
+def power_of_four(size: int, *, up: bool) -> int:
+    """Returns the nearest power of four that is at least (`up`) or at most `size`."""
+    exponent = (size.bit_length() - 1) // 2
+    power = 4**exponent
+    return 4 * power if up and power < size else power
+
+
+def split_counts(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yields (start, count) of batches of `size` rows, then of powers of four.
+
+    However many rows there are, batches have few sizes, so that few are compiled.
+    """
+    start = 0
+    while start < total:
+        rest = total - start
+        count = size if rest >= size else power_of_four(rest, up=False)
+        yield start, count
+        start += count
 
 
 def pad_rows(tree: Tree, size: int) -> Tree:

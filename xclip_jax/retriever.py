@@ -101,7 +101,7 @@ class Retriever:
         Args:
             method: encode_text or encode_video, of XClip.
             inputs: ids T x W or frames V x F x S x S x 3, and their mask, T x W or V x F.
-            size: rows encoded at once; fewer rows are padded to the next power of two.
+            size: rows encoded at once; remaining ones are encoded in powers of four.
 
         Raises:
             ValueError: there is nothing to encode.
@@ -110,12 +110,10 @@ class Retriever:
             raise ValueError("must have at least one text or video to encode")
 
         def encode_batches() -> Iterator[Any]:
-            for start in range(0, total, size):
-                rows = inference.slice_rows(inputs, start, size)
-                count = len(rows[0])
-                rows = inference.pad_rows(rows, min(size, inference.next_power_of_two(count)))
+            for start, count in inference.split_counts(total, size):
+                rows = inference.slice_rows(inputs, start, count)
                 features = self._apply(method, *inference.split_like(rows, self.params))
-                yield inference.slice_rows(jax.tree.map(np.asarray, features), 0, count)
+                yield jax.tree.map(np.asarray, features)
 
         return inference.concatenate_features(encode_batches(), total)
 
@@ -165,7 +163,8 @@ class Retriever:
         if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
             block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
         shape = inference.block_shape(self.model.config.cells_per_pair(words, frames), block_cells)
-        sizes = map(inference.next_power_of_two, (num_texts, num_videos))
+        # Few sizes, so that few are compiled.
+        sizes = [inference.power_of_four(size, up=True) for size in (num_texts, num_videos)]
         height, width = map(min, shape, sizes)
         sim_TxV = np.empty((num_texts, num_videos), np.float32)
         for j in range(0, num_videos, width):
