@@ -92,6 +92,12 @@ def test_all_except_biases_decay_with_bert_adam(temporal):
     assert {f"clip/{name}" for name in always} <= true_names(non_bias_mask(params))
 
 
+def test_unused_logit_scale_of_a_pair_transformer_does_not_decay():
+    params = params_of("transformer") | {"pair_encoder": {"positions": np.ones(3)}}
+    assert not non_bias_mask(params)["clip"]["logit_scale"]
+    assert non_bias_mask(params)["clip"]["textual"]["positions"]
+
+
 def test_encoder_mask_is_everything_under_clip():
     params = params_of("transformer")
     mask = encoder_mask(params)

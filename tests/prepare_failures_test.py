@@ -21,6 +21,20 @@ __all__ = ["in_thread"]  # the fixture
 REAL_EXTRACT = extraction.extract
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+def test_corrupted_cache_file_is_made_again(tmp_path, damage):
+    make_video(tmp_path / "a.mp4")
+    job = extraction.make_job(Clip("a", ("x",), "train"), tmp_path / "a.mp4", 32, None, tmp_path)
+    outcome = extraction.extract(job)
+    record = extraction.make_record(job.clip, job.cache)
+    data = bytearray(job.cache.read_bytes())
+    data[len(data) // 2] ^= 1
+    after = {"empty": b"", "cut": data[: len(data) // 2], "flipped": data}[damage]
+    job.cache.write_bytes(after)
+    assert extraction.extract(job) == outcome
+    assert extraction.make_record(job.clip, job.cache)["frames"] == record["frames"]
+
+
 @pytest.fixture
 def broken(tmp_path):
     """Makes ten videos, one empty, one text, one truncated, and lists one that is missing."""

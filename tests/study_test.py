@@ -272,6 +272,9 @@ def test_table_repeats_the_note_of_the_results(base, tmp_path):
         facts = make_table(study, {"plain": [run]}).facts
         expected = f"{base.name}, train split, 24 texts, 12 videos"
         assert facts == expected + (" (the clips it was trained on)" if has_note else "")
+    (run.workdir / "results.json").write_text(json.dumps(results | {"missing_videos": 3}))
+    facts = make_table(study, {"plain": [run]}).facts
+    assert facts.endswith("12 videos (3 missing: not comparable with results on all)")
 
 
 def test_invalid_variant_has_a_separate_run(base):

@@ -20,7 +20,7 @@ _HF_HEADS = {"vision": 12, "text": 8}  # transformers' defaults
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a checkpoint; None: not stated."""
+    """Settings of a checkpoint, None where they are not stated."""
 
     activation: Literal["quick_gelu", "gelu"] | None = None
     vision_heads: int | None = None

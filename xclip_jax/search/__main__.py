@@ -144,6 +144,16 @@ def _read_lines(path: str) -> list[str]:
     return lines
 
 
+def _add_access(add: Callable[..., Any]) -> None:
+    """Adds the options that decide who can use the server."""
+    text = "another name of this machine by which browsers may call it; may be repeated"
+    add("--allow_host", action="append", default=[], metavar="NAME", help=text)
+    text = "secret of each request; default: a random one if other machines can reach the address"
+    add("--token", help=text)
+    text = "let everyone who can reach the address search and watch"
+    add("--no_token", action="store_const", const="", dest="token", help=text)
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m xclip_jax.search", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -189,12 +199,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = add_command(run_serve)
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=7870, help="port to listen on (default 7870)")
-    text = "another name of this machine by which browsers may call it; may be repeated"
-    add("--allow_host", action="append", default=[], metavar="NAME", help=text)
-    text = "secret of each request; default: a random one if other machines can reach the address"
-    add("--token", help=text)
-    text = "let everyone who can reach the address search and watch"
-    add("--no_token", action="store_const", const="", dest="token", help=text)
+    _add_access(add)
     add("--open", action="store_true", help="open the page in the browser")
 
     add = add_command(run_recall)

@@ -144,6 +144,8 @@ def make_table(study: Study, runs: Runs) -> Table:
         results = json.loads((run.workdir / RESULTS).read_text())
         note = f" ({results['note']})" if "note" in results else ""
         sizes = f"{results['num_texts']:,} texts, {results['num_videos']:,} videos"
+        if missing := results.get("missing_videos"):
+            sizes += f" ({missing:,} missing: not comparable with results on all)"
         facts += f", {results['split']} split, {sizes}{note}"
     return Table(rows=rows, facts=facts, **{name: getattr(study, name) for name in names})
 

@@ -1,0 +1,60 @@
+"""Tests of what all commands share: paths, JSON files, errors of any length."""
+
+import os
+
+import pytest
+
+from xclip_jax.cli import (
+    MAX_MESSAGE,
+    InputError,
+    check_local,
+    list_some,
+    one_line_errors,
+    read_json,
+)
+from xclip_jax.data.builder import Dataset
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a", "gs://b", "s3:/bucket/a", "hdfs://x"])
+def test_uri_is_no_folder(path):
+    with pytest.raises(InputError, match=f"^--output={path}: must be a folder of this machine"):
+        check_local("--output", path)
+    with pytest.raises(InputError, match="must be a folder of this machine"):
+        Dataset(path)
+
+
+@pytest.mark.parametrize("path", ["data/demo", "/a/b:c", "C:/videos", "a b", "x://"[:1]])
+def test_paths_are_folders(path):
+    assert str(check_local("--output", path)) == path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "is not valid JSON"), (b"[" * 100_000, "is not valid JSON"), (b"\xff", "not valid")],
+)
+def test_invalid_json_is_an_error(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"a.json: .*{message}"):
+        read_json(path)
+
+
+def test_fifo_is_no_json_file(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(InputError, match="is not a regular file"):  # and does not hang
+        read_json(tmp_path / "a.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "b.json")
+
+
+def test_error_is_one_line_of_bounded_length(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise InputError("a\nb " + "long " * 10**6)
+    assert str(stop.value).startswith("error: a b long")
+    assert "\n" not in str(stop.value)
+    assert len(str(stop.value)) <= MAX_MESSAGE + 10
+
+
+def test_first_items_are_listed():
+    assert list_some(["a", "b"]) == "a; b"
+    assert list_some([str(n) for n in range(9)]) == "0; 1; 2; 3; 4; and 4 more"
