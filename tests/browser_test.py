@@ -269,7 +269,7 @@ def test_search_by_a_result(page, address, index):
     page.get_by_role("link", name="More like this").click()
     expect(page.get_by_role("dialog")).to_be_hidden()
     expect(page.locator("#example")).to_contain_text("Similar to old.avi")
-    assert index.queries[-1] == (f"{2:016x}",)
+    assert index.queries[-1] == (f"{2:016x}", None, None, None)
     page.locator("#hits a").first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
     expect(page.locator("#attention")).to_be_hidden()  # there is no sentence

@@ -9,6 +9,21 @@ from xclip_jax import compile_only
 from xclip_jax.cli import InputError
 
 
+def test_step_that_does_not_fit_names_settings_that_do(tmp_path, monkeypatch, capsys):
+    real = compile_only._compile_step
+
+    def limited(config, mesh):
+        if config.train.micro_batch not in (4, 8) or config.model.remat != "layers":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 25G of 15G hbm.\nmore")
+        return real(config, mesh)
+
+    monkeypatch.setattr(compile_only, "_compile_step", limited)
+    config = tiny.make_config(tmp_path, batch_size=16)
+    message = r"does not fit: RESOURCE_EXHAUSTED: Used 25G of 15G hbm\.; it fits with .*"
+    with pytest.raises(InputError, match=message + r"remat=layers .*micro_batch=8: 0\.\d\d GiB"):
+        compile_only.compile_only(config)
+
+
 def test_report_lists_memory_flops_and_collectives(capsys):
     config = tiny.make_config("no data is read")
     config.train.batch_size = 64

@@ -39,17 +39,19 @@ def count_outcomes(
     """Returns the number of each outcome of `read`, called on copies with one flipped bit."""
     outcomes: Counter[str] = Counter()
     rng = random.Random(seed)
-    logging.disable(logging.WARNING)
     for number in range(times):
         with tempfile.TemporaryDirectory() as temporary:
             copy = shutil.copytree(folder, Path(temporary) / "copy")
             file = flip_bit(copy, rng)
+            logging.disable(logging.WARNING)
             try:
                 outcome = read(copy)
             except InputError as error:
                 outcome = "refused" if len(str(error)) < 1000 else "long message"
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}"[:300]
+            finally:
+                logging.disable(logging.NOTSET)
             if outcome not in HARMLESS:
                 print(f"{number}: {file}: {outcome}", flush=True)
             outcomes[outcome] += 1

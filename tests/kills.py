@@ -1,14 +1,15 @@
 """Training of the tiny model by one or several processes that are stopped or killed.
 
-    python tests/kills.py FOLDER [TIMES]
+    python tests/kills.py FOLDER [TIMES] [FULL_DISKS]
 
-stops a run of two processes TIMES (default 20) times at random moments in random ways, and compares
-its final weights with those of an uninterrupted run.
+stops a run of two processes TIMES (default 20) times at random moments in random ways, fills its
+disk FULL_DISKS (default 5) times, and compares its weights with those of an uninterrupted run.
 """
 
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -123,6 +124,13 @@ def in_mid_save(run):
     return any(changed > run.started for changed in found)
 
 
+def fill_disk(run):
+    """Lets further writes of this start fail, as on a full disk, beyond 50 kB of a file."""
+    for process in run.processes:
+        _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, hard))
+
+
 def weights(workdir):
     """Returns the selected weights of a finished run as a list of arrays."""
     import jax
@@ -134,29 +142,42 @@ def weights(workdir):
 
 def main():
     """Kills a run repeatedly, then compares its weights."""
-    folder, times = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    folder = Path(sys.argv[1])
+    times, full_disks = map(int, [*sys.argv[2:4], 20, 5][:2])
     sys.path.insert(0, str(TESTS))
     import tiny
 
     folder.mkdir(parents=True)
-    config = write_config(folder, tiny.make_dataset(folder / "data"), 7 * times)
+    epochs = 7 * (times + full_disks)
+    config = write_config(folder, tiny.make_dataset(folder / "data"), epochs)
     assert Run(config, folder / "whole", 2).end(3600) == [0, 0]
     rng = random.Random(0)
-    for number in range(times):
+    ways = rng.choices(
+        ["SIGTERM", "SIGKILL", "SIGKILL in mid-save", "truncated checkpoint"], k=times
+    )
+    ways += ["full disk"] * full_disks
+    rng.shuffle(ways)
+    for number, way in enumerate(ways):
         run = Run(config, folder / "stopped", 2)
         before = run.steps()
         victim = rng.choice(run.processes)
-        way = rng.choice(["SIGTERM", "SIGKILL", "SIGKILL in mid-save", "truncated checkpoint"])
         if way == "SIGKILL in mid-save":
             run.wait_until(lambda run=run: in_mid_save(run))
         else:
             enough = before + rng.randint(1, 15)
             run.wait_until(lambda run=run, enough=enough: run.steps() >= enough)
-        victim.send_signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
+        if way == "full disk":
+            fill_disk(run)
+        else:
+            victim.send_signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
         statuses = run.end()
         damaged = truncate_newest(run.workdir) if way.startswith("truncated") else ""
         print(number, way, statuses, f"at step {run.steps()}", damaged, flush=True)
         assert statuses != [0, 0]
+        if way == "full disk":
+            (line,) = [x for x in run.output().splitlines() if x.startswith("error: ")]
+            print(line[:150], flush=True)
+            continue
         assert statuses == [75, 75] if way == "SIGTERM" else 0 not in statuses
     assert Run(config, folder / "stopped", 2).end(3600) == [0, 0]
     for a, b in zip(weights(folder / "whole"), weights(folder / "stopped"), strict=True):

@@ -77,6 +77,8 @@ def test_repeated_run_and_eval_give_the_same_results_unless_model_json_changes(r
     described = json.loads((tmp_path / "run/model/model.json").read_text())
     described["embed_dim"] = 64
     (tmp_path / "run/model/model.json").write_text(json.dumps(described))
+    assert "model.json is corrupted: it differs from its digest" in run_main("--config.mode=eval")
+    (tmp_path / "run/model/digests.json").unlink()  # changed on purpose
     assert "does not fit model.json" in run_main("--config.mode=eval")
 
 

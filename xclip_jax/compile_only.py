@@ -39,7 +39,8 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
         topology: generation and shape of a TPU slice, such as v4:2x2x2, v5e:2x4, v5p:2x2x1 or
             v6e:4x4; "": the devices of this machine.
 
-    Raises InputError if the topology does not exist, or libtpu is not installed.
+    Raises InputError if the topology does not exist, libtpu is not installed, or the step does not
+    fit into the devices' memory: the message has settings with which it does.
     """
     devices = None
     if topology:
@@ -52,19 +53,18 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch_sizes(config, mesh)
     vocabulary = config.model.text.vocab_size
-    model = XClip(configure_model(config.model, vocabulary or CLIP_VOCABULARY))
-    _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
-    init, step = compile_training(model, optimizer, config, mesh)
-    traced = step.trace(init.eval_shape(), batch_shapes(config, mesh))
-    compiled = traced.lower().compile()
+    try:
+        traced, compiled = _compile_step(config, mesh)
+    except jax.errors.JaxRuntimeError as error:  # out of memory
+        problem = f"the training step does not fit: {first_line(error):.500}"
+        raise InputError(f"{problem}; {_find_fitting_settings(config, mesh)}") from None
     try:
         names = re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
         counts = sorted(collections.Counter(names).items())
         collectives = ", ".join(f"{count} {name}" for name, count in counts) or "none"
     except jax.errors.JaxRuntimeError:  # XLA cannot print some fused operations of libtpu
         collectives = "unknown: the compiled program cannot be printed"
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    memory, held = compiled.memory_analysis(), held_bytes(compiled)
     figures = {
         "state and batch, a device": f"{held / 2**30:.2f} GiB",
         "temporary memory, a device": f"{memory.temp_size_in_bytes / 2**30:.2f} GiB",
@@ -78,6 +78,41 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     for name, value in figures.items():
         print(f"  {name:34}{value}")
     return figures
+
+
+def _compile_step(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """Returns the traced and the compiled training step."""
+    vocabulary = config.model.text.vocab_size or CLIP_VOCABULARY
+    model = XClip(configure_model(config.model, vocabulary))
+    _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
+    init, step = compile_training(model, optimizer, config, mesh)
+    traced = step.trace(init.eval_shape(), batch_shapes(config, mesh))
+    return traced, traced.lower().compile()
+
+
+def _find_fitting_settings(config: RunConfig, mesh: Mesh) -> str:
+    """Returns the first settings of less memory and more time with which the step compiles."""
+    size, config = config.train.batch_size, config.copy_and_resolve_references()
+    divisors = [n for n in range(size // 2, 0, -1) if size % n == 0 and n % mesh.size == 0]
+    for micro_batch in (config.train.micro_batch, *divisors):
+        for remat in ("dots", "layers"):
+            config.model.remat, config.train.micro_batch = remat, micro_batch
+            flags = f"--config.model.remat={remat} --config.train.micro_batch={micro_batch}"
+            print(f"trying {flags}", flush=True)
+            try:
+                _, compiled = _compile_step(config, mesh)
+            except jax.errors.JaxRuntimeError:
+                continue
+            peak = held_bytes(compiled) + compiled.memory_analysis().temp_size_in_bytes
+            return f"it fits with {flags}: {peak / 2**30:.2f} GiB a device"
+    return "nor does it with smaller micro-batches: use more devices and --config.mesh.fsdp"
+
+
+def held_bytes(compiled: Any) -> int:
+    """Returns the bytes of state and batch on a device."""
+    memory = compiled.memory_analysis()
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return sizes - memory.alias_size_in_bytes
 
 
 def matrix_flops(jaxpr: Any) -> int:

@@ -20,6 +20,7 @@ from xclip_jax.cli import (
     CommandParser,
     InputError,
     check_local,
+    first_line,
     one_line_errors,
     parse_with_config,
     run_command,
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.topology:
             raise InputError("--topology requires --compile_only")
         distributed.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        try:
+            jax.devices()
+        except RuntimeError as error:  # for example, a TPU serves one process at a time
+            reason = f"{first_line(error)}: does another process use them?"
+            raise InputError(f"the devices cannot be used: {reason}") from None
         if jax.process_count() == 1 or config.mode == "eval":
             distributed.stop_when_preempted()
         workdir = check_local("--workdir", arguments.workdir or f"runs/{config.name}")
