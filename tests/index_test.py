@@ -81,6 +81,11 @@ def test_best_second_is_between_start_and_end(index, start, end, exhaustive):
         assert hit.start <= hit.second <= hit.end
 
 
+def test_name_that_the_database_refuses_is_an_error(model, tmp_path):
+    with pytest.raises(InputError, match=r"no index can be created in '.*a\\tb': Invalid input"):
+        Index.create(tmp_path / "a\tb", model)
+
+
 def test_start_after_end_is_an_error(index):
     hit = index.query("a dog")[0]
     for search in (index.query, index.similar, index.like):

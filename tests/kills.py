@@ -175,8 +175,9 @@ def main():
         print(number, way, statuses, f"at step {run.steps()}", damaged, flush=True)
         assert statuses != [0, 0]
         if way == "full disk":
-            (line,) = [x for x in run.output().splitlines() if x.startswith("error: ")]
-            print(line[:150], flush=True)
+            lines = [x for x in run.output().splitlines() if x.startswith("error: ")]
+            print(*(line[:150] for line in lines), sep="\n", flush=True)
+            assert 1 <= len(lines) <= 2  # of each process
             continue
         assert statuses == [75, 75] if way == "SIGTERM" else 0 not in statuses
     assert Run(config, folder / "stopped", 2).end(3600) == [0, 0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import kills
 import pytest
 import tiny
@@ -66,6 +67,15 @@ def test_input_errors_are_one_line(run_main, argument, message):
     assert code.startswith("error: ")
     assert "\n" not in code
     assert re.search(message, code), code
+
+
+def test_devices_that_cannot_be_used_are_one_clear_error(run_main, monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'tpu': The TPU is already in use\nby 7")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    message = "the devices cannot be used: Unable to initialize backend 'tpu': The TPU is already"
+    assert message in run_main()
 
 
 def test_repeated_run_and_eval_give_the_same_results_unless_model_json_changes(run_main, tmp_path):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import json
+import mimetypes
 import os
 import signal
 import socket
@@ -324,6 +325,12 @@ def test_internal_error_is_logged_but_not_disclosed(client, caplog):
 def test_local_server_accepts_only_local_host_names(index, host, status):
     with browser(index, host) as client:
         assert client.get("/api/index").status_code == status
+
+
+def test_content_type_does_not_depend_on_the_host(index, client, monkeypatch):
+    monkeypatch.setattr(mimetypes, "guess_type", lambda *_, **__: ("text/html", None))
+    response = client.get(f"/video/{segment(1)}")
+    assert response.headers["content-type"] == "video/mp4"
 
 
 def test_token_is_required_of_every_request(index):

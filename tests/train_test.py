@@ -213,6 +213,32 @@ def test_folders_may_have_names_with_wildcards(tmp_path, name):
     assert load_model(tmp_path / name / "model")[0]["head"]
 
 
+def test_failed_write_of_a_checkpoint_is_one_clear_error(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand 500 more lines")
+
+    checkpoints = open_checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints, "save", fail)
+    message = f"^no checkpoint can be written to {tmp_path}: RESOURCE_EXHAUSTED: No space left on"
+    with pytest.raises(InputError, match=message) as error:
+        save_checkpoint(checkpoints, 1, {"x": np.ones(2)})
+    assert "\n" not in str(error.value)
+    checkpoints.close()
+
+
+def test_logged_gradient_norm_is_that_of_the_trained_tensors(tmp_path):
+    config = tiny.make_config(tiny.make_dataset(tmp_path / "data"))
+    setup = train.Setup(config)
+    batch = next(setup.batches(0))
+    batch.pop("truncated")
+    norms = {}
+    for layers in (-1, 1):
+        config.optimizer.freeze_layers = layers
+        setup = train.Setup(config)
+        norms[layers] = float(setup.step(setup.init(), batch)[1]["gradient_norm"])
+    assert 0 < norms[1] < norms[-1]
+
+
 def test_second_run_in_a_work_directory_is_refused(tmp_path):
     refused = pytest.raises(InputError, match=r"another process trains in .*: wait until it ends")
     with lock_workdir(tmp_path), refused, lock_workdir(tmp_path):

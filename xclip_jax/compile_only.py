@@ -92,15 +92,16 @@ def _compile_step(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
 
 def _find_fitting_settings(config: RunConfig, mesh: Mesh) -> str:
     """Returns the first settings of less memory and more time with which the step compiles."""
-    size, config = config.train.batch_size, config.copy_and_resolve_references()
+    size, fields = config.train.batch_size, config
+    smaller: Any = fields.copy_and_resolve_references()
     divisors = [n for n in range(size // 2, 0, -1) if size % n == 0 and n % mesh.size == 0]
     for micro_batch in (config.train.micro_batch, *divisors):
         for remat in ("dots", "layers"):
-            config.model.remat, config.train.micro_batch = remat, micro_batch
+            smaller.model.remat, smaller.train.micro_batch = remat, micro_batch
             flags = f"--config.model.remat={remat} --config.train.micro_batch={micro_batch}"
             print(f"trying {flags}", flush=True)
             try:
-                _, compiled = _compile_step(config, mesh)
+                _, compiled = _compile_step(smaller, mesh)
             except jax.errors.JaxRuntimeError:
                 continue
             peak = held_bytes(compiled) + compiled.memory_analysis().temp_size_in_bytes
