@@ -12,7 +12,7 @@ import math
 import os
 import re
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +92,8 @@ def _compile_step(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
 
 def _find_fitting_settings(config: RunConfig, mesh: Mesh) -> str:
     """Returns the first settings of less memory and more time with which the step compiles."""
-    size, fields = config.train.batch_size, config
-    smaller: Any = fields.copy_and_resolve_references()
+    size, fields = config.train.batch_size, cast("Any", config)
+    smaller = fields.copy_and_resolve_references()
     divisors = [n for n in range(size // 2, 0, -1) if size % n == 0 and n % mesh.size == 0]
     for micro_batch in (config.train.micro_batch, *divisors):
         for remat in ("dots", "layers"):
