@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from xclip_jax import integrity
 from xclip_jax.cli import InputError, check_local, first_line, read_json, write_atomically
-from xclip_jax.config import FREE_FIELDS, RunConfig
+from xclip_jax.config import FREE_FIELDS, RunConfig, get_config
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.text import Tokenizer, load_tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
@@ -374,6 +374,7 @@ def check_same_run(
     try:
         saved = read_json(path)
         saved = {field: upgrade_value(field, value) for field, value in saved.items()}
+        saved = _flatten(get_config()) | saved  # fields added since had their defaults
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None
     free = tuple(f"{field}." for field in FREE_FIELDS)
@@ -387,10 +388,14 @@ def check_same_run(
         raise InputError(f"{workdir} has another config: {', '.join(changed)}; {advice}")
 
 
+def _flatten(config: Any) -> dict[str, Any]:
+    """Returns {dotted field: plain value} of a config."""
+    return traverse_util.flatten_dict(plain_fields(config), sep=".")
+
+
 def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Returns {dotted field: plain value} of a config and the fingerprint of the data."""
-    fields = traverse_util.flatten_dict(plain_fields(config), sep=".")
-    return fields | {"data.fingerprint": dataset.fingerprint}
+    return _flatten(config) | {"data.fingerprint": dataset.fingerprint}
 
 
 def plain_fields(section: Any) -> dict[str, Any]:
