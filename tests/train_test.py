@@ -13,16 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import xclip_jax
 from xclip_jax import distributed, evaluate, sharding, train
-from xclip_jax.checkpoint import (
-    load_model,
-    lock_workdir,
-    open_checkpoints,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from xclip_jax.checkpoint import load_model, open_checkpoints, restore_checkpoint, save_checkpoint
 from xclip_jax.cli import InputError
 from xclip_jax.metrics import summarize
 from xclip_jax.monitor import read_metrics
+from xclip_jax.workdir import lock_workdir
 
 WAYS = ("text_to_video", "video_to_text")
 

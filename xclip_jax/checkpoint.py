@@ -1,4 +1,4 @@
-"""Reads and writes the files of a run: checkpoints, model directories and work directories."""
+"""Reads and writes checkpoints and model directories."""
 
 import asyncio
 import contextlib
@@ -15,26 +15,20 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from filelock import FileLock, Timeout
-from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
 from xclip_jax import integrity
 from xclip_jax.cli import InputError, check_local, first_line, read_json, write_atomically
-from xclip_jax.config import FREE_FIELDS, RunConfig, get_config
-from xclip_jax.data.builder import Dataset
 from xclip_jax.data.text import Tokenizer, load_tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
 from xclip_jax.models import ModelConfig, XClip, read_model_config
-from xclip_jax.models.config import upgrade_value
 
 UNSCORED = -1.0  # score of a checkpoint without validation: below every recall
 UNREAD_FILE = "unread.safetensors"
@@ -337,67 +331,3 @@ def init_params(model: XClip, seed: int) -> PyTree:
     text = np.zeros((1, c.max_words), np.int32), np.ones((1, c.max_words), bool)
     video = np.zeros((1, c.max_frames, side, side, 3), np.uint8), np.ones((1, c.max_frames), bool)
     return model.init(jax.random.key(seed), *text, *video)["params"]
-
-
-def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
-    """Creates a work directory with its config.json, or checks it as `check_same_run` does."""
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if is_first_process() and not path.exists():
-            write_atomically(path, json.dumps(_all_fields(config, dataset), indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"work directory {workdir} cannot be written: {error}") from None
-    wait_for_all("config.json")
-    check_same_run(workdir, config, dataset)
-
-
-@contextlib.contextmanager
-def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Locks a work directory for this run, or raises InputError if another one is using it."""
-    try:
-        with FileLock(workdir / "train.lock", timeout=0) if is_first_process() else nullcontext():
-            yield
-    except Timeout:
-        raise InputError(f"another process trains in {workdir}: wait until it ends") from None
-
-
-def check_same_run(
-    workdir: Path, config: RunConfig, dataset: Dataset, option: str = "--workdir"
-) -> None:
-    """Checks that a work directory's run has the same config and data, except FREE_FIELDS.
-
-    Raises InputError if config.json is corrupted or of another run. The message names the fields
-    and the command-line option that sets `workdir`.
-    """
-    path = workdir / "config.json"
-    try:
-        saved = read_json(path)
-        saved = {field: upgrade_value(field, value) for field, value in saved.items()}
-        saved = _flatten(get_config()) | saved  # fields added since had their defaults
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None
-    free = tuple(f"{field}." for field in FREE_FIELDS)
-    changed = [
-        f"{field} was {saved.get(field)!r}, is {value!r}"
-        for field, value in _all_fields(config, dataset).items()
-        if not f"{field}.".startswith(free) and (field not in saved or saved[field] != value)
-    ]
-    if changed:
-        advice = f"use the same config or choose another {option}"
-        raise InputError(f"{workdir} has another config: {', '.join(changed)}; {advice}")
-
-
-def _flatten(config: Any) -> dict[str, Any]:
-    """Returns {dotted field: plain value} of a config."""
-    return traverse_util.flatten_dict(plain_fields(config), sep=".")
-
-
-def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Returns {dotted field: plain value} of a config and the fingerprint of the data."""
-    return _flatten(config) | {"data.fingerprint": dataset.fingerprint}
-
-
-def plain_fields(section: Any) -> dict[str, Any]:
-    """Returns a config, or a section of it, as nested dicts and lists of plain values."""
-    return json.loads(section.to_json())

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from xclip_jax import inference, metrics
-from xclip_jax.checkpoint import plain_fields
 from xclip_jax.cli import InputError, atomic_file, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
@@ -26,6 +25,7 @@ from xclip_jax.report import format_table, write_report
 from xclip_jax.report.figures import WordFrameAttention
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.similarity import TextFeatures, VideoFeatures
+from xclip_jax.workdir import plain_fields
 
 Tree = TypeVar("Tree")
 RANKS_FILE = "ranks.npz"

@@ -32,6 +32,7 @@ from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.monitor import Monitor
 from xclip_jax.optimizer import make_optimizer, trainable
 from xclip_jax.retriever import Retriever
+from xclip_jax.workdir import claim_workdir, lock_workdir
 
 PyTree = Any
 
@@ -53,8 +54,8 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     """
     workdir = Path(workdir)
     setup = Setup(config)
-    checkpoint.claim_workdir(workdir, config, setup.dataset)
-    with checkpoint.lock_workdir(workdir):
+    claim_workdir(workdir, config, setup.dataset)
+    with lock_workdir(workdir):
         _train(setup, workdir)
 
 

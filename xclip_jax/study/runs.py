@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from xclip_jax.checkpoint import check_same_run, plain_fields
 from xclip_jax.cli import InputError, progress
 from xclip_jax.config import validate
 from xclip_jax.data.builder import Dataset
@@ -29,6 +28,7 @@ from xclip_jax.models import read_model_config
 from xclip_jax.monitor import read_metrics
 from xclip_jax.report import DIRECTIONS
 from xclip_jax.study import Study
+from xclip_jax.workdir import check_same_run, plain_fields
 from xclip_jax.workers import start_module
 
 # Files of a work directory.

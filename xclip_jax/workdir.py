@@ -1,0 +1,81 @@
+"""Creates, locks and checks the work directory of a run."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from flax import traverse_util
+
+from xclip_jax.cli import InputError, read_json, write_atomically
+from xclip_jax.config import FREE_FIELDS, RunConfig, get_config
+from xclip_jax.data.builder import Dataset
+from xclip_jax.distributed import is_first_process, wait_for_all
+from xclip_jax.models.config import upgrade_value
+
+
+def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
+    """Creates a work directory with its config.json, or checks it as `check_same_run` does."""
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if is_first_process() and not path.exists():
+            write_atomically(path, json.dumps(_all_fields(config, dataset), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"work directory {workdir} cannot be written: {error}") from None
+    wait_for_all("config.json")
+    check_same_run(workdir, config, dataset)
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Locks a work directory for this run, or raises InputError if another one is using it."""
+    try:
+        with FileLock(workdir / "train.lock", timeout=0) if is_first_process() else nullcontext():
+            yield
+    except Timeout:
+        raise InputError(f"another process trains in {workdir}: wait until it ends") from None
+
+
+def check_same_run(
+    workdir: Path, config: RunConfig, dataset: Dataset, option: str = "--workdir"
+) -> None:
+    """Checks that a work directory's run has the same config and data, except FREE_FIELDS.
+
+    Raises InputError if config.json is corrupted or of another run. The message names the fields
+    and the command-line option that sets `workdir`.
+    """
+    path = workdir / "config.json"
+    try:
+        saved = read_json(path)
+        saved = {field: upgrade_value(field, value) for field, value in saved.items()}
+        saved = _flatten(get_config()) | saved  # fields added since had their defaults
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None
+    free = tuple(f"{field}." for field in FREE_FIELDS)
+    changed = [
+        f"{field} was {saved.get(field)!r}, is {value!r}"
+        for field, value in _all_fields(config, dataset).items()
+        if not f"{field}.".startswith(free) and (field not in saved or saved[field] != value)
+    ]
+    if changed:
+        advice = f"use the same config or choose another {option}"
+        raise InputError(f"{workdir} has another config: {', '.join(changed)}; {advice}")
+
+
+def _flatten(config: Any) -> dict[str, Any]:
+    """Returns {dotted field: plain value} of a config."""
+    return traverse_util.flatten_dict(plain_fields(config), sep=".")
+
+
+def _all_fields(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """Returns {dotted field: plain value} of a config and the fingerprint of the data."""
+    return _flatten(config) | {"data.fingerprint": dataset.fingerprint}
+
+
+def plain_fields(section: Any) -> dict[str, Any]:
+    """Returns a config, or a section of it, as nested dicts and lists of plain values."""
+    return json.loads(section.to_json())
