@@ -191,7 +191,7 @@ def test_listing_records_inconsistencies():
     listing.add("train", "b", ["x", "", "half \ud83d"])
     listing.add("test", "b", ["y"])
     listing.add("val", "b", ["z"])
-    listing.add("val", "c", [" "])
+    listing.add("val", "c", ["&nbsp;"])
     listing.add("val", "d", [""])
     listing.add("val", "d", ["a late caption"])
     assert listing.clips == [

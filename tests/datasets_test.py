@@ -105,6 +105,8 @@ def item(**fields):
         ("a.csv", 'video,caption\nc,"d\n' + "a,b\n" * 9, ", line 2: invalid CSV: unexpected en"),
         ("a.csv", "\nvideo,caption\n\n\na,b\n\n,c\n", ", line 7: field 'video': missing"),
         ("a.csv", "video,caption\na,\n", ", line 2: field 'caption': contains an empty sentence"),
+        ("a.csv", "video,caption\na,&nbsp;\n", ", line 2: field 'caption': contains an empty sent"),
+        ("a.csv", "video,caption\na,\u200b\n", ", line 2: field 'caption': contains an empty sent"),
         ("a.csv", "video,caption\na,b\n ,c\n", ", line 3: field 'video': missing"),
         ("a.csv", "video,caption,captions\na,b,c\n", ", line 2: field 'captions': there is a 'cap"),
         (

@@ -12,7 +12,7 @@ from tokenizers import models
 
 from xclip_jax.cli import InputError
 from xclip_jax.data import text as text_module
-from xclip_jax.data.text import END, START, clean, learn_tokenizer, load_tokenizer
+from xclip_jax.data.text import END, START, clean, is_blank, learn_tokenizer, load_tokenizer
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "shared" / "clip_bpe"
 CORPUS = [
@@ -82,6 +82,25 @@ def test_encoding_uses_learned_merges(tokenizer):
     assert len(tokenizer.encode("the red dog")) == 3
     assert len(tokenizer.encode("THE  Red\ndog")) == 3
     assert len(tokenizer.encode("zzz")) == 3
+
+
+@pytest.mark.parametrize("special", [START, END])
+def test_special_token_in_a_text_is_a_text_like_any_other(tokenizer, special):
+    ids_TxW, mask_TxW = learn_tokenizer(CORPUS)([f"a dog {special} red"])
+    ids = ids_TxW[0][mask_TxW[0]].tolist()
+    assert (ids.count(tokenizer.start), ids.count(tokenizer.end)) == (1, 1)
+    assert (ids[0], ids[-1]) == (tokenizer.start, tokenizer.end)
+    assert len(ids) > len("a dog red".split()) + 2
+
+
+@pytest.mark.parametrize("text", ["", " \n", "&nbsp;", "\0", "\u200b\ufeff", "\x1b[31m", "\u3164"])
+def test_text_that_shows_nothing_is_blank(text):
+    assert is_blank(text)
+
+
+@pytest.mark.parametrize("text", ["a", "!", "7", "😀", "日", "&amp;", "\u200ba", "\x1b[31ma"])
+def test_text_that_shows_something_is_not_blank(text):
+    assert not is_blank(text)
 
 
 # 512 words of three letters, each as frequent as the others: ties everywhere.

@@ -7,6 +7,7 @@ import gzip
 import html
 import json
 import os
+import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from xclip_jax.cli import InputError, PathLike, first_line
 
 HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json"]
 START, END = "<|startoftext|>", "<|endoftext|>"
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
 MAX_MERGES = 48894  # the rest of OpenAI's vocabulary file is not used: 49,408 tokens
 
 
@@ -41,7 +43,9 @@ def is_blank(text: str) -> bool:
     """Returns True if nothing visible is left of a text after cleaning."""
     if "&" in text or not (text.isascii() and text.isprintable()):  # cleaning removes something
         text = clean(text)
-    return not any(letter.isprintable() and not letter.isspace() for letter in text)
+    return not any(
+        unicodedata.category(letter)[0] in "LNPS" and letter not in FILLERS for letter in text
+    )
 
 
 class Tokenizer:
