@@ -17,9 +17,9 @@ from xclip_jax.data.builder import Dataset
 
 @pytest.mark.parametrize("path", ["s3://bucket/a", "gs://b", "s3:/bucket/a", "hdfs://x"])
 def test_uri_is_no_folder(path):
-    with pytest.raises(InputError, match=f"^--output={path}: must be a folder of this machine"):
+    with pytest.raises(InputError, match=f"^--output={path}: must be a path of this machine"):
         check_local("--output", path)
-    with pytest.raises(InputError, match="must be a folder of this machine"):
+    with pytest.raises(InputError, match="must be a path of this machine"):
         Dataset(path)
 
 

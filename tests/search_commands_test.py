@@ -180,6 +180,8 @@ def test_exported_files_contain_all_segments(tmp_path, name):
         (["query", "a", "--save_grid=a.xyz", *at()], "must be a .png file"),
         (["query", "a", "--save_grid=nowhere/a.png", *at()], "in an existing folder"),
         (["export", "--output=a.csv", *at()], "must end in .parquet or .npz"),
+        (["export", "--output=s3://a.npz", *at()], "must be a path of this machine"),
+        (["query", "a", "--save_grid=s3://a.png", *at()], "must be a path of this machine"),
         (["recall", "--sample=99999", *at()], "at most 4000"),
         (["index", "videos", "--index=new"], "--model is required"),
         (["index", "videos", "--index=new", "--model=nowhere"], "no model in"),

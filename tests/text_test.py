@@ -90,7 +90,7 @@ def test_special_token_in_a_text_is_a_text_like_any_other(tokenizer, special):
     ids = ids_TxW[0][mask_TxW[0]].tolist()
     assert (ids.count(tokenizer.start), ids.count(tokenizer.end)) == (1, 1)
     assert (ids[0], ids[-1]) == (tokenizer.start, tokenizer.end)
-    assert len(ids) > len("a dog red".split()) + 2
+    assert len(ids) > 5
 
 
 @pytest.mark.parametrize("text", ["", " \n", "&nbsp;", "\0", "\u200b\ufeff", "\x1b[31m", "\u3164"])

@@ -36,8 +36,8 @@ def first_line(error: Exception) -> str:
 def check_local(name: str, path: PathLike) -> Path:
     """Returns a path of this machine's file system, or raises InputError if it is a URI."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        advice = "mount the bucket (for example with gcsfuse or s3fs) and pass the folder"
-        raise InputError(f"{name}={path}: must be a folder of this machine: {advice}")
+        advice = "mount the bucket (for example with gcsfuse or s3fs) and pass its folder"
+        raise InputError(f"{name}={path}: must be a path of this machine: {advice}")
     return Path(path)
 
 

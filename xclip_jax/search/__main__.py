@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xclip_jax.cli import CommandParser, InputError, one_line_errors, run_command
+from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.data.annotations import read_text
 from xclip_jax.search import indexing, output
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
@@ -69,7 +69,7 @@ def run_query(args: argparse.Namespace) -> None:
         raise InputError("--captions requires --video, the video to rank them for")
     if args.exhaustive and args.text is None:
         raise InputError("--exhaustive requires a sentence")
-    picture = Path(args.save_grid or "none.png")
+    picture = check_local("--save_grid", args.save_grid or "none.png")
     if picture.suffix != ".png" or not picture.parent.is_dir():
         raise InputError(f"--save_grid={picture}: must be a .png file in an existing folder")
     index = Index.open(args.index, args.model, args.candidates, args.rerank)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from xclip_jax.cli import InputError, PathLike, atomic_file, progress
+from xclip_jax.cli import InputError, PathLike, atomic_file, check_local, progress
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.video import read_still
 from xclip_jax.report.canvas import BLUE, MUTED, Canvas, drawing_style
@@ -135,7 +135,7 @@ def export_segments(index: Index, path: PathLike) -> None:
     times and frames are real. Parquet is written in blocks, an .npz is built in memory.
     Raises InputError for another suffix or an empty index.
     """
-    path = Path(path)
+    path = check_local("--output", path)
     if path.suffix not in (".parquet", ".npz"):
         raise InputError(f"--output={path}: must end in .parquet or .npz")
     if not len(index):

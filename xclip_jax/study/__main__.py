@@ -18,10 +18,16 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from xclip_jax import prepare
-from xclip_jax.cli import CommandParser, InputError, one_line_errors, parse_with_config, run_command
+from xclip_jax.cli import (
+    CommandParser,
+    InputError,
+    check_local,
+    one_line_errors,
+    parse_with_config,
+    run_command,
+)
 from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
 from xclip_jax.study import load_studies
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         validate(base)
         prepare.render_if_missing(base)
         studies = load_studies(arguments.study, base)
-        output = Path(arguments.output or f"runs/studies/{base.name}")
+        output = check_local("--output", arguments.output or f"runs/studies/{base.name}")
         run = Run(
             name=base.name,
             config_file=arguments.config,
