@@ -86,7 +86,7 @@ class Run:
         while not moment() and all(p.poll() is None for p in self.processes):
             time.sleep(0.002)
 
-    def end(self, seconds=150):
+    def end(self, seconds=400):
         """Returns the exit statuses, after killing processes still running after `seconds`."""
         deadline = time.monotonic() + seconds
         try:

@@ -47,14 +47,25 @@ def assert_same(workdir, whole):
     assert one == other
 
 
-def finish_without_newest_checkpoint(name, whole):
+def finish_without_newest_checkpoint(folder, name):
     """Runs to the end from the checkpoint before the newest, which is cut off."""
-    damaged = kills.truncate_newest(whole.parent / name)
-    run = start_two(whole.parent, name)
+    damaged = kills.truncate_newest(folder / name)
+    run = start_two(folder, name)
     assert run.end() == [0, 0], run.output()[-3000:]
     assert f"checkpoint {damaged} is corrupted, using" in run.output()
     assert "Traceback" not in run.output()
-    assert_same(run.workdir, whole)
+    return run.workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(folder):
+    """Returns the work directory of a run on two processes that was stopped and resumed."""
+    run = start_two(folder, "stopped")
+    run.wait_until(lambda: run.steps() >= 7)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.end() == [75, 75], run.output()[-3000:]
+    assert "the same command resumes" in run.output()
+    return finish_without_newest_checkpoint(folder, "stopped")
 
 
 MOMENTS = {
@@ -83,23 +94,19 @@ def test_one_process_killed_at_any_moment_resumes(folder):
     assert_same(run.workdir, whole.workdir)
 
 
-def test_two_processes_have_the_losses_of_one_device(folder, whole):
+def test_two_processes_that_resume_have_the_losses_of_one_device(folder, resumed):
     """The processes divide parameters, batch and texts to save memory. The device does not."""
     fields = {"train.epochs": EPOCHS, "mesh.data": 1}
     fields |= {"optimizer.lr": 1e-4, "optimizer.encoder_lr": 1e-4}
     request = {"data": folder / "data", "steps": 3 * EPOCHS}
-    losses = [line["train/loss"] for line in read_metrics(whole) if "train/loss" in line]
+    losses = [line["train/loss"] for line in read_metrics(resumed) if "train/loss" in line]
     assert losses == pytest.approx(scale_worker.losses(request, fields), abs=1e-5)
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_two_processes_resume_after_sigterm_and_a_corrupted_checkpoint(folder, whole):
-    run = start_two(folder, "stopped")
-    run.wait_until(lambda: run.steps() >= 7)
-    run.processes[1].send_signal(signal.SIGTERM)
-    assert run.end() == [75, 75], run.output()[-3000:]
-    assert "the same command resumes" in run.output()
-    finish_without_newest_checkpoint("stopped", whole)
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_bits(resumed, whole):
+    assert_same(resumed, whole)
 
 
 @pytest.mark.slow
@@ -108,7 +115,7 @@ def test_two_processes_resume_after_sigkill_in_mid_save(folder, whole):
     run.wait_until(lambda: run.steps() >= 11 and kills.in_mid_save(run))
     run.processes[0].kill()
     assert 0 not in run.end(seconds=90)
-    finish_without_newest_checkpoint("killed_in_save", whole)
+    assert_same(finish_without_newest_checkpoint(folder, "killed_in_save"), whole)
 
 
 ENDING = """
