@@ -92,6 +92,10 @@ def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
         ({"preprocess_cfg": {"resize_mode": "squash"}}, r".*with 'squash', supported is bicubic"),
         ({"preprocess_cfg": 3}, r"preprocess_cfg must be an object"),
         ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be from 1"),
+        ({"model": {"text_cfg": {"no_causal_mask": True}}}, r"text_cfg.no_causal_mask is True"),
+        ({"model": {"text_cfg": {"pool_type": "last"}}}, r"text_cfg.pool_type is .last., s"),
+        ({"model": {"vision_cfg": {"pool_type": "avg"}}}, r"vision_cfg.pool_type is .avg., s"),
+        ({"model": {"vision_cfg": {"norm_kwargs": {"eps": 1e-6}}}}, r"vision_cfg.norm_kwargs is {"),
         ({"model": {"text_cfg": []}}, r"heads|embed"),
     ],
 )
@@ -121,6 +125,31 @@ def test_preprocessor_config_changes_the_features(tmp_path):
     np.testing.assert_allclose(
         retriever.encode_video(list(normalised)).video, features[1], atol=1e-5
     )
+
+
+def test_model_that_does_not_normalise_takes_pixels_from_0_to_1(tmp_path):
+    folder = write_hugging_face(tmp_path / "a", checkpoints.clip())
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    retriever = xclip_jax.load(folder)
+    frames = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    one, other = (retriever.encode_video([images]).video for images in (frames, frames / 255))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"do_center_crop": False}, "images with 'do_center_crop False'"),
+        ({"size": {"height": 16, "width": 16}}, "images with .*height.*, supported is bicubic"),
+        ({"resample": 2}, "images with 2, supported is bicubic"),
+        ({"rescale_factor": 1}, "rescale_factor is 1, supported is 1/255"),
+    ],
+)
+def test_other_preprocessing_is_refused(tmp_path, config, message):
+    folder = write_hugging_face(tmp_path / "a", checkpoints.clip())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"preprocessor_config.json: .*{message}"):
+        import_model(folder)
 
 
 def test_old_config_dicts_win_as_in_transformers(tmp_path):

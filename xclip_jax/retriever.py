@@ -22,11 +22,11 @@ from xclip_jax.data.preprocess import preprocess
 from xclip_jax.data.text import Tokenizer
 from xclip_jax.data.video import read_frames
 from xclip_jax.models import XClip
+from xclip_jax.models.config import PreprocessConfig
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 Video = str | os.PathLike | np.ndarray
 _BATCH = 32  # videos whose frames are in memory at once
-MAX_NORMALISED = 10.0  # far above the values of normalised pixels
 
 
 class Match(NamedTuple):
@@ -212,7 +212,7 @@ class Retriever:
                 allowed = "must be F x H x W x 3 without zero sizes"
                 raise InputError(f"frames of shape {images.shape}: {allowed}")
             if images.dtype != np.uint8:
-                images = _check_normalised(images, side)
+                images = _check_normalised(images, side, self.model.config.preprocess)
         chosen = [images[index] for index in choose_frames(len(images), max_frames)]
         if chosen[0].shape[:2] != (side, side):
             chosen = [preprocess(image, side) for image in chosen]
@@ -232,15 +232,22 @@ def _to_list(what: str, items: Any, kind: str, types: tuple[type, ...]) -> list[
     return items
 
 
-def _check_normalised(images: np.ndarray, side: int) -> Float[np.ndarray, "F S S 3"]:
-    """Returns frames as float32, or raises InputError if they cannot be normalised ones."""
+def _check_normalised(
+    images: np.ndarray, side: int, config: PreprocessConfig
+) -> Float[np.ndarray, "F S S 3"]:
+    """Returns frames as float32, or raises InputError if they cannot be normalised ones.
+
+    Those are from -mean / std to (1 - mean) / std, and a little outside after bicubic resizing.
+    """
     expected = f"must be uint8, or float, normalised, of {side} x {side} pixels"
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"frames of type {images.dtype}: {expected}")
     if not np.isfinite(images).all():
         raise InputError(f"frames contain NaN or infinite values: {expected}")
     low, high = float(images.min()), float(images.max())
-    if max(-low, high) > MAX_NORMALISED or (0 <= low < high <= 1):
+    mean, std = np.array(config.mean), np.array(config.std)
+    lowest, highest = ((-0.5 - mean) / std).min(), ((1.5 - mean) / std).max()
+    if not lowest <= low <= high <= highest or (0 <= low < high <= 1 and mean.any()):
         raise InputError(
             f"float frames from {low:.3g} to {high:.3g} are not normalised: {expected}"
         )

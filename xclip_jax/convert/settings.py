@@ -15,6 +15,30 @@ from xclip_jax.models.config import PreprocessConfig
 
 # The values that config.json may give to both towers, the default first.
 _SETTINGS = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
+# Settings of open_clip_config.json that change what the same weights compute, with the only
+# supported values, which are open_clip's defaults.
+_OPEN_CLIP = {
+    "vision_cfg": {
+        "pool_type": "tok",
+        "pos_embed_type": "learnable",
+        "no_ln_pre": False,
+        "final_ln_after_pool": False,
+        "global_average_pool": False,
+        "attentional_pool": False,
+        "input_patchnorm": False,
+        "act_kwargs": {},
+        "norm_kwargs": {},
+    },
+    "text_cfg": {
+        "pool_type": "argmax",
+        "proj_type": "linear",
+        "no_causal_mask": False,
+        "final_ln_after_pool": False,
+        "embed_cls": False,
+        "act_kwargs": {},
+        "norm_kwargs": {},
+    },
+}
 _HF_HEADS = {"vision": 12, "text": 8}  # transformers' defaults
 
 
@@ -51,6 +75,11 @@ def read_open_clip(folder: Path) -> Settings | None:
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
     for name, value in (("vision_cfg.width", width), ("vision_cfg.head_width", head_width)):
         _check_positive(path, name, value)
+    for tower, allowed in _OPEN_CLIP.items():
+        for name, value in allowed.items():
+            if (stated := (model.get(tower) or {}).get(name)) not in (None, value):
+                problem = f"{tower}.{name} is {stated!r:.99}"
+                raise InputError(f"{path}: {problem}, supported is {value!r}")
     heads = text.get("heads", 8)
     _check_positive(path, "text_cfg.heads", heads)
     activation = "quick_gelu" if model.get("quick_gelu") is True else "gelu"
@@ -117,6 +146,11 @@ def _read_preprocessor(folder: Path) -> PreprocessConfig | None:
     size = config.get("size", 224)
     is_crop = not isinstance(size, dict) or "shortest_edge" in size
     _check_resize(path, "crop" if is_crop else f"size {size!r:.99}", "crop")
+    for name in ("do_resize", "do_center_crop", "do_rescale"):
+        _check_resize(path, f"{name} {config.get(name, True)}", f"{name} True")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise InputError(f"{path}: rescale_factor is {factor!r:.99}, supported is 1/255")
     _check_resize(path, config.get("resample", 3), 3)  # Pillow's bicubic
     return _preprocess(path, {"mean": config.get("image_mean"), "std": config.get("image_std")})
 
