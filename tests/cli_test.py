@@ -12,7 +12,11 @@ from xclip_jax.cli import (
     one_line_errors,
     read_json,
 )
+from xclip_jax.data.annotations import read_text
 from xclip_jax.data.builder import Dataset
+from xclip_jax.data.container import VideoError
+from xclip_jax.data.preprocess import read_image
+from xclip_jax.data.video import read_frames, read_still
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/a", "gs://b", "s3:/bucket/a", "hdfs://x"])
@@ -45,6 +49,16 @@ def test_fifo_is_no_json_file(tmp_path):
         read_json(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("read", [read_text, read_frames, read_still, read_image])
+def test_fifo_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "a.mp4")
+    more = {read_frames: [16], read_still: [1.0]}.get(read, [])
+    with pytest.raises((InputError, VideoError, ValueError), match="is not a regular file"):
+        read(tmp_path / "a.mp4", *more)
+    with pytest.raises((InputError, VideoError, ValueError), match="is a folder"):
+        read(tmp_path, *more)
 
 
 def test_error_is_one_line_of_bounded_length(capsys):

@@ -171,7 +171,7 @@ def test_exported_files_contain_all_segments(tmp_path, name):
         (["query", "a", "--captions=c.txt", *at()], "--captions requires --video"),
         (["query", "--video=gone.mp4", *at()], "gone.mp4"),
         (["query", "--image=model/model.json", *at()], "model.json"),
-        (["query", "--video=videos/clip0.mp4", "--captions=model/params", *at()], "directory"),
+        (["query", "--video=videos/clip0.mp4", "--captions=model/params", *at()], "is a folder"),
         (
             ["query", "--video=videos/clip0.mp4", "--exhaustive", *at()],
             "--exhaustive requires a sentence",

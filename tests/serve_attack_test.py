@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -207,6 +208,12 @@ def test_replaced_file_is_not_served(server):
         status, body = request(port, "GET", f"/video/{hit['id']}")
         assert status == 404
         assert "has changed since it was indexed" in json.loads(body)["error"]
+        still = request(port, "GET", f"/still/{hit['id']}?second=0.5")
+        assert still == request(port, "GET", f"/thumbnail/{hit['id']}")
+        path.unlink()
+        os.mkfifo(path)  # which would be waited for
+        status, body = request(port, "GET", f"/video/{hit['id']}")
+        assert (status, json.loads(body)["error"]) == (404, "clip1.mp4 is not a regular file")
         still = request(port, "GET", f"/still/{hit['id']}?second=0.5")
         assert still == request(port, "GET", f"/thumbnail/{hit['id']}")
     finally:

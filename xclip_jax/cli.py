@@ -41,6 +41,22 @@ def check_local(name: str, path: PathLike) -> Path:
     return Path(path)
 
 
+def explain_no_file(path: PathLike) -> str | None:
+    """Returns why an existing path is no file, or None.
+
+    Opening a FIFO, which an archive may contain, would wait forever.
+    """
+    if not os.path.exists(path) or os.path.isfile(path):
+        return None
+    return "is a folder" if os.path.isdir(path) else "is not a regular file"
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError if an existing path is no file."""
+    if reason := explain_no_file(path):
+        raise InputError(f"{path}: {reason}")
+
+
 def read_json(path: Path) -> Any:
     """Reads JSON from a regular file of at most MAX_JSON_BYTES.
 
@@ -48,9 +64,8 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         InputError: it is no regular file, too large, or not valid.
     """
-    if not path.is_file():
-        if path.exists():
-            raise InputError(f"{path}: is not a regular file")
+    check_file(path)
+    if not path.exists():
         raise FileNotFoundError(path)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path}: is larger than {MAX_JSON_BYTES:,} bytes")

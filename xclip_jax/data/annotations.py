@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from xclip_jax.cli import InputError, PathLike, first_line
+from xclip_jax.cli import InputError, PathLike, check_file, first_line
 from xclip_jax.data.text import is_blank
 
 Split = Literal["train", "val", "test"]
@@ -172,6 +172,7 @@ class AnnotationFolder:
     def plain_pickle(self, name: str) -> tuple[Path, Any]:
         """Returns (path, content) of a pickle of plain data, without executing it."""
         path = self.path / name
+        check_file(path)
         try:
             with path.open("rb") as file:
                 return path, _PlainUnpickler(file, encoding="utf-8").load()
@@ -207,6 +208,7 @@ def require_fields(item: Any, where: object, **kinds: Any) -> list[Any]:
 
 def read_text(path: Path) -> str:
     """Returns the content of a UTF-8 file, with or without byte order mark."""
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from av.error import FFmpegError
 from av.format import Flags
 from av.stream import Disposition
 
-from xclip_jax.cli import PathLike
+from xclip_jax.cli import PathLike, explain_no_file
 
 # FFmpeg's readers of files that hold pictures themselves. Others open further files or addresses,
 # which a file of any name may list: playlists (HLS, DASH, concat), SDP, image sequences.
@@ -167,6 +167,8 @@ class _JoinedFlv(io.RawIOBase):
 def _open(path: PathLike, max_pixels: int) -> Iterator[InputContainer]:
     av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    if problem := explain_no_file(path):
+        raise VideoError(problem)
     try:
         with open(path, "rb") as file:
             if not file.read(1):

@@ -7,7 +7,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from xclip_jax.cli import PathLike
+from xclip_jax.cli import PathLike, explain_no_file
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's others run programs (EPS)
 MAX_IMAGE_PIXELS = 2**25  # 33 million: 100 MB as RGB
@@ -52,8 +52,11 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
 def read_image(path: PathLike) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the upright RGB pixels of an image file.
 
-    Raises ValueError if it has more than MAX_IMAGE_PIXELS, OSError if it is not in IMAGE_FORMATS.
+    Raises OSError if it is not in IMAGE_FORMATS, ValueError if it is no file or has more than
+    MAX_IMAGE_PIXELS.
     """
+    if problem := explain_no_file(path):
+        raise ValueError(problem)
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height} pixels"

@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxtyping import UInt8
 
 from xclip_jax.checkpoint import model_folder
-from xclip_jax.cli import InputError, PathLike
+from xclip_jax.cli import InputError, PathLike, explain_no_file
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.data.pipeline import choose_frames
@@ -274,6 +274,8 @@ class Index:
         snapshot = self._snapshot
         (row,) = snapshot.read(snapshot.find(segment_id), ["path", "size", "mtime"]).to_pylist()
         path, name = row["path"], os.path.basename(row["path"])
+        if problem := explain_no_file(path):
+            raise OSError(f"{name} {problem}")
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
