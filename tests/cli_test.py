@@ -66,7 +66,7 @@ def test_error_is_one_line_of_bounded_length(capsys):
         raise InputError("a\nb " + "long " * 10**6)
     assert str(stop.value).startswith("error: a b long")
     assert "\n" not in str(stop.value)
-    assert len(str(stop.value)) <= MAX_MESSAGE + 10
+    assert len(str(stop.value)) <= MAX_MESSAGE + 11
 
 
 def test_first_items_are_listed():

@@ -40,6 +40,8 @@ def test_open_clip_config_beside_the_weights_is_read(tmp_path, name, quick):
     stated = {"mean": [0.5, 0.25, 0.5], "std": [0.25, 0.5, 0.25], "interpolation": "bicubic"}
     path = write_open_clip(tmp_path, name=name, model={"quick_gelu": quick}, preprocess_cfg=stated)
     for source in (path, tmp_path):
+        with pytest.raises(InputError, match=r"^--image_mean, --image_std: the file beside"):
+            import_model(source, Options(preprocess=PreprocessConfig()))
         c = import_model(source).config
         assert c.activation == ("quick_gelu" if quick else "gelu")
         assert (c.vision.heads, c.text.heads) == (4, 2)
@@ -79,7 +81,7 @@ def test_heads_of_wide_towers_must_be_stated(tmp_path):
 def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
     path = write_open_clip(tmp_path)
     assert import_model(path, Options(activation="gelu")).config.activation == "gelu"
-    message = r"--activation=quick_gelu: open_clip_config.json states gelu: omit it"
+    message = r"--activation=quick_gelu: open_clip_config.json has gelu: omit it"
     with pytest.raises(InputError, match=message):
         import_model(path, QUICK)
 
@@ -89,9 +91,11 @@ def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
     [
         ({"preprocess_cfg": {"mean": [1, 2]}}, r"mean is \[1, 2\]: must be three numbers"),
         ({"preprocess_cfg": {"std": [0, 1, 1]}}, r"std is .*: must be three numbers above 0"),
-        ({"preprocess_cfg": {"resize_mode": "squash"}}, r".*with 'squash', supported is bicubic"),
+        ({"preprocess_cfg": {"resize_mode": "squash"}}, r".*resize_mode is 'squash', supported"),
         ({"preprocess_cfg": 3}, r"preprocess_cfg must be an object"),
         ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be from 1"),
+        ({"model": {"quick_gelu": "true"}}, r"quick_gelu is 'true', must be true or false"),
+        ({"model": {"vision_cfg": {"width": 64, "head_width": 48}}}, r"vision_cfg.width 64 is not"),
         ({"model": {"text_cfg": {"no_causal_mask": True}}}, r"text_cfg.no_causal_mask is True"),
         ({"model": {"text_cfg": {"pool_type": "last"}}}, r"text_cfg.pool_type is .last., s"),
         ({"model": {"vision_cfg": {"pool_type": "avg"}}}, r"vision_cfg.pool_type is .avg., s"),
@@ -139,9 +143,15 @@ def test_model_that_does_not_normalise_takes_pixels_from_0_to_1(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"do_center_crop": False}, "images with 'do_center_crop False'"),
-        ({"size": {"height": 16, "width": 16}}, "images with .*height.*, supported is bicubic"),
-        ({"resample": 2}, "images with 2, supported is bicubic"),
+        ({"do_center_crop": False}, "do_center_crop is False, supported is true"),
+        (
+            {"size": {"height": 16, "width": 16}},
+            "size is .*height.*, supported is the shortest edge",
+        ),
+        ({"size": 256, "crop_size": 224}, "crop_size is 224, supported is 256"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order is True, supported is false"),
+        ({"image_mean": [122, 116, 104]}, "mean is .122, 116, 104.: must be three numbers, 0 to 1"),
+        ({"resample": 2}, "resample is 2, supported is 3, bicubic"),
         ({"rescale_factor": 1}, "rescale_factor is 1, supported is 1/255"),
     ],
 )
@@ -163,7 +173,7 @@ def test_old_config_dicts_win_as_in_transformers(tmp_path):
     assert (config.activation, config.vision.heads, config.text.heads) == ("quick_gelu", 2, 2)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
 def test_prefixes_of_wrapped_models_are_removed(tmp_path, prefix, name):
     tensors = checkpoints.clip()
@@ -184,14 +194,29 @@ def test_release_checkpoint_with_the_tight_head_is_recognized(tmp_path):
     assert "global_mat_weight" in imported.unread
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
-    tensors = checkpoints.clip()
-    tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"][0, 0] = value
+    tensors, name = checkpoints.clip(), "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    tensors[name] = tensors[name].astype(np.float64)
+    tensors[name][0, 0] = value
     path = write(tmp_path / "a.bin", tensors)
     with pytest.raises(InputError, match=r"c_fc.weight contains NaN or infinite numbers$"):
         convert(path, tmp_path / "model", QUICK)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("kind", [np.complex64, np.int8, np.bool_])
+def test_weights_must_be_floating_point(tmp_path, kind):
+    tensors, name = checkpoints.clip(), "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    tensors[name] = tensors[name].astype(kind)
+    with pytest.raises(InputError, match=rf"c_fc.weight has type {np.dtype(kind)}, must be of fl"):
+        import_model(write(tmp_path / "a.safetensors", tensors), QUICK)
+
+
+def test_hugging_face_weights_are_described_by_the_file_beside_them(tmp_path):
+    folder = write_hugging_face(tmp_path / "a", checkpoints.clip())
+    one, other = import_model(folder), import_model(folder / "model.safetensors")
+    assert one.config == other.config
 
 
 def test_tight_head_leaves_a_position_for_the_sentence(tmp_path):

@@ -237,11 +237,11 @@ def test_invalid_options_are_refused(tmp_path):
         with pytest.raises(InputError, match=re.escape(message)):
             convert(path, tmp_path / "model", Options(**options))
     folder = write_hugging_face(tmp_path / "hf", checkpoints.clip())
-    with pytest.raises(InputError, match=r"--activation=quick_gelu: config.json states gelu: omit"):
+    with pytest.raises(InputError, match=r"--activation=quick_gelu: config.json has gelu: omit"):
         convert(folder, tmp_path / "model", QUICK)
     config = json.loads((folder / "config.json").read_text())
     vision = config["vision_config"] | {"num_attention_heads": 0}
-    for tower, message in [("x", "must be an object"), (vision, "_heads is 0")]:
+    for tower, message in [("x", "must be an object"), (vision, r"heads .vision. is 0")]:
         (folder / "config.json").write_text(json.dumps(config | {"vision_config": tower}))
         with pytest.raises(InputError, match=message):
             convert(folder, tmp_path / "model")

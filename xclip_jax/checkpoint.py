@@ -29,6 +29,7 @@ from xclip_jax.cli import InputError, check_local, first_line, read_json, write_
 from xclip_jax.data.text import Tokenizer, load_tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
 from xclip_jax.models import ModelConfig, XClip, read_model_config
+from xclip_jax.models.config import check_model
 
 UNSCORED = -1.0  # score of a checkpoint without validation: below every recall
 UNREAD_FILE = "unread.safetensors"
@@ -215,6 +216,7 @@ def escape_path(folder: Path) -> Path:
     links.mkdir(mode=0o700, exist_ok=True)
     if links.is_symlink() or links.owner() != getpass.getuser():
         raise InputError(f"{folder}: rename it without * ? [ ] \\, as {links} is not yours")
+    folder.mkdir(parents=True, exist_ok=True)  # Orbax cannot create what a link points to
     link = links / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     with contextlib.suppress(FileExistsError):
         link.symlink_to(folder, target_is_directory=True)
@@ -267,14 +269,18 @@ def save_model(
     directory = Path(directory).absolute()
     partial = partial_folder(directory)
     described = describe_model(config) | dict(extra or {})
-    (partial / "model.json").write_text(json.dumps(described, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(partial / "tokenizer")
-    if unread:
-        save_file(dict(unread), partial / UNREAD_FILE)
-    with local_checkpointer() as checkpointer:
-        checkpointer.save(escape_path(partial) / "params", jax.tree.map(np.asarray, params))
-    integrity.write_digests(partial)
+    try:
+        (partial / "model.json").write_text(json.dumps(described, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer")
+        if unread:
+            save_file(dict(unread), partial / UNREAD_FILE)
+        with local_checkpointer() as checkpointer:
+            checkpointer.save(escape_path(partial) / "params", jax.tree.map(np.asarray, params))
+        integrity.write_digests(partial)
+    except Exception as error:  # a full disk has several types
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{directory} cannot be written: {first_line(error):.300}") from None
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
@@ -296,7 +302,9 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
     file, folder = directory / "model.json", directory / "params"
     try:
         described = read_json(file)
-        model = XClip(read_model_config(described))
+        config = read_model_config(described)
+        check_model(config)
+        model = XClip(config)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: model.json is missing") from None
     except InputError:

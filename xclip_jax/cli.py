@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import sys
-import textwrap
 import threading
 import traceback
 import uuid
@@ -38,6 +37,8 @@ def check_local(name: str, path: PathLike) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         advice = "mount the bucket (for example with gcsfuse or s3fs) and pass its folder"
         raise InputError(f"{name}={path}: must be a path of this machine: {advice}")
+    if str(path) != str(path).encode("utf-8", "replace").decode():  # on Linux, any bytes
+        raise InputError(f"{name}={path!s}: must be a name in UTF-8")
     return Path(path)
 
 
@@ -100,11 +101,15 @@ def write_atomically(path: PathLike, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns an InputError or OSError into one line on stderr and exit status 1."""
+    """Turns an error of the input into one line on stderr and exit status 1.
+
+    That is an InputError, OSError or, for a number of the config, OverflowError.
+    """
     try:
         yield
-    except (InputError, OSError) as error:
-        sys.exit("error: " + textwrap.shorten(str(error), MAX_MESSAGE, placeholder=" ..."))
+    except (InputError, OSError, OverflowError) as error:
+        message = " ".join(str(error).splitlines())
+        sys.exit("error: " + message[:MAX_MESSAGE] + " ..." * (len(message) > MAX_MESSAGE))
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
@@ -17,7 +16,17 @@ from ml_collections import ConfigDict, config_dict
 from xclip_jax.cli import InputError
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.models import ModelConfig, read_model_config
-from xclip_jax.models.config import PRESETS, Natural, Positive, PositiveFloat, Rule, Size
+from xclip_jax.models.config import (
+    PRESETS,
+    Checks,
+    Natural,
+    Positive,
+    PositiveFloat,
+    Rule,
+    Size,
+    check_sizes,
+    check_types,
+)
 
 # Sections and fields that do not affect training: a run may be resumed with other values.
 FREE_FIELDS = ("mode", "mesh", "log", "report", "eval", "data.path", "train.micro_batch")
@@ -126,13 +135,16 @@ class ReportConfig:
     attention_pairs: Natural = 4  # word-by-frame heat maps
 
 
+Seed = Annotated[int, Rule(lambda x: 0 <= x < 2**32, "a whole number from 0 to 4294967295")]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All fields of a run."""
 
     name: str = "xclip"  # the work directory is runs/NAME
     mode: Literal["train", "eval"] = "train"  # eval: only evaluate the selected weights
-    seed: Natural = 0  # of the initial weights and the order of the data
+    seed: Seed = 0  # of the initial weights and the order of the data
     model: ModelConfig = ModelConfig()  # noqa: RUF009  (it is frozen)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -171,37 +183,11 @@ def validate(config: RunConfig) -> None:
 
     Raises InputError that names the first wrong field, its value and what is allowed.
     """
-    for field, is_valid, allowed in itertools.chain(_check_types(config), _check_sizes(config)):
+    checks = itertools.chain(check_types(config, Config), _check_sizes(config))
+    for field, is_valid, allowed in checks:
         if not is_valid:
             value = operator.attrgetter(field)(config)
             raise InputError(f"config.{field} = {value!r}: must be {allowed}")
-
-
-Checks = Iterator[tuple[str, Any, str]]  # (field, is valid, allowed values)
-_TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-_TYPES |= {tuple: "a tuple", ConfigDict: "a group of fields"}
-
-
-def _check_types(config: Any, section: Any = Config, prefix: str = "") -> Checks:
-    """Checks each field against its declared type and rules, a section before its fields."""
-    for name, hint in get_type_hints(section, include_extras=True).items():
-        field, value, suffix, rules = prefix + name, getattr(config, name), "", ()
-        if type(None) in get_args(hint):  # X | None
-            if value is None:
-                continue
-            hint, suffix = get_args(hint)[0], " (or None: by the preset)"
-        if get_origin(hint) is Annotated:
-            hint, *rules = get_args(hint)
-        if get_origin(hint) is Literal:
-            yield field, value in get_args(hint), f"one of {', '.join(get_args(hint))}{suffix}"
-            continue
-        kind = ConfigDict if dataclasses.is_dataclass(hint) else get_origin(hint) or hint
-        is_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        yield field, is_kind, _TYPES[kind] + suffix
-        for rule in rules:
-            yield field, rule.is_valid(value), rule.allowed + suffix
-        if dataclasses.is_dataclass(hint):
-            yield from _check_types(value, hint, f"{field}.")
 
 
 def _check_sizes(config: RunConfig) -> Checks:
@@ -214,20 +200,8 @@ def _check_sizes(config: RunConfig) -> Checks:
     yield "log.profile_from", log.profile_from or not log.profile_to, needed
     at_least = f"at least log.profile_from = {log.profile_from}"
     yield "log.profile_to", log.profile_to >= log.profile_from, at_least
-    side = m.vision.image_size
-    yield "model.vision.patch_size", side % m.vision.patch_size == 0, f"a divisor of {side}"
-    towers = [("vision", m.vision, m.vision.width), ("text", m.text, m.text.width)]
-    if m.temporal.type == "transformer" or not m.has_granularities:
-        towers.append(("temporal", m.temporal, m.embed_dim))
-    for name, tower, width in towers:
-        yield f"model.{name}.heads", width % tower.heads == 0, f"a divisor of the width {width}"
-    attends = not m.matrices or m.aggregation == "attention"
-    yield "model.aggregation", attends, "attention where model.matrices = True"
-    longest, context = m.text.context_length, "model.text.context_length"
-    yield "model.max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
-    # The tight head has a position for the sentence, too.
-    most, less = (longest - 1, " - 1") if m.head == "tight_transformer" else (longest, "")
-    yield "model.max_frames", m.max_frames <= most, f"at most {context}{less} = {most}"
+    for field, is_valid, allowed in check_sizes(m):
+        yield f"model.{field}", is_valid, allowed
 
 
 BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from xclip_jax.cli import write_atomically
+from xclip_jax.cli import check_file, write_atomically
 
 DIGESTS = "digests.json"
 
@@ -29,12 +29,13 @@ def read_digests(folder: Path) -> dict[str, Any] | None:
     """Returns the content of digests.json, or None if it is missing or itself corrupted."""
     path = folder / DIGESTS
     try:
+        check_file(path)
         content = json.loads(path.read_text())
         if content.pop("check") == _digest_json(content):
             return content
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
     logging.warning("%s is corrupted: the files beside it are not checked", path)
     return None

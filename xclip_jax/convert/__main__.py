@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import Options, convert
+from xclip_jax.convert.settings import is_rgb
 from xclip_jax.models.config import PreprocessConfig
 
 
 def _parse_rgb(text: str) -> tuple[float, ...]:
-    """Returns three numbers above 0."""
+    """Returns three numbers from 0 to 1."""
     values = tuple(map(float, text.split(",")))
-    if not (len(values) == 3 and all(0 < value < 1e3 for value in values)):
+    if not (len(values) == 3 and is_rgb(values, "mean")):
         raise ValueError
     return values
 
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     mean, std = options.pop("image_mean"), options.pop("image_std")
     if (mean is None) != (std is None):
         parser.error("--image_mean and --image_std belong together")
+    if std and not is_rgb(std, "std"):
+        parser.error("--image_std: must be above 0")
     options["preprocess"] = PreprocessConfig(mean, std) if mean and std else None
     with one_line_errors():
         output = check_local("--output", output)

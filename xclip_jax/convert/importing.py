@@ -38,7 +38,8 @@ _HEADS: dict[str, Any] = {  # by the module of a tensor; the last that occurs co
     "cross": "tight_transformer",  # X-CLIP saves its matrices with this head, too
 }
 _HUB_ID = r"[\w.-]+/[\w.-]+"  # how the hub names models
-_PREFIXES = ("module.", "_orig_mod.")  # before the names of wrapped models
+_PREFIXES = ("module.", "model.")  # before the names of wrapped models
+OPENAI = "OpenAI's CLIP"  # also in the official models
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -48,9 +49,9 @@ class Options:
 
     vocab: str | Path | None = None  # tokenizer, as in `load_tokenizer`; else the source's, if any
     head: Literal["mean_pooling", "xclip"] | None = None  # of plain CLIP; else mean_pooling
-    # A file beside the weights may state the next four. Otherwise: the activation is required,
-    # except for OpenAI's and the official weights; the number of heads is width / 64, and required
-    # above a width of 1024; images are normalised as for CLIP.
+    # A file beside the weights may state the next four. Where none does, the activation is
+    # required, except for OpenAI's and the official weights, and so are heads of towers wider than
+    # 1024; those of others are width / 64, and images are normalised as for CLIP.
     activation: Literal["quick_gelu", "gelu"] | None = None
     vision_heads: int | None = None
     text_heads: int | None = None
@@ -152,7 +153,8 @@ def is_importable(source: str | Path) -> bool:
     """Returns True for a file, a folder as `convert` takes it, and what may be a hub id."""
     path = Path(source)
     if path.is_dir():
-        if (path / "checkpoints").is_dir():  # a work directory has a config.json of its own
+        # A work directory has a config.json of its own.
+        if (path / "checkpoints").is_dir() or (path / "train.lock").exists():
             return False
         return any((path / name).is_file() for name in ("config.json", *OPEN_CLIP_FILES))
     return path.is_file() or re.fullmatch(_HUB_ID, str(source)) is not None
@@ -194,7 +196,8 @@ def _load(path: Path) -> Archive:
 
 def _strip_prefixes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Removes what torch.compile, DataParallel and averaged models put before all names."""
-    tensors = {name: array for name, array in tensors.items() if name != "n_averaged"}
+    pairs = ((name.replace("_orig_mod.", ""), array) for name, array in tensors.items())
+    tensors = {name: array for name, array in pairs if name != "n_averaged"}
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), None):
         tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
         if not tensors:
@@ -208,14 +211,12 @@ def _classify(archive: Archive, path: Path, options: Options) -> Source:
     kind = "safetensors file" if path.suffix == ".safetensors" else f"PyTorch {kind}"
     tensors = _strip_prefixes(tensors)
     if "vision_model.embeddings.class_embedding" in tensors:
-        raise InputError(
-            "weights of a Hugging Face CLIP: pass the folder that also has config.json"
-        )
+        return _complete_hugging_face(path.parent, tensors, options)
     if any(name.startswith(("visual.layer1.", "clip.visual.layer1.")) for name in tensors):
         raise InputError("CLIP with a ResNet image tower is not supported, only ViT")
     if "clip.visual.conv1.weight" in tensors:
         model = "X-CLIP" if "global_mat_weight" in tensors else "CLIP4Clip"
-        settings = Settings("quick_gelu")  # with OpenAI's towers
+        settings = Settings("quick_gelu", source=OPENAI)
         return Source(f"official {model} {kind}", True, tensors, _complete(options, settings))
     # open_clip's CustomTextCLIP has a prefix; its other models come in training checkpoints.
     open_clip = archive.nested or "text.token_embedding.weight" in tensors
@@ -226,8 +227,8 @@ def _classify(archive: Archive, path: Path, options: Options) -> Source:
         raise InputError(f"not a CLIP model: visual.conv1.weight is missing, found {names:.300}")
     settings = read_open_clip(path.parent) or Settings()
     model = "open_clip" if open_clip or settings.source else "CLIP"
-    if archive.torchscript or "input_resolution" in tensors:  # OpenAI's
-        model, settings = "CLIP", Settings("quick_gelu")
+    if "input_resolution" in tensors:
+        model, settings = "CLIP", Settings("quick_gelu", source=OPENAI)
     tensors = {f"clip.{name}": array for name, array in tensors.items()}
     return Source(f"{model} {kind}", False, tensors, _complete(options, settings))
 
@@ -239,9 +240,15 @@ def _read_folder(folder: Path, options: Options) -> Source:
     for name in OPEN_CLIP_FILES:
         if (folder / name).is_file() and not (folder / "config.json").exists():
             return _classify(_load(folder / name), folder / name, options)
-    settings = read_hugging_face(folder)
-    tensors = from_hugging_face(_strip_prefixes(_load_shards(folder)))
-    return Source("Hugging Face CLIP", False, tensors, _complete(options, settings))
+    read_hugging_face(folder)  # an error in it comes before one of the weights
+    return _complete_hugging_face(folder, _strip_prefixes(_load_shards(folder)), options)
+
+
+def _complete_hugging_face(
+    folder: Path, tensors: dict[str, np.ndarray], options: Options
+) -> Source:
+    options = _complete(options, read_hugging_face(folder))
+    return Source("Hugging Face CLIP", False, from_hugging_face(tensors), options)
 
 
 def _complete(options: Options, settings: Settings) -> Options:
@@ -251,8 +258,10 @@ def _complete(options: Options, settings: Settings) -> Options:
         stated, flag = getattr(settings, field.name), getattr(options, field.name, None)
         if stated is None or field.name == "source":
             continue
+        if flag not in (None, stated) and field.name == "preprocess":
+            raise InputError("--image_mean, --image_std: the file beside the weights has others")
         if flag not in (None, stated):
-            raise InputError(f"--{field.name}={flag}: {settings.source} states {stated}: omit it")
+            raise InputError(f"--{field.name}={flag}: {settings.source} has {stated}: omit it")
         values[field.name] = stated
     return replace(options, **values)
 
@@ -301,7 +310,7 @@ def infer(source: Source) -> ModelConfig:
             raise InputError(f"the {tower} tower has no layers")
         if width > 1024 and not getattr(options, name):
             problem = f"heads are not stored, and the {tower} tower has width {width}"
-            raise InputError(f"{problem}: set --{name} (16 for ViT-H, ViT-g and ViT-bigG)")
+            raise InputError(f"{problem}: set --{name} (ViT-H: 16 of images and of text)")
         if width % heads:
             size = f"the {tower} tower has width {width}"
             raise InputError(f"{size}, not divisible by {heads} heads: set --{name}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.cli import InputError, list_some
@@ -120,23 +121,30 @@ def to_params(tensors: Tensors, template: Any) -> tuple[Any, dict[str, np.ndarra
     Returns:
         (params, unused): float32 arrays in the structure of `template`; tensors not used in it.
 
-    Raises InputError if tensors are missing, have another shape or contain NaN.
+    Raises InputError if tensors are missing, have another shape or type, or contain NaN.
     """
     # Nothing is allocated for parameters that are missing.
     empty = torch_views(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), template))
     problems = [f"{name} is missing" for name in empty.keys() - tensors.keys()]
-    finite = {name: np.isfinite(tensors[name]).all() for name in empty.keys() & tensors.keys()}
-    problems += [f"{name} contains NaN or infinite numbers" for name, x in finite.items() if not x]
     for name in empty.keys() & tensors.keys():
-        found, expected = tensors[name].shape, empty[name].shape
-        if found != expected:
-            problems.append(f"{name} has shape {found}, must be {expected}")
+        tensor, expected = tensors[name], empty[name].shape
+        if tensor.shape != expected:
+            problems.append(f"{name} has shape {tensor.shape}, must be {expected}")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} has type {tensor.dtype}, must be of floating point")
+        elif not np.isfinite(_to_float32(tensor)).all():
+            problems.append(f"{name} contains NaN or infinite numbers")
     if problems:
         raise InputError(f"the weights do not fit the model: {list_some(sorted(problems))}")
     params = jax.tree.map(lambda x: np.empty(x.shape, np.float32), template)
     for name, view in torch_views(params).items():
-        view[...] = tensors[name]
+        view[...] = _to_float32(tensors[name])
     return params, {name: array for name, array in tensors.items() if name not in empty}
+
+
+def _to_float32(tensor: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # becomes infinite
+        return tensor.astype(np.float32)
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ _OPEN_CLIP = {
         "global_average_pool": False,
         "attentional_pool": False,
         "input_patchnorm": False,
+        "timm_model_name": None,
         "act_kwargs": {},
         "norm_kwargs": {},
     },
@@ -35,6 +37,7 @@ _OPEN_CLIP = {
         "no_causal_mask": False,
         "final_ln_after_pool": False,
         "embed_cls": False,
+        "hf_model_name": None,
         "act_kwargs": {},
         "norm_kwargs": {},
     },
@@ -50,7 +53,7 @@ class Settings:
     vision_heads: int | None = None
     text_heads: int | None = None
     preprocess: PreprocessConfig | None = None
-    source: str = ""  # the file that states activation and heads
+    source: str = ""  # the file that states activation and heads, or what tells them
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -78,20 +81,24 @@ def read_open_clip(folder: Path) -> Settings | None:
     for tower, allowed in _OPEN_CLIP.items():
         for name, value in allowed.items():
             if (stated := (model.get(tower) or {}).get(name)) not in (None, value):
-                problem = f"{tower}.{name} is {stated!r:.99}"
-                raise InputError(f"{path}: {problem}, supported is {value!r}")
+                _check(path, f"{tower}.{name}", stated, False, repr(value))
+    if width % head_width:
+        problem = f"vision_cfg.width {width} is not a multiple of head_width {head_width}"
+        raise InputError(f"{path}: {problem}")
     heads = text.get("heads", 8)
     _check_positive(path, "text_cfg.heads", heads)
-    activation = "quick_gelu" if model.get("quick_gelu") is True else "gelu"
-    stated = _section(path, config, "preprocess_cfg")
-    preprocess = PreprocessConfig()
+    quick = [model.get(name) or False for name in ("quick_gelu", "force_quick_gelu")]
+    if not all(isinstance(value, bool) for value in quick):
+        raise InputError(f"{path}: quick_gelu is {quick[0]!r:.99}, must be true or false")
+    stated, preprocess = _section(path, config, "preprocess_cfg"), None
     if stated:
         names = {"mean": stated.get("mean"), "std": stated.get("std")}
         preprocess = _preprocess(path, names)
-        _check_resize(path, stated.get("resize_mode", "shortest"), "shortest")
-        _check_resize(path, stated.get("interpolation", "bicubic"), "bicubic")
-    heads_of_images = max(1, width // head_width)
-    return Settings(activation, heads_of_images, heads, preprocess, path.name)
+        for name, value in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+            actual = stated.get(name, value)
+            _check(path, f"preprocess_cfg.{name}", actual, actual == value, value)
+    activation = "quick_gelu" if any(quick) else "gelu"
+    return Settings(activation, width // head_width, heads, preprocess, path.name)
 
 
 def read_hugging_face(folder: Path) -> Settings:
@@ -116,8 +123,8 @@ def read_hugging_face(folder: Path) -> Settings:
     for tower, values in (("vision", vision), ("text", text)):
         count = values.get("num_attention_heads", _HF_HEADS[tower])
         if type(count) is not int or count < 1:
-            wrong = f"the number of {tower}_heads is {count!r:.99}"
-            raise InputError(f"{path}: {wrong}, must be at least 1")
+            wrong = f"num_attention_heads ({tower}) is {count!r:.99}"
+            raise InputError(f"{path}: {wrong}, must be a whole number of at least 1")
         heads.append(count)
     activation = text.get("hidden_act", _SETTINGS["hidden_act"][0])
     return Settings(activation, heads[0], heads[1], _read_preprocessor(folder), path.name)
@@ -141,17 +148,22 @@ def _read_preprocessor(folder: Path) -> PreprocessConfig | None:
     if not path.exists():
         return None
     config = read_object(path)
+    size = config.get("size", 224)
+    side = size.get("shortest_edge") if isinstance(size, dict) else size
+    _check(path, "size", size, type(side) is int, "the shortest edge")
+    crop = config.get("crop_size", side)
+    _check(path, "crop_size", crop, crop in (side, {"height": side, "width": side}), f"{side}")
+    for name in ("do_resize", "do_center_crop", "do_rescale"):
+        _check(path, name, config.get(name, True), config.get(name, True) is True, "true")
+    flip = config.get("do_flip_channel_order", False)
+    _check(path, "do_flip_channel_order", flip, not flip, "false")
+    factor = config.get("rescale_factor", 1 / 255)
+    is_usual = _is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-3)
+    _check(path, "rescale_factor", factor, is_usual, "1/255")
+    resample = config.get("resample", 3)  # a filter of Pillow
+    _check(path, "resample", resample, resample == 3, "3, bicubic")
     if config.get("do_normalize") is False:
         return _preprocess(path, {"mean": [0.0] * 3, "std": [1.0] * 3})
-    size = config.get("size", 224)
-    is_crop = not isinstance(size, dict) or "shortest_edge" in size
-    _check_resize(path, "crop" if is_crop else f"size {size!r:.99}", "crop")
-    for name in ("do_resize", "do_center_crop", "do_rescale"):
-        _check_resize(path, f"{name} {config.get(name, True)}", f"{name} True")
-    factor = config.get("rescale_factor", 1 / 255)
-    if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-        raise InputError(f"{path}: rescale_factor is {factor!r:.99}, supported is 1/255")
-    _check_resize(path, config.get("resample", 3), 3)  # Pillow's bicubic
     return _preprocess(path, {"mean": config.get("image_mean"), "std": config.get("image_std")})
 
 
@@ -162,9 +174,9 @@ def _preprocess(path: Path, values: dict[str, Any]) -> PreprocessConfig:
         if value is None:
             continue
         is_list = isinstance(value, list) and len(value) == 3
-        if not is_list or not all(map(_is_number, value)) or (name == "std" and min(value) <= 0):
-            rule = "must be three numbers" + (" above 0" if name == "std" else "")
-            raise InputError(f"{path}: {name} is {value!r:.99}: {rule}")
+        if not is_list or not all(map(_is_number, value)) or not is_rgb(value, name):
+            rule = "three numbers above 0, at most 1" if name == "std" else "three numbers, 0 to 1"
+            raise InputError(f"{path}: {name} is {value!r:.99}: must be {rule}")
         numbers[name] = tuple(map(float, value))
     return PreprocessConfig(**numbers)
 
@@ -173,10 +185,14 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _check_resize(path: Path, value: Any, allowed: Any) -> None:
-    if value != allowed:
-        problem = f"preprocesses images with {value!r:.99}"
-        raise InputError(f"{path}: {problem}, supported is bicubic resizing with a centre crop")
+def is_rgb(values: Sequence[float], name: str) -> bool:
+    """Returns True if values may be the mean or deviation (`name`: "mean", "std") of pixels."""
+    return min(values) >= 0 and max(values) <= 1 and not (name == "std" and 0 in values)
+
+
+def _check(path: Path, name: str, value: Any, is_supported: bool, supported: str) -> None:
+    if not is_supported:
+        raise InputError(f"{path}: {name} is {value!r:.99}, supported is {supported}")
 
 
 def _check_positive(path: Path, name: str, value: Any) -> None:

@@ -4,14 +4,16 @@ import bisect
 import contextlib
 import io
 import itertools
+import mmap
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
 import av.logging
-from av import VideoStream
+from av import Packet, VideoStream
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.format import Flags
@@ -28,6 +30,9 @@ CONTAINERS = (
 )
 # Formats whose clock may restart, in addition to those that FFmpeg marks as such.
 _JOINABLE = ("flv",)
+_STREAMED = ("matroska,webm", "asf")  # and joinable ones: packets lie in the order of their times
+_FLV_HEADER = re.compile(rb"FLV\x01[\0\1\4\5]\0\0\0\x09\0\0\0\0")
+_MAX_PARTS = 1000  # of a joined FLV file
 MAX_PIXELS = 2**26  # of a frame: 8,192 x 8,192
 _FIRST_PICTURES = 60  # seconds of a file in which a film has at least two pictures
 
@@ -70,16 +75,43 @@ class Film(NamedTuple):
 
     def count_frames(self) -> int:
         """Returns the number of frames that the header states, 0 if unknown."""
-        frames = self.stream.frames
-        if "mov" in self.container.format.name.split(","):  # its index has what an edit list leaves
-            frames = min(frames, len(self.stream.index_entries))
+        frames, name = self.stream.frames, self.container.format.name
+        if name == "avi" or "mov" in name.split(","):
+            # An index has what an edit list leaves, and frames of 0 bytes that repeat the last one.
+            frames = min(frames, sum(entry.size > 0 for entry in self.stream.index_entries))
         return frames
 
-    def clock(self) -> "Clock":
-        """Returns a new clock for the time stamps."""
+    def clock(self, heard: Sequence[int] = ()) -> "Clock":
+        """Returns a new clock for the time stamps, which knows the given ones of the sound."""
         rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
         sparse = self.container.format.name == "mpeg"
-        return Clock(self.second, rate, joinable=self.is_joinable, sparse=sparse)
+        return Clock(self.second, rate, joinable=self.is_joinable, sparse=sparse, heard=heard)
+
+
+class PacketReader:
+    """An iterator over the packets of a picture track, which tells `clock` the times of the sound.
+
+    `unread` is the fraction of the file after the last packet of picture and sound, 0 if unknown:
+    another recording, with streams that FFmpeg did not find at the start.
+    """
+
+    def __init__(self, film: Film, clock: "Clock") -> None:
+        self.film, self.clock, self.unread = film, clock, 0.0
+
+    def __iter__(self) -> Iterator[Packet]:
+        container, stream, end = self.film.container, self.film.stream, 0
+        is_joinable = self.film.is_joinable
+        is_streamed = is_joinable or container.format.name in _STREAMED
+        sounds = list(container.streams.audio[:1]) if is_streamed else []
+        with contextlib.suppress(IndexError):  # a packet of a stream that was not there before
+            for packet in container.demux([stream, *sounds]):
+                end = max(end, (packet.pos or 0) + packet.size)
+                if packet.stream.index == stream.index:
+                    yield packet
+                elif is_joinable and packet.dts is not None and packet.time_base:
+                    self.clock.hear(int(packet.dts * packet.time_base * self.film.second))
+        if is_streamed and container.size > 0 and end:
+            self.unread = max(0.0, 1 - end / container.size)
 
 
 @contextlib.contextmanager
@@ -115,17 +147,12 @@ class _JoinedFlv(io.RawIOBase):
         self.place = 0
 
     def _find_parts(self) -> Iterator[tuple[int, int]]:
-        start = place = 0
-        while place < self.size:
-            self.file.seek(place)
-            tag = self.file.read(11)
-            if tag[:3] == b"FLV" and len(tag) > 8:
-                if place:
-                    yield start, place
-                    start = place + 13  # bytes of a header and of the size of the tag before it
-                place += 13
-            else:
-                place += 11 + int.from_bytes(tag[1:4]) + 4
+        start = 0
+        with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for header in itertools.islice(_FLV_HEADER.finditer(content), _MAX_PARTS):
+                if header.start():
+                    yield start, header.start()
+                    start = header.end()
         yield start, self.size
 
     def readable(self) -> bool:
@@ -167,6 +194,7 @@ class _JoinedFlv(io.RawIOBase):
 def _open(path: PathLike, max_pixels: int) -> Iterator[InputContainer]:
     av.logging.set_level(None)  # FFmpeg would print every corrupted macroblock to stderr
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    allowed |= {"scan_all_pmts": "1", "merge_pmt_versions": "1"}  # joined MPEG-TS: other numbers
     if problem := explain_no_file(path):
         raise VideoError(problem)
     try:
@@ -224,20 +252,33 @@ class Clock:
     A second has `second` ticks and `rate` frames. Ticks are integers: in floating point, 17.8 s -
     16.8 s is not 1 s. Steps back of more than 10 s or forward of more than an hour are a restart of
     the clock. If recordings may be `joinable`, so are steps back of more than 0.1 s and steps
-    forward of more than 10 s (FFmpeg's limits, https://ffmpeg.org/ffmpeg.html), unless pictures are
-    held that long: unless the step is at most 20 times the longest so far. `sparse` stamps, of
-    which FFmpeg attributes some to the frame before, are followed only when two frames off.
+    forward of more than 10 s (FFmpeg's limits, https://ffmpeg.org/ffmpeg.html), unless a picture is
+    held that long: unless the sound goes on, or the step is at most 20 times the longest so far. A
+    step back to the first stamp always is. `sparse` stamps, of which FFmpeg attributes some to the
+    frame before, are followed only when two frames off. `heard` are time stamps of the sound.
     """
 
     def __init__(
-        self, second: Fraction, rate: Fraction, *, joinable: bool = False, sparse: bool = False
+        self,
+        second: Fraction,
+        rate: Fraction,
+        *,
+        joinable: bool = False,
+        sparse: bool = False,
+        heard: Sequence[int] = (),
     ) -> None:
         self.period = max(round(second / rate), 1)
         self.second, self.joinable = second, joinable
         self.tolerance = 2 * self.period if sparse else 0
         self.zero: int | None = None
         self.now = -self.period
+        self.heard, self._first = list(heard), 0
         self._longest = 0  # step between two frames so far
+
+    def hear(self, stamp: int) -> None:
+        """Takes the time stamp of a packet of the sound, in ticks."""
+        if not self.heard or abs(stamp - self.heard[-1]) >= self.second:
+            self.heard.append(stamp)
 
     def __call__(self, stamp: int | None) -> int:
         """Returns the ticks of the next frame, whose time stamp may be None."""
@@ -246,9 +287,9 @@ class Clock:
             return self.now
         if self.zero is None:
             self.now += self.period
-            self.zero = stamp - self.now
+            self._first, self.zero = stamp, stamp - self.now
             return self.now
-        if self._restarts(stamp - self.zero - self.now):
+        if self._restarts(self.zero + self.now, stamp):
             self.zero = stamp - self.now - self.period
         step = stamp - self.zero - self.now
         if abs(step - self.period) < self.tolerance:
@@ -256,13 +297,23 @@ class Clock:
         self._longest, self.now = max(self._longest, step), max(self.now, self.now + step)
         return self.now
 
-    def _restarts(self, step: int) -> bool:
-        back, pause = Fraction(10), Fraction(3600)
+    def _restarts(self, last: int, stamp: int) -> bool:
+        step, back, pause = stamp - last, Fraction(10), Fraction(3600)
+        if step < -self.second and stamp <= self._first + self.second / 2:
+            return True
         if self.joinable:
             back = Fraction(1, 10)
             usual = 20 * self._longest / self.second
             pause = min(max(Fraction(10), usual), pause) if usual else pause
+            if step > pause * self.second and self._is_heard(last, stamp):
+                return False
         return not -back * self.second <= step <= pause * self.second
+
+    def _is_heard(self, start: int, end: int) -> bool:
+        """Returns True if the sound has no gap of more than 10 s from `start` to `end`."""
+        heard = sorted(stamp for stamp in self.heard if start < stamp < end)
+        steps = itertools.pairwise([start, *heard, end])
+        return all(b - a <= 10 * self.second for a, b in steps)
 
 
 def exact_seconds(value: float) -> Fraction:

@@ -27,6 +27,7 @@ from xclip_jax.data.container import (
     MAX_PIXELS,
     Clock,
     Film,
+    PacketReader,
     VideoError,
     exact_seconds,
     open_film,
@@ -40,8 +41,10 @@ from xclip_jax.data.preprocess import ONE, preprocess
 _DEFAULT = Interpolation.BILINEAR
 _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNSPECIFIED_COLORSPACE = 2
+_BT2020 = 9
 _HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
 _TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
+_UNREAD = 0.1  # fraction of a file, at the most, that follows its last picture and sound
 Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
@@ -95,6 +98,7 @@ class VideoReader:
     count, end, offset = 0, 0.0, 0.0
     _undecoded, _discarded = 0, 0  # packets that cannot be decoded, that an edit list cuts away
     _error: Exception | None = None
+    _packets: PacketReader
 
     def __init__(
         self,
@@ -130,7 +134,8 @@ class VideoReader:
         """Yields the frames in decoding order, up to an error."""
         deadline = time.monotonic() + (self.limits.working_seconds)
         try:
-            for packet in film.container.demux(film.stream):
+            self._packets = PacketReader(film, clock)
+            for packet in self._packets:
                 if time.monotonic() > deadline:
                     return
                 self._discarded += packet.is_discard
@@ -159,6 +164,8 @@ class VideoReader:
             return f"decoder stopped at frame {self.count}: {reason(self._error)}"
         if self._undecoded:
             return f"{self._undecoded} packets of {film.container.format.name} cannot be decoded"
+        if self.until is None and self._packets.unread > _UNREAD:
+            return f"the last {self._packets.unread:.0%} of the file are other tracks, not read"
         if self.until is None and self.count < 0.9 * expected:
             counts = f"{self.count} of {expected}"
             return f"far fewer frames than the header states ({counts})"
@@ -195,7 +202,8 @@ def read_still(path: PathLike, second: float, longest: int = 320) -> bytes:
     with open_film(path) as film:
         target = exact_seconds(second) * film.second
         try:
-            find = _find_in_joined if film.is_joinable else _find_by_seeking
+            is_stream = film.is_joinable or film.container.duration is None  # it cannot be sought
+            find = _find_in_joined if is_stream else _find_by_seeking
             frame = find(film, math.floor(target))
         except (FFmpegError, ValueError, OverflowError) as error:
             raise VideoError(f"no picture at {second} s: {reason(error)}") from error
@@ -229,13 +237,13 @@ def _find_in_joined(film: Film, target: int) -> VideoFrame | None:
     key frame on are decoded.
     """
     clock, start, packets = film.clock(), 0, []
-    for packet in film.container.demux(film.stream):
+    for packet in PacketReader(film, clock):
         if clock(packet.dts) > target:
             break
         if packet.is_keyframe:
             start, packets = clock.now, []
         packets.append(packet)
-    stamps, frame = film.clock(), None
+    stamps, frame = film.clock(clock.heard), None
     stamps.now = start - stamps.period
     for decoded in _decode_packets(film, packets):
         if frame is not None and stamps(getattr(decoded, film.stamp)) > target:
@@ -284,11 +292,15 @@ def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
     """Converts a frame to RGB and turns it upright."""
     flags = _DEFAULT if frame.format.components[0].bits <= 8 else _ACCURATE
     options: dict[str, Any] = {"interpolation": flags, "threads": 1}
+
+    def convert() -> Image.Image:
+        return _map_tones(frame) if frame.color_trc in _HDR else frame.to_image(**options)
+
     try:
-        image = _map_tones(frame) if frame.color_trc in _HDR else frame.to_image(**options)
-    except FFmpegError:  # a matrix that swscale does not support, such as YCgCo
-        frame.colorspace = _UNSPECIFIED_COLORSPACE
-        image = frame.to_image(**options)
+        image = convert()
+    except FFmpegError:  # a matrix that swscale does not support, such as YCgCo, ICtCp
+        frame.colorspace = _BT2020 if frame.color_trc in _HDR else _UNSPECIFIED_COLORSPACE
+        image = convert()
     # Values beyond these bounds are invalid header data.
     aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else ONE
     # PyAV's rotation ignores mirroring: a negative determinant (ISO/IEC 14496-12, 6.2.2).

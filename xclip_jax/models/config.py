@@ -1,9 +1,13 @@
 """Declares the fields of a model, for both the config's `model` section and model.json."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict
 
 from xclip_jax.similarity import GRANULARITIES, Aggregation, Granularity
 
@@ -127,6 +131,56 @@ class ModelConfig:
         return 8 * self.embed_dim * tokens
 
 
+Checks = Iterator[tuple[str, Any, str]]  # (field, is valid, allowed values)
+_TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_TYPES |= {tuple: "a tuple", ConfigDict: "a group of fields"}
+
+
+def check_types(config: Any, section: Any, prefix: str = "") -> Checks:
+    """Checks each field against the type and rules that a dataclass, `section`, declares.
+
+    A group of fields, a ConfigDict or a dataclass, is checked before its fields.
+    """
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        field, value, suffix, rules = prefix + name, getattr(config, name), "", ()
+        if type(None) in get_args(hint):  # X | None
+            if value is None:
+                continue
+            hint, suffix = get_args(hint)[0], " (or None: by the preset)"
+        if get_origin(hint) is Annotated:
+            hint, *rules = get_args(hint)
+        if get_origin(hint) is Literal:
+            yield field, value in get_args(hint), f"one of {', '.join(get_args(hint))}{suffix}"
+            continue
+        is_group = dataclasses.is_dataclass(hint)
+        kind = ConfigDict if is_group else get_origin(hint) or hint
+        is_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        is_kind |= is_group and isinstance(value, hint)
+        yield field, is_kind, _TYPES[kind] + suffix
+        for rule in rules:
+            yield field, rule.is_valid(value), rule.allowed + suffix
+        if is_group:
+            yield from check_types(value, hint, f"{field}.")
+
+
+def check_sizes(m: ModelConfig) -> Checks:
+    """Checks fields that depend on others, once all have their declared types."""
+    side = m.vision.image_size
+    yield "vision.patch_size", side % m.vision.patch_size == 0, f"a divisor of {side}"
+    towers = [("vision", m.vision, m.vision.width), ("text", m.text, m.text.width)]
+    if m.temporal.type == "transformer" or not m.has_granularities:
+        towers.append(("temporal", m.temporal, m.embed_dim))
+    for name, tower, width in towers:
+        yield f"{name}.heads", width % tower.heads == 0, f"a divisor of the width {width}"
+    attends = not m.matrices or m.aggregation == "attention"
+    yield "aggregation", attends, "attention where model.matrices = True"
+    longest, context = m.text.context_length, "model.text.context_length"
+    yield "max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
+    # The tight head has a position for the sentence, too.
+    most, less = (longest - 1, " - 1") if m.head == "tight_transformer" else (longest, "")
+    yield "max_frames", m.max_frames <= most, f"at most {context}{less} = {most}"
+
+
 # The paper's text and what its PyTorch release computes (docs/paper-vs-code.md).
 PRESETS = {
     "paper": {
@@ -165,6 +219,7 @@ def read_model_config(fields: Any) -> ModelConfig:
 
     Raises:
         KeyError, TypeError: a field is missing, or a section has an unknown one.
+        ValueError: images are preprocessed in another way.
     """
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     fields = {"preprocess": {}, **fields}  # missing in earlier model.json
@@ -173,10 +228,24 @@ def read_model_config(fields: Any) -> ModelConfig:
     for name, section in sections.items():
         upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in values[name].items()}
         values[name] = section(**upgraded)
+    side = values["vision"].image_size
+    fixed = {"resize": "crop", "interpolation": "bicubic", "image_size": side}
+    for name, value in fixed.items():
+        if (stated := values["preprocess"].get(name, value)) != value:
+            raise ValueError(f"preprocess.{name} = {stated!r}: must be {value!r}")
     rgb = {name: tuple(value) for name, value in values["preprocess"].items() if name in RGB}
     values["preprocess"] = PreprocessConfig(**rgb)
     values["granularities"] = tuple(values["granularities"])
     return ModelConfig(**values).resolve()
+
+
+def check_model(config: ModelConfig) -> None:
+    """Checks a ModelConfig, or raises ValueError that names the first wrong field."""
+    checks = itertools.chain(check_types(config, ModelConfig), check_sizes(config))
+    for field, is_valid, allowed in checks:
+        if not is_valid:
+            value = operator.attrgetter(field)(config)
+            raise ValueError(f"{field} = {value!r:.99}: must be {allowed}")
 
 
 def _replace(config: Any, values: Mapping[str, Any], *, only_unset: bool = False) -> Any:
