@@ -106,7 +106,7 @@ def test_arguments_may_be_generators(retriever):
 def test_features_of_another_model_are_refused(retriever):
     text, video = retriever.encode_text(["a"]), retriever.encode_video([frames(2)])
     other = jax.tree.map(lambda x: x[..., :-1] if x.dtype == np.float32 else x, text)
-    with pytest.raises(InputError, match=r"similarity: features of widths 31 and 32: those of"):
+    with pytest.raises(InputError, match=r"similarity: text features of shapes .* not of this"):
         retriever.similarity(other, video)
 
 
@@ -126,12 +126,19 @@ def test_features_of_another_model_are_refused(retriever):
         (lambda r: r.encode_video([frames(2).astype(np.int64)]), "frames of type int64: must be"),
         (lambda r: r.encode_video([frames(2) > 9]), "frames of type bool: must be uint8"),
         (lambda r: r.encode_video([normalised() * 1j]), "frames of type complex128: must be"),
+        (lambda r: r.encode_video([normalised() * 0 + 1]), "frames from 1 to 1 are not normalised"),
+        (lambda r: r.encode_video([frames(2) / 255.0001 + 1e-3]), "are not normalised"),
+        (lambda r: r.encode_video([(frames(2) % 9).astype(np.float16)]), "are not normalised"),
+        (lambda r: r.encode_text(["a", "&nbsp;"]), "'&nbsp;' shows nothing once it is cleaned"),
+        (lambda r: r.search("\u200b", [frames(2)]), "shows nothing once it is cleaned"),
+        (lambda r: r.encode_text(["a"], size=0), "size = 0: must be a whole number of at least 1"),
+        (lambda r: xclip_jax.load(None), "load: None: must be a path or a hub id"),
         (lambda r: r.encode_video(None), "list of at least one path"),
         (lambda r: r.encode_video([None]), "list of at least one path.*, not of NoneType"),
         (lambda r: r.encode_video(frames(2)), "list of at least one path"),
         (lambda r: r.encode_text(3), "list of at least one str"),
         (lambda r: r.encode_text(["a", 3]), "list of at least one str, not of int"),
-        (lambda r: r.search("a", [frames(2)], k="2"), "must be a str and at least 0"),
+        (lambda r: r.search("a", [frames(2)], k="2"), "must be a str and a whole number"),
     ],
 )
 def test_invalid_arguments_are_named(retriever, call, message, monkeypatch):

@@ -195,8 +195,7 @@ def test_corrupted_score_is_repaired(tmp_path, content, caplog):
 
 @pytest.mark.parametrize("name", ["[v2]", "a*b?", "back\\slash", "x [1] {2}"])
 def test_folders_may_have_names_with_wildcards(tmp_path, name):
-    folder = tmp_path / name / "checkpoints"
-    folder.mkdir(parents=True)
+    folder = tmp_path / name / "checkpoints"  # made by Orbax
     state = {"x": np.arange(4.0)}
     checkpoints = open_checkpoints(folder)
     save_checkpoint(checkpoints, 1, state)

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from xclip_jax.convert.importing import import_model, is_importable
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.preprocess import preprocess
-from xclip_jax.data.text import Tokenizer
+from xclip_jax.data.text import Tokenizer, is_blank
 from xclip_jax.data.video import read_frames
 from xclip_jax.models import XClip
 from xclip_jax.models.config import PreprocessConfig
@@ -61,10 +61,18 @@ class Retriever:
             and words T x W x D, mask T x W (True: real token, start and end included).
 
         Raises:
-            InputError: `texts` is empty or a single string, or the model has no tokenizer.
+            InputError: `texts` is empty or a single string, a text shows nothing (see `is_blank`),
+                `size` is below 1, or the model has no tokenizer of its length.
         """
-        tokenizer = self.get_tokenizer()
+        tokenizer, max_words = self.get_tokenizer(), self.model.config.max_words
         texts = _to_list("encode_text: texts", texts, "str", (str,))
+        if blank := [text for text in texts if is_blank(text)]:
+            raise InputError(f"encode_text: {blank[0]!r:.99} shows nothing once it is cleaned")
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"encode_text: size = {size!r}: must be a whole number of at least 1")
+        if tokenizer.max_words != max_words:
+            problem = f"the tokenizer has max_words = {tokenizer.max_words}"
+            raise InputError(f"encode_text: {problem}, the model has {max_words}")
         return self.encode("encode_text", tokenizer(texts), size)
 
     def encode_video(self, videos: Iterable[Video]) -> VideoFeatures:
@@ -83,7 +91,7 @@ class Retriever:
             InputError: `videos` is empty or a single path, a file cannot be read, or an array has
                 the wrong type, shape or values.
         """
-        kinds = (str, os.PathLike, np.ndarray)
+        kinds = (str, os.PathLike, np.ndarray, jax.Array)
         videos = _to_list("encode_video: videos", videos, "path or F x H x W x 3 array", kinds)
 
         def encode_batches() -> Iterator[VideoFeatures]:
@@ -155,10 +163,9 @@ class Retriever:
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
-        widths, dim = (text.words.shape[-1], video.frames.shape[-1]), self.model.config.embed_dim
-        if widths != (dim, dim):
-            problem = f"similarity: features of widths {widths[0]} and {widths[1]}"
-            raise InputError(f"{problem}: those of this model have width {dim}")
+        dim = self.model.config.embed_dim
+        _check_features("text", text, text.sentence, text.words, dim)
+        _check_features("video", video, video.video, video.frames, dim)
         (num_texts, words), (num_videos, frames) = text.mask.shape, video.mask.shape
         if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
             block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
@@ -180,7 +187,7 @@ class Retriever:
         return sim_TxV
 
     def search(
-        self, query: str, videos: Sequence[Video] | VideoFeatures, k: int = 5
+        self, query: str, videos: Iterable[Video] | VideoFeatures, k: int = 5
     ) -> list[Match]:
         """Returns the k videos most similar to a text, or all, in descending order of score.
 
@@ -189,11 +196,16 @@ class Retriever:
         Raises:
             InputError: `query` is not a str, `k` is below 0, or as in `encode_video`.
         """
-        if not isinstance(query, str) or not isinstance(k, int) or k < 0:
-            raise InputError(f"search: {query!r}, k = {k}: must be a str and at least 0")
-        encoded = isinstance(videos, VideoFeatures)
-        features = videos if encoded else self.encode_video(videos)
-        sources = [None] * len(features.mask) if encoded else videos
+        if not isinstance(query, str) or not isinstance(k, int | np.integer) or k < 0:
+            problem = f"search: {query!r:.99}, k = {k!r:.99}"
+            raise InputError(f"{problem}: must be a str and a whole number of at least 0")
+        sources: Any = videos
+        if isinstance(videos, VideoFeatures):
+            features, sources = videos, [None] * len(videos.mask)
+        else:
+            if not isinstance(videos, str | os.PathLike):
+                sources = list(videos)  # of a generator, for the matches
+            features = self.encode_video(sources)
         scores_V = self.similarity(self.encode_text([query]), features)[0]
         order = np.argsort(-scores_V, kind="stable")[:k]
         return [Match(int(v), sources[v], float(scores_V[v])) for v in order]
@@ -223,13 +235,23 @@ class Retriever:
 
 def _to_list(what: str, items: Any, kind: str, types: tuple[type, ...]) -> list[Any]:
     """Returns the items of an iterable as a list, or raises InputError if their type is wrong."""
-    is_single = isinstance(items, types) and not (isinstance(items, np.ndarray) and items.ndim == 5)
+    is_array = isinstance(items, np.ndarray | jax.Array)
+    is_single = isinstance(items, types) and not (is_array and items.ndim == 5)
     items = [] if is_single or not isinstance(items, Iterable) else list(items)
     wrong = [type(item).__name__ for item in items if not isinstance(item, types)]
     if wrong or not items:
         found = f", not of {wrong[0]}" if wrong else ""
         raise InputError(f"{what} must be a list of at least one {kind}{found}")
     return items
+
+
+def _check_features(kind: str, features: Any, one: Any, many: Any, dim: int) -> None:
+    """Raises InputError if the arrays of features do not fit together or have another width."""
+    shapes = [np.shape(array) for array in (one, many, features.mask)]
+    count, length = shapes[2] if len(shapes[2]) == 2 else (0, 0)
+    if shapes != [(count, dim), (count, length, dim), (count, length)] or not count:
+        found = ", ".join(map(str, shapes))
+        raise InputError(f"similarity: {kind} features of shapes {found} are not of this model")
 
 
 def _check_normalised(
@@ -242,15 +264,17 @@ def _check_normalised(
     expected = f"must be uint8, or float, normalised, of {side} x {side} pixels"
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"frames of type {images.dtype}: {expected}")
+    images = images.astype(np.float64)
     if not np.isfinite(images).all():
         raise InputError(f"frames contain NaN or infinite values: {expected}")
     low, high = float(images.min()), float(images.max())
     mean, std = np.array(config.mean), np.array(config.std)
+    is_unit = low > -0.1 and high < 1.1 and high > 0  # a little outside after bicubic resizing
+    is_byte = low >= 0 and high > 1 and (images == images.round()).all()
     lowest, highest = ((-0.5 - mean) / std).min(), ((1.5 - mean) / std).max()
-    if not lowest <= low <= high <= highest or (0 <= low < high <= 1 and mean.any()):
-        raise InputError(
-            f"float frames from {low:.3g} to {high:.3g} are not normalised: {expected}"
-        )
+    if not lowest <= low <= high <= highest or is_byte or (is_unit and mean.any()):
+        limits = f"float frames from {low:.3g} to {high:.3g}"
+        raise InputError(f"{limits} are not normalised: {expected}")
     if images.shape[1:3] != (side, side):
         raise InputError(
             f"float frames of {images.shape[1]} x {images.shape[2]} pixels: {expected}"
@@ -267,6 +291,8 @@ def load(source: str | os.PathLike) -> Retriever:
     Raises:
         InputError: there is no model, or it is corrupted.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"load: {source!r:.99}: must be a path or a hub id")
     directory, source = model_folder(source), os.fspath(source)
     if is_importable(source) and not (directory / "model.json").is_file():
         imported = import_model(source)

@@ -1,6 +1,7 @@
 """Preprocesses images as for CLIP, and reads and writes image files."""
 
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -10,6 +11,8 @@ from PIL import Image, ImageOps
 from xclip_jax.cli import PathLike, explain_no_file
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's others run programs (EPS)
+MAX_ASPECT = 16  # long side / short side up to which the whole picture is resized
+MAX_SCANS = 100  # of a progressive JPEG, which is decoded as often
 MAX_IMAGE_PIXELS = 2**25  # 33 million: 100 MB as RGB
 ONE = Fraction(1)
 
@@ -22,9 +25,13 @@ def preprocess(
     Equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on a Pillow image, as in
     https://github.com/openai/CLIP/blob/main/clip/clip.py, for RGB in [0, 255] and S = `image_size`.
     `pixel_aspect` is the width of a pixel divided by its height; the resize corrects it to 1.
+    A picture of an extreme shape is first cropped, so that its resized long side fits into memory.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image = image if image.mode == "RGB" else image.convert("RGB")
+    if max(image.size) > (most := MAX_ASPECT * min(image.size)):
+        left, top = (max(0, side - most) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     width, height = image.width * pixel_aspect, image.height
     short = min(width, height)
     size = (int(image_size * width / short), int(image_size * height / short))
@@ -49,11 +56,16 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
     return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
+def _count_scans(path: PathLike) -> int:
+    with open(path, "rb") as file:
+        return sum(block.count(b"\xff\xda") for block in iter(partial(file.read, 2**20), b""))
+
+
 def read_image(path: PathLike) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the upright RGB pixels of an image file.
 
-    Raises OSError if it is not in IMAGE_FORMATS, ValueError if it is no file or has more than
-    MAX_IMAGE_PIXELS.
+    Raises OSError if it is not in IMAGE_FORMATS, ValueError if it is no file, or has more than
+    MAX_IMAGE_PIXELS or MAX_SCANS.
     """
     if problem := explain_no_file(path):
         raise ValueError(problem)
@@ -61,5 +73,7 @@ def read_image(path: PathLike) -> UInt8[np.ndarray, "H W 3"]:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height} pixels"
             raise ValueError(f"{size}: more than {MAX_IMAGE_PIXELS / 1e6:.0f} million")
+        if image.format == "JPEG" and _count_scans(path) > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
         image.draft("RGB", (1024, 1024))  # a JPEG is decoded at a half, a quarter, an eighth
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
