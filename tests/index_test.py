@@ -94,6 +94,16 @@ def test_start_after_end_is_an_error(index):
             search(argument, start=4, end=3)
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [{"start": np.nan}, {"end": np.inf}, {"start": -5}, {"start": "3"}, {"path": 5}, {"end": []}],
+)
+def test_filters_of_invalid_types_or_values_are_errors(index, filters):
+    (name,) = filters
+    with pytest.raises(InputError, match=rf"{name}.*must be a (number of seconds|string)"):
+        index.query("a", **filters)
+
+
 def test_filters_apply_to_segments_similar_to_another(index):
     hit = index.query("a dog")[0]
     answer = index.like(hit.id, k=50, path="clip2", start=2.5, end=3.5)
@@ -101,7 +111,7 @@ def test_filters_apply_to_segments_similar_to_another(index):
 
 
 def test_overlong_filter_or_sentence_is_an_error(index):
-    with pytest.raises(InputError, match=r"path: must have at most 4096 characters"):
+    with pytest.raises(InputError, match=r"path: must be a string of at most 4096 characters"):
         index.query("a dog", path="x" * 200_000)
     with pytest.raises(InputError, match=r"more than 10,000 characters"):
         index.query("dog " * 250_000)

@@ -99,7 +99,13 @@ def test_prune_keeps_files_of_an_emptied_folder(copied, videos, tmp_path):
     added = copied.add(folder, prune=True)
     assert (added.removed, added.unreadable) == (0, {str(folder): indexing.HIDING})
     folder.rmdir()
-    assert copied.add(folder, prune=True).removed == 1
+    added = copied.add(folder, prune=True)
+    assert (added.removed, added.unreadable) == (0, {str(folder): indexing.HIDING})
+    folder.symlink_to(tmp_path / "offline")
+    added = copied.add(tmp_path, prune=True)
+    assert (added.removed, added.unreadable) == (0, {str(folder): indexing.HIDING})
+    folder.unlink()
+    assert copied.add(tmp_path, prune=True).removed == 1
 
 
 def test_full_disk_is_not_recorded_as_an_unreadable_video(copied, one_clip, monkeypatch):
@@ -151,12 +157,14 @@ def test_file_that_crashed_the_decoder_is_retried(copied, one_clip, monkeypatch)
 
 
 def test_missing_folders_can_be_pruned_and_removed(copied, videos, tmp_path):
-    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
+    folder = Path(shutil.copytree(videos, tmp_path / "library" / "videos"))
+    shutil.copy(videos / "clip0.mp4", folder.parent)
     copied.add(folder)
     shutil.rmtree(folder)
     with pytest.raises(InputError, match="no such file or folder"):
         copied.add(folder)
-    assert copied.add(folder, prune=True).removed == COUNT
+    assert copied.add(folder.parent, prune=True).removed == COUNT
+    assert copied.remove(folder.parent) == 3
     assert copied.remove(videos) == 3 * COUNT
     assert len(copied) == 0
 
@@ -258,6 +266,8 @@ def test_file_with_several_names_is_indexed_once(copied, videos, tmp_path):
     (folder / "b.mp4").unlink()  # the file stays, with another name
     assert copied.add([folder], prune=True).removed == 1
     assert copied.num_files == COUNT + 1
+    copied.remove(tmp_path / "linked" / "c.mp4")
+    assert copied.num_files == COUNT
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

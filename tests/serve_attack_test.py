@@ -210,6 +210,13 @@ def test_replaced_file_is_not_served(server):
         assert "has changed since it was indexed" in json.loads(body)["error"]
         still = request(port, "GET", f"/still/{hit['id']}?second=0.5")
         assert still == request(port, "GET", f"/thumbnail/{hit['id']}")
+        path.unlink()  # a link to a file of the same size and time
+        status = (videos / "aside.mp4").stat()
+        (videos.parent / "secret").write_bytes(b"S" * status.st_size)
+        os.utime(videos.parent / "secret", ns=(status.st_atime_ns, status.st_mtime_ns))
+        path.symlink_to(videos.parent / "secret")
+        status, body = request(port, "GET", f"/video/{hit['id']}")
+        assert (status, b"has changed" in body) == (404, True)
         path.unlink()
         os.mkfifo(path)  # which would be waited for
         status, body = request(port, "GET", f"/video/{hit['id']}")

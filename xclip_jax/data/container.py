@@ -30,7 +30,8 @@ CONTAINERS = (
 )
 # Formats whose clock may restart, in addition to those that FFmpeg marks as such.
 _JOINABLE = ("flv",)
-_STREAMED = ("matroska,webm", "asf")  # and joinable ones: packets lie in the order of their times
+# Formats whose packets have positions in the order of their times.
+_STREAMED = ("mpegts", "mpeg", "flv", "matroska,webm", "asf")
 _FLV_HEADER = re.compile(rb"FLV\x01[\0\1\4\5]\0\0\0\x09\0\0\0\0")
 _MAX_PARTS = 1000  # of a joined FLV file
 MAX_PIXELS = 2**26  # of a frame: 8,192 x 8,192
@@ -76,9 +77,10 @@ class Film(NamedTuple):
     def count_frames(self) -> int:
         """Returns the number of frames that the header states, 0 if unknown."""
         frames, name = self.stream.frames, self.container.format.name
-        if name == "avi" or "mov" in name.split(","):
-            # An index has what an edit list leaves, and frames of 0 bytes that repeat the last one.
-            frames = min(frames, sum(entry.size > 0 for entry in self.stream.index_entries))
+        if "mov" in name.split(","):  # its index has what an edit list leaves
+            frames = min(frames, len(self.stream.index_entries))
+        if name == "avi":  # a frame of 0 bytes repeats the last one
+            frames -= sum(entry.size == 0 for entry in self.stream.index_entries)
         return frames
 
     def clock(self, heard: Sequence[int] = ()) -> "Clock":
@@ -101,7 +103,7 @@ class PacketReader:
     def __iter__(self) -> Iterator[Packet]:
         container, stream, end = self.film.container, self.film.stream, 0
         is_joinable = self.film.is_joinable
-        is_streamed = is_joinable or container.format.name in _STREAMED
+        is_streamed = container.format.name in _STREAMED
         sounds = list(container.streams.audio[:1]) if is_streamed else []
         with contextlib.suppress(IndexError):  # a packet of a stream that was not there before
             for packet in container.demux([stream, *sounds]):

@@ -18,6 +18,7 @@ from typing import Any
 
 from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.data.annotations import read_text
+from xclip_jax.data.text import is_blank
 from xclip_jax.search import indexing, output
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.serve import serve
@@ -138,7 +139,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def _read_lines(path: str) -> list[str]:
     """Returns the non-empty lines of a text file."""
-    lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(Path(path)).splitlines() if not is_blank(line)]
     if not lines:
         raise InputError(f"{path}: contains no sentence")
     return lines

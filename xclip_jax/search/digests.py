@@ -3,6 +3,7 @@
 Each is a CRC-32 of a part of a row, so that no part has to be read for the sake of another.
 """
 
+import os
 import zlib
 from typing import Any
 
@@ -10,12 +11,29 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64
 
+from xclip_jax.cli import PathLike
+
 PARTS = {
-    "digest": ["id", "path", "size", "mtime", "start", "end", "offset", "count", "times", "video"],
+    "digest": [
+        *("id", "path", "size", "mtime", "sample"),
+        *("start", "end", "offset", "count", "times", "video"),
+    ],
     "frames_digest": ["frames"],
     "thumbnail_digest": ["thumbnail"],
 }
+_SAMPLE_BYTES = 2**16
 Rows = Any  # pa.Table or pa.RecordBatch
+
+
+def sample_file(path: PathLike) -> int:
+    """Returns the CRC-32 of the first and the last 64 KiB, or raises OSError.
+
+    A file that was replaced by a link to another one may have been given its size and time.
+    """
+    with open(path, "rb") as file:
+        digest = zlib.crc32(file.read(_SAMPLE_BYTES))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _SAMPLE_BYTES))
+        return zlib.crc32(file.read(_SAMPLE_BYTES), digest)
 
 
 def compute_digests(rows: Rows, part: str) -> Int64[np.ndarray, " n"]:

@@ -2,11 +2,10 @@
 
 import asyncio
 import collections
-import http.cookies
 import secrets
 from collections.abc import Sequence
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -25,6 +24,7 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 COOKIE = "xclip_jax_token"
+WRITE_SECONDS = 30  # in which a client must take some of a response: players then ask again
 IDLE_SECONDS = 4  # in which a client must send the head of a request, or more of its body
 MAX_WAITING = 256  # connections without a request; the oldest of more is closed
 
@@ -57,26 +57,34 @@ class Guard:
         """Returns the response to a request that is not passed on, or None."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if "*" not in self.hosts and _host_name(host) not in self.hosts:
+        name = _host_name(host)
+        if "*" not in self.hosts and name not in self.hosts:
             return _error(400, "this server has another name: see --allow_host")
-        origin = headers.get("origin")
         changes = scope["method"] not in ("GET", "HEAD")
-        if changes and origin is not None and urlsplit(origin).netloc != host:
+        if changes and not self._is_own(headers.get("origin"), host):
             return _error(403, "requests from pages of other sites are refused")
         if self.token is None:
             return None
         query = parse_qs(scope["query_string"].decode("latin-1"))
         if scope["path"] == "/" and self._is_token(query.get("token", [""])[0]):
             page = RedirectResponse("/", 303)
-            page.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            page.set_cookie(COOKIE, quote(self.token, safe=""), httponly=True, samesite="strict")
             return page
-        cookies = http.cookies.SimpleCookie()
-        cookies.load(headers.get("cookie", ""))
-        cookie = cookies[COOKIE].value if COOKIE in cookies else ""
+        # Cookies of other programs on this host may be such that http.cookies reads none.
+        pairs = (pair.strip().partition("=") for pair in headers.get("cookie", "").split(";"))
+        cookie = next((value for name, _, value in pairs if name == COOKIE), "")
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if self._is_token(cookie) or self._is_token(bearer):
+        if self._is_token(unquote(cookie)) or self._is_token(bearer):
             return None
         return _error(401, "open the address with ?token=... that the server printed")
+
+    def _is_own(self, origin: str | None, host: str) -> bool:
+        """Returns True if a page of this server sent the request, maybe through a proxy."""
+        if origin is None:
+            return True  # no browser
+        netloc = origin.partition("://")[2]
+        name = _host_name(netloc)
+        return netloc == host or (name in self.hosts and name not in LOCAL_HOSTS)
 
     def _is_token(self, value: str) -> bool:
         return secrets.compare_digest(value.encode(), (self.token or "").encode())
@@ -99,6 +107,8 @@ class TimedProtocol(H11Protocol):
 
     waiting: ClassVar[collections.OrderedDict[Any, asyncio.TimerHandle]] = collections.OrderedDict()
 
+    writing: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: Any) -> None:
         """Starts waiting for the first request."""
         super().connection_made(transport)
@@ -115,9 +125,22 @@ class TimedProtocol(H11Protocol):
         super().on_response_complete()
         self._wait()
 
+    def pause_writing(self) -> None:
+        """Starts waiting for the client to take some of the response."""
+        super().pause_writing()
+        self.writing = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stops waiting for the client."""
+        super().resume_writing()
+        if self.writing:
+            self.writing.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops waiting."""
         self._stop_waiting()
+        if self.writing:
+            self.writing.cancel()
         super().connection_lost(exc)
 
     def _wait(self) -> None:

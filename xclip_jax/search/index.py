@@ -26,9 +26,10 @@ from xclip_jax.data.video import Limits, VideoReader
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever, load
+from xclip_jax.search.digests import sample_file
 from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.store import Filters, Selection, Store
+from xclip_jax.search.store import MAX_PATH, Filters, Selection, Store
 from xclip_jax.similarity import TextFeatures
 
 SEGMENT_SECONDS = 30
@@ -272,18 +273,18 @@ class Index:
         one that was indexed.
         """
         snapshot = self._snapshot
-        (row,) = snapshot.read(snapshot.find(segment_id), ["path", "size", "mtime"]).to_pylist()
+        row = snapshot.stamp(snapshot.find(segment_id))
         path, name = row["path"], os.path.basename(row["path"])
         if problem := explain_no_file(path):
             raise OSError(f"{name} {problem}")
         try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
+            status, sample = os.stat(path), sample_file(path)
         except FileNotFoundError:
             raise OSError(f"{name} is no longer on disk") from None
         except OSError as error:
             raise OSError(f"{name} cannot be read: {error.strerror}") from None
-        if (status.st_size, status.st_mtime_ns) != (row["size"], row["mtime"]):
+        found = status.st_size, status.st_mtime_ns, sample
+        if found != (row["size"], row["mtime"], row.get("sample", sample)):
             raise OSError(f"{name} has changed since it was indexed: index it again")
         return path
 
@@ -327,6 +328,7 @@ class Index:
         """Returns the rows to search."""
         if not isinstance(k, int) or k < 1:
             raise InputError(f"k = {k!r}: must be an integer of at least 1")
+        _check_filters(filters)
         return self._snapshot.select(**filters)
 
     def _complete(self, answer: Answer, encoding: float, text: str) -> Answer:
@@ -336,6 +338,18 @@ class Index:
             note = f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
         seconds = {"encoding": encoding, **answer.seconds}
         return dataclasses.replace(answer, seconds=seconds, note=note)
+
+
+def _check_filters(filters: Filters) -> None:
+    """Raises InputError if filters have invalid types or values, or start > end."""
+    path, start, end = filters.get("path"), filters.get("start"), filters.get("end")
+    if not isinstance(path, str | None) or len(path or "") > MAX_PATH:
+        raise InputError(f"path: must be a string of at most {MAX_PATH} characters")
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < np.inf):
+            raise InputError(f"{name} = {value!r:.99}: must be a number of seconds, at least 0")
+    if start is not None and end is not None and start > end:
+        raise InputError(f"start = {start:g}, end = {end:g}: start must not be after end")
 
 
 def _read_example(file: PathLike, config: ModelConfig) -> UInt8[np.ndarray, "F S S 3"]:

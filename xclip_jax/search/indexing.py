@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 
-from xclip_jax.cli import InputError, PathLike, progress
-from xclip_jax.data.container import AccessError, VideoError
+from xclip_jax.cli import InputError, PathLike, explain_no_file, progress
+from xclip_jax.data.container import AccessError, VideoError, open_film
 from xclip_jax.data.extraction import CRASHED, VideoFolder
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.video import Picture, VideoReader
 from xclip_jax.inference import pad_rows
 from xclip_jax.retriever import Retriever
+from xclip_jax.search.digests import sample_file
 from xclip_jax.search.store import FileStamp, Store
 from xclip_jax.workers import run_jobs
 
@@ -35,7 +36,7 @@ THUMBNAIL_SIDE = 320  # pixels, the longer side
 MIN_SHOT_FRAMES = 2  # a shorter shot is merged into the previous one
 SampledFrame = tuple[UInt8[np.ndarray, "S S 3"], bytes | None]  # with its JPEG thumbnail, or None
 Row = dict[str, Any]  # column -> value
-HIDING = "empty or not readable: files that are missing in it stay in the index"
+HIDING = "missing, empty or not readable: what the index holds of it stays"
 NAME_NOT_UTF8 = "the file name is not UTF-8"
 # Each commit adds a file that readers must open, so commits become rarer as a run gets longer.
 MIN_COMMIT_SECONDS = 5
@@ -75,6 +76,7 @@ class Segment:
     start: float
     end: float
     offset: float  # from the start of the file, as players count, to its first frame
+    sample: int  # of the file's content, see `sample_file`
     times: list[float]  # of its n frames, 1 <= n <= max_frames
     thumbnail: bytes  # JPEG of a frame near the middle
 
@@ -97,7 +99,8 @@ def add_files(
         stamps = _read_stamps(paths, indexed, summary)
         if prune:
             missing = [path for path in indexed if path not in stamps and is_below(path, videos)]
-            folders = {path: find_hiding_folder(path) for path in missing}
+            given = {os.path.abspath(video) for video in videos}
+            folders = {path: find_hiding_folder(path, given) for path in missing}
             deleted = [path for path, folder in folders.items() if folder is None]
             store.remove(dict.fromkeys(deleted))
             summary.removed = len(deleted)
@@ -139,18 +142,22 @@ def _read_stamps(
     return stamps
 
 
-def find_hiding_folder(path: str) -> str | None:
+def find_hiding_folder(path: str, given: Container[str] = ()) -> str | None:
     """Returns the folder that may hide a missing file, or None if the file was deleted.
 
-    A folder that cannot be listed may hold the file, and an empty one may be the mount point of a
-    share that is offline.
+    A folder that cannot be listed may hold the file, an empty one may be the mount point of a share
+    that is offline, and a link without target may lead to one. So may a missing folder that the
+    user named: its absolute path is in `given`.
     """
+    if os.path.islink(path):
+        return path
     for folder in Path(path).parents:
         try:
             is_complete = os.listdir(folder) and os.access(folder, os.X_OK)
             return None if is_complete else str(folder)
         except (FileNotFoundError, NotADirectoryError):
-            continue
+            if folder.is_symlink() or str(folder) in given:
+                return str(folder)
         except OSError:
             return str(folder)
     return None
@@ -295,8 +302,12 @@ def fingerprint(retriever: Retriever) -> str:
 
 
 def is_below(path: str, videos: Iterable[PathLike]) -> bool:
-    """Returns True if `path` is one of these files or is inside one of these folders."""
-    return any(Path(path).is_relative_to(os.path.abspath(video)) for video in videos)
+    """Returns True if `path` is one of these files or is inside one of these folders.
+
+    Files of a linked folder may be indexed by the names that they have without the link.
+    """
+    names = {name for video in videos for name in (os.path.abspath(video), os.path.realpath(video))}
+    return any(Path(path).is_relative_to(name) for name in names)
 
 
 def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
@@ -309,8 +320,9 @@ def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
         True if the reason may be temporary: the next update reads the file again).
     """
     av.logging.set_level(None)  # errors are returned
-    reader = VideoReader(job.path)
-    segments = []
+    reader, segments, sample = VideoReader(job.path), [], 0
+    with contextlib.suppress(OSError):  # which the reader reports
+        sample = sample_file(job.path) if explain_no_file(job.path) is None else 0
     try:
         changes, note = detect_shot_changes(job.path) if job.shots else ([], None)
         pieces = _cut(reader, job.image_size, job.segment_seconds, changes)
@@ -323,7 +335,7 @@ def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
                 by_distance = sorted(range(len(frames)), key=lambda k: abs(2 * k + 1 - len(frames)))
                 thumbnail = next(filter(None, (frames[k][1] for k in by_distance)))
                 interval = start, end or reader.end, reader.offset
-                segments.append(Segment(*interval, times, thumbnail))
+                segments.append(Segment(*interval, sample, times, thumbnail))
     except VideoError as error:
         return [], str(error), isinstance(error, AccessError)
     return segments, reader.note or note, False
@@ -332,10 +344,13 @@ def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
 def detect_shot_changes(path: str) -> tuple[list[float], str | None]:
     """Returns (times of the shot changes in seconds, None), or ([], reason of the failure).
 
+    Raises VideoError if the file is no video.
     Content detection of https://www.scenedetect.com: jumps in mean hue, saturation and brightness.
     """
     import scenedetect  # an optional dependency
 
+    with open_film(path):  # raises VideoError for a playlist, which scenedetect would follow
+        pass
     logging.getLogger("pyscenedetect").setLevel(logging.CRITICAL)
     try:
         video = scenedetect.open_video(path, backend="pyav", suppress_output=True)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import socket
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import anyio
 import uvicorn
@@ -43,6 +45,7 @@ from xclip_jax.search.store import MAX_PATH
 PAGE = Path(__file__).with_name("page")
 MAX_HITS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES = 100, 2**17, 500 * 2**20
 MAX_UPLOADS, UPLOAD_SECONDS = 4, 600  # at once, and the longest time of one
+MIN_BYTES_A_SECOND = 2**15  # of a request's body, after the first seconds
 STILL_SIDE = 480  # pixels, the longer side
 REFRESH_SECONDS = 5
 CLOSE = {"Connection": "close"}  # the rest of the request is not read
@@ -137,7 +140,7 @@ def serve(
         print(f"{index.location}: {index.num_segments:,} segments of {index.num_files:,} files")
         token = secrets.token_urlsafe(16) if token is None and not local else token or None
         if token:
-            url += f"/?token={token}"
+            url += f"/?token={quote(token, safe='')}"
         elif not local:
             print("no token: everyone who can reach this address can search and watch")
         print(f"search page: {url}  (stop with Ctrl-C)", flush=True)
@@ -147,6 +150,10 @@ def serve(
         # `_handle_defect` logs errors. A video that is playing must not delay the shutdown.
         options: Any = {"log_level": "critical", "timeout_graceful_shutdown": 1}
         options |= {"http": TimedProtocol, "timeout_keep_alive": IDLE_SECONDS}
+        # Open connections, players among them, count against the soft limit (often 1,024).
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS has no number for "no limit"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         server = uvicorn.Server(uvicorn.Config(app, server_header=False, **options))
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
@@ -160,6 +167,10 @@ def _own_names(local: bool) -> list[str]:
     addresses: list[str] = []
     with contextlib.suppress(OSError):
         addresses = [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as other:
+            other.connect((elsewhere, 9))  # chooses an address of this machine, sends nothing
+            addresses.append(other.getsockname()[0])
     return [*LOCAL_HOSTS, name.lower(), socket.getfqdn().lower(), *addresses]
 
 
@@ -324,12 +335,14 @@ class _Api:
 async def _read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """Yields the body in chunks.
 
-    Raises HTTP 413 if it is larger than `max_bytes`, 408 if the client stops sending.
+    Raises HTTP 413 if it is larger than `max_bytes`, 408 if the client stops sending or sends less
+    than MIN_BYTES_A_SECOND.
     """
     declared, size, chunks = int(request.headers.get("content-length") or 0), 0, request.stream()
-    deadline = anyio.current_time() + UPLOAD_SECONDS
+    start = anyio.current_time()
     while True:
-        wait = min(IDLE_SECONDS, deadline - anyio.current_time())
+        seconds = min(UPLOAD_SECONDS, IDLE_SECONDS + size / MIN_BYTES_A_SECOND)
+        wait = min(IDLE_SECONDS, start + seconds - anyio.current_time())
         try:
             with anyio.fail_after(wait):
                 chunk = await anext(chunks, None)

@@ -235,15 +235,8 @@ class Snapshot:
     def select(
         self, path: str | None = None, start: float | None = None, end: float | None = None
     ) -> "Selection":
-        """Returns the rows that pass `Filters`.
-
-        Raises InputError if the path is too long, or no second is from `start` to `end`.
-        """
+        """Returns the rows that pass `Filters`."""
         mask = np.ones(len(self), bool)
-        if start is not None and end is not None and start > end:
-            raise InputError(f"start = {start:g}, end = {end:g}: start must not be after end")
-        if path and len(path) > MAX_PATH:
-            raise InputError(f"path: must have at most {MAX_PATH} characters")
         if path:
             path = unicodedata.normalize("NFC", path)
             pattern = path if any(c in path for c in "*?") else f"*{path}*"
@@ -270,6 +263,11 @@ class Snapshot:
             options["params"] = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
         _, rows = self._vector_index.search(vector_1xD, min(count, len(self)), **options)
         return rows[0][rows[0] >= 0]
+
+    def stamp(self, row: Rows) -> dict[str, Any]:
+        """Reads path, size, mtime (ns) and, if the index has it, sample of a row's file."""
+        names = {"path", "size", "mtime", "sample"} & set(self._table.schema.names)
+        return self.read(row, sorted(names)).to_pylist()[0]
 
     def thumbnail(self, row: Rows) -> bytes:
         """Reads the JPEG thumbnail of a row."""
@@ -351,10 +349,9 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
         *_FILE_FIELDS,
         ("start", pa.float64()),
         ("end", pa.float64()),
-        (
-            "offset",
-            pa.float64(),
-        ),  # from the start of the file to its first frame; not in old indexes
+        # These two are not in old indexes.
+        ("offset", pa.float64()),  # from the start of the file to its first frame
+        ("sample", pa.int64()),  # of the file's content, see `sample_file`
         ("count", pa.int32()),  # real frames; the rest of `times` and `frames` is 0
         ("times", pa.list_(pa.float64(), max_frames)),
         ("video", pa.list_(number, dim)),
