@@ -158,6 +158,7 @@ def main():
     ways += ["full disk"] * full_disks
     rng.shuffle(ways)
     for number, way in enumerate(ways):
+        (folder / "stopped.log").unlink(missing_ok=True)  # else it may be too long for a full disk
         run = Run(config, folder / "stopped", 2)
         before = run.steps()
         victim = rng.choice(run.processes)

@@ -79,8 +79,6 @@ class Film(NamedTuple):
         frames, name = self.stream.frames, self.container.format.name
         if "mov" in name.split(","):  # its index has what an edit list leaves
             frames = min(frames, len(self.stream.index_entries))
-        if name == "avi":  # a frame of 0 bytes repeats the last one
-            frames -= sum(entry.size == 0 for entry in self.stream.index_entries)
         return frames
 
     def clock(self, heard: Sequence[int] = ()) -> "Clock":

@@ -127,8 +127,8 @@ class VideoReader:
             if picture is None:
                 until = "its end" if self.until is None else f"{self.until} s"
                 raise VideoError(f"no frame between {self.start or 0} s and {until}")
-            self.note = self._describe_missing(film)
             self.end = float((clock.now + clock.period) / second)
+            self.note = self._describe_missing(film)
 
     def _decode(self, film: Film, clock: Clock) -> Iterator[Stamped]:
         """Yields the frames in decoding order, up to an error."""
@@ -166,8 +166,11 @@ class VideoReader:
             return f"{self._undecoded} packets of {film.container.format.name} cannot be decoded"
         if self.until is None and self._packets.unread > _UNREAD:
             return f"the last {self._packets.unread:.0%} of the file are other tracks, not read"
-        if self.until is None and self.count < 0.9 * expected:
-            counts = f"{self.count} of {expected}"
+        count = self.count
+        if film.container.format.name == "avi" and film.stream.average_rate:
+            count = round(self.end * film.stream.average_rate)  # one of 0 bytes repeats the last
+        if self.until is None and count < 0.9 * expected:
+            counts = f"{count} of {expected}"
             return f"far fewer frames than the header states ({counts})"
         return None
 
