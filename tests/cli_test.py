@@ -32,6 +32,17 @@ def test_paths_are_folders(path):
     assert str(check_local("--output", path)) == path
 
 
+def test_path_must_be_utf8():
+    with pytest.raises(InputError, match="must be a name in UTF-8"):
+        check_local("--output", os.fsdecode(b"u\xff"))
+
+
+def test_word_longer_than_a_message_is_cut(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise InputError("--config.seed=" + "9" * 5000)
+    assert str(stop.value).startswith("error: --config.seed=999")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"{", "is not valid JSON"), (b"[" * 100_000, "is not valid JSON"), (b"\xff", "not valid")],

@@ -24,6 +24,18 @@ def test_step_that_does_not_fit_names_settings_that_do(tmp_path, monkeypatch, ca
         compile_only.compile_only(config)
 
 
+def test_memory_of_this_machine_is_a_limit(tmp_path, monkeypatch):
+    config = tiny.make_config(tmp_path, batch_size=64)
+    config.mesh.data = 1
+    needed = compile_only.compile_only(config)["peak memory, a device"]
+    memory = 0.9 * parse_gib(needed) * 2**30
+    monkeypatch.setattr(compile_only, "device_memory", lambda _: memory)
+    message = rf"does not fit: {needed} a device of 0\.\d\d GiB; (trying|it fits with .* GiB a dev)"
+    with pytest.raises(InputError, match=message) as error:
+        compile_only.compile_only(config)
+    assert parse_gib(str(error.value).split()[-4] + " GiB") * 2**30 <= memory + 2**24
+
+
 def test_report_lists_memory_flops_and_collectives(capsys):
     config = tiny.make_config("no data is read")
     config.train.batch_size = 64

@@ -86,6 +86,15 @@ def test_segments_end_at_shot_changes(tmp_path):
     assert [round(segment.start) for segment in cut] == [0, 3, 8, 12]
 
 
+def test_playlist_is_refused_before_shots_are_detected(tmp_path):
+    pytest.importorskip("scenedetect")
+    write(tmp_path / "other.mp4", at_rate(5, 20))
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    _, (cut, problem, _) = read(tmp_path, tmp_path / "a.mp4", shots=True)
+    assert cut == []
+    assert problem.startswith("cannot be opened: ")
+
+
 def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
     class Reader:
         def __iter__(self):

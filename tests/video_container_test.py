@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 from fractions import Fraction
 
 import av
@@ -89,6 +90,89 @@ def test_held_picture_is_read_and_shown_until_the_next(tmp_path, suffix, held):
     assert shown == numbers(frames)
 
 
+def write_with_sound(path, times, seconds, **options):
+    """Writes grey frames at `times`, in seconds, and silence of `seconds`."""
+    codec = "flv1" if path.suffix == ".flv" else "libx264"
+    with av.open(str(path), "w", options=options) as container:
+        picture = container.add_stream(codec, rate=25)
+        picture.width, picture.height, picture.pix_fmt = 96, 64, "yuv420p"
+        picture.bit_rate = 2_000_000
+        sound = container.add_stream("mp2" if path.suffix != ".flv" else "mp3", rate=44100)
+        packets = []
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(grey(number % 50), format="rgb24")
+            frame.pts, frame.time_base = round(25 * time), Fraction(1, 25)
+            packets += picture.encode(frame)
+        packets += picture.encode(None)
+        for number in range(round(seconds * 44100 / 1152)):
+            samples = np.zeros((sound.layout.nb_channels, 1152), np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, "s16p", sound.layout.name)
+            frame.rate, frame.pts = 44100, 1152 * number
+            packets += sound.encode(frame)
+        packets += sound.encode(None)
+        for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".flv"])
+def test_picture_is_held_while_the_sound_goes_on(tmp_path, suffix):
+    times = [*at_rate(25, 50), *(17 + time for time in at_rate(25, 25))]
+    path = write_with_sound(tmp_path / f"a{suffix}", times, 18)
+    reader = video.VideoReader(path)
+    assert len(list(reader)) in (18, 19)
+    assert reader.end == pytest.approx(18, abs=0.3)
+    held, after = (np.asarray(still(path, second)).mean() for second in (10, 17.5))
+    assert abs(held - grey(49).mean()) < 3 < abs(after - held)
+
+
+def test_recording_with_other_streams_is_read_or_said(tmp_path):
+    """The first part has other stream numbers (PID), the second also another programme (PMT)."""
+    parts = [write_with_sound(tmp_path / "a.ts", at_rate(25, 75), 3).read_bytes()]
+    for options in ({"mpegts_start_pid": "768"}, {"mpegts_pmt_start_pid": "4608"}):
+        pids = {"mpegts_start_pid": "768"} | options
+        other = write_with_sound(tmp_path / "b.ts", at_rate(25, 75), 3, **pids).read_bytes()
+        (tmp_path / "joined.ts").write_bytes(parts[0] + other)
+        reader = video.VideoReader(tmp_path / "joined.ts")
+        count = len(list(reader))
+        if "mpegts_pmt_start_pid" in options:
+            assert (count, reader.note) == (
+                3,
+                "the last 50% of the file are other tracks, not read",
+            )
+        else:
+            assert (count, reader.note) == (6, None)
+
+
+def test_matroska_files_joined_byte_by_byte_are_read(tmp_path):
+    parts = [recording(tmp_path / "a.mkv", colour, 3) for colour in (RED, BLUE)]
+    (tmp_path / "joined.mkv").write_bytes(b"".join(parts))
+    frames = video.read_frames(tmp_path / "joined.mkv", 32)
+    assert colours(frames.frames) == ["red"] * 3 + ["blue"] * 3
+
+
+def test_many_headers_in_an_flv_file_take_no_time(tmp_path):
+    data = recording(tmp_path / "a.flv", RED, 2)
+    (tmp_path / "bomb.flv").write_bytes(data + data[:13] * 2_000_000)
+    started = time.monotonic()
+    assert len(video.read_frames(tmp_path / "bomb.flv", 32).frames) == 2
+    assert time.monotonic() - started < 2
+
+
+def test_repeated_frames_of_an_avi_file_are_not_missing(tmp_path):
+    times = [*at_rate(25, 25), *(6 + time for time in at_rate(25, 25))]
+    path = write(tmp_path / "a.avi", times, codec="mpeg4", time_base=Fraction(1, 25))
+    reader = video.VideoReader(path)
+    assert len(list(reader)) == 7
+    assert reader.note is None
+
+
+def test_still_of_a_stream_without_container(tmp_path):
+    path = write(tmp_path / "a.h264", at_rate(25, 50), time_base=Fraction(1, 25))
+    path = path.rename(tmp_path / "a.mp4")
+    assert round((np.asarray(still(path, 1)).mean() - 20) / 4) == 25
+
+
 def write_tracks(path, tracks):
     """Writes grey tracks to a Matroska file: lists of times, the first of which is the default."""
     with av.open(str(path), "w") as container:
@@ -152,12 +236,14 @@ def test_edit_list_is_not_reported_as_missing_frames(tmp_path):
     assert numbers(frames)[0] == 15
 
 
+# 10 and 14: BT.2020 with constant luminance and ICtCp, which swscale does not convert.
+@pytest.mark.parametrize("matrix", [9, 10, 14])
 @pytest.mark.parametrize(("transfer", "white"), [(16, 0.58), (18, 0.75)])
-def test_diffuse_white_of_hdr_is_white(tmp_path, transfer, white):
+def test_diffuse_white_of_hdr_is_white(tmp_path, transfer, white, matrix):
     def setup(stream):
         stream.pix_fmt = "yuv420p10le"
         context = stream.codec_context
-        context.colorspace, context.color_range = 9, 1
+        context.colorspace, context.color_range = matrix, 1
         context.color_trc, context.color_primaries = transfer, 9
 
     path = tmp_path / "a.mkv"

@@ -201,7 +201,7 @@ def test_files_without_video_are_errors(tmp_path, capfd):
         "text.mp4": "^cannot be opened: Invalid data",
         "audio.mp4": "^no video stream$",
         "missing.mp4": "^cannot be opened: No such file or directory$",
-        ".": "^cannot be opened: Is a directory$",
+        ".": "^is a folder$",
     }
     for name, reason in reasons.items():
         with pytest.raises(video.VideoError, match=reason):

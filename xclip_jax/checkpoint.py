@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from safetensors.numpy import save_file
 
 from xclip_jax import integrity
+from xclip_jax.checkpoint_handler import WatchedHandler, WatchedRestore, WatchedSave
 from xclip_jax.cli import InputError, check_local, first_line, read_json, write_atomically
 from xclip_jax.data.text import Tokenizer, load_tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
@@ -40,11 +42,14 @@ PyTree = Any
 class Checkpoints(ocp.CheckpointManager):
     """The checkpoints of a work directory: the newest two and the best one are kept.
 
-    A step is committed together with the digests of its files, which repeat its score.
+    A step is committed together with the digests of its files, which repeat its score. `failure` is
+    the error of a write in the background, if any.
     """
 
+    failure: Exception | None
+
     def __init__(self, directory: Path) -> None:
-        self.path = directory.absolute()
+        self.path, self.failure = directory.absolute(), None
         self.saving: tuple[int, dict[str, float]] | None = None  # the step and its metrics
         score = operator.itemgetter("score")
         best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
@@ -54,14 +59,23 @@ class Checkpoints(ocp.CheckpointManager):
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
         )
-        super().__init__(escape_path(self.path), options=options)
+        handlers = {"state": WatchedHandler(self.note_failure)}
+        super().__init__(escape_path(self.path), options=options, item_handlers=handlers)
+
+    def note_failure(self, error: Exception) -> None:
+        """Takes an error of a write in the background."""
+        self.failure = error
 
     def _write_digests(self) -> None:
         """Writes the digests of the step that is being saved, just before it gets its name."""
         if self.saving is not None and is_first_process():
             step, metrics = self.saving
-            for folder in self.path.glob(f"{step}.*"):
-                integrity.write_digests(folder, metrics, skip=_ORBAX_METADATA)
+            try:
+                for folder in self.path.glob(f"{step}.*"):
+                    integrity.write_digests(folder, metrics, skip=_ORBAX_METADATA)
+            except OSError as error:
+                self.note_failure(error)
+                raise
 
 
 def open_checkpoints(directory: Path) -> Checkpoints:
@@ -115,7 +129,7 @@ def save_checkpoint(
     wait_for_writes(manager)
     metrics = {"score": UNSCORED if score is None else float(score)}
     manager.saving = step, metrics
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state))  # type: ignore[call-arg]
+    args = ocp.args.Composite(state=WatchedSave(state))
     with _report_failed_writes(manager):
         manager.save(step, args=args, metrics=metrics, force=True)
 
@@ -123,6 +137,12 @@ def save_checkpoint(
 def wait_for_writes(manager: Checkpoints) -> None:
     """Waits until the last checkpoint is written, or raises InputError if it cannot be."""
     with _report_failed_writes(manager):
+        # Orbax reports a failure only after all processes have met at a barrier, to which those
+        # that wait for the failed one do not come.
+        while manager.is_saving_in_progress():
+            if manager.failure is not None:
+                raise manager.failure
+            time.sleep(0.001)
         manager.wait_until_finished()
 
 
@@ -160,7 +180,7 @@ def restore_checkpoint(
         if corrupted and not best:
             _set_aside(manager, corrupted)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore[call-arg]
+        args = ocp.args.Composite(state=WatchedRestore(like))
         return step, manager.restore(step, args=args)["state"]
     raise InputError(
         f"no checkpoint in {manager.path} can be restored: all are corrupted or of another "

@@ -55,7 +55,10 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     vocabulary = config.model.text.vocab_size
     try:
         traced, compiled = _compile_step(config, mesh)
-    except jax.errors.JaxRuntimeError as error:  # out of memory
+        if (peak := peak_bytes(compiled)) > (memory := device_memory(mesh)):
+            sizes = f"{peak / 2**30:.2f} GiB a device of {memory / 2**30:.2f} GiB"
+            raise MemoryError(sizes)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
         problem = f"the training step does not fit: {first_line(error):.500}"
         raise InputError(f"{problem}; {_find_fitting_settings(config, mesh)}") from None
     try:
@@ -64,11 +67,11 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
         collectives = ", ".join(f"{count} {name}" for name, count in counts) or "none"
     except jax.errors.JaxRuntimeError:  # XLA cannot print some fused operations of libtpu
         collectives = "unknown: the compiled program cannot be printed"
-    memory, held = compiled.memory_analysis(), held_bytes(compiled)
+    held = held_bytes(compiled)
     figures = {
         "state and batch, a device": f"{held / 2**30:.2f} GiB",
-        "temporary memory, a device": f"{memory.temp_size_in_bytes / 2**30:.2f} GiB",
-        "peak memory, a device": f"{(held + memory.temp_size_in_bytes) / 2**30:.2f} GiB",
+        "temporary memory, a device": f"{(peak - held) / 2**30:.2f} GiB",
+        "peak memory, a device": f"{peak / 2**30:.2f} GiB",
         "matrix products, FLOP a step": f"{matrix_flops(traced.jaxpr.jaxpr):.3g}, all devices",
         "collectives in the program": collectives,
     }
@@ -104,8 +107,8 @@ def _find_fitting_settings(config: RunConfig, mesh: Mesh) -> str:
                 _, compiled = _compile_step(smaller, mesh)
             except jax.errors.JaxRuntimeError:
                 continue
-            peak = held_bytes(compiled) + compiled.memory_analysis().temp_size_in_bytes
-            return f"it fits with {flags}: {peak / 2**30:.2f} GiB a device"
+            if (peak := peak_bytes(compiled)) <= device_memory(mesh):
+                return f"it fits with {flags}: {peak / 2**30:.2f} GiB a device"
     return "nor does it with smaller micro-batches: use more devices and --config.mesh.fsdp"
 
 
@@ -114,6 +117,22 @@ def held_bytes(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return sizes - memory.alias_size_in_bytes
+
+
+def peak_bytes(compiled: Any) -> int:
+    """Returns the bytes of state, batch and temporary arrays on a device."""
+    return held_bytes(compiled) + compiled.memory_analysis().temp_size_in_bytes
+
+
+def device_memory(mesh: Mesh) -> float:
+    """Returns the bytes of memory of a device, infinite if unknown."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    try:
+        return device.memory_stats()["bytes_limit"]
+    except (AttributeError, KeyError, TypeError, jax.errors.JaxRuntimeError):
+        return math.inf  # of a topology, for which the compiler counts
 
 
 def matrix_flops(jaxpr: Any) -> int:

@@ -15,7 +15,7 @@ import av
 import av.logging
 from av import Packet, VideoStream
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from av.format import Flags
 from av.stream import Disposition
 
@@ -31,7 +31,7 @@ CONTAINERS = (
 # Formats whose clock may restart, in addition to those that FFmpeg marks as such.
 _JOINABLE = ("flv",)
 # Formats whose packets have positions in the order of their times.
-_STREAMED = ("mpegts", "mpeg", "flv", "matroska,webm", "asf")
+_STREAMED = ("mpegts", "flv", "matroska,webm", "asf")
 _FLV_HEADER = re.compile(rb"FLV\x01[\0\1\4\5]\0\0\0\x09\0\0\0\0")
 _MAX_PARTS = 1000  # of a joined FLV file
 MAX_PIXELS = 2**26  # of a frame: 8,192 x 8,192
@@ -102,7 +102,7 @@ class PacketReader:
         container, stream, end = self.film.container, self.film.stream, 0
         is_joinable = self.film.is_joinable
         is_streamed = container.format.name in _STREAMED
-        sounds = list(container.streams.audio[:1]) if is_streamed else []
+        sounds = list(container.streams.audio[:1]) if is_joinable or is_streamed else []
         with contextlib.suppress(IndexError):  # a packet of a stream that was not there before
             for packet in container.demux([stream, *sounds]):
                 end = max(end, (packet.pos or 0) + packet.size)
@@ -213,7 +213,9 @@ def _open(path: PathLike, max_pixels: int) -> Iterator[InputContainer]:
             container = av.open(joined, **options)
     except (OSError, ValueError, FFmpegError) as error:
         kind = AccessError if isinstance(error, OSError) else VideoError
-        raise kind(f"cannot be opened: {reason(error)}") from error
+        refused = isinstance(error, ArgumentError)  # a format outside the whitelist
+        why = "it is a playlist, or of a format that is not read" if refused else reason(error)
+        raise kind(f"cannot be opened: {why}") from error
     with container:
         yield container
 
