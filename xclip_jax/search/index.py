@@ -258,7 +258,7 @@ class Index:
         return Attention(words, snapshot.times[row][video.mask].tolist(), weights)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields all stored columns except the thumbnails as Arrow tables."""
+        """Yields all stored columns except thumbnails and checksums as Arrow tables."""
         return self._snapshot.tables()
 
     def segment(self, segment_id: str) -> Hit:

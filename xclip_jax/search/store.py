@@ -300,8 +300,8 @@ class Snapshot:
         return VideoFeatures(video, frames.reshape(*mask.shape, -1), mask)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields all columns except the thumbnails as Arrow tables."""
-        names = [name for name in self._table.schema.names if name != "thumbnail"]
+        """Yields all columns except thumbnails and checksums as Arrow tables."""
+        names = [n for n in self._table.schema.names if n not in ("thumbnail", "sample", *PARTS)]
         with _readable(self._location):
             for batch in self._table.search().select(names).to_batches(_BATCH_ROWS):
                 yield pa.Table.from_batches([batch])
