@@ -254,7 +254,7 @@ def local_checkpointer() -> ocp.StandardCheckpointer:
 
 def model_folder(directory: str | os.PathLike) -> Path:
     """Returns the model directory at `directory`, or its `model` if it is a work directory."""
-    directory = check_local("model directory", directory)
+    directory = check_local("model", directory)
     is_workdir = (directory / "model").is_dir() and not (directory / "model.json").is_file()
     return directory / "model" if is_workdir else directory
 

@@ -261,7 +261,7 @@ def _check_normalised(
 
     Those are from -mean / std to (1 - mean) / std, and a little outside after bicubic resizing.
     """
-    expected = f"must be uint8, or float, normalised, of {side} x {side} pixels"
+    expected = f"must be uint8, or normalised floats of {side} x {side} pixels"
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"frames of type {images.dtype}: {expected}")
     images = images.astype(np.float64)
@@ -295,7 +295,11 @@ def load(source: str | os.PathLike) -> Retriever:
         raise InputError(f"load: {source!r:.99}: must be a path or a hub id")
     directory, source = model_folder(source), os.fspath(source)
     if is_importable(source) and not (directory / "model.json").is_file():
-        imported = import_model(source)
+        try:
+            imported = import_model(source)
+        except InputError as error:
+            advice = "; options are those of python -m xclip_jax.convert"
+            raise InputError(f"{error}{advice * ('--' in str(error))}") from None
         described = describe_model(imported.config)
         params = jax.device_put(imported.params)
         return Retriever(described, XClip(imported.config), params, imported.tokenizer)

@@ -29,7 +29,7 @@ Granularities = Annotated[
     tuple[Granularity, ...],
     Rule(
         lambda names: names and all(names.count(n) == 1 and n in GRANULARITIES for n in names),
-        f"one or more of {', '.join(GRANULARITIES)}",
+        f"one or more of {', '.join(GRANULARITIES)}, each once",
     ),
 ]
 

@@ -36,7 +36,7 @@ SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
 MAX_SENTENCE = 10_000  # characters
 EXAMPLE_SECONDS = 600.0  # of a video that is an example
-EXAMPLE_LIMITS = Limits(pixels=2**24, working_seconds=10)
+EXAMPLE_LIMITS = Limits(pixels=2**24, working_seconds=4)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 Query = tuple[Funnel, TextFeatures]
 

@@ -131,8 +131,8 @@ def export_segments(index: Index, path: PathLike) -> None:
     """Writes a .parquet or .npz file with one row per segment.
 
     Columns: id, path, size (bytes), mtime (ns), start, end, offset (seconds), count, times (F
-    seconds), video (D) and frames (F x D numbers, in the .npz an N x F x D array); only the first `count`
-    times and frames are real. Parquet is written in blocks, an .npz is built in memory.
+    seconds), video (D) and frames (F x D numbers, in the .npz an N x F x D array); only the first
+    `count` times and frames are real. Parquet is written in blocks, an .npz is built in memory.
     Raises InputError for another suffix or an empty index.
     """
     path = check_local("--output", path)
