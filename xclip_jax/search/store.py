@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+os.environ.setdefault("LANCE_LOG", "error")  # "No existing dataset ..., it will be created"
+
 import faiss
 import lancedb
 import numpy as np
