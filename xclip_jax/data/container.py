@@ -31,7 +31,7 @@ CONTAINERS = (
 # Formats whose clock may restart, in addition to those that FFmpeg marks as such.
 _JOINABLE = ("flv",)
 # Formats whose packets have positions in the order of their times.
-_STREAMED = ("mpegts", "flv", "matroska,webm", "asf")
+_STREAMED = ("mpegts", "flv", "matroska,webm")
 _FLV_HEADER = re.compile(rb"FLV\x01[\0\1\4\5]\0\0\0\x09\0\0\0\0")
 _MAX_PARTS = 1000  # of a joined FLV file
 MAX_PIXELS = 2**26  # of a frame: 8,192 x 8,192
@@ -91,27 +91,39 @@ class Film(NamedTuple):
 class PacketReader:
     """An iterator over the packets of a picture track, which tells `clock` the times of the sound.
 
-    `unread` is the fraction of the file after the last packet of picture and sound, 0 if unknown:
-    another recording, with streams that FFmpeg did not find at the start.
+    After the last packet, `unread` is the fraction of the file that follows it, 0 if unknown:
+    another recording, with streams that FFmpeg did not find at the start. `missing` is the fraction
+    of the seconds in the header of Matroska that follows the last packet, 0 if unknown.
     """
 
     def __init__(self, film: Film, clock: "Clock") -> None:
-        self.film, self.clock, self.unread = film, clock, 0.0
+        self.film, self.clock, self.unread, self.missing = film, clock, 0.0, 0.0
 
     def __iter__(self) -> Iterator[Packet]:
-        container, stream, end = self.film.container, self.film.stream, 0
+        container, stream, end, last = self.film.container, self.film.stream, 0, 0.0
         is_joinable = self.film.is_joinable
         is_streamed = container.format.name in _STREAMED
-        sounds = list(container.streams.audio[:1]) if is_joinable or is_streamed else []
+        others = [s for s in container.streams if s.type in ("audio", "subtitle", "data")]
+        others = others if is_joinable or is_streamed else []
+        sound = next((s.index for s in others if s.type == "audio"), -1)
         with contextlib.suppress(IndexError):  # a packet of a stream that was not there before
-            for packet in container.demux([stream, *sounds]):
-                end = max(end, (packet.pos or 0) + packet.size)
+            for packet in container.demux([stream, *others]):
+                if packet.stream.index in (stream.index, sound):
+                    end = max(end, (packet.pos or 0) + packet.size)
+                if packet.dts is not None and packet.time_base:
+                    seconds = (packet.dts + (packet.duration or 0)) * packet.time_base
+                    last = max(last, float(seconds))
                 if packet.stream.index == stream.index:
                     yield packet
-                elif is_joinable and packet.dts is not None and packet.time_base:
+                elif is_joinable and packet.stream.index == sound and packet.dts is not None:
                     self.clock.hear(int(packet.dts * packet.time_base * self.film.second))
         if is_streamed and container.size > 0 and end:
             self.unread = max(0.0, 1 - end / container.size)
+        if container.format.name == "matroska,webm" and container.duration and last:
+            length = container.duration / av.time_base
+            self.missing = max(
+                0.0, 1 - (last - (container.start_time or 0) / av.time_base) / length
+            )
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ _UNSPECIFIED_COLORSPACE = 2
 _BT2020 = 9
 _HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
 _TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
-_UNREAD = 0.1  # fraction of a file, at the most, that follows its last picture and sound
+_UNREAD = 0.1  # fraction of a file, or of its length, that may follow its last picture and sound
 Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
@@ -166,6 +166,8 @@ class VideoReader:
             return f"{self._undecoded} packets of {film.container.format.name} cannot be decoded"
         if self.until is None and self._packets.unread > _UNREAD:
             return f"the last {self._packets.unread:.0%} of the file are other tracks, not read"
+        if self.until is None and self._packets.missing > _UNREAD:
+            return f"the last {self._packets.missing:.0%} of the length in the header are missing"
         count = self.count
         if film.container.format.name == "avi" and film.stream.average_rate:
             count = round(self.end * film.stream.average_rate)  # one of 0 bytes repeats the last
