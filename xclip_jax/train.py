@@ -55,8 +55,11 @@ def train(config: RunConfig, workdir: str | Path) -> None:
     workdir = Path(workdir)
     setup = Setup(config)
     claim_workdir(workdir, config, setup.dataset)
-    with lock_workdir(workdir):
-        _train(setup, workdir)
+    try:
+        with lock_workdir(workdir):
+            _train(setup, workdir)
+    except OSError as error:  # a full disk names no file
+        raise InputError(f"work directory {workdir} cannot be written: {error}") from None
 
 
 def _train(setup: "Setup", workdir: Path) -> None:
