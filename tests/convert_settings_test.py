@@ -78,6 +78,14 @@ def test_heads_of_wide_towers_must_be_stated(tmp_path):
     assert import_model(path).config.vision.heads == 16
 
 
+def test_width_that_contradicts_the_weights_is_an_error(tmp_path):
+    vision = {"width": 2 * TINY["width"], "head_width": 16}
+    path = write_open_clip(tmp_path, model={"vision_cfg": vision})
+    message = rf"open_clip_config.json describes an image tower of width {vision['width']}, the wei"
+    with pytest.raises(InputError, match=message):
+        import_model(path)
+
+
 def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
     path = write_open_clip(tmp_path)
     assert import_model(path, Options(activation="gelu")).config.activation == "gelu"
@@ -93,7 +101,11 @@ def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
         ({"preprocess_cfg": {"std": [0, 1, 1]}}, r"std is .*: must be three numbers above 0"),
         ({"preprocess_cfg": {"resize_mode": "squash"}}, r".*resize_mode is 'squash', supported"),
         ({"preprocess_cfg": 3}, r"preprocess_cfg must be an object"),
-        ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be from 1"),
+        ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be a whole"),
+        (
+            {"model": {"vision_cfg": {"width": 64, "layers": [3, 4]}}},
+            r"vision_cfg.layers is .3, 4.",
+        ),
         ({"model": {"quick_gelu": "true"}}, r"quick_gelu is 'true', must be true or false"),
         ({"model": {"vision_cfg": {"width": 64, "head_width": 48}}}, r"vision_cfg.width 64 is not"),
         ({"model": {"text_cfg": {"no_causal_mask": True}}}, r"text_cfg.no_causal_mask is True"),

@@ -231,7 +231,7 @@ def test_invalid_options_are_refused(tmp_path):
     for options, message in [
         ({"max_words": 0}, "--max_words=0: must be at least 1"),
         ({"vision_heads": -1}, "--vision_heads=-1: must be at least 1"),
-        ({"text_heads": 7}, "divisible by 7 heads: set --text_heads"),
+        ({"text_heads": 7}, "divisible by 7 heads: correct --text_heads"),
         ({"crop_matrices": True}, "--crop_matrices requires"),
     ]:
         with pytest.raises(InputError, match=re.escape(message)):

@@ -109,6 +109,8 @@ def run_module(module, *arguments):
         (["--config.mode"], "no =VALUE"),
         (["--nonsense"], "--nonsense: unknown option"),
         (["--config=configs/nothing.py"], "configs/nothing.py: no such file"),
+        (["--config.seed=1", "--config=configs/nothing.py"], "configs/nothing.py: no such file"),
+        (["--config.model.taus=0.1"], "error: --config has no field model.taus: see xclip_jax"),
         (["--seeds=two"], "--seeds: invalid int value"),
     ],
 )

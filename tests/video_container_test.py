@@ -136,10 +136,8 @@ def test_recording_with_other_streams_is_read_or_said(tmp_path):
         reader = video.VideoReader(tmp_path / "joined.ts")
         count = len(list(reader))
         if "mpegts_pmt_start_pid" in options:
-            assert (count, reader.note) == (
-                3,
-                "the last 50% of the file are other tracks, not read",
-            )
+            assert count == 3
+            assert reader.note.startswith("the last 50% of the file is another recording")
         else:
             assert (count, reader.note) == (6, None)
 
@@ -160,7 +158,7 @@ def test_truncated_matroska_file_has_a_note(tmp_path, suffix):
     assert video.read_frames(path, 32).note is None
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     note = video.read_frames(path, 32).note
-    assert note.endswith("% of the length in the header are missing")
+    assert note.startswith("by its header, the last ")
 
 
 def test_many_headers_in_an_flv_file_take_no_time(tmp_path):

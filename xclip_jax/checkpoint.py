@@ -329,7 +329,9 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
         raise InputError(f"no model in {directory}: model.json is missing") from None
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{file} does not describe a model: no or unknown {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a model: {first_line(error)}") from None
     if reason := integrity.find_corruption(directory):
         advice = f"restore it, or delete {integrity.DIGESTS} if it was changed on purpose"

@@ -163,6 +163,9 @@ class Retriever:
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
+        if not isinstance(block_cells, int) or block_cells < 0:
+            problem = f"similarity: block_cells = {block_cells!r:.99}"
+            raise InputError(f"{problem}: must be a whole number of at least 0")
         dim = self.model.config.embed_dim
         _check_features("text", text, text.sentence, text.words, dim)
         _check_features("video", video, video.video, video.frames, dim)
@@ -204,7 +207,8 @@ class Retriever:
             features, sources = videos, [None] * len(videos.mask)
         else:
             if not isinstance(videos, str | os.PathLike):
-                sources = list(videos)  # of a generator, for the matches
+                kinds = (str, os.PathLike, np.ndarray, jax.Array)
+                sources = _to_list("search: videos", videos, "path or array", kinds)
             features = self.encode_video(sources)
         scores_V = self.similarity(self.encode_text([query]), features)[0]
         order = np.argsort(-scores_V, kind="stable")[:k]

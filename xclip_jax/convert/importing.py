@@ -229,8 +229,9 @@ def _classify(archive: Archive, path: Path, options: Options) -> Source:
     model = "open_clip" if open_clip or settings.source else "CLIP"
     if "input_resolution" in tensors:
         model, settings = "CLIP", Settings("quick_gelu", source=OPENAI)
+    width = len(tensors["visual.conv1.weight"])
     tensors = {f"clip.{name}": array for name, array in tensors.items()}
-    return Source(f"{model} {kind}", False, tensors, _complete(options, settings))
+    return Source(f"{model} {kind}", False, tensors, _complete(options, settings, width))
 
 
 def _read_folder(folder: Path, options: Options) -> Source:
@@ -247,16 +248,24 @@ def _read_folder(folder: Path, options: Options) -> Source:
 def _complete_hugging_face(
     folder: Path, tensors: dict[str, np.ndarray], options: Options
 ) -> Source:
-    options = _complete(options, read_hugging_face(folder))
+    width = tensors.get("vision_model.embeddings.class_embedding")
+    width = width.size if width is not None else None
+    options = _complete(options, read_hugging_face(folder), width)
     return Source("Hugging Face CLIP", False, from_hugging_face(tensors), options)
 
 
-def _complete(options: Options, settings: Settings) -> Options:
-    """Returns the options with what is stated beside the weights, which no flag may contradict."""
-    values = {}
+def _complete(options: Options, settings: Settings, width: int | None = None) -> Options:
+    """Returns the options with what is stated beside the weights, which no flag may contradict.
+
+    `width` is that of the image tower's weights.
+    """
+    values, stated = {}, settings.vision_width
+    if width and stated and width != stated:
+        problem = f"{settings.source} describes an image tower of width {stated}"
+        raise InputError(f"{problem}, the weights have {width}")
     for field in dataclasses.fields(Settings):
         stated, flag = getattr(settings, field.name), getattr(options, field.name, None)
-        if stated is None or field.name == "source":
+        if stated is None or field.name in ("source", "vision_width"):
             continue
         if flag not in (None, stated) and field.name == "preprocess":
             raise InputError("--image_mean, --image_std: the file beside the weights has others")
@@ -310,10 +319,11 @@ def infer(source: Source) -> ModelConfig:
             raise InputError(f"the {tower} tower has no layers")
         if width > 1024 and not getattr(options, name):
             problem = f"heads are not stored, and the {tower} tower has width {width}"
-            raise InputError(f"{problem}: set --{name} (ViT-H: 16 of images and of text)")
+            raise InputError(f"{problem}: set --{name} (ViT-H: 16)")
         if width % heads:
             size = f"the {tower} tower has width {width}"
-            raise InputError(f"{size}, not divisible by {heads} heads: set --{name}")
+            advice = f"correct --{name} or the file beside the weights"
+            raise InputError(f"{size}, not divisible by {heads} heads: {advice}")
         return {"width": width, "layers": layers, "heads": heads}
 
     width, _, patch, _ = shape("visual.conv1.weight", 4)

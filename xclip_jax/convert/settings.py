@@ -42,7 +42,7 @@ _OPEN_CLIP = {
         "norm_kwargs": {},
     },
 }
-_HF_HEADS = {"vision": 12, "text": 8}  # transformers' defaults
+_HF_HEADS, _HF_WIDTH = {"vision": 12, "text": 8}, 768  # transformers' defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Settings:
     vision_heads: int | None = None
     text_heads: int | None = None
     preprocess: PreprocessConfig | None = None
+    vision_width: int | None = None  # of the image tower
     source: str = ""  # the file that states activation and heads, or what tells them
 
 
@@ -60,7 +61,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file, or raises InputError."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must be a JSON object, is {type(value).__name__}")
+        raise InputError(f"{path}: must be a JSON object")
     return value
 
 
@@ -98,7 +99,9 @@ def read_open_clip(folder: Path) -> Settings | None:
             actual = stated.get(name, value)
             _check(path, f"preprocess_cfg.{name}", actual, actual == value, value)
     activation = "quick_gelu" if any(quick) else "gelu"
-    return Settings(activation, width // head_width, heads, preprocess, path.name)
+    layers = vision.get("layers", 12)
+    _check(path, "vision_cfg.layers", layers, type(layers) is int, "one number, of a ViT")
+    return Settings(activation, width // head_width, heads, preprocess, width, path.name)
 
 
 def read_hugging_face(folder: Path) -> Settings:
@@ -127,7 +130,10 @@ def read_hugging_face(folder: Path) -> Settings:
             raise InputError(f"{path}: {wrong}, must be a whole number of at least 1")
         heads.append(count)
     activation = text.get("hidden_act", _SETTINGS["hidden_act"][0])
-    return Settings(activation, heads[0], heads[1], _read_preprocessor(folder), path.name)
+    width = vision.get("hidden_size", _HF_WIDTH)
+    _check_positive(path, "vision_config.hidden_size", width)
+    preprocess = _read_preprocessor(folder)
+    return Settings(activation, heads[0], heads[1], preprocess, width, path.name)
 
 
 def _tower(path: Path, config: dict[str, Any], tower: str) -> dict[str, Any]:
@@ -197,7 +203,7 @@ def _check(path: Path, name: str, value: Any, is_supported: bool, supported: str
 
 def _check_positive(path: Path, name: str, value: Any) -> None:
     if type(value) is not int or not 1 <= value <= 2**16:
-        raise InputError(f"{path}: {name} is {value!r:.99}, must be from 1 to 65536")
+        raise InputError(f"{path}: {name} is {value!r:.99}, must be a whole number from 1 to 65536")
 
 
 def _section(path: Path, config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -165,9 +165,10 @@ class VideoReader:
         if self._undecoded:
             return f"{self._undecoded} packets of {film.container.format.name} cannot be decoded"
         if self.until is None and self._packets.unread > _UNREAD:
-            return f"the last {self._packets.unread:.0%} of the file are other tracks, not read"
+            rest = f"the last {self._packets.unread:.0%} of the file"
+            return f"{rest} is another recording with other tracks, not read"
         if self.until is None and self._packets.missing > _UNREAD:
-            return f"the last {self._packets.missing:.0%} of the length in the header are missing"
+            return f"by its header, the last {self._packets.missing:.0%} of the film are missing"
         count = self.count
         if film.container.format.name == "avi" and film.stream.average_rate:
             count = round(self.end * film.stream.average_rate)  # one of 0 bytes repeats the last

@@ -62,7 +62,7 @@ Seconds = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description=_
 def _limit_length(limit: int, text: str) -> str:
     if len(text) > limit:
         raise ValueError
-    return text.encode("utf-8", "replace").decode()  # JSON allows lone surrogates
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)  # JSON allows lone surrogates
 
 
 Sentence = Annotated[str, AfterValidator(partial(_limit_length, MAX_SENTENCE))]

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-os.environ.setdefault("LANCE_LOG", "error")  # "No existing dataset ..., it will be created"
+os.environ.setdefault("LANCEDB_LOG", "error")  # "No existing dataset ..., it will be created"
 
 import faiss
 import lancedb
