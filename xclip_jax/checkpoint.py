@@ -227,8 +227,8 @@ def _read_arrays(folder: Path, like: PyTree) -> PyTree:
 def escape_path(folder: Path) -> Path:
     """Returns a path to an absolute folder without characters that Orbax takes for wildcards.
 
-    It is a symbolic link of a name that depends on the folder only, as all processes of a run must
-    use the same one.
+    The folder is made. The path is a symbolic link of a name that depends on the folder only, as
+    all processes of a run must use the same one.
     """
     if not set("*?[]\\") & set(str(folder)):
         return folder

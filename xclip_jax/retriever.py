@@ -26,6 +26,7 @@ from xclip_jax.models.config import PreprocessConfig
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 Video = str | os.PathLike | np.ndarray
+_VIDEOS = "path or F x H x W x 3 array", (str, os.PathLike, np.ndarray, jax.Array)
 _BATCH = 32  # videos whose frames are in memory at once
 
 
@@ -91,8 +92,7 @@ class Retriever:
             InputError: `videos` is empty or a single path, a file cannot be read, or an array has
                 the wrong type, shape or values.
         """
-        kinds = (str, os.PathLike, np.ndarray, jax.Array)
-        videos = _to_list("encode_video: videos", videos, "path or F x H x W x 3 array", kinds)
+        videos = _to_list("encode_video: videos", videos, *_VIDEOS)
 
         def encode_batches() -> Iterator[VideoFeatures]:
             for start in range(0, len(videos), _BATCH):
@@ -202,13 +202,10 @@ class Retriever:
         if not isinstance(query, str) or not isinstance(k, int | np.integer) or k < 0:
             problem = f"search: {query!r:.99}, k = {k!r:.99}"
             raise InputError(f"{problem}: must be a str and a whole number of at least 0")
-        sources: Any = videos
         if isinstance(videos, VideoFeatures):
             features, sources = videos, [None] * len(videos.mask)
         else:
-            if not isinstance(videos, str | os.PathLike):
-                kinds = (str, os.PathLike, np.ndarray, jax.Array)
-                sources = _to_list("search: videos", videos, "path or array", kinds)
+            sources = _to_list("search: videos", videos, *_VIDEOS)
             features = self.encode_video(sources)
         scores_V = self.similarity(self.encode_text([query]), features)[0]
         order = np.argsort(-scores_V, kind="stable")[:k]

@@ -248,8 +248,8 @@ def _read_folder(folder: Path, options: Options) -> Source:
 def _complete_hugging_face(
     folder: Path, tensors: dict[str, np.ndarray], options: Options
 ) -> Source:
-    width = tensors.get("vision_model.embeddings.class_embedding")
-    width = width.size if width is not None else None
+    token = tensors.get("vision_model.embeddings.class_embedding")
+    width = None if token is None else token.size
     options = _complete(options, read_hugging_face(folder), width)
     return Source("Hugging Face CLIP", False, from_hugging_face(tensors), options)
 

@@ -81,8 +81,8 @@ def read_open_clip(folder: Path) -> Settings | None:
         _check_positive(path, name, value)
     for tower, allowed in _OPEN_CLIP.items():
         for name, value in allowed.items():
-            if (stated := (model.get(tower) or {}).get(name)) not in (None, value):
-                _check(path, f"{tower}.{name}", stated, False, repr(value))
+            stated = _section(path, model, tower).get(name)
+            _check(path, f"{tower}.{name}", stated, stated in (None, value), repr(value))
     if width % head_width:
         problem = f"vision_cfg.width {width} is not a multiple of head_width {head_width}"
         raise InputError(f"{path}: {problem}")

@@ -215,20 +215,21 @@ def _open(path: PathLike, max_pixels: int) -> Iterator[InputContainer]:
                 raise VideoError("empty file (0 bytes)")
     except OSError as error:
         raise AccessError(f"cannot be opened: {reason(error)}") from error
-    try:
-        # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
-        options: Any = {"container_options": allowed, "metadata_errors": "replace"}
-        options["options"] = {"max_pixels": str(max_pixels)}
-        container = av.open(os.path.abspath(path), **options)
-        if container.format.name == "flv" and len((joined := _JoinedFlv(path)).parts) > 1:
-            container.close()
-            container = av.open(joined, **options)
-    except (OSError, ValueError, FFmpegError) as error:
-        kind = AccessError if isinstance(error, OSError) else VideoError
-        refused = isinstance(error, ArgumentError)  # a format outside the whitelist
-        why = "it is a playlist, or of a format that is not read" if refused else reason(error)
-        raise kind(f"cannot be opened: {why}") from error
-    with container:
+    # Absolute: a colon in a relative name looks like a protocol. Tags may be of any encoding.
+    options: Any = {"container_options": allowed, "metadata_errors": "replace"}
+    options["options"] = {"max_pixels": str(max_pixels)}
+    with contextlib.ExitStack() as stack:
+        try:
+            container = stack.enter_context(av.open(os.path.abspath(path), **options))
+            if container.format.name == "flv":
+                joined = stack.enter_context(_JoinedFlv(path))
+                if len(joined.parts) > 1:
+                    container = stack.enter_context(av.open(joined, **options))
+        except (OSError, ValueError, FFmpegError) as error:
+            kind = AccessError if isinstance(error, OSError) else VideoError
+            refused = isinstance(error, ArgumentError)  # a format outside the whitelist
+            why = "it is a playlist, or of a format that is not read" if refused else reason(error)
+            raise kind(f"cannot be opened: {why}") from error
         yield container
 
 
