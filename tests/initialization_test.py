@@ -49,7 +49,7 @@ def make_config(clip, data="", **model):
 
 def start(config, tokenizer=None):
     tokenizer = tokenizer or learn_tokenizer(["red and then green", "first blue, then grey"])
-    model_config = configure_model(config.model, tokenizer.vocab_size)
+    model_config = configure_model(config, tokenizer.vocab_size)
     fresh = tiny.make_params(XClip(model_config))
     params, rows = start_from_clip(fresh, model_config, config.init.clip)
     assert jax.tree.structure(params) == jax.tree.structure(fresh)

@@ -10,7 +10,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from xclip_jax.config import OptimizerConfig
+from xclip_jax.cli import InputError
+from xclip_jax.config import OptimizerConfig, get_config, validate
 from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from xclip_jax.models.xclip import XClip
 from xclip_jax.optimizer import (
@@ -20,6 +21,7 @@ from xclip_jax.optimizer import (
     learning_rate_schedule,
     make_optimizer,
     non_bias_mask,
+    store_params,
     trainable_mask,
 )
 
@@ -301,6 +303,69 @@ def test_updates_match_bert_adam_in_numpy(clip_norm, sizes, clipped):
             assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
     assert reference.clipped == clipped
     assert float(schedule(0)) == 0
+
+
+def half(x):
+    return np.asarray(x).astype(np.float16).astype(np.float32)
+
+
+def test_float16_updates_are_rounded_line_by_line():
+    """Compares with NumPy, bit by bit: every line of PyTorch's BertAdam rounds its result."""
+    options = make_options(1e-2, 1e-3, 0.2, 0.0, 1e9)
+    o = {name: np.float32(value) for name, value in options.items()}
+    rng = np.random.default_rng(0)
+    name = "clip/visual/encoder/blocks/fc/kernel"
+    weights, mean, square = half(rng.normal(0, 0.1, (1, 40, 40))), np.float32(0), np.float32(0)
+    params = store_params(unflatten({name: weights}), "float16")
+    optimizer = make_optimizer(OptimizerConfig(name="bert_adam", **options), 4)[1]
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    zeros = set()
+    for step in range(3):
+        gradient = 10 ** rng.uniform(-5, -2, (1, 40, 40)) * rng.choice([-1, 1], (1, 40, 40))
+        gradient = np.float32(gradient)
+        updates, state = update(unflatten({name: gradient}), state, params)
+        params = optax.apply_updates(params, updates)
+        g = half(gradient)
+        mean = half(half(mean * o["b1"]) + (1 - o["b1"]) * g)
+        square = half(half(square * o["b2"]) + (1 - o["b2"]) * g * g)
+        direction = half(mean / half(half(np.sqrt(square)) + o["eps"]))
+        rate = o["lr"] * np.float32(1e-3) * np.float32(0.5 * (1 + math.cos(math.pi * step / 4)))
+        direction = half(direction + o["weight_decay"] * weights)
+        weights = half(weights - half(rate * direction))
+        found = flatten(params)[name]
+        assert found.dtype == np.float16
+        same = np.mean(np.float32(found) == weights)
+        assert same > 0.998, same  # the rate itself is computed in another order
+        zeros.add(float(np.mean(square == 0)))
+    assert max(zeros) > 0.3  # second moments underflow
+
+
+def test_adamw_is_not_for_float16():
+    config = get_config()
+    config.model.param_dtype = "float16"
+    with pytest.raises(InputError, match=r"model.param_dtype = 'float16': must be float32 unless"):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", ["adamw", "bert_adam"])
+def test_lower_layers_learn_slower_with_layer_decay(name):
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), params_of("transformer", layers=3))
+    gradients = jax.tree.map(jnp.ones_like, params)
+    moved = []
+    for decay in (1.0, 0.5):
+        config = OptimizerConfig(name=name, weight_decay=0.0, warmup=0.0, layer_decay=decay)
+        optimizer = make_optimizer(config, 4)[1]
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+        moved.append(slices(updates))
+    expected = {}
+    for part in moved[0]:
+        tower, layer = part.startswith("clip/"), part.rpartition("/")[2]
+        top = any(n in part for n in ("ln_final", "ln_post", "projection", "logit_scale"))
+        power = 3 - int(layer) if layer.isdigit() else 4
+        expected[part] = 0.5**power if tower and not top else 1.0
+    assert set(expected.values()) == {1.0, 0.5, 0.25, 0.125, 0.0625}
+    for part, factor in expected.items():
+        np.testing.assert_allclose(moved[1][part], factor * moved[0][part], rtol=1e-5, err_msg=part)
 
 
 def frozen_names(layers):

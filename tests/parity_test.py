@@ -22,7 +22,7 @@ from xclip_jax.convert import mapping
 from xclip_jax.convert.importing import convert
 from xclip_jax.loss import LOSS_SCALES, contrastive_loss
 from xclip_jax.models import XClip
-from xclip_jax.optimizer import make_optimizer
+from xclip_jax.optimizer import Moments, make_optimizer, store_params
 
 SMALL = Path(__file__).parent / "data" / "goldens_small"
 LARGE = Path(__file__).resolve().parents[2] / "shared" / "goldens"
@@ -58,8 +58,8 @@ def step(release):
     return training_step(retriever, json.loads(str(golden["config"])))
 
 
-def training_step(retriever, settings):
-    """Returns (jitted step, initial optimizer state) with the release's optimizer."""
+def training_step(retriever, settings, param_dtype="float32"):
+    """Returns (jitted step, initial parameters, optimizer state) with the release's optimizer."""
 
     def optimizer(encoder_ratio):
         options = ConfigDict()
@@ -74,6 +74,7 @@ def training_step(retriever, settings):
             eps=1e-6,
             clip_norm=1.0,
             freeze_layers=settings["freeze_layers"],
+            layer_decay=1.0,
         )
         return make_optimizer(options, settings["total_steps"])[1]
 
@@ -82,12 +83,14 @@ def training_step(retriever, settings):
 
     @jax.jit
     def step(params, state, batch, encoder_ratio=settings["coef_lr"]):
-        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
+        float32 = optax.tree.cast(params, jnp.float32)
+        loss, gradients = jax.value_and_grad(loss_of)(float32, batch)
         updates, state = optimizer(encoder_ratio).update(gradients, state, params)
         params = train.clamp_logit_scale(optax.apply_updates(params, updates))
         return params, state, loss, gradients
 
-    return step, optimizer(1.0).init(retriever.params)
+    params = store_params(retriever.params, param_dtype)
+    return step, params, optimizer(1.0).init(params)
 
 
 def official_loss(sim_TxV):
@@ -170,9 +173,9 @@ def test_outputs_match_release(release):
 
 
 def test_gradients_match_release(release, step):
-    retriever, golden = release
-    train_step, state = step
-    *_, gradients = train_step(retriever.params, state, inputs(golden))
+    _, golden = release
+    train_step, params, state = step
+    *_, gradients = train_step(params, state, inputs(golden))
     actual, expected = norms(gradients), with_prefix(golden, "grad_norm")
     assert expected
     for key, value in expected.items():
@@ -182,8 +185,8 @@ def test_gradients_match_release(release, step):
 
 def test_four_optimizer_steps_match_release(release, step):
     retriever, golden = release
-    train_step, state = step
-    params, losses, batch = retriever.params, [], inputs(golden)
+    train_step, params, state = step
+    losses, batch = [], inputs(golden)
     for _ in range(4):
         params, state, loss, _ = train_step(params, state, batch)
         losses.append(float(loss))
@@ -192,20 +195,67 @@ def test_four_optimizer_steps_match_release(release, step):
     assert_moved(params, retriever.params, with_prefix(golden, expected))
 
 
-def test_six_float32_steps_with_frozen_layers_match_release(tmp_path):
-    """Runs at the rates of the release's scripts, and with CLIP's ten times as high."""
+@pytest.fixture(scope="module")
+def float16_release(tmp_path_factory):
+    """Returns (Retriever, golden arrays, settings, details) of the release's own training."""
     golden = dict(np.load(SMALL / "release_fp16_training.npz"))
     settings, details = json.loads(str(golden["config"])), json.loads(str(golden["details"]))
-    retriever, _ = load(SMALL / settings["weights"], tmp_path)
-    train_step, initial_state = training_step(retriever, settings)
-    for run, faster in (("", {}), ("faster_", settings["faster"])):
-        params, state, losses = retriever.params, initial_state, []
-        ratio = (settings | faster)["coef_lr"]
-        for batch in zip(*inputs(golden), strict=True):
-            params, state, loss, _ = train_step(params, state, batch, ratio)
-            losses.append(float(loss))
-        assert_close(losses, golden[f"{run}losses_6_steps_float32"], "losses")
-        assert_moved(params, retriever.params, details[f"{run}after6_update_norm_float32"])
+    folder = tmp_path_factory.mktemp("float16")
+    return load(SMALL / settings["weights"], folder)[0], golden, settings, details
+
+
+def run_six_steps(release, run, param_dtype):
+    """Runs at the rates of the release's scripts, or (`faster_`) with CLIP's ten times as high.
+
+    Returns (losses, parameters, optimizer state).
+    """
+    retriever, golden, settings, _ = release
+    settings = settings | (settings["faster"] if run else {})
+    train_step, params, state = training_step(retriever, settings, param_dtype)
+    losses = []
+    for batch in zip(*inputs(golden), strict=True):
+        params, state, loss, _ = train_step(params, state, batch, settings["coef_lr"])
+        losses.append(float(loss))
+    return losses, params, state
+
+
+@pytest.mark.parametrize("run", ["", "faster_"])
+def test_six_float32_steps_with_frozen_layers_match_release(float16_release, run):
+    retriever, golden, _, details = float16_release
+    losses, params, _ = run_six_steps(float16_release, run, "float32")
+    assert_close(losses, golden[f"{run}losses_6_steps_float32"], "losses")
+    assert_moved(params, retriever.params, details[f"{run}after6_update_norm_float32"])
+
+
+@pytest.mark.parametrize("run", ["", "faster_"])
+def test_six_float16_steps_match_release(float16_release, run):
+    """Compares single small tensors only together: few of their numbers change at all."""
+    retriever, golden, _, details = float16_release
+    losses, params, state = run_six_steps(float16_release, run, "float16")
+    assert_close(losses, golden[f"{run}losses_6_steps"], "losses", 3e-3)
+    types = {name: str(array.dtype) for name, array in mapping.to_tensors(params).items()}
+    assert types == details["dtypes"] | {"clip.token_embedding.weight": "float32"}
+    start = store_params(retriever.params, "float16")
+    moved = norms(
+        jax.tree.map(lambda a, b: a.astype(np.float64) - b, *map(jax.device_get, (params, start)))
+    )
+    expected = with_prefix(golden, f"{run}after6_update_norm")
+    half = [name for name, kind in types.items() if kind == "float16" and expected[name]]
+    assert len(half) > 30
+    actual, release = (np.array([tensors[name] for name in half]) for tensors in (moved, expected))
+    assert np.linalg.norm(actual) == pytest.approx(np.linalg.norm(release), rel=0.01)
+    assert np.median(actual / release) == pytest.approx(1, abs=0.01)
+    for name in expected.keys() - set(half):
+        assert moved[name] == pytest.approx(expected[name], rel=0.02, abs=1e-6), name
+    squares = mapping.to_tensors(find_moments(state).square)
+    for name, share in details[f"{run}after6_share_of_zero_second_moments"].items():
+        assert np.mean(squares[name] == 0) == pytest.approx(share, abs=0.03), name
+
+
+def find_moments(state):
+    """Returns the moments in an optimizer's state."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Moments))
+    return next(x for x in leaves if isinstance(x, Moments))
 
 
 def test_features_and_logits_match_plain_clip(plain_clip):

@@ -27,6 +27,15 @@ CASES = [
     for fsdp in (1, 2)
 ]
 ALL_ON = CASES[-1]
+_BERT_ADAM = {"optimizer.name": "bert_adam", "model.param_dtype": "float16"}
+SWITCHES = [
+    {"model.aggregation": "weighted", "loss.cdcr": 100.0},
+    {"model.aggregation": "maxsim", "optimizer.layer_decay": 0.7, "train.ema": 0.9},
+    {"model.tau_learned": True, "loss.each_granularity": True},
+    {"loss.kind": "sigmoid"},
+    {"model.head": "tight_transformer"},  # with dropout
+    {"model.preset": "official", **_BERT_ADAM},
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +81,19 @@ def test_losses_do_not_depend_on_devices_and_processes(data, single, devices, pr
     for process in losses(data, cases, devices, processes):
         for curve, case in zip(process, cases, strict=True):
             assert curve == pytest.approx(single, abs=1e-5), case
+
+
+@pytest.mark.slow
+def test_losses_with_each_switch_do_not_depend_on_devices(data):
+    micro = MICRO | {"mesh.fsdp": 2}
+    (single,) = losses(data, SWITCHES, devices=1)
+    (split,) = losses(data, [switch | micro | BLOCKS for switch in SWITCHES[:-2]], devices=8)
+    # Blocks change which random numbers a pair gets, and float16 amplifies differences.
+    (whole,) = losses(data, [switch | micro for switch in SWITCHES[-2:]], devices=8)
+    tolerances = [1e-5] * 5 + [2e-2]
+    for curve, one, switch, far in zip(split + whole, single, SWITCHES, tolerances, strict=True):
+        assert curve == pytest.approx(one, abs=far), switch
+        assert len(set(curve)) == STEPS, switch
 
 
 PMAP = """

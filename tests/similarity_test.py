@@ -44,11 +44,10 @@ def features(seed, texts=TEXT_LENGTHS, videos=VIDEO_LENGTHS, words=6, frames=4, 
     rng = np.random.default_rng(seed)
     text_mask = np.arange(words) < np.array(texts)[:, None]
     video_mask = np.arange(frames) < np.array(videos)[:, None]
-    text = TextFeatures(unit(rng, len(texts), dim), unit(rng, len(texts), words, dim), text_mask)
-    video = VideoFeatures(
-        unit(rng, len(videos), dim), unit(rng, len(videos), frames, dim), video_mask
-    )
-    return text, video
+    text = [unit(rng, len(texts), dim), unit(rng, len(texts), words, dim), text_mask]
+    video = [unit(rng, len(videos), dim), unit(rng, len(videos), frames, dim), video_mask]
+    weights = (rng.normal(size=mask.shape).astype(np.float32) for mask in (text_mask, video_mask))
+    return TextFeatures(*text, next(weights)), VideoFeatures(*video, next(weights))
 
 
 def loop_attention(scores, tau):
@@ -64,8 +63,19 @@ def loop_operation(scores, name, tau):
     return max(scores) if name == "max" else sum(scores) / len(scores)
 
 
-def loop_matrix(rows, aggregation, tau):
+def loop_weighted(scores, logits):
+    exps = [math.exp(logit) for logit in logits]
+    return sum(e * s for e, s in zip(exps, scores, strict=True)) / sum(exps)
+
+
+def loop_matrix(rows, aggregation, tau, word_logits=None, frame_logits=None):
     """Returns Eq. 9-13 of one matrix: a list of words, each a list of its scores with frames."""
+    maxima = [max(row) for row in rows], [max(column) for column in zip(*rows, strict=True)]
+    if aggregation == "maxsim":
+        return sum(maxima[0]) / len(rows)
+    if aggregation == "weighted":
+        logits = word_logits, frame_logits
+        return sum(map(loop_weighted, maxima, logits)) / 2
     outer, inner = (aggregation.split("-") * 2)[:2]
     over_words = loop_operation([loop_operation(row, inner, tau) for row in rows], outer, tau)
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -75,7 +85,13 @@ def loop_matrix(rows, aggregation, tau):
 
 def loop_similarities(text, video, text_lengths, video_lengths, aggregation, tau):
     """Returns Eq. 3-13 pair by pair. Words are the tokens between the first and the last."""
-    outer = aggregation.split("-")[0]
+
+    def reduce(scores, logits, of_maxsim):
+        if aggregation == "weighted":
+            return loop_weighted(scores, logits)
+        name = of_maxsim if aggregation == "maxsim" else aggregation.split("-")[0]
+        return loop_operation(scores, name, tau)
+
     found = {name: np.zeros((len(text_lengths), len(video_lengths))) for name in GRANULARITIES}
 
     def dot(a, b):
@@ -87,13 +103,13 @@ def loop_similarities(text, video, text_lengths, video_lengths, aggregation, tau
             frames = [video.frames[v][k] for k in range(count)]
             sentence, clip = text.sentence[t], video.video[v]
             found["video_sentence"][t, v] = dot(sentence, clip)
-            found["video_word"][t, v] = loop_operation([dot(w, clip) for w in words], outer, tau)
-            found["frame_sentence"][t, v] = loop_operation(
-                [dot(sentence, f) for f in frames], outer, tau
-            )
-            found["frame_word"][t, v] = loop_matrix(
-                [[dot(w, f) for f in frames] for w in words], aggregation, tau
-            )
+            logits = text.weights[t][1 : length - 1].tolist(), video.weights[v][:count].tolist()
+            scores = [dot(w, clip) for w in words]
+            found["video_word"][t, v] = reduce(scores, logits[0], "mean")
+            scores = [dot(sentence, f) for f in frames]
+            found["frame_sentence"][t, v] = reduce(scores, logits[1], "max")
+            scores = [[dot(w, f) for f in frames] for w in words]
+            found["frame_word"][t, v] = loop_matrix(scores, aggregation, tau, *logits)
     return found
 
 
@@ -146,11 +162,32 @@ def test_aggregations_are_named_outer_inner():
         "mean-mean": 0.45,
         "mean-max": ((0.9 + 0.5) / 2 + (0.9 + 0.5) / 2) / 2,
         "max-mean": (0.5 + 0.6) / 2,  # words: means 0.5, 0.4; frames: 0.6, 0.3
+        "maxsim": (0.9 + 0.5) / 2,
+        "weighted": (0.25 * 0.9 + 0.75 * 0.5 + 0.5 * 0.9 + 0.5 * 0.5) / 2,
     }
+    weights = {"word_weights": jnp.array([0.25, 0.75])[:, None, None]}
+    weights["frame_weights"] = jnp.array([0.5, 0.5])[None, :, None]
     for aggregation, expected in by_hand.items():
-        options = {"aggregation": aggregation, "tau": 0.01}
+        options = {"aggregation": aggregation, "tau": 0.01, **weights}
         found = aggregate_matrix(scores, real, real, **options).item()
         assert found == pytest.approx(expected, rel=1e-6), aggregation
+
+
+@pytest.mark.parametrize("aggregation", ["maxsim", "weighted", "mean-max", "max-max"])
+def test_masked_cells_win_no_maximum(aggregation):
+    """Takes negative scores, above which the 0 of a masked cell would be the maximum."""
+    scores = jnp.array([[-0.4, -0.4, 0.0], [-0.4, -0.4, 0.0], [0.0, 0.0, 0.0]])[:, None, :, None]
+    real = jnp.array([True, True, False])[:, None]
+    half = jnp.array([0.5, 0.5, 0.0])
+    weights = {"word_weights": half[:, None, None], "frame_weights": half[None, :, None]}
+    found = aggregate_matrix(scores, real, real, aggregation=aggregation, **weights)
+    assert found.item() == pytest.approx(-0.4)
+
+
+def test_weighted_needs_features_with_weights():
+    text, video = features(0)
+    with pytest.raises(ValueError, match="weighted"):
+        granular_similarity(text.replace(weights=None), video, aggregation="weighted")
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -187,6 +224,51 @@ def test_gradient_of_attention_matches_autodiff_and_finite_differences(axis):
         assert found[place] == pytest.approx(slope, abs=2e-4)
 
 
+@pytest.mark.parametrize("aggregation", ["weighted", "maxsim", "mean-max"])
+def test_gradients_of_features_match_finite_differences(aggregation):
+    text, video = features(6, dim=3)
+    _, found = gradients_of(text, video, aggregation)
+    arrays = {name: np.asarray(array, np.float64) for name, array in gradient_inputs(text, video)}
+
+    def total(arrays):
+        sentence, words, clip, frames, *logits = arrays.values()
+        pair = (
+            TextFeatures(sentence, words, text.mask, logits[0]),
+            VideoFeatures(clip, frames, video.mask, logits[1]),
+        )
+        parts = loop_similarities(*pair, TEXT_LENGTHS, VIDEO_LENGTHS, aggregation, 0.05)
+        return sum(np.sum((k + 1) * np.sin(3 * parts[n])) for k, n in enumerate(GRANULARITIES))
+
+    rng = np.random.default_rng(0)
+    for name, array in arrays.items():
+        for place in rng.permutation(list(np.ndindex(array.shape)))[:6]:
+            values = []
+            for step in (1e-6, -1e-6):
+                moved = array.copy()
+                moved[tuple(place)] += step
+                values.append(total(arrays | {name: moved}))
+            slope = (values[0] - values[1]) / 2e-6
+            assert found[name][tuple(place)] == pytest.approx(slope, abs=2e-4), (name, place)
+
+
+def test_gradient_by_the_temperature_matches_finite_differences():
+    text, video = features(5)
+    lengths = TEXT_LENGTHS, VIDEO_LENGTHS
+
+    @jax.jit
+    def total(tau):
+        found = granular_similarity(text, video, tau=tau)
+        return sum(jnp.sum((k + 1) * found[name]) for k, name in enumerate(GRANULARITIES))
+
+    def loops(tau):
+        found = loop_similarities(text, video, *lengths, "attention", tau)
+        return sum(np.sum((k + 1) * found[name]) for k, name in enumerate(GRANULARITIES))
+
+    for tau in (0.1, 0.5):
+        slope = (loops(tau + 1e-5) - loops(tau - 1e-5)) / 2e-5
+        assert jax.grad(total)(tau) == pytest.approx(slope, rel=1e-3)
+
+
 def test_gradient_is_the_same_with_a_broadcast_mask():
     scores = jnp.array(np.random.default_rng(3).normal(size=(4, 2, 3)), jnp.float32)
     mask = jnp.array([True, False, True, True])[:, None, None]
@@ -201,8 +283,9 @@ def test_gradient_is_the_same_with_a_broadcast_mask():
 def _gradients(floats, masks, aggregation, tau):
 
     def total(floats):
-        text = TextFeatures(floats["sentence"], floats["words"], masks[0])
-        video = VideoFeatures(floats["video"], floats["frames"], masks[1])
+        word_logits, frame_logits = floats["word_logits"], floats["frame_logits"]
+        text = TextFeatures(floats["sentence"], floats["words"], masks[0], word_logits)
+        video = VideoFeatures(floats["video"], floats["frames"], masks[1], frame_logits)
         found = granular_similarity(text, video, aggregation=aggregation, tau=tau)
         weights = {name: (k + 1.0) for k, name in enumerate(GRANULARITIES)}
         return sum(jnp.sum(weights[name] * jnp.sin(3 * found[name])) for name in found)
@@ -210,14 +293,16 @@ def _gradients(floats, masks, aggregation, tau):
     return jax.value_and_grad(total)(floats)
 
 
+def gradient_inputs(text, video):
+    """Yields the arrays of features that have a gradient, by name."""
+    yield from (("sentence", text.sentence), ("words", text.words))
+    yield from (("video", video.video), ("frames", video.frames))
+    yield from (("word_logits", text.weights), ("frame_logits", video.weights))
+
+
 def gradients_of(text, video, aggregation, tau=0.05):
-    """Returns a sum over the similarities and its gradients by the four arrays of features."""
-    floats = {
-        "sentence": text.sentence,
-        "words": text.words,
-        "video": video.video,
-        "frames": video.frames,
-    }
+    """Returns a sum over the similarities and its gradients by the arrays of features."""
+    floats = dict(gradient_inputs(text, video))
     return _gradients(floats, (text.mask, video.mask), aggregation, tau)
 
 
@@ -226,8 +311,14 @@ def test_content_of_padding_has_no_influence(aggregation):
     """Compares values and gradients bit by bit. The gradient of padding is 0."""
     text, video = features(0)
     words = np.asarray(aosm_words(text.mask))
-    garbage_text = text.replace(words=np.where(words[..., None], text.words, 1e4))
-    garbage_video = video.replace(frames=np.where(video.mask[..., None], video.frames, -1e4))
+    garbage_text = text.replace(
+        words=np.where(words[..., None], text.words, 1e4),
+        weights=np.where(words, text.weights, 50).astype(np.float32),
+    )
+    garbage_video = video.replace(
+        frames=np.where(video.mask[..., None], video.frames, -1e4),
+        weights=np.where(video.mask, video.weights, 50).astype(np.float32),
+    )
     clean, garbage = (
         similarities(*pair, GRANULARITIES, aggregation, 0.05)
         for pair in ((text, video), (garbage_text, garbage_video))
@@ -249,10 +340,14 @@ def test_amount_of_padding_does_not_matter(aggregation):
     text, video = features(1)
     more = [(0, 0), (0, 2), (0, 0)]
     long_text = text.replace(
-        words=np.pad(text.words, more, constant_values=0.3), mask=np.pad(text.mask, more[:2])
+        words=np.pad(text.words, more, constant_values=0.3),
+        mask=np.pad(text.mask, more[:2]),
+        weights=np.pad(text.weights, more[:2]),
     )
     long_video = video.replace(
-        frames=np.pad(video.frames, more, constant_values=0.3), mask=np.pad(video.mask, more[:2])
+        frames=np.pad(video.frames, more, constant_values=0.3),
+        mask=np.pad(video.mask, more[:2]),
+        weights=np.pad(video.weights, more[:2]),
     )
     short = similarities(text, video, GRANULARITIES, aggregation, 0.05)
     long = similarities(long_text, long_video, GRANULARITIES, aggregation, 0.05)

@@ -77,8 +77,8 @@ def make_params(model, seed=0):
 
     def draw(path, leaf):
         group, name = path[0].key, path[-1].key
-        if name == "logit_scale":
-            return np.full(leaf.shape, np.log(1 / 0.07))
+        if name in ("logit_scale", "log_tau"):
+            return np.full(leaf.shape, np.log(1 / 0.07) if name == "logit_scale" else -3.0)
         if name == "scale" or "bias" in name:
             return np.full(leaf.shape, float(name == "scale"))
         if group == "aggregation_matrices":
@@ -96,7 +96,7 @@ def make_model(path, texts=("a red dog", "a blue cat and"), seed=0, **model):
     tokenizer = learn_tokenizer(list(texts) * 2, max_words=8)
     c = make_config("")
     c.model.update(model)
-    model_config = configure_model(c.model, tokenizer.vocab_size)
+    model_config = configure_model(c, tokenizer.vocab_size)
     params = make_params(XClip(model_config), seed)
     save_model(path, model_config, params, tokenizer=tokenizer, extra={"step": 0})
     return path

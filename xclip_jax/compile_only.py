@@ -86,7 +86,7 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
 def _compile_step(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Returns the traced and the compiled training step."""
     vocabulary = config.model.text.vocab_size or CLIP_VOCABULARY
-    model = XClip(configure_model(config.model, vocabulary))
+    model = XClip(configure_model(config, vocabulary))
     _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
     init, step = compile_training(model, optimizer, config, mesh)
     traced = step.trace(init.eval_shape(), batch_shapes(config, mesh))

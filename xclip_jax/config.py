@@ -61,6 +61,9 @@ class TrainConfig:
     # val: best on val_split, or the last without one; last; test: best on test_split, as in the
     # PyTorch release (marked in the results).
     select: Literal["val", "last", "test"] = "val"
+    # R@1 that selects them: the mean of both directions, or of text to video as in the release.
+    select_by: Literal["mean", "text_to_video"] = "mean"
+    ema: Fraction = 0.0  # decay of the moving average of the weights that is evaluated; 0: without
     eval_every: Natural = 0  # steps between validations; 0: once per epoch
     checkpoint_every: Positive = 500  # steps between checkpoints besides those at validations
 
@@ -69,6 +72,9 @@ class TrainConfig:
 class LossConfig:
     """The contrastive loss."""
 
+    kind: Literal["softmax", "sigmoid"] = "softmax"  # Eq. 15-17, or the loss of SigLIP
+    each_granularity: bool = False  # average the losses of the granularities, not their logits
+    cdcr: NonNegativeFloat = 0.0  # weight of channel decorrelation (DRL: 0.11 to 0.16); 0: without
     same_video: Literal["negative", "ignore"] = "negative"  # two captions of a video in a batch
     block_cells: Natural = 0  # word-frame cells a device holds at once; 0: 2^26
     scale: NonNegativeFloat = 0.0  # factor of Eq. 17; 0: by the preset, 1 (paper) or 0.5 (official)
@@ -90,6 +96,9 @@ class OptimizerConfig:
     freeze_layers: Annotated[int, Rule(lambda x: x >= -1, "-1 or a number of layers")] = -1
     lr: PositiveFloat = 1e-4  # peak learning rate of new parameters
     encoder_lr: PositiveFloat = 1e-7  # peak learning rate of CLIP's towers and the logit scale
+    # Factor of that rate from each layer of the towers to the one below it.
+    layer_decay: Annotated[float, Rule(lambda x: 0 < x <= 1, "a number above 0, at most 1")] = 1.0
+    # The paper states Adam, a cosine and both rates. The rest is the release's.
     warmup: Fraction = 0.1  # fraction of the steps with rising rate, before a cosine to 0
     weight_decay: NonNegativeFloat = 0.2  # decoupled (AdamW), matrices only; 0: plain Adam
     b1: Fraction = 0.9  # Adam's decay of the mean of gradients
@@ -193,6 +202,7 @@ def validate(config: RunConfig) -> None:
 def _check_sizes(config: RunConfig) -> Checks:
     """Checks fields that depend on others, once all have their declared types."""
     data, log, m = config.data, config.log, read_model_config(config.model)
+    bert_adam = config.optimizer.name == "bert_adam"
     yield "data.dataset", data.dataset in ("", *DATASETS), f"one of {', '.join(DATASETS)}"
     variants = DATASETS[data.dataset].variants if data.dataset else ()
     yield "data.variant", data.variant in ("", *variants), f"one of {', '.join(variants)}"
@@ -200,6 +210,12 @@ def _check_sizes(config: RunConfig) -> Checks:
     yield "log.profile_from", log.profile_from or not log.profile_to, needed
     at_least = f"at least log.profile_from = {log.profile_from}"
     yield "log.profile_to", log.profile_to >= log.profile_from, at_least
+    needed = "float32 unless optimizer.name = bert_adam"
+    yield "model.param_dtype", bert_adam or m.param_dtype == "float32", needed
+    needed = "False where pairs are scored by a Transformer"
+    yield "loss.each_granularity", m.has_granularities or not config.loss.each_granularity, needed
+    needed = "False: loss.kind = sigmoid adds it"
+    yield "model.logit_bias", not m.logit_bias, needed
     for field, is_valid, allowed in check_sizes(m):
         yield f"model.{field}", is_valid, allowed
 
@@ -249,7 +265,8 @@ def benchmark(
     batch_size, epochs = paper
     if preset == "official":
         batch_size, epochs = official_b16 if backbone == "vit_b16" else official
-        c.model.preset = "official"
+        c.model.update(preset="official", param_dtype="float16")
         c.optimizer.update(name="bert_adam", freeze_layers=0)
+        c.train.select_by = "text_to_video"
     c.train.update(batch_size=batch_size, epochs=epochs)
     return c

@@ -64,7 +64,8 @@ def start_from_clip(
     parts = [(f"clip/{name}", clip[name], sources[name]) for name in clip]
     for name in params.keys() - {"clip"}:
         result[name], text = _take_text_blocks(params[name], clip["textual"])
-        text = "identity" if name == "aggregation_matrices" else text
+        if name in ("aggregation_matrices", "log_tau", "logit_bias"):
+            text = "identity" if name == "aggregation_matrices" else "constant"
         parts.append((name, result[name], text))
     return result, [(name, sum(map(jnp.size, jax.tree.leaves(x))), text) for name, x, text in parts]
 
@@ -92,7 +93,7 @@ def interpolate_positions(positions_LxE: Shaped[Any, "L E"], grid: int) -> Float
 
 def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
     """Returns (parameters, source) of a Transformer: CLIP's first text blocks if shapes match."""
-    blocks = fresh.get("encoder", {}).get("blocks")
+    blocks = fresh.get("encoder", {}).get("blocks") if isinstance(fresh, dict) else None
     if blocks is None:
         return fresh, "random"
     layers = len(jax.tree.leaves(blocks)[0])

@@ -87,7 +87,7 @@ class Monitor(contextlib.ExitStack):
             self._write(step, {f"train/{name}": value for name, value in values.items()})
 
     def log_validation(self, step: int, split: str, metrics: Metrics) -> float:
-        """Logs the metrics of a split and returns the mean R@1 of both directions, in percent."""
+        """Logs the metrics of a split and returns the R@1 that selects weights, in percent."""
         scalars = {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
         self._write(step, scalars)
         texts, videos = (metrics[way]["R@1"] for way in ("text_to_video", "video_to_text"))
@@ -95,7 +95,8 @@ class Monitor(contextlib.ExitStack):
             recalls = f"{texts:.1f} text to video, {videos:.1f} video to text"
             self._bar.write(f"step {step}: {split} R@1 {recalls}")
         self._last_log = step, time.perf_counter()
-        return (texts + videos) / 2
+        by_texts = self._config.train.select_by == "text_to_video"
+        return texts if by_texts else (texts + videos) / 2
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._file:

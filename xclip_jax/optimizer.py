@@ -2,10 +2,14 @@
 
 Parameters below `blocks` are stacked over layers, where PyTorch has one tensor per layer:
 per-tensor operations apply per layer slice.
+
+Gradients and updates are float32. Parameters and moments may be stored as float16, as CLIP's are in
+the release: every result that PyTorch would store is then rounded to float16.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +30,8 @@ def make_optimizer(
     """Returns the learning rate schedule of new parameters and the optimizer.
 
     `bert_adam` is the optimizer of the PyTorch release, with its schedule, gradient clipping per
-    tensor besides the global one, and no bias correction. `c` is config.optimizer, `total_steps`
-    (at least 1) the length of the schedule.
+    tensor besides the global one, no bias correction, and the rounding of float16 parameters. `c`
+    is config.optimizer, `total_steps` (at least 1) the length of the schedule.
     """
     if c.name == "adamw":
         schedule, mask = learning_rate_schedule(c.lr, total_steps, c.warmup), decay_mask
@@ -35,15 +39,15 @@ def make_optimizer(
     else:
         schedule, mask = bert_schedule(c.lr, total_steps, c.warmup), non_bias_mask
         direction = (
-            optax.stateless(lambda gradients, _: clip_global(gradients, c.clip_norm)),
-            optax.stateless(lambda gradients, _: clip_tensors(gradients, TENSOR_NORM)),
+            optax.stateless(lambda g, p: round_to(clip_global(round_to(g, p), c.clip_norm), p)),
+            optax.stateless(lambda g, p: round_to(clip_tensors(g, TENSOR_NORM), p)),
             scale_by_uncorrected_adam(c.b1, c.b2, c.eps),
         )
     optimizer = optax.chain(
         *direction,
-        optax.add_decayed_weights(c.weight_decay, mask=mask),
+        rounded(optax.add_decayed_weights(c.weight_decay, mask=mask)),
         optax.scale_by_learning_rate(schedule),
-        optax.masked(optax.scale(c.encoder_lr / c.lr), encoder_mask),
+        rounded(optax.masked(scale_encoders(c.encoder_lr / c.lr, c.layer_decay), encoder_mask)),
     )
     if c.freeze_layers >= 0:
         # First, so that frozen gradients do not count in the global norm; last, against decay.
@@ -85,6 +89,34 @@ def bert_schedule(peak: float, total_steps: int, warmup: float) -> optax.Schedul
     return schedule
 
 
+def scale_encoders(ratio: float | Array, layer_decay: float) -> optax.GradientTransformation:
+    """Scales the updates of CLIP's towers by `ratio`, and lower layers by `layer_decay` besides.
+
+    Layer l of L (from 1) is scaled by layer_decay^(L + 1 - l), the embeddings as layer 0, and the
+    last norm, the projection and the logit scale as layer L + 1 (layer-wise learning rate decay,
+    Clark et al., 2020, https://arxiv.org/abs/2003.10555, Sec. 3.1; Bao et al., 2022).
+    """
+
+    def scale(updates: Any, params: Any) -> Any:
+        depths = {
+            tower: len(jax.tree.leaves(params["clip"][tower]["encoder"]["blocks"])[0])
+            for tower in ("visual", "textual")
+        }
+
+        def factor(path: Any, x: Array) -> Array:
+            names, top = _names(path), {"ln_final", "ln_post", "projection", "logit_scale"}
+            if not top.isdisjoint(names):
+                return x * ratio
+            above = depths[names[1]] + 1
+            if "blocks" in names:
+                above -= np.arange(1, above).reshape(-1, *[1] * (x.ndim - 1))
+            return x * (ratio * layer_decay**above)
+
+        return tree_map_with_path(factor, updates)
+
+    return optax.stateless(scale) if layer_decay < 1 else optax.scale(ratio)
+
+
 def clip_global(gradients: Any, max_norm: float) -> Any:
     """Clips all gradients together, as torch.nn.utils.clip_grad_norm_ does."""
     return optax.tree.scale(_clip_factor(optax.tree.norm(gradients), max_norm), gradients)
@@ -117,13 +149,55 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
     def init(params: Any) -> Moments:
         return Moments(optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
+    def average(decay: float, moment: Array, x: Array) -> Array:
+        decayed = round_to(decay * moment.astype(jnp.float32), moment)
+        return round_to(decayed + (1 - decay) * x, moment)
+
+    def divide(mean: Array, square: Array, like: Array) -> Array:
+        return round_to(mean / round_to(round_to(jnp.sqrt(square), like) + eps, like), like)
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Moments]:
-        mean = optax.tree.update_moment(updates, state.mean, b1, 1)
-        square = optax.tree.update_moment(updates, state.square, b2, 2)
-        direction = jax.tree.map(lambda m, s: m / (jnp.sqrt(s) + eps), mean, square)
-        return direction, Moments(mean, square)
+        squares = jax.tree.map(jnp.square, updates)
+        mean = jax.tree.map(functools.partial(average, b1), state.mean, updates)
+        square = jax.tree.map(functools.partial(average, b2), state.square, squares)
+        direction = jax.tree.map(divide, mean, square, state.mean)
+        return direction, optax.tree.cast_like(Moments(mean, square), state)
 
     return optax.GradientTransformation(init, update)
+
+
+def round_to(tree: Any, like: Any) -> Any:
+    """Returns float32 arrays, rounded to the types of the arrays in `like`."""
+
+    def round_array(x: Array, like: Array) -> Array:
+        if x.dtype == like.dtype:
+            return x
+        # Without the barrier, XLA computes with the numbers before rounding.
+        return jax.lax.optimization_barrier(x.astype(like.dtype)).astype(x.dtype)
+
+    return jax.tree.map(round_array, tree, like)
+
+
+def rounded(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Computes a transformation in float32, rounded to the types of the parameters."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        float32 = optax.tree.cast(params, jnp.float32)
+        updates, state = transformation.update(updates, state, float32)
+        return round_to(updates, params), state
+
+    return optax.GradientTransformation(transformation.init, update)
+
+
+def store_params(params: Any, dtype: Literal["float32", "float16"]) -> Any:
+    """Returns float32 parameters with CLIP's matrices in `dtype`.
+
+    These are the weights and biases that CLIP's `convert_weights` chooses: all except norms,
+    embeddings, positions and the logit scale.
+    """
+    return jax.tree.map(
+        lambda x, half: x.astype(dtype if half else x.dtype), params, _matrices(params)
+    )
 
 
 def trainable_mask(params: Any, layers: int) -> Any:
@@ -155,7 +229,9 @@ def non_bias_mask(params: Any) -> Any:
     PyTorch updates no parameter without a gradient: where pairs are scored by a Transformer, the
     logit scale has none.
     """
-    exempt = {"bias", "hidden_bias"} | ({"logit_scale"} if "pair_encoder" in params else set())
+    exempt = {"bias", "hidden_bias", "log_tau", "logit_bias"} | (
+        {"logit_scale"} if "pair_encoder" in params else set()
+    )
     return tree_map_with_path(lambda path, _: _names(path)[-1] not in exempt, params)
 
 
@@ -164,6 +240,9 @@ def _mask(is_in: Callable[[list[str]], bool]) -> Callable[[Any], Any]:
     return lambda params: tree_map_with_path(lambda path, _: is_in(_names(path)), params)
 
 
-_NO_DECAY = ("bias", "scale", "hidden_bias", "logit_scale", "class_token")
+_NO_DECAY = ("bias", "scale", "hidden_bias", "logit_scale", "class_token", "log_tau", "logit_bias")
 decay_mask = _mask(lambda names: names[-1] not in _NO_DECAY)  # kernels and embeddings, for adamw
 encoder_mask = _mask(lambda names: names[0] == "clip")
+_matrices = _mask(
+    lambda names: names[0] == "clip" and names[-1] in ("kernel", "bias") and "norm" not in names
+)

@@ -25,10 +25,17 @@ Mask = Bool[AnyArray, "..."]  # broadcastable to the scores, True = takes part
 Granularity = Literal["video_sentence", "video_word", "frame_sentence", "frame_word"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # Table 7, named outer-inner: the inner operation reduces the matrix to a vector, the outer one the
-# vector to a scalar.
-Aggregation = Literal["attention", "max-max", "mean-mean", "mean-max", "max-mean"]
+# vector to a scalar. Then, with s the similarity of word w and frame f:
+# weighted: WTI of DRL (Wang et al., 2022, https://arxiv.org/abs/2203.07111), with learned weights,
+#   (sum_w a_w max_f s + sum_f b_f max_w s) / 2;
+# maxsim: the word side of mean-max alone, sum_w max_f s / m for m words, as in Video-ColBERT
+#   (Reddy et al., 2025, https://arxiv.org/abs/2503.19009).
+Aggregation = Literal[
+    "attention", "max-max", "mean-mean", "mean-max", "max-mean", "weighted", "maxsim"
+]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
-Operation = Literal["attention", "max", "mean"]
+Operation = Literal["attention", "max", "mean", "weighted"]
+Tau = float | Float[AnyArray, ""]  # temperature, above 0
 Matrix = Float[AnyArray, "N N"]
 Matrices = Mapping[str, AnyArray]  # see xclip_jax.models.heads.AggregationMatrices
 _MASKED = -1e9  # below every cosine; finite, so that a fully masked row stays finite
@@ -42,6 +49,7 @@ class TextFeatures:
     sentence: AnyArray  # T x D
     words: AnyArray  # T x W x D, one vector per position, padding included
     mask: AnyArray  # T x W bool, True from the start token to the end token, both included
+    weights: AnyArray | None = None  # T x W logits of the words' weights; None: not `weighted`
 
 
 @no_type_check
@@ -52,6 +60,7 @@ class VideoFeatures:
     video: AnyArray  # V x D
     frames: AnyArray  # V x F x D
     mask: AnyArray  # V x F bool, True = a real frame
+    weights: AnyArray | None = None  # V x F logits of the frames' weights; None: not `weighted`
 
 
 def aosm_words(
@@ -72,7 +81,7 @@ def aosm_words(
 
 
 def compute_weights(
-    scores: Scores, mask: Mask, axis: int, tau: float, matrix: Matrix | None = None
+    scores: Scores, mask: Mask, axis: int, tau: Tau = 1.0, matrix: Matrix | None = None
 ) -> Scores:
     """Returns the attention weights softmax(scores / tau) along `axis` (Eq. 7), 0 where masked.
 
@@ -91,8 +100,8 @@ def compute_weights(
 
 # On CPU, automatic differentiation takes 2.7 times as long as the gradient below and twice the
 # memory, or minutes to compile if the sum is unrolled.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def attend(scores: Scores, mask: Mask, axis: int, tau: float) -> Scores:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attend(scores: Scores, mask: Mask, axis: int, tau: Tau) -> Scores:
     """Returns sum_i softmax(s / tau)_i s_i (Eq. 7, 8) along `axis`, 0 if all is masked."""
 
     def reduce(scores: Array, mask: Array) -> Array:
@@ -112,30 +121,43 @@ def attend(scores: Scores, mask: Mask, axis: int, tau: float) -> Scores:
     return jax.lax.platform_dependent(scores, mask, cpu=unroll, default=reduce)
 
 
-def _attend_forward(scores: Array, mask: Array, axis: int, tau: float) -> tuple[Array, Any]:
+def _attend_forward(scores: Array, mask: Array, axis: int, tau: Tau) -> tuple[Array, Any]:
     result: Any = attend(scores, mask, axis, tau)
-    return result, (scores, mask, result)
+    return result, (scores, mask, tau, result)
 
 
-def _attend_backward(axis: int, tau: float, residuals: Any, gradient: Array) -> tuple[Array, None]:
-    # With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau).
-    scores, mask, result = residuals
-    slope = 1 + (scores - jnp.expand_dims(result, axis)) / tau
-    weights = compute_weights(scores, mask, axis, tau)
-    return jnp.expand_dims(gradient, axis) * weights * slope, None
+def _attend_backward(axis: int, residuals: Any, gradient: Array) -> tuple[Array, None, Array]:
+    # With p = softmax(s / tau) and y = sum_i p_i s_i: dy / ds_i = p_i (1 + (s_i - y) / tau),
+    # dy / dtau = -sum_i p_i (s_i - y)^2 / tau^2.
+    scores, mask, tau, result = residuals
+    gradient = jnp.expand_dims(gradient, axis) * compute_weights(scores, mask, axis, tau)
+    distance = (scores - jnp.expand_dims(result, axis)) / tau
+    return gradient * (1 + distance), None, -jnp.sum(gradient * distance**2)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
 def aggregate(
-    scores: Scores, mask: Mask, axis: int, operation: Operation, *, tau: float, matrix: Any = None
+    scores: Scores,
+    mask: Mask,
+    axis: int,
+    operation: Operation,
+    *,
+    tau: Tau = 1.0,
+    matrix: Any = None,
+    weights: Scores | None = None,
 ) -> Scores:
     """Returns scores reduced along `axis`, over the positions where `mask` is True.
 
-    `attention` is AOSM, `max` and `mean` are the alternatives in Table 7. Where everything is
-    masked the result and its gradient are 0. `tau` and `matrix`: as in `compute_weights`.
+    `attention` is AOSM, `max` and `mean` are the alternatives in Table 7, `weighted` is the sum
+    with `weights`. Where everything is masked the result and its gradient are 0. `tau` and
+    `matrix`: as in `compute_weights`.
     """
+    if operation == "weighted":
+        if weights is None:
+            raise ValueError("aggregation = 'weighted' needs features of a model with weights")
+        return jnp.sum(jnp.where(mask, weights * scores, 0), axis)
     if operation == "attention":
         if matrix is None:
             return attend(scores, mask, axis, tau)
@@ -147,29 +169,47 @@ def aggregate(
     return jnp.sum(jnp.where(mask, scores, 0), axis) / jnp.maximum(count, 1)
 
 
+def split_aggregation(aggregation: Aggregation) -> tuple[Operation, Operation, Operation]:
+    """Returns the operations over words, over frames and inside a row or column of the matrix."""
+    if aggregation == "weighted":
+        return "weighted", "weighted", "max"
+    if aggregation == "maxsim":
+        return "mean", "max", "max"
+    operations: Any = aggregation.split("-")
+    return operations[0], operations[0], operations[-1]
+
+
 def aggregate_matrix(
     scores_WxTxFxV: Float[Array, "W T F V"],
     words_WxT: Bool[Array, " W #T"],
     frames_FxV: Bool[Array, " F #V"],
     *,
     aggregation: Aggregation,
-    tau: float,
+    tau: Tau = 1.0,
     matrices: Matrices | None = None,
+    word_weights: Float[Array, "W T 1"] | None = None,
+    frame_weights: Float[Array, "1 F V"] | None = None,
 ) -> Logits:
-    """Returns the word-frame similarities (Eq. 9-13): both orders of reduction, averaged."""
-    operations: Any = aggregation.split("-")
-    outer, inner = operations[0], operations[-1]
+    """Returns the word-frame similarities (Eq. 9-13): both orders of reduction, averaged.
+
+    `maxsim` has the first order only. `weighted` needs both arrays of weights.
+    """
+    over_words, over_frames, inner = split_aggregation(aggregation)
     words, frames = words_WxT[:, :, None, None], frames_FxV[None, None]
 
-    def reduce(scores: Array, mask: Array, axis: int, operation: Any, name: str) -> Array:
-        matrix = (matrices or {}).get(f"frame_word_{name}")
-        return aggregate(scores, mask, axis, operation, tau=tau, matrix=matrix)
+    def reduce(
+        scores: Array, mask: Array, axis: int, operation: Any, name: str, weights: Any = None
+    ) -> Array:
+        options = {"matrix": (matrices or {}).get(f"frame_word_{name}"), "weights": weights}
+        return aggregate(scores, mask, axis, operation, tau=tau, **options)
 
-    by_word_WxTxV = reduce(scores_WxTxFxV, frames, 2, inner, "frames")  # Eq. 9
-    by_frame_TxFxV = reduce(scores_WxTxFxV, words, 0, inner, "words")  # Eq. 10
-    over_words_TxV = reduce(by_word_WxTxV, words[:, :, 0], 0, outer, "words_2")  # Eq. 11
-    over_frames_TxV = reduce(by_frame_TxFxV, frames[0], 1, outer, "frames_2")  # Eq. 12
-    return (over_words_TxV + over_frames_TxV) / 2  # Eq. 13
+    by_word_WxTxV = reduce(scores_WxTxFxV, frames, 2, inner, "frames")  # Eq. 9, 11
+    sim_TxV = reduce(by_word_WxTxV, words[:, :, 0], 0, over_words, "words_2", word_weights)
+    if aggregation == "maxsim":
+        return sim_TxV
+    by_frame_TxFxV = reduce(scores_WxTxFxV, words, 0, inner, "words")  # Eq. 10, 12
+    other_TxV = reduce(by_frame_TxFxV, frames[0], 1, over_frames, "frames_2", frame_weights)
+    return (sim_TxV + other_TxV) / 2  # Eq. 13
 
 
 def granular_similarity(
@@ -178,15 +218,17 @@ def granular_similarity(
     *,
     granularities: tuple[Granularity, ...] = GRANULARITIES,
     aggregation: Aggregation = "attention",
-    tau: float = 0.01,
+    tau: Tau = 0.01,
     words_TxW: TextMask | None = None,
     frames_VxF: FrameMask | None = None,
     matrices: Matrices | None = None,
 ) -> dict[Granularity, Logits]:
     """Returns the similarities of T texts with V videos at each of `granularities`.
 
-    A vector of scores is reduced with the outer operation of `aggregation`, which the paper's
-    Table 7 leaves open. Granularities that are not listed are not computed.
+    A vector of scores is reduced with the operation that `aggregation` has over words or frames:
+    the outer one of Table 7, which the paper leaves open, the weighted sum of `weighted`, and with
+    `maxsim` the mean over words, the maximum over frames. Granularities that are not listed are not
+    computed.
 
     Args:
         text, video: the features.
@@ -197,30 +239,41 @@ def granular_similarity(
 
     Returns:
         dict of name -> T x V float32; cosines, in [-1, 1], unless there are learned matrices.
+
+    Raises:
+        ValueError: `aggregation` is "weighted", and the features have no weights.
     """
     words_WxT = jnp.asarray(aosm_words(text.mask) if words_TxW is None else words_TxW).T
     frames_FxV = jnp.asarray(video.mask if frames_VxF is None else frames_VxF).T
+    words, frames = words_WxT[:, :, None], frames_FxV[None]
+    a_WxTx1 = b_1xFxV = None
+    if text.weights is not None:
+        a_WxTx1 = compute_weights(jnp.asarray(text.weights).T[:, :, None], words, 0)
+    if video.weights is not None:
+        b_1xFxV = compute_weights(jnp.asarray(video.weights).T[None], frames, 1)
     matrices = matrices or {}
-    outer: Any = aggregation.partition("-")[0]
+    over_words, over_frames, _ = split_aggregation(aggregation)
     sim: dict[Granularity, Array] = {}
 
-    def reduce(name: Granularity, scores: Array, mask: Array, axis: int) -> None:
-        options = {"tau": tau, "matrix": matrices.get(name)}
-        sim[name] = aggregate(scores, mask, axis, outer, **options)
+    def reduce(name: Granularity, scores: Array, mask: Array, *rest: Any) -> None:
+        axis, operation, weights = rest
+        options = {"tau": tau, "matrix": matrices.get(name), "weights": weights}
+        sim[name] = aggregate(scores, mask, axis, operation, **options)
 
     if "video_sentence" in granularities:  # Eq. 3
         sentence_TxD = _transform(text.sentence, matrices.get("video_sentence"))
         sim["video_sentence"] = _dot("td,vd->tv", sentence_TxD, video.video)
-    if "video_word" in granularities:  # Eq. 4, 8
+    if "video_word" in granularities:  # Eq. 4, 7
         scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
-        reduce("video_word", scores_WxTxV, words_WxT[:, :, None], 0)
+        reduce("video_word", scores_WxTxV, words, 0, over_words, a_WxTx1)
     if "frame_sentence" in granularities:  # Eq. 5, 8
         scores_TxFxV = _dot("td,vfd->tfv", text.sentence, video.frames)
-        reduce("frame_sentence", scores_TxFxV, frames_FxV[None], 1)
+        reduce("frame_sentence", scores_TxFxV, frames, 1, over_frames, b_1xFxV)
     if "frame_word" in granularities:  # Eq. 6, 9-13
         words_TxWxD = _transform(text.words, matrices.get("frame_word"))
         cells_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
         options = {"aggregation": aggregation, "tau": tau, "matrices": matrices}
+        options |= {"word_weights": a_WxTx1, "frame_weights": b_1xFxV}
         sim["frame_word"] = aggregate_matrix(cells_WxTxFxV, words_WxT, frames_FxV, **options)
     return sim
 
@@ -231,7 +284,7 @@ def word_frame_attention(
     words_W: Bool[AnyArray, " W"],
     frames_F: Bool[AnyArray, " F"],
     *,
-    tau: float = 0.01,
+    tau: Tau = 0.01,
     matrices: Matrices | None = None,
 ) -> Float[Array, "W F"]:
     """Returns the weight of each word-frame cell of one pair in AOSM (Eq. 9-13).

@@ -30,7 +30,7 @@ from xclip_jax.loss import LOSS_SCALES, Batch, LossOptions, loss_and_grad
 from xclip_jax.metrics import retrieval_metrics
 from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.monitor import Monitor
-from xclip_jax.optimizer import make_optimizer, trainable
+from xclip_jax.optimizer import make_optimizer, store_params, trainable
 from xclip_jax.retriever import Retriever
 from xclip_jax.workdir import claim_workdir, lock_workdir
 
@@ -39,11 +39,17 @@ PyTree = Any
 
 @struct.dataclass
 class TrainState:
-    """The content of a checkpoint. Steps use no random numbers, so it has no random state."""
+    """The content of a checkpoint. Random numbers of a step depend on the seed and its number."""
 
     step: Any
-    params: PyTree
+    params: PyTree  # CLIP's matrices in config.model.param_dtype, all else float32
     opt_state: PyTree
+    ema: PyTree = None  # moving average of the parameters, float32, or None
+
+    def evaluated_params(self) -> PyTree:
+        """Returns the float32 parameters to evaluate and export, on every local device."""
+        params = self.params if self.ema is None else self.ema
+        return copy_to_local_devices(optax.tree.cast(params, jnp.float32))
 
 
 def train(config: RunConfig, workdir: str | Path) -> None:
@@ -83,13 +89,12 @@ def _train(setup: "Setup", workdir: Path) -> None:
                 print_once(f"  {name:22}{size / 1e6:9.2f} M  {source}")
             # Copies, because the step donates its buffers and two parameters may share an array.
             copies = jax.tree.map(functools.partial(jnp.array, copy=True), params)
-            shardings = jax.tree.map(lambda x: x.sharding, state.params)
-            state = dataclasses.replace(state, params=jax.device_put(copies, shardings))
+            state = setup.init(copies)
         if not total:
             checkpoint.save_checkpoint(manager, 0, state)
     state = _run_steps(setup, state, manager, workdir)
     step, state = checkpoint.restore_checkpoint(manager, state, best=True)
-    params = copy_to_local_devices(state.params)
+    params = state.evaluated_params()
     manager.close()
     selected_on = setup.val_split if config.train.select != "last" else None
     extra = {"step": step, "selected_on": selected_on or "last step"}
@@ -119,7 +124,7 @@ def _run_steps(
                 monitor.flush()  # raises before a state with a NaN loss is saved
                 score = None
                 if validate and setup.val_split is not None:
-                    params = copy_to_local_devices(state.params)
+                    params = state.evaluated_params()
                     retriever = Retriever({}, setup.model, params, setup.tokenizer)
                     result = evaluate_split(config, retriever, setup.dataset, setup.val_split)
                     by_way = retrieval_metrics(result.sim_TxV, result.text_video_T)
@@ -139,30 +144,48 @@ def compile_training(
 ) -> tuple[Any, Any]:
     """Returns two jitted functions: () -> initial state, (state, batch) -> (state, metrics).
 
-    The initial state depends only on the seed, and `eval_shape` of its function returns its shapes
-    and shardings. The training step donates its state. Its `batch` is one of training_batches: the
-    loss compares all pairs, even if they are split over devices.
+    The initial state depends only on the seed, or has the float32 parameters passed to its
+    function, whose `eval_shape` returns its shapes and shardings. The training step donates its
+    state. Its `batch` is one of training_batches: the loss compares all pairs, even if they are
+    split over devices.
     """
+    decay = config.train.ema
 
-    def init() -> TrainState:
-        params = checkpoint.init_params(model, config.seed)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    def init(params: PyTree = None) -> TrainState:
+        params = checkpoint.init_params(model, config.seed) if params is None else params
+        stored = store_params(params, config.model.param_dtype)
+        ema = jax.tree.map(jnp.copy, params) if decay else None  # buffers of their own
+        return TrainState(jnp.zeros((), jnp.int32), stored, optimizer.init(stored), ema)
 
-    scale = config.loss.scale or LOSS_SCALES[config.model.preset]
-    sizes = config.train.micro_batch, config.loss.block_cells
-    options = LossOptions(config.loss.same_video, scale, *sizes, mesh)
+    options = LossOptions(
+        kind=config.loss.kind,
+        each_granularity=config.loss.each_granularity,
+        cdcr=config.loss.cdcr,
+        same_video=config.loss.same_video,
+        scale=config.loss.scale or LOSS_SCALES[config.model.preset],
+        micro_batch=config.train.micro_batch,
+        block_cells=config.loss.block_cells,
+        mesh=mesh,
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, accuracy), gradients = loss_and_grad(model, state.params, batch, options)
+        float32 = optax.tree.cast(state.params, jnp.float32)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (loss, accuracy), gradients = loss_and_grad(model, float32, batch, options, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        ema = optax.incremental_update(params, state.ema, 1 - decay) if decay else None
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
             "gradient_norm": optax.global_norm(trainable(gradients, config.optimizer)),
             "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        if model.config.tau_learned:
+            metrics["tau"] = jnp.exp(params["log_tau"])
+        if model.config.logit_bias:
+            metrics["logit_bias"] = params["logit_bias"]
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     states = sharding.state_shardings(jax.eval_shape(init), mesh)
     outputs = states, sharding.replicated(mesh)
@@ -200,7 +223,7 @@ class Setup:
             advice = how_to_convert(clip, config.model.vision.patch_size)
             raise InputError(f"config.init.clip = {clip}: no tokenizer in {folder}; {advice}")
         self.tokenizer = load_tokenizer(folder, config.model.max_words)
-        self.model = XClip(configure_model(config.model, self.tokenizer.vocab_size))
+        self.model = XClip(configure_model(config, self.tokenizer.vocab_size))
         check_image_size(self.dataset, self.model.config)
         self.epoch_steps = steps_per_epoch(self.pairs, config.train.batch_size)
         self.total_steps = config.train.epochs * self.epoch_steps
@@ -231,9 +254,10 @@ def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
         raise InputError(f"config.train.micro_batch = {micro}: {divides}")
 
 
-def configure_model(fields: Any, num_tokens: int) -> ModelConfig:
-    """Returns the ModelConfig of config.model, whose vocabulary must hold `num_tokens` ids."""
-    config = read_model_config(fields)
+def configure_model(run: RunConfig, num_tokens: int) -> ModelConfig:
+    """Returns the ModelConfig of a run, whose vocabulary must hold `num_tokens` ids."""
+    config = read_model_config(run.model)
+    config = dataclasses.replace(config, logit_bias=run.loss.kind == "sigmoid")
     size = config.text.vocab_size or num_tokens
     if num_tokens > size:
         needed = f"at least {num_tokens}, the tokenizer's number of ids, or 0 for that number"

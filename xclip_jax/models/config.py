@@ -97,8 +97,11 @@ class ModelConfig:
     max_words: int = 32  # W, tokens of a text, start and end included; longer texts are truncated
     max_frames: Size = 12  # F, frames of a video; longer videos are sampled uniformly
     granularities: Granularities = GRANULARITIES  # similarities that are averaged (Table 6)
-    aggregation: Aggregation = "attention"  # AOSM or an alternative to it (Table 7)
+    # AOSM, an alternative of Table 7, or a token interaction of later papers (similarity.py).
+    aggregation: Aggregation = "attention"
     tau: PositiveFloat = 0.01  # temperature of AOSM (Table 9)
+    tau_learned: bool = False  # train the temperature, from `tau` on
+    logit_bias: bool = False  # learned offset of logits in the sigmoid loss; loss.kind sets it
     fusion: Literal["mean", "transformer"] = "mean"  # of the granularities (Eq. 14, Table 14)
     # None in the next four: by the preset.
     # Frames that texts are compared with: the temporal encoder's output (Eq. 1) or CLIP's.
@@ -107,6 +110,8 @@ class ModelConfig:
     padding: Literal["masked", "competes"] | None = None  # competes: padding takes part in AOSM
     matrices: bool | None = None  # the release's eight learned matrices, tied to the lengths
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute type of the towers
+    # Type in which training stores CLIP's matrices and their moments. float16: as the release.
+    param_dtype: Literal["float32", "float16"] = "float32"
     # Recomputation in the backward pass: of whole layers, or of all but their matrix products.
     remat: Literal["none", "layers", "dots"] = "none"
     vision: VisionConfig = VisionConfig()
@@ -172,8 +177,10 @@ def check_sizes(m: ModelConfig) -> Checks:
         towers.append(("temporal", m.temporal, m.embed_dim))
     for name, tower, width in towers:
         yield f"{name}.heads", width % tower.heads == 0, f"a divisor of the width {width}"
-    attends = not m.matrices or m.aggregation == "attention"
-    yield "aggregation", attends, "attention where model.matrices = True"
+    attends = m.aggregation == "attention"
+    yield "aggregation", attends or not m.matrices, "attention where model.matrices = True"
+    learns = not m.tau_learned or (attends and m.has_granularities)
+    yield "tau_learned", learns, "False where nothing is aggregated by attention"
     longest, context = m.text.context_length, "model.text.context_length"
     yield "max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
     # The tight head has a position for the sentence, too.
@@ -202,6 +209,8 @@ HEADS = {
     "tight_transformer": {**_COSINE, "temporal": {"type": "none"}},
 }
 RGB = ("mean", "std")  # the others of model.json are fixed or repeated
+_ADDED_FIELDS = {"preprocess": {}, "tau_learned": False, "logit_bias": False}
+_ADDED_FIELDS |= {"param_dtype": "float32"}  # missing in earlier model.json
 _FORMER_FIELDS = ("frame_features", "words", "padding", "matrices", "temporal.residual")
 _FORMER_VALUES = {"": None, "none": False, "learned": True, "no": False, "yes": True}
 
@@ -222,7 +231,7 @@ def read_model_config(fields: Any) -> ModelConfig:
         ValueError: images are preprocessed in another way.
     """
     names = [field.name for field in dataclasses.fields(ModelConfig)]
-    fields = {"preprocess": {}, **fields}  # missing in earlier model.json
+    fields = {**_ADDED_FIELDS, **fields}
     values = {name: upgrade_value(f"model.{name}", fields[name]) for name in names}
     sections = {"vision": VisionConfig, "text": TextConfig, "temporal": TemporalConfig}
     for name, section in sections.items():

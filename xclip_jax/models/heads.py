@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from xclip_jax.models.clip import ACTIVATIONS, LayerNorm, Transformer, normal
 from xclip_jax.models.config import ModelConfig
 from xclip_jax.similarity import AnyArray, FrameMask, Logits, TextFeatures, TextMask, VideoFeatures
+
+TIGHT_DROPOUT = 0.1  # as in CLIP4Clip
 
 
 class AggregationMatrices(nn.Module):
@@ -33,13 +35,26 @@ class AggregationMatrices(nn.Module):
         return {name: self.param(name, lambda _, n=n: jnp.eye(n)) for name, n in sizes.items()}
 
 
+class TokenWeights(nn.Module):
+    """Logits of the tokens' weights in WTI: an MLP, D to D to 1, of vectors before normalisation.
+
+    DRL (Wang et al., 2022, https://arxiv.org/abs/2203.07111).
+    """
+
+    @nn.compact
+    def __call__(self, x_BxLxD: Float[AnyArray, "B L D"]) -> Float[Array, "B L"]:
+        hidden = nn.relu(nn.Dense(x_BxLxD.shape[-1], name="hidden")(x_BxLxD))
+        return nn.Dense(1, name="score")(hidden)[..., 0]
+
+
 class PairTransformer(nn.Module):
     """Pre-norm Transformer that scores each pair from its vectors: the tight head or the fusion.
 
     The tight head of CLIP4Clip (https://arxiv.org/abs/2104.08860) takes the raw sentence and frame
     vectors plus learned positions. The fusion, after Table 14 and Fig. 6 of the paper, which leaves
     details open, takes the sentence, word, video and frame vectors, each plus a learned vector for
-    its kind, with the masks of AOSM. The sentence's output is mapped to the score.
+    its kind, with the masks of AOSM. The sentence's output is mapped to the score. With a random
+    key "dropout", which training passes, the tight head drops out a part of its inputs.
     """
 
     config: ModelConfig
@@ -54,6 +69,7 @@ class PairTransformer(nn.Module):
             tokens, mask = _pair([text.sentence[:, None]], no_words, [video.frames], video.mask)
             positions = self.param("positions", normal(0.01), (c.text.context_length, dim))
             x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
+            x = nn.Dropout(TIGHT_DROPOUT)(x, deterministic=not self.has_rng("dropout"))
         else:
             kinds = self.param("kinds", normal(dim**-0.5), (4, dim))
             texts = [text.sentence[:, None] + kinds[0], text.words + kinds[1]]

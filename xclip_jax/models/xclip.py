@@ -1,6 +1,7 @@
 """X-CLIP: CLIP's towers, a temporal encoder and multi-grained similarity fused by AOSM."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +12,17 @@ from jaxtyping import Array, Float
 from xclip_jax import similarity
 from xclip_jax.models.clip import CLIP, Ids, normalize_frames
 from xclip_jax.models.config import ModelConfig
-from xclip_jax.models.heads import AggregationMatrices, PairTransformer
+from xclip_jax.models.heads import AggregationMatrices, PairTransformer, TokenWeights
 from xclip_jax.models.temporal import Frames, TemporalLSTM, TemporalTransformer
-from xclip_jax.similarity import AnyArray, FrameMask, Logits, TextFeatures, TextMask, VideoFeatures
+from xclip_jax.similarity import (
+    AnyArray,
+    FrameMask,
+    Logits,
+    Tau,
+    TextFeatures,
+    TextMask,
+    VideoFeatures,
+)
 
 
 class XClip(nn.Module):
@@ -29,6 +38,12 @@ class XClip(nn.Module):
             self.temporal_encoder = encoders[c.temporal.type](c)
         if c.matrices:
             self.aggregation_matrices = AggregationMatrices(c)
+        if c.aggregation == "weighted":
+            self.word_weights, self.frame_weights = TokenWeights(), TokenWeights()
+        if c.tau_learned:
+            self.log_tau = self.param("log_tau", nn.initializers.constant(math.log(c.tau)), ())
+        if c.logit_bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), ())
         if not c.has_granularities:
             self.pair_encoder = PairTransformer(c)
 
@@ -42,11 +57,13 @@ class XClip(nn.Module):
     def encode_text(self, ids_TxW: Ids, mask_TxW: TextMask) -> TextFeatures:
         """Returns the features of texts, whose mask is True from the start to the end token."""
         words_TxWxD = self.clip.textual(ids_TxW).astype(jnp.float32)
+        is_weighted = self.config.aggregation == "weighted"
+        weights_TxW = self.word_weights(words_TxWxD) if is_weighted else None
         if self.config.head != "tight_transformer":
             words_TxWxD = normalize(words_TxWxD)
         end_T = jnp.maximum(jnp.sum(mask_TxW, 1) - 1, 0)
         sentence_TxD = jnp.take_along_axis(words_TxWxD, end_T[:, None, None], 1)[:, 0]
-        return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW)
+        return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW, weights_TxW)
 
     def encode_video(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> VideoFeatures:
         """Returns the features of videos: uint8 raw RGB, or float already normalised."""
@@ -56,12 +73,16 @@ class XClip(nn.Module):
             count_Vx1 = jnp.maximum(jnp.sum(mask_VxF, 1, keepdims=True), 1)
             mean_VxD = _masked_sum(clip_VxFxD, mask_VxF) / count_Vx1
             return VideoFeatures(mean_VxD, clip_VxFxD, mask_VxF)
-        temporal_VxFxD = normalize(self.relate_frames(clip_VxFxD, mask_VxF))
+        related_VxFxD = self.relate_frames(clip_VxFxD, mask_VxF)
+        temporal_VxFxD = normalize(related_VxFxD)
         # Eq. 2: the result is normalised, so the sum serves as the mean.
         video_VxD = normalize(_masked_sum(temporal_VxFxD, mask_VxF))
-        from_clip = self.config.frame_features == "clip"
+        from_clip, weights_VxF = self.config.frame_features == "clip", None
+        if self.config.aggregation == "weighted":
+            raw_VxFxD = clip_VxFxD if from_clip else related_VxFxD
+            weights_VxF = self.frame_weights(raw_VxFxD.astype(jnp.float32))
         frames_VxFxD = normalize(clip_VxFxD) if from_clip else temporal_VxFxD
-        return VideoFeatures(video_VxD, frames_VxFxD, mask_VxF)
+        return VideoFeatures(video_VxD, frames_VxFxD, mask_VxF, weights_VxF)
 
     def encode_frames(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Frames:
         """Returns CLIP's vectors of frames, not normalised."""
@@ -99,7 +120,8 @@ class XClip(nn.Module):
             raise ValueError(f"{actual}: the learned matrices are for {fixed[0]} and {fixed[1]}")
         words, frames = self.aosm_words(text.mask), self.aosm_frames(video.mask)
         options: Any = {"words_TxW": words, "frames_VxF": frames, "matrices": self.matrices()}
-        options |= {"granularities": c.granularities, "aggregation": c.aggregation, "tau": c.tau}
+        options |= {"granularities": c.granularities, "aggregation": c.aggregation}
+        options |= {"tau": self.tau()}
         similarities = similarity.granular_similarity(text, video, **options)
         return {name: self.clip.scale() * value for name, value in similarities.items()}
 
@@ -107,7 +129,7 @@ class XClip(nn.Module):
         self, text: TextFeatures, video: VideoFeatures
     ) -> Float[Array, "V W F"]:
         """Returns AOSM's weights of the word-frame cells of one text (T = 1) with V videos."""
-        options = {"tau": self.config.tau, "matrices": self.matrices()}
+        options = {"tau": self.tau(), "matrices": self.matrices()}
         attention = functools.partial(similarity.word_frame_attention, **options)
         weigh = jax.vmap(attention, in_axes=(None, 0, None, 0))
         words_W, frames_VxF = self.aosm_words(text.mask)[0], self.aosm_frames(video.mask)
@@ -123,6 +145,10 @@ class XClip(nn.Module):
         """Returns the mask of the frames that take part in AOSM."""
         mask_VxF = jnp.asarray(mask_VxF)
         return jnp.ones_like(mask_VxF) if self.config.padding == "competes" else mask_VxF
+
+    def tau(self) -> Tau:
+        """Returns the temperature of AOSM, learned or constant."""
+        return jnp.exp(self.log_tau) if self.config.tau_learned else self.config.tau
 
     def matrices(self) -> dict[str, Array]:
         """Returns the learned matrices by name, or {} if the model has none."""

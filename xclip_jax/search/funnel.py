@@ -197,7 +197,7 @@ def frame_attention(model: XClip, text: TextFeatures, video: VideoFeatures) -> F
         scores_VxF = normalize(video.frames) @ normalize(text.sentence[0])
         matrix = model.matrices().get("frame_sentence")
         mask_VxF = model.aosm_frames(video.mask)
-        weights.append(compute_weights(scores_VxF, mask_VxF, 1, config.tau, matrix))
+        weights.append(compute_weights(scores_VxF, mask_VxF, 1, model.tau(), matrix))
     return jnp.where(video.mask, sum(weights) / len(weights), 0)
 
 

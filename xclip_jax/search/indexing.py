@@ -292,7 +292,7 @@ class _Writer:
 
 def fingerprint(retriever: Retriever) -> str:
     """Returns 16 hexadecimal digits computed from everything that determines a model's features."""
-    ignored = ("step", "selected_on", "remat")
+    ignored = ("step", "selected_on", "remat", "param_dtype")
     config = {name: value for name, value in retriever.config.items() if name not in ignored}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
     for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
