@@ -51,6 +51,7 @@ def unsupported_feature(config: ModelConfig) -> str | None:
     """Returns the first feature the official X-CLIP and CLIP4Clip do not support, or None."""
     # Constants of the official code, which its checkpoints do not store.
     official = {"activation": "quick_gelu", "vision.heads": max(1, config.vision.width // 64)}
+    official["logit_bias"] = False
     official["text.heads"] = max(1, config.text.width // 64)
     if config.temporal.type == "transformer" or config.head == "tight_transformer":
         official["temporal.heads"] = max(1, config.embed_dim // 64)
@@ -59,6 +60,7 @@ def unsupported_feature(config: ModelConfig) -> str | None:
     if config.head == "xclip":
         official |= {"frame_features": "clip", "words": "all_tokens", "padding": "competes"}
         official |= {"matrices": True, "fusion": "mean", "aggregation": "attention", "tau": 0.01}
+        official["tau_learned"] = False
         if len(config.granularities) < 4:
             return f"model.granularities = {', '.join(config.granularities)}"
     for field, needed in official.items():
