@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> Any:
     c.name = "demo"
     c.data.path = "data/demo"
     c.data.rendered = 4000
+    c.eval.queries = "scenes/short_queries.jsonl"
 
     model = c.model
     model.embed_dim = 64
