@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> Any:
     model.text.update(vocab_size=0, context_length=24, width=64, layers=3, heads=4)
     model.temporal.update(layers=2, heads=4)
 
-    c.train.update(batch_size=64, epochs=12)
+    c.train.update(batch_size=64, epochs=8)
     c.loss.same_video = "ignore"
     c.optimizer.update(lr=1.5e-3, encoder_lr=1.5e-3, weight_decay=0.1)
     if variant:
@@ -51,9 +51,9 @@ def get_config(variant: str = "") -> Any:
         c.train.update(select="last", eval_every=1_000_000)
     if variant == "clip":
         model.head = "mean_pooling"
-        c.train.epochs = 6
+        c.train.epochs = 3
     if variant == "study":
         c.init.clip = "runs/demo_clip"
-        c.train.epochs = 2
+        c.train.epochs = 1
         c.report.attention_pairs = 0
     return c
