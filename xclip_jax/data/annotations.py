@@ -364,9 +364,10 @@ def read_queries(path: Path, videos: Sequence[str]) -> tuple[list[str], Bool[np.
     rows = []
     for where, item in _read_items(path):
         text, right = require_fields(item, where, text=str, videos=list)
-        if missing := [video for video in right if video not in index]:
-            gallery = f"{len(videos):,} evaluated videos"
-            raise InputError(f"{where}: video {missing[0]!r}: must be one of the {gallery}")
+        for video in right:
+            if require_type(video, str, where) not in index:
+                gallery = f"{len(videos):,} evaluated videos"
+                raise InputError(f"{where}: video {video!r}: must be one of the {gallery}")
         if is_blank(text) or not right:
             raise InputError(f"{where}: must have a sentence and at least one video")
         texts.append(text)
