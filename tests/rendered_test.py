@@ -9,8 +9,9 @@ import av
 import numpy as np
 import pytest
 
+from xclip_jax import config, prepare
 from xclip_jax.cli import InputError
-from xclip_jax.data import rendered, scenes
+from xclip_jax.data import builder, rendered, scenes
 
 COUNTS = {"train": 4000, "val": 60, "test": 220}
 
@@ -225,3 +226,17 @@ def test_failed_rendering_names_the_file(tmp_path):
         rendered.render_video(
             single("red", "circle", "small", "still"), tmp_path / "nowhere" / "a.mp4"
         )
+
+
+def test_data_of_another_recipe_is_refused_even_if_it_is_prepared(tmp_path):
+    run = config.get_config()
+    run.data.update(path=str(tmp_path / "data"), rendered=6)
+    builder.dataset_folder(run.data.path).mkdir(parents=True)
+    prepare.render_if_missing(run)  # rendered elsewhere
+    settings = tmp_path / "data/scenes/rendered.json"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"seed": 0, "recipe": rendered.RECIPE}))
+    prepare.render_if_missing(run)
+    settings.write_text(json.dumps({"seed": 0, "recipe": 2}))
+    with pytest.raises(InputError, match=r"recipe 2, not 3\): delete .*data or set another config"):
+        prepare.render_if_missing(run)

@@ -63,12 +63,12 @@ def assign_split(scene: Scene) -> Split:
 def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
     """Returns the first `count` scenes of a split, each followed by its mirror.
 
-    Scenes of train have three full and three short captions, and some share captions. Those of val
+    Scenes of train have four full and two short captions, and some share captions. Those of val
     and test have a full one, which fits no other scene. Raises InputError if the split has fewer
     than `count` scenes.
     """
     rng, caption_rng = random.Random(f"{split} {seed}"), random.Random(f"{split} {seed} captions")
-    kinds = [False, True] * 3 if split == "train" else [False]  # True: short
+    kinds = [False, True, False] * 2 if split == "train" else [False]  # True: short
     scenes: list[Scene] = []
     described: set[Scene] = set()
     for _ in range(100 * count if split == "train" else 30_000):  # val and test are limited

@@ -41,10 +41,9 @@ PARTICIPLES |= {"shrinks": "shrinking", "stays": "staying", "does not move": "no
 MOTION_TEMPLATES = ("{a} {does}", "{a} that {does}", "there is {a} that {does}", "{a} {doing}")
 MOTION_TEMPLATES += ("{a} is {doing}", "{doing}, {a}", "a video of {a} {doing}")
 OBJECT_TEMPLATES = ("{a}", "there is {a}", "a video of {a}")
-ORDER_TEMPLATES = ("first {a} appears, then {b}", "{a} is shown and then {b}", "{a}, then {b}")
-ORDER_TEMPLATES += ("{a} is replaced by {b}", "{a} gives way to {b}", "{a} followed by {b}")
-ORDER_TEMPLATES += ("{b} follows {a}", "after {a}, {b} appears", "{b} appears after {a}")
-ORDER_TEMPLATES += ("{a} turns into {b}",)
+ORDER_TEMPLATES = ("first {a}, then {b}", "{a}, then {b}", "{a} and then {b}")
+ORDER_TEMPLATES += ("{a} is replaced by {b}", "{a} turns into {b}", "{a} followed by {b}")
+ORDER_TEMPLATES += ("{b} follows {a}", "{b} appears after {a}", "after {a}, {b} appears")
 
 # (number of objects, what is said of each) of short sentences by kind of scene, with weights.
 SHORT: dict[str, dict[tuple[int, str], int]] = {
