@@ -111,14 +111,14 @@ def fits(sentence: Sentence, scene: Scene) -> bool:
     One about an object without its motion fits every scene in which the object occurs. One with a
     motion fits scenes of one object only.
     """
-
-    def agree(mentioned: Event, event: Event) -> bool:
-        return all(getattr(mentioned, name) in ("", getattr(event, name)) for name in ATTRIBUTES)
-
     mentioned, events = sentence.events, scene.events
     if len(mentioned) == 1 and not mentioned[0].motion:
-        return any(agree(mentioned[0], event) for event in events)
-    return len(mentioned) == len(events) and all(map(agree, mentioned, events))
+        return any(_agree(mentioned[0], event) for event in events)
+    return len(mentioned) == len(events) and all(map(_agree, mentioned, events))
+
+
+def _agree(mentioned: Event, event: Event) -> bool:
+    return all(getattr(mentioned, name) in ("", getattr(event, name)) for name in ATTRIBUTES)
 
 
 def draw_sentence(scene: Scene, rng: random.Random, *, short: bool = False) -> Sentence:
@@ -153,7 +153,7 @@ def _name(event: Event, said: str, rng: random.Random) -> str:
 
 
 def draw_captions(scene: Scene, kinds: Sequence[bool], rng: random.Random) -> tuple[str, ...]:
-    """Returns different sentences that fit the scene; each of `kinds` is True for a short one."""
+    """Returns different sentences that fit the scene, short ones where `kinds` is True."""
     texts: dict[str, None] = {}
     for count, short in enumerate(kinds, 1):
         while len(texts) < count:
