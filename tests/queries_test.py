@@ -79,5 +79,5 @@ def test_evaluation_counts_any_right_video(tmp_path, capsys):
     assert "several right videos" in page
 
     config.eval.queries = "nothing.jsonl"
-    with pytest.raises(InputError, match=r"data/nothing\.jsonl"):
+    with pytest.raises(InputError, match=r"'nothing.jsonl': no file .*data/nothing\.jsonl"):
         evaluate.evaluate(config, tmp_path / "run")

@@ -188,6 +188,9 @@ def _evaluate_queries(e: Evaluation) -> dict[str, Any]:
     if not config.eval.queries:
         return {}
     path = Path(config.data.path) / config.eval.queries
+    if not path.is_file():
+        problem = f"config.eval.queries = {config.eval.queries!r}: no file {path}"
+        raise InputError(f"{problem}; set it to '' to evaluate without queries")
     texts, relevant_QxV = read_queries(path, e.clip_names)
     text = e.retriever.encode_text(texts, config.eval.batch_size)
     sim_QxV = e.retriever.similarity(text, e.video, block_cells=config.eval.block_cells)
