@@ -3,8 +3,8 @@
     python -m xclip_jax.main --config=configs/demo.py
 
 Needs no downloads: renders 4,280 clips of moving shapes to data/demo, trains a small X-CLIP on
-4,000 of them, with six captions each, and evaluates it on 220 clips with combinations of objects and
-motions that are not in the training split: on one full caption of each clip, and on 220 short
+4,000 of them, with six captions each, and evaluates it on 220 clips with combinations of objects
+and motions that are not in the training split: on one full caption of each clip, and on 220 short
 sentences that may fit several clips ("something red", "an object that rises").
 Hardware: any; it took 5 min 34 s on 2 CPU cores, rendering included.
 Expected accuracy on 2 CPU cores: R@1 94.1 text to video, 91.4 video to text; on another machine 88

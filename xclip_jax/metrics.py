@@ -57,7 +57,7 @@ def recall_of_any(
     tied_QxG = scores_QxG == best_Qx1
     wrong_Q, tied_Q = (tied_QxG & ~relevant_QxG).sum(1), tied_QxG.sum(1)
     places_Q = np.clip(k - (scores_QxG > best_Qx1).sum(1), 0, tied_Q)
-    return 100 * (1 - comb(wrong_Q, places_Q) / comb(tied_Q, places_Q))
+    return np.asarray(100 * (1 - comb(wrong_Q, places_Q) / comb(tied_Q, places_Q)))
 
 
 def summarize(better_Q: Ranks, equal_Q: Ranks) -> dict[str, float]:

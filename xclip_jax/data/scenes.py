@@ -124,7 +124,7 @@ def _agree(mentioned: Event, event: Event) -> bool:
 def draw_sentence(scene: Scene, rng: random.Random, *, short: bool = False) -> Sentence:
     """Returns a random full or short sentence that fits the scene."""
     choices = SHORT[scene.kind] if short else {FULL[scene.kind]: 1}
-    count, said = rng.choices([*choices], choices.values())[0]
+    count, said = rng.choices([*choices], [*choices.values()])[0]
     templates = ORDER_TEMPLATES if count == 2 else OBJECT_TEMPLATES
     events = scene.events if count == len(scene.events) else (rng.choice(scene.events),)
     words = {letter: _name(event, said, rng) for letter, event in zip("ab", events, strict=False)}
@@ -140,7 +140,8 @@ def draw_sentence(scene: Scene, rng: random.Random, *, short: bool = False) -> S
 def _mention(event: Event, said: str) -> Event:
     """Returns an event with "" for what is not said of it."""
     said = said.replace("size", "") if event.size == "medium" else said
-    return Event(*(getattr(event, name) if name in said else "" for name in ATTRIBUTES))
+    values = {name: getattr(event, name) for name in ATTRIBUTES if name in said}
+    return Event(**(dict.fromkeys(ATTRIBUTES, "") | values))
 
 
 def _name(event: Event, said: str, rng: random.Random) -> str:
