@@ -9,6 +9,7 @@ then a cross") and may fit many scenes.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 COLOURS = {"red": (215, 35, 35), "yellow": (240, 210, 30), "green": (30, 150, 50)}
 COLOURS |= {"blue": (45, 70, 225)}
@@ -140,8 +141,8 @@ def draw_sentence(scene: Scene, rng: random.Random, *, short: bool = False) -> S
 def _mention(event: Event, said: str) -> Event:
     """Returns an event with "" for what is not said of it."""
     said = said.replace("size", "") if event.size == "medium" else said
-    values = {name: getattr(event, name) for name in ATTRIBUTES if name in said}
-    return Event(**(dict.fromkeys(ATTRIBUTES, "") | values))
+    values: Any = {name: getattr(event, name) for name in ATTRIBUTES if name in said}
+    return Event(**dict.fromkeys(ATTRIBUTES, "") | values)
 
 
 def _name(event: Event, said: str, rng: random.Random) -> str:
