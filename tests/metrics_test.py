@@ -9,6 +9,8 @@ from xclip_jax.metrics import (
     best_caption_scores,
     expected_ranks,
     rank_counts,
+    recall,
+    recall_of_any,
     retrieval_metrics,
     summarize,
 )
@@ -197,3 +199,45 @@ def test_metrics_without_ties_match_the_release(seed, number):
         assert ours[way].pop("MdR") == np.median(ranks)
         assert theirs.pop("MdR") == lower_median(ranks)
         assert ours[way] == pytest.approx(theirs)
+
+
+def test_recall_of_any_by_hand():
+    scores_QxG = np.array([[5, 4, 3, 2, 1], [5, 4, 3, 2, 1], [1, 1, 1, 1, 0], [9, 1, 1, 1, 1]])
+    relevant_QxG = np.array([[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [1, 1, 0, 0, 1], [0, 1, 0, 0, 0]])
+    found = {k: recall_of_any(scores_QxG * 1.0, relevant_QxG > 0, k) for k in (1, 2, 3, 9)}
+    np.testing.assert_allclose(found[1], [100, 0, 50, 0])
+    np.testing.assert_allclose(found[2], [100, 0, 100 * 5 / 6, 25])
+    np.testing.assert_allclose(found[3], [100, 100, 100, 50])
+    np.testing.assert_allclose(found[9], 100)
+
+
+def test_recall_of_any_equals_the_mean_over_all_orders_of_ties():
+    rng = np.random.default_rng(0)
+    scores_QxG = rng.integers(0, 3, (20, 5)).astype(float)
+    relevant_QxG = rng.random((20, 5)) < 0.4
+    relevant_QxG[:, 0] |= ~relevant_QxG.any(1)
+    for k in (1, 2, 3):
+        hits = np.zeros(20)
+        orders = [*itertools.permutations(range(5))]
+        for order in orders:
+            ranking = np.array(order)[np.argsort(-scores_QxG[:, order], axis=1, kind="stable")]
+            hits += np.take_along_axis(relevant_QxG, ranking, 1)[:, :k].any(1)
+        expected = 100 * hits / len(orders)
+        np.testing.assert_allclose(recall_of_any(scores_QxG, relevant_QxG, k), expected)
+
+
+def test_recall_of_any_of_one_right_item_is_recall():
+    rng = np.random.default_rng(1)
+    scores_QxG, correct_Q = rng.integers(0, 4, (30, 7)).astype(float), rng.integers(0, 7, 30)
+    for k in (1, 5, 10):
+        expected = recall(*rank_counts(scores_QxG, correct_Q), k)
+        np.testing.assert_allclose(
+            recall_of_any(scores_QxG, np.eye(7, dtype=bool)[correct_Q], k), expected
+        )
+
+
+def test_recall_of_any_rejects_nan_and_queries_without_right_item():
+    with pytest.raises(ValueError, match="NaN"):
+        recall_of_any(np.array([[np.nan, 1.0]]), np.array([[True, False]]), 1)
+    with pytest.raises(ValueError, match="right item"):
+        recall_of_any(np.array([[0.0, 1.0]]), np.array([[False, False]]), 1)

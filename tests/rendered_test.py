@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import random
 from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 
+from xclip_jax import config, prepare
 from xclip_jax.cli import InputError
-from xclip_jax.data import rendered
+from xclip_jax.data import builder, rendered, scenes
 
 COUNTS = {"train": 4000, "val": 60, "test": 220}
 
@@ -73,23 +75,15 @@ def test_evaluation_captions_fit_one_scene(drawn, split):
     found = drawn[split]
     assert len({scene.captions[0] for scene in found}) == len(found) == COUNTS[split]
     assert len({looks(scene) for scene in found}) == len(found)
+    for scene in found:
+        sentence = scenes.draw_sentence(scene, random.Random(0))
+        assert [one for one in found if scenes.fits(sentence, one)] == [scene]
 
 
-def test_captions_are_short_and_complete(drawn):
-    for scene in (scene for found in drawn.values() for scene in found):
-        assert len(set(scene.captions)) == len(scene.captions)
-        for caption in scene.captions:
-            words = caption.replace(",", " ,").split()
-            assert len(words) <= 20
-            for event in scene.events:
-                assert event.colour in words
-                assert any(word in words for word in rendered.SHAPE_WORDS[event.shape])
-                assert any(phrase in caption for phrase in rendered.MOTION_WORDS[event.motion]) or (
-                    scene.kind == "order"
-                )
-                sizes = rendered.SIZE_WORDS.get(event.size)
-                assert sizes is None or any(word in words for word in sizes)
-    assert all(len(scene.captions) == 3 for scene in drawn["train"])
+def test_scenes_of_train_have_full_and_short_captions(drawn):
+    for scene in drawn["train"]:
+        assert len(set(scene.captions)) == 6
+        assert all(len(caption.replace(",", " ,").split()) <= 20 for caption in scene.captions)
     assert all(len(scene.captions) == 1 for scene in drawn["val"] + drawn["test"])
 
 
@@ -205,6 +199,11 @@ def test_rendering_resumes_with_missing_videos(tmp_path):
     assert [line["split"] for line in lines] == ["train"] * 6 + ["val"] * 2 + ["test"] * 4
     assert lines[0]["video"] == "train_00000.mp4"
     assert lines[-1]["captions"] == list(rendered.draw_scenes("test", 4, seed=3)[-1].captions)
+    queries = [*map(json.loads, (directory / "short_queries.jsonl").read_text().splitlines())]
+    assert len({query["text"] for query in queries}) == 4
+    assert {video for query in queries for video in query["videos"]} <= {
+        line["video"] for line in lines[-4:]
+    }
     videos = {path.name: path for path in (directory / "videos").iterdir()}
     assert set(videos) == {line["video"] for line in lines}
 
@@ -227,3 +226,17 @@ def test_failed_rendering_names_the_file(tmp_path):
         rendered.render_video(
             single("red", "circle", "small", "still"), tmp_path / "nowhere" / "a.mp4"
         )
+
+
+def test_data_of_another_recipe_is_refused_even_if_it_is_prepared(tmp_path):
+    run = config.get_config()
+    run.data.update(path=str(tmp_path / "data"), rendered=6)
+    builder.dataset_folder(run.data.path).mkdir(parents=True)
+    prepare.render_if_missing(run)  # rendered elsewhere
+    settings = tmp_path / "data/scenes/rendered.json"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"seed": 0, "recipe": rendered.RECIPE}))
+    prepare.render_if_missing(run)
+    settings.write_text(json.dumps({"seed": 0, "recipe": 2}))
+    with pytest.raises(InputError, match=r"recipe 2, not 3\): delete .*data or set another config"):
+        prepare.render_if_missing(run)

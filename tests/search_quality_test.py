@@ -4,15 +4,14 @@ pytest -m slow tests/search_quality_test.py
 """
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from browser_test import chromium, read_heat_map, save_screenshot, search, search_and_play, serving
+from demo import ROOT, run, train_demo
 
 import xclip_jax
 from xclip_jax.data import rendered
@@ -21,30 +20,26 @@ from xclip_jax.search import Index
 __all__ = ["chromium"]  # the fixture
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT.parent / "shared" / "clips"
 TEST_CLIPS = 220
-
-
-def run(folder, *arguments):
-    slow = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # of conftest.py: programs run slowly
-    env = {name: value for name, value in os.environ.items() if name not in slow}
-    env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Returns (index of the demo's test clips, results.json of the demo)."""
-    folder = tmp_path_factory.mktemp("demo")
-    run(folder, "xclip_jax.main", f"--config={ROOT}/configs/demo.py")
+    folder, trained = tmp_path_factory.mktemp("demo"), train_demo()
     (folder / "clips").mkdir()
-    for path in (folder / "data/demo/scenes/videos").glob("test_*.mp4"):
-        path.rename(folder / "clips" / path.name)
-    run(folder, "xclip_jax.search", "index", "clips", "--model=runs/demo", "--index=index")
-    results = json.loads((folder / "runs/demo/results.json").read_text())
+    for path in (trained / "data/demo/scenes/videos").glob("test_*.mp4"):
+        shutil.copy(path, folder / "clips")
+    run(
+        folder,
+        "xclip_jax.search",
+        "index",
+        "clips",
+        f"--model={trained}/runs/demo",
+        "--index=index",
+    )
+    results = json.loads((trained / "runs/demo/results.json").read_text())
     return Index.open(folder / "index"), results
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from xclip_jax import inference, metrics
 from xclip_jax.cli import InputError, atomic_file, progress, write_atomically
 from xclip_jax.config import RunConfig
+from xclip_jax.data.annotations import read_queries
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
 from xclip_jax.distributed import gather_objects, is_first_process
@@ -88,6 +89,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         "max_seconds": dataset.max_seconds,
         "selected_on": selected_on,
         **tables.pop(""),
+        "queries": _evaluate_queries(evaluation),
         "normalized": tables,
         "eval": plain_fields(config.eval),
         "paper": paper_results(dataset.name, dataset.variant, vision) if split == "test" else {},
@@ -178,6 +180,32 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
         ranks = {"text_to_video": metrics.rank_counts(normalized_TxV, text_video_T)}
         counts[f"QB-Norm ({len(captions):,} captions)"] = ranks
     return counts
+
+
+def _evaluate_queries(e: Evaluation) -> dict[str, Any]:
+    """Returns the recalls of the sentences in config.eval.queries, or {} if it is not set."""
+    config = e.config
+    if not config.eval.queries:
+        return {}
+    path = Path(config.data.path) / config.eval.queries
+    if not path.is_file():
+        problem = f"config.eval.queries = {config.eval.queries!r}: no file {path}"
+        raise InputError(f"{problem}; set it to '' to evaluate without queries")
+    texts, relevant_QxV = read_queries(path, e.clip_names)
+    text = e.retriever.encode_text(texts, config.eval.batch_size)
+    sim_QxV = e.retriever.similarity(text, e.video, block_cells=config.eval.block_cells)
+
+    def summarize(scores_QxV: Float[np.ndarray, "Q V"]) -> dict[str, float]:
+        recalls = {k: metrics.recall_of_any(scores_QxV, relevant_QxV, k) for k in (1, 5, 10)}
+        return {f"R@{k}": float(recall_Q.mean()) for k, recall_Q in recalls.items()}
+
+    return {
+        "name": path.stem.replace("_", " "),
+        "num_texts": len(texts),
+        "mean_right_videos": float(relevant_QxV.sum(1).mean()),
+        "text_to_video": summarize(sim_QxV),
+        "chance": summarize(np.zeros_like(sim_QxV)),
+    }
 
 
 def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[str, Any]) -> None:

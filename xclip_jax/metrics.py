@@ -6,8 +6,8 @@ towards R@K.
 """
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
-from scipy.special import log_softmax, logsumexp
+from jaxtyping import Bool, Float, Int, Shaped
+from scipy.special import comb, log_softmax, logsumexp
 
 Ranks = Int[np.ndarray, "*S Q"]  # of the Q queries of one or several seeds
 RankCounts = tuple[Ranks, Ranks]  # (better, equal), see rank_counts
@@ -37,6 +37,27 @@ def expected_ranks(better_Q: Ranks, equal_Q: Ranks) -> Float[np.ndarray, "*S Q"]
 def recall(better_Q: Ranks, equal_Q: Ranks, k: int) -> Float[np.ndarray, "*S Q"]:
     """Returns R@k of each query in percent: 0 or 100 where there are no ties."""
     return 100 * np.clip((k - better_Q) / (equal_Q + 1), 0, 1)
+
+
+def recall_of_any(
+    scores_QxG: Scores, relevant_QxG: Bool[np.ndarray, "Q G"], k: int
+) -> Float[np.ndarray, " Q"]:
+    """Returns R@k in percent of queries with several right items, of which one suffices.
+
+    With g wrong items above the best right one, and r right and e wrong items equal to it, it is
+    the probability 1 - C(e, k - g) / C(r + e, k - g) that the first k include a right one. If all
+    scores are equal, it is that of a random order. Raises ValueError if a score is NaN or infinite,
+    or a query has no right item.
+    """
+    if not np.isfinite(scores_QxG).all():
+        raise ValueError("similarities contain NaN or infinite values")
+    if not relevant_QxG.any(1).all():
+        raise ValueError("every query must have a right item")
+    best_Qx1 = np.where(relevant_QxG, scores_QxG, -np.inf).max(1, keepdims=True)
+    tied_QxG = scores_QxG == best_Qx1
+    wrong_Q, tied_Q = (tied_QxG & ~relevant_QxG).sum(1), tied_QxG.sum(1)
+    places_Q = np.clip(k - (scores_QxG > best_Qx1).sum(1), 0, tied_Q)
+    return np.asarray(100 * (1 - comb(wrong_Q, places_Q) / comb(tied_Q, places_Q)))
 
 
 def summarize(better_Q: Ranks, equal_Q: Ranks) -> dict[str, float]:

@@ -105,9 +105,14 @@ def prepare(
 
 
 def render_if_missing(config: Any) -> None:
-    """Prepares the rendered data of a config that requires it, unless it exists."""
+    """Prepares the rendered data of a config that requires it, unless it exists.
+
+    Raises InputError if it was rendered by a version that draws other videos or captions.
+    """
     path = check_local("config.data.path", config.data.path)
-    if config.data.rendered and not dataset_folder(path).is_dir():
+    if config.data.rendered and dataset_folder(path).is_dir():
+        rendered.check_recipe(path / "scenes", f"delete {path} or set another config.data.path")
+    elif config.data.rendered:
         path.mkdir(parents=True, exist_ok=True)
         with FileLock(path / "render.lock"):  # one process renders, the others wait
             side = config.model.vision.image_size

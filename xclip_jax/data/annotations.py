@@ -7,9 +7,12 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool
 
 from xclip_jax.cli import InputError, PathLike, check_file, first_line
 from xclip_jax.data.text import is_blank
@@ -349,3 +352,26 @@ def _is_seconds(value: Any) -> bool:
         return not isinstance(value, bool) and 0 <= float(value) < math.inf
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def read_queries(path: Path, videos: Sequence[str]) -> tuple[list[str], Bool[np.ndarray, "Q V"]]:
+    """Reads JSON lines of queries, each with all its right videos: {"text": ..., "videos": [...]}.
+
+    Returns (texts, True where a video of the gallery `videos` is right). An InputError names the
+    line.
+    """
+    texts, index = [], {video: number for number, video in enumerate(videos)}
+    rows = []
+    for where, item in _read_items(path):
+        text, right = require_fields(item, where, text=str, videos=list)
+        for video in right:
+            if require_type(video, str, where) not in index:
+                gallery = f"{len(videos):,} evaluated videos"
+                raise InputError(f"{where}: video {video!r}: must be one of the {gallery}")
+        if is_blank(text) or not right:
+            raise InputError(f"{where}: must have a sentence and at least one video")
+        texts.append(text)
+        rows.append(np.isin(np.arange(len(videos)), [index[video] for video in right]))
+    if not texts:
+        raise InputError(f"{path}: contains no queries")
+    return texts, np.stack(rows)

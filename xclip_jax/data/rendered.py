@@ -1,12 +1,12 @@
 """Renders the demo's data set: H.264 clips of moving coloured shapes, with captions.
 
-One shape moves ("a small red circle goes from left to right"), or two appear one after the other
-("a small red circle is replaced by a big blue cross"). Every scene with a direction in time also
-occurs mirrored in time, with exactly the same frames in the opposite order: no single frame and no
-average of frames distinguishes the two. Shapes are also swapped between objects, so that the words
-of a caption without their order do not suffice. Colours and shapes are few, so that clips which
-differ only in motion or order often are in one batch. The combinations of val and test (object and
-motion, or two objects) do not occur in train, but each of their colours, shapes and motions does.
+One shape moves, or two appear one after the other; `scenes` has the sentences about them. Every
+scene with a direction in time also occurs mirrored in time, with exactly the same frames in the
+opposite order: no single frame and no average of frames distinguishes the two. Shapes are also
+swapped between objects, so that the words of a caption without their order do not suffice. Colours
+and shapes are few, so that clips which differ only in motion or order often are in one batch. The
+combinations of val and test (object and motion, or two objects) do not occur in train, but each of
+their colours, shapes and motions does.
 """
 
 import functools
@@ -14,8 +14,8 @@ import io
 import itertools
 import json
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -24,70 +24,26 @@ from jaxtyping import Float, UInt8
 
 from xclip_jax.cli import InputError, PathLike, progress, write_atomically
 from xclip_jax.data.annotations import Split
+from xclip_jax.data.scenes import (
+    AXES,
+    COLOURS,
+    RADII,
+    SHAPES,
+    Event,
+    Scene,
+    draw_captions,
+    draw_sentence,
+    fits,
+    mirror,
+)
 from xclip_jax.workers import worker_pool
 
 SIDE, FPS, SECONDS = 64, 8, 6  # the frames at 0, 1, ..., 5 s are what a reader samples
 LAST = SECONDS - 1.0  # all motion ends here: a mirrored scene is mirrored around LAST / 2
-RECIPE = 2  # to be increased when the same seed gives other videos or captions
+RECIPE = 3  # to be increased when the same seed gives other videos or captions
 
-COLOURS = {"red": (215, 35, 35), "yellow": (240, 210, 30), "green": (30, 150, 50)}
-COLOURS |= {"blue": (45, 70, 225)}
-SHAPES = ("circle", "triangle", "cross")
-RADII = {"small": 0.15, "medium": 0.21, "large": 0.27}  # of the side; captions omit "medium"
-AXES = (("right", "left"), ("up", "down"), ("grow", "shrink"), ("still",))
-OPPOSITE = {motion: other for axis in AXES for motion, other in zip(axis, axis[::-1], strict=True)}
 _PAIRS_OF_COLOURS = [*map(list, itertools.combinations_with_replacement(range(len(COLOURS)), 2))]
 _PAIRS_OF_SHAPES = [*map(list, itertools.combinations_with_replacement(range(len(SHAPES)), 2))]
-
-SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-SHAPE_WORDS = {shape: (shape,) for shape in SHAPES} | {"circle": ("circle", "disc")}
-MOTION_WORDS = {
-    "right": ("moves right", "slides to the right", "goes from left to right"),
-    "left": ("moves left", "slides to the left", "goes from right to left"),
-    "up": ("moves up", "rises", "goes from bottom to top"),
-    "down": ("moves down", "falls", "goes from top to bottom"),
-    "grow": ("grows", "gets bigger", "becomes larger"),
-    "shrink": ("shrinks", "gets smaller", "becomes smaller"),
-    "still": ("stays still", "does not move", "stays in place"),
-}
-TEMPLATES: dict[str, tuple[str, ...]] = {}
-TEMPLATES["motion"] = ("{a} {does_a}", "there is {a} that {does_a}", "in this clip {a} {does_a}")
-TEMPLATES["order"] = ("first {a} appears, then {b}", "{a} is shown and then {b}")
-TEMPLATES["order"] += ("{a} is replaced by {b}", "{a} gives way to {b}")
-
-
-@dataclass(frozen=True)
-class Event:
-    """The motion of one object. No caption mentions its place, scale or tilt."""
-
-    colour: str  # a key of COLOURS
-    shape: str  # one of SHAPES
-    size: str  # a key of RADII
-    motion: str  # a key of OPPOSITE
-    place: tuple[float, float] = (0.5, 0.5)  # x and y of the centre, as fractions of the side
-    scale: float = 1.0  # factor of the radius
-    tilt: float = 0.0  # radians
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A clip: one event of its full length, or two events of half its length each."""
-
-    events: tuple[Event, ...]
-    background: tuple[int, int, int] = (40, 40, 40)
-    noise: int = 0  # seed of the background's noise
-    captions: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def kind(self) -> str:
-        """'motion' for one object, 'order' for two objects at rest."""
-        return "motion" if len(self.events) == 1 else "order"
-
-
-def mirror(scene: Scene) -> Scene:
-    """Returns the scene reversed in time (the frame at t is that at LAST - t), without captions."""
-    events = (replace(event, motion=OPPOSITE[event.motion]) for event in scene.events[::-1])
-    return replace(scene, events=tuple(events), captions=())
 
 
 def assign_split(scene: Scene) -> Split:
@@ -107,10 +63,12 @@ def assign_split(scene: Scene) -> Split:
 def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
     """Returns the first `count` scenes of a split, each followed by its mirror.
 
-    Scenes of train have three captions, and some share captions. Those of val and test have one,
-    which describes no other scene. Raises InputError if the split has fewer than `count` scenes.
+    Scenes of train have four full and two short captions, and some share captions. Those of val
+    and test have a full one, which fits no other scene. Raises InputError if the split has fewer
+    than `count` scenes.
     """
-    rng = random.Random(f"{split} {seed}")
+    rng, caption_rng = random.Random(f"{split} {seed}"), random.Random(f"{split} {seed} captions")
+    kinds = [False, True, False] * 2 if split == "train" else [False]  # True: short
     scenes: list[Scene] = []
     described: set[Scene] = set()
     for _ in range(100 * count if split == "train" else 30_000):  # val and test are limited
@@ -122,11 +80,22 @@ def draw_scenes(split: Split, count: int, seed: int = 0) -> list[Scene]:
         if split == "train" or described.isdisjoint(related):
             described.update(s for scene in related for s in (scene, mirror(scene)))
             variants = [v for scene in related for v in _draw_variants(scene, rng)]
-            num_captions = 3 if split == "train" else 1
-            scenes += [replace(v, captions=_draw_captions(v, num_captions, rng)) for v in variants]
+            captions = (draw_captions(variant, kinds, caption_rng) for variant in variants)
+            scenes += [replace(v, captions=c) for v, c in zip(variants, captions, strict=True)]
     if len(scenes) < count:
         raise InputError(f"{count} {split} scenes requested, only {len(scenes)} are distinct")
     return scenes[:count]
+
+
+def draw_queries(scenes: Sequence[Scene], seed: int = 0) -> dict[str, list[int]]:
+    """Returns {short sentence: indices of all scenes it fits}, as many sentences as scenes."""
+    rng = random.Random(f"queries {seed}")
+    queries: dict[str, list[int]] = {}
+    for number, scene in enumerate(scenes, 1):
+        while len(queries) < number:
+            sentence = draw_sentence(scene, rng, short=True)
+            queries[sentence.text] = [i for i, one in enumerate(scenes) if fits(sentence, one)]
+    return queries
 
 
 def _draw_related_scenes(rng: random.Random) -> list[Scene]:
@@ -155,19 +124,6 @@ def _draw_variants(scene: Scene, rng: random.Random) -> Iterable[Scene]:
     noise = rng.randrange(1 << 30)
     scene = replace(scene, events=tuple(events), background=background, noise=noise)
     return dict.fromkeys((scene, mirror(scene)))  # one object at rest is its own mirror
-
-
-def _draw_captions(scene: Scene, count: int, rng: random.Random) -> tuple[str, ...]:
-    captions: dict[str, None] = {}
-    while len(captions) < count:
-        words = {}
-        for letter, event in zip("ab", scene.events, strict=False):
-            size = rng.choice(SIZE_WORDS.get(event.size, ("",)))
-            thing = f"a {size} {event.colour} {rng.choice(SHAPE_WORDS[event.shape])}"
-            words[letter] = " ".join(thing.split())
-            words[f"does_{letter}"] = rng.choice(MOTION_WORDS[event.motion])
-        captions[rng.choice(TEMPLATES[scene.kind]).format(**words)] = None
-    return tuple(captions)
 
 
 def render_frame(scene: Scene, time: float) -> UInt8[np.ndarray, "S S 3"]:
@@ -238,13 +194,23 @@ def render_video(scene: Scene, path: PathLike) -> None:
     write_atomically(path, content.getvalue())
 
 
+def check_recipe(folder: Path, advice: str) -> None:
+    """Raises InputError with `advice` if the folder holds a data set of another recipe."""
+    settings = folder / "rendered.json"
+    recipe = json.loads(settings.read_bytes())["recipe"] if settings.exists() else RECIPE
+    if recipe != RECIPE:
+        problem = f"{folder} was rendered by another version (recipe {recipe}, not {RECIPE})"
+        raise InputError(f"{problem}: {advice}")
+
+
 def render_dataset(
     folder: Path, *, num_train: int = 4000, num_val: int = 60, num_test: int = 220, seed: int = 0
 ) -> Path:
     """Renders the data set on all cores unless it exists, and returns its folder.
 
-    Writes `videos/train_00000.mp4`, ... and finally `captions.jsonl`, one line per video. A run
-    that was killed resumes with the missing videos. Raises InputError if the arguments changed.
+    Writes `videos/train_00000.mp4`, ..., `short_queries.jsonl`, one line per short sentence with
+    all videos of the test split that it fits, and finally `captions.jsonl`, one line per video. A
+    run that was killed resumes with the missing videos. Raises InputError if the arguments changed.
     """
     listing, settings = folder / "captions.jsonl", folder / "rendered.json"
     counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
@@ -259,12 +225,18 @@ def render_dataset(
         return folder
     missing, lines = {}, []
     for split, count in counts.items():
-        for number, scene in enumerate(draw_scenes(split, count, seed)):
+        scenes = draw_scenes(split, count, seed)
+        for number, scene in enumerate(scenes):
             path = folder / "videos" / f"{split}_{number:05d}.mp4"
             if not path.exists():
                 missing[path] = scene
             line = {"video": path.name, "captions": scene.captions, "split": split}
             lines.append(json.dumps(line) + "\n")
+    queries = []
+    for text, numbers in draw_queries(scenes, seed).items():  # of test, the last split
+        line = {"text": text, "videos": [f"test_{number:05d}.mp4" for number in numbers]}
+        queries.append(json.dumps(line) + "\n")
+    write_atomically(folder / "short_queries.jsonl", "".join(queries))
     bar = progress(len(missing), "rendering videos", "clip")
     with worker_pool(len(missing) // 8 + 1) as pool, bar:
         for _ in pool.map(render_video, missing.values(), missing, chunksize=8):

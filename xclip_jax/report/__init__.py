@@ -130,6 +130,10 @@ def _metric_rows(results: Mapping[str, Any]) -> list[_Row]:
                 rows.append((f"  with {option}", both[key], "option"))
         for backbone, both in results.get("paper", {}).items():
             rows.append((f"  paper, {backbone}", both[key], "paper"))
+    if queries := results.get("queries"):
+        label = f"{queries['num_texts']:,} {queries['name']}"
+        rows.append((label, queries["text_to_video"], "ours"))
+        rows.append(("  in random order", queries["chance"], "option"))
     total = results["num_videos"]
     chance = {f"R@{k}": 100 * min(1, k / total) for k in (1, 5, 10)}
     return [*rows, ("chance", chance | dict.fromkeys(("MdR", "MnR"), (total + 1) / 2), "chance")]
