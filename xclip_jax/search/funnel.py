@@ -24,7 +24,7 @@ from xclip_jax.cli import progress
 from xclip_jax.inference import apply_model, next_power_of_two, pad_rows
 from xclip_jax.models.xclip import XClip, normalize
 from xclip_jax.retriever import Retriever
-from xclip_jax.search.store import Rows, Selection, Snapshot, unit_vectors
+from xclip_jax.search.snapshot import Rows, Selection, Snapshot, unit_vectors
 from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures, compute_weights
 
 STAGES = ("sentence-video", "video-word", "reading", "all")

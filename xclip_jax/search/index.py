@@ -29,7 +29,8 @@ from xclip_jax.retriever import Retriever, load
 from xclip_jax.search.digests import sample_file
 from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.store import MAX_PATH, Filters, Selection, Store
+from xclip_jax.search.snapshot import MAX_PATH, Filters, Selection
+from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
 SEGMENT_SECONDS = 30
