@@ -200,7 +200,7 @@ def measure_indexing(args: argparse.Namespace) -> None:
     model = build_b32()
     params = copy_to_local_devices(jax.jit(lambda: init_params(model, 0))())
     retriever = Retriever(dataclasses.asdict(model.config), model, params)
-    files, rows = find_videos(args.indexing), []
+    (files, _), rows = find_videos(args.indexing), []
     about = describe_index(model, "", "float32")
     for _ in range(args.repeats + 1):
         row = measure_unavoidable(model, params, files)

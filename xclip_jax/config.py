@@ -106,6 +106,7 @@ class EvalConfig:
     batch_size: Positive = 64  # texts or videos encoded at once
     dual_softmax: bool = False  # also print the metrics with dual softmax
     qb_norm: Natural = 0  # training captions in the bank of QB-Norm; 0: without
+    hubness_bias: Natural = 0  # training captions in the bank of the hubness bias; 0: without
     block_cells: Natural = 0  # word-frame cells computed at once; 0: depends on the device
 
 

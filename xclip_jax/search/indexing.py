@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from xclip_jax.cli import InputError, PathLike, progress
 from xclip_jax.data.extraction import CRASHED, VideoFolder
 from xclip_jax.inference import pad_rows
+from xclip_jax.metrics import hubness_bias
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.segments import Segment, SegmentJob, load_frames, read_segments
 from xclip_jax.search.store import FileStamp, Store
@@ -169,6 +170,8 @@ class _Writer:
         self.encoded: list[Row] = []  # to commit
         self.failed: list[Row] = []  # unreadable files to commit
         self.start_time = self.commit_time = time.monotonic()
+        captions = self.store.bank()
+        self.bank = self.retriever.encode_text(captions) if captions else None
         self.batch_size = (4 if jax.default_backend() == "cpu" else 64) * jax.local_device_count()
 
     def run(self) -> None:
@@ -235,7 +238,13 @@ class _Writer:
         frames, mask = pad_rows((frames, mask), size)
         features = retriever.encode("encode_video", (frames, mask), size)
         dtype = np.dtype(about["precision"])
+        biases = None
+        if self.bank is not None:
+            bank_BxV = retriever.similarity(self.bank, features) / retriever.scale
+            biases = hubness_bias(bank_BxV).astype(np.float32)
         for index, (row, _) in enumerate(self.batch):
+            if biases is not None:
+                row["bias"] = biases[index]
             row["video"] = features.video[index].astype(dtype)
             row["frames"] = features.frames[index].reshape(-1).astype(dtype)
             self.encoded.append(row)

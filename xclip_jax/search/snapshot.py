@@ -20,6 +20,7 @@ from xclip_jax.similarity import FrameMask, VideoFeatures
 
 MAX_PATH = 4096  # characters of a path filter
 _BATCH_ROWS = 4096
+_BIAS_COLUMNS = 16  # of vectors in memory; two are used, but faiss is fast in multiples of 16
 RowMask = Bool[np.ndarray, " N"]
 Rows = Int[np.ndarray, " n"]
 
@@ -40,7 +41,8 @@ class Snapshot:
 
     Of N segments: `ids`, `paths` (Arrow strings), `starts`, `ends` (seconds), `offsets` (seconds
     from the start of the file to its first frame), `times` (seconds of the frames, N x F),
-    `vectors_NxD` (L2-normalised video vectors, float16). Rows start at 0.
+    `vectors_NxD` (L2-normalised video vectors, float16), `biases` (hubness biases, subtracted from
+    cosines with sentences; zeros in an index without a bank). Rows start at 0.
     """
 
     def __init__(self, location: str, about: Mapping[str, Any], table: Any) -> None:
@@ -52,7 +54,9 @@ class Snapshot:
         self._location, self._table = location, table
         self._max_frames, dim = about["max_frames"], about["embed_dim"]
         kinds = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        self._vector_index = faiss.IndexScalarQuantizer(dim, *kinds)
+        has_biases = "bias" in table.schema.names
+        width = dim + _BIAS_COLUMNS * has_biases
+        self._vector_index = faiss.IndexScalarQuantizer(width, *kinds)
         repeated = repeated_rows(table)
         self.corrupted: set[str] = set()  # paths of segments that are left out
         # Allocated once: growing by doubling would copy. The first `add` starts at row 0.
@@ -67,7 +71,10 @@ class Snapshot:
             self.corrupted.update(batch.filter(pa.array(~intact))["path"].to_pylist())
             first = ~np.isin(batch["_rowid"].to_numpy(), repeated)
             batch = batch.filter(pa.array(intact & first))
-            self._vector_index.add(unit_vectors(_to_matrix(batch["video"], dim)))
+            vectors = unit_vectors(_to_matrix(batch["video"], dim))
+            if has_biases:
+                vectors = _append(vectors, batch["bias"].to_numpy())
+            self._vector_index.add(vectors)
             batches.append(batch.drop_columns("video"))
         schema = reader.schema.remove(reader.schema.get_field_index("video"))
         rows = pa.Table.from_batches(batches, schema)
@@ -75,6 +82,7 @@ class Snapshot:
         self.starts, self.ends = rows["start"].to_numpy(), rows["end"].to_numpy()
         known = "offset" in rows.column_names
         self.offsets = rows["offset"].to_numpy() if known else np.zeros(len(rows))
+        self.biases = rows["bias"].to_numpy() if has_biases else np.zeros(len(rows), np.float32)
         self.times = _to_matrix(rows["times"], self._max_frames).astype(np.float32)
         self._counts, self._row_ids = rows["count"].to_numpy(), rows["_rowid"].to_numpy()
         if self.corrupted:
@@ -83,7 +91,7 @@ class Snapshot:
         self.vectors_NxD = np.zeros((0, dim), np.float16)
         if len(rows):
             view = faiss.rev_swig_ptr(codes.data(), codes.size())
-            self.vectors_NxD = view.view(np.float16).reshape(-1, dim)
+            self.vectors_NxD = view.view(np.float16).reshape(-1, width)[:, :dim]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -116,15 +124,24 @@ class Snapshot:
         interval = -np.inf if start is None else start, np.inf if end is None else end
         return Selection(self, None if mask.all() else mask, interval)
 
-    def nearest_rows(self, vector_1xD: np.ndarray, count: int, allowed: RowMask | None) -> Rows:
-        """Returns the allowed rows (None: all) of largest inner product, best first."""
-        options = {}
+    def nearest_rows(
+        self, vector_1xD: np.ndarray, count: int, allowed: RowMask | None, *, subtract_bias: bool
+    ) -> Rows:
+        """Returns the allowed rows (None: all) of largest inner product, best first.
+
+        `subtract_bias`: True to rank by the inner product minus the hubness bias.
+        """
+        options, dim = {}, vector_1xD.shape[1]
+        query_1xE = np.zeros((1, self._vector_index.d), np.float32)
+        query_1xE[:, :dim] = vector_1xD
+        if subtract_bias:
+            query_1xE[:, dim : dim + 2] = -1  # of `_append`; empty in an index without a bank
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
             # faiss's type stubs describe the C++ constructors.
             selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]
             options["params"] = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
-        _, rows = self._vector_index.search(vector_1xD, min(count, len(self)), **options)
+        _, rows = self._vector_index.search(query_1xE, min(count, len(self)), **options)
         return rows[0][rows[0] >= 0]
 
     def stamp(self, row: Rows) -> dict[str, Any]:
@@ -193,6 +210,17 @@ def unit_vectors(vectors: Float[np.ndarray, "*rows D"]) -> Float[np.ndarray, "*r
     """Returns float32 vectors L2-normalised along the last axis, where zeros stay zeros."""
     vectors = vectors.astype(np.float32, copy=False)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def _append(vectors_nxD: np.ndarray, biases: np.ndarray) -> Float[np.ndarray, "n E"]:
+    """Returns vectors with further columns, the first two of which add up to the bias.
+
+    In float16, one would change the bias by up to 0.0002.
+    """
+    high = biases.astype(np.float16).astype(np.float32)
+    further = np.zeros((len(vectors_nxD), _BIAS_COLUMNS), np.float32)
+    further[:, 0], further[:, 1] = high, biases - high
+    return np.concatenate([vectors_nxD, further], 1)
 
 
 def repeated_rows(table: Any) -> pa.Array:

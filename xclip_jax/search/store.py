@@ -1,15 +1,15 @@
 """Stores an index as a LanceDB database in a folder or a bucket.
 
 See https://lancedb.github.io/lancedb. Table `segments` has one row per segment, `unreadable` one
-row per file that could not be read. Every commit is an atomic version, and readers of one version
-are not affected by writers of the next.
+row per file that could not be read, `bank` (if any) one per caption of the bank. Every commit is an
+atomic version, and readers of one version are not affected by writers of the next.
 """
 
 import datetime
 import json
 import os
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from xclip_jax.checkpoint import partial_folder
 from xclip_jax.cli import InputError, PathLike
+from xclip_jax.search.bank import digest_bank
 from xclip_jax.search.digests import PARTS, add_digests
 from xclip_jax.search.snapshot import Snapshot, readable, repeated_rows
 
@@ -35,7 +36,8 @@ class Store:
     """An index on disk.
 
     `location` is the absolute path of its folder or a URI, `about` its settings: `model`,
-    `fingerprint`, `max_frames`, `embed_dim`, `segment_seconds`, `shots`, `precision`.
+    `fingerprint`, `max_frames`, `embed_dim`, `segment_seconds`, `shots`, `precision` and, if it has
+    a bank of captions, `bank`: their digest.
     """
 
     def __init__(self, location: PathLike) -> None:
@@ -54,8 +56,14 @@ class Store:
             raise InputError(f"{problem}, which this version reads: index the videos again")
 
     @classmethod
-    def create(cls, location: PathLike, about: Mapping[str, Any]) -> "Store":
-        """Creates an empty index atomically, or raises InputError if the folder has other files."""
+    def create(
+        cls, location: PathLike, about: Mapping[str, Any], bank: Sequence[str] = ()
+    ) -> "Store":
+        """Creates an empty index atomically, or raises InputError if the folder has other files.
+
+        `bank`: the captions of `check_bank`, or () for an index without hubness bias.
+        """
+        about = {"format": FORMAT, **about} | ({"bank": digest_bank(bank)} if bank else {})
         location = _absolute(location)
         in_folder = "://" not in location
         if exists(location):
@@ -67,14 +75,28 @@ class Store:
         try:
             database = lancedb.connect(folder)
             database.create_table("unreadable", schema=unreadable, mode="overwrite")
+            if bank:
+                captions = pa.table({"caption": pa.array(bank)})
+                database.create_table("bank", captions, mode="overwrite")
             # Created last: `exists` looks for this table.
-            database.create_table("segments", schema=_segment_schema({"format": FORMAT, **about}))
+            database.create_table("segments", schema=_segment_schema(about))
         except Exception as error:  # LanceDB has no common type
             reason = textwrap.shorten(str(error), 300)
             raise InputError(f"no index can be created in {location!r}: {reason}") from None
         if in_folder:
             os.replace(folder, location)
         return cls(location)
+
+    def bank(self) -> list[str]:
+        """Returns the captions of the bank, [] without one, or raises InputError if corrupted."""
+        if "bank" not in self.about:
+            return []
+        with readable(self.location):
+            table = lancedb.connect(self.location).open_table("bank").to_arrow()
+            captions = table["caption"].to_pylist()
+            if digest_bank(captions) != self.about["bank"]:
+                raise ValueError("the captions of its bank do not have their checksum")
+        return captions
 
     def files(self) -> dict[str, dict[FileStamp, str | None]]:
         """Returns {path: {stamp: reason why the file could not be read, or None}}.
@@ -166,6 +188,7 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
         ("times", pa.list_(pa.float64(), max_frames)),
         ("video", pa.list_(number, dim)),
         ("frames", pa.list_(number, max_frames * dim)),  # one list: nested lists are slow
+        *([("bias", pa.float32())] if "bank" in about else []),  # see metrics.hubness_bias
         ("thumbnail", pa.binary()),
         *((part, pa.int64()) for part in PARTS),
     ]
