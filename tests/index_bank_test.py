@@ -237,6 +237,7 @@ def test_bank_of_a_model_without_tokenizer_is_an_error(folder, model):
     (folder / "model").unlink()
     shutil.copytree(model, "model")
     shutil.rmtree("model/tokenizer")
+    (folder / "model" / "digests.json").unlink()
     with pytest.raises(SystemExit, match="the model has no tokenizer"):
         run_index("--model=model", "--bank=bank.txt")
     assert not (folder / "index").exists()
