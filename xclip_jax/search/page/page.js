@@ -207,9 +207,9 @@ function showEmpty(answer, error) {
   $("empty").hidden = !needed;
 }
 
-/** Returns the score and, in an index with a bank of captions, the bias subtracted for the rank. */
+/** Returns what decides the rank: the score minus, in an index with a bank of captions, the bias. */
 function scoreOf(hit) {
-  return hit.score.toFixed(2) + (hit.bias ? ` − ${hit.bias.toFixed(2)}` : "");
+  return (hit.score - (hit.bias ?? 0)).toFixed(2);
 }
 
 function card(hit, state) {
@@ -264,7 +264,9 @@ function openPlayer(hit, state) {
 
 function detailsOf(hit) {
   const path = hit.path.split(/(?<=[/\\])/).flatMap((part) => [part, make("wbr")]);
-  const facts = { Rank: [hit.rank], Score: [scoreOf(hit)], Segment: [range(hit)], File: path };
+  const terms = hit.bias ? ` = ${hit.score.toFixed(2)} − ${hit.bias.toFixed(2)} (bias)` : "";
+  const score = [scoreOf(hit) + terms];
+  const facts = { Rank: [hit.rank], Score: score, Segment: [range(hit)], File: path };
   const pair = ([name, value]) => [make("dt", { textContent: name }), make("dd", {}, ...value)];
   return Object.entries(facts).flatMap(pair);
 }
