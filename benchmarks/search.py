@@ -39,8 +39,10 @@ from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.funnel import STAGES, Funnel
 from xclip_jax.search.index import SEGMENT_SECONDS, Index
-from xclip_jax.search.indexing import SegmentJob, find_videos, load_frames, read_segments
-from xclip_jax.search.store import Snapshot, Store, exists
+from xclip_jax.search.indexing import find_videos
+from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
+from xclip_jax.search.snapshot import Snapshot
+from xclip_jax.search.store import Store, exists
 from xclip_jax.similarity import TextFeatures
 from xclip_jax.workers import run_jobs
 
@@ -198,7 +200,7 @@ def measure_indexing(args: argparse.Namespace) -> None:
     model = build_b32()
     params = copy_to_local_devices(jax.jit(lambda: init_params(model, 0))())
     retriever = Retriever(dataclasses.asdict(model.config), model, params)
-    files, rows = find_videos(args.indexing), []
+    (files, _), rows = find_videos(args.indexing), []
     about = describe_index(model, "", "float32")
     for _ in range(args.repeats + 1):
         row = measure_unavoidable(model, params, files)

@@ -22,7 +22,8 @@ from xclip_jax.search.store import Store, exists
 indexing.run_jobs = tiny.run_jobs_here
 indexing.MIN_COMMIT_SECONDS = indexing.COMMIT_FRACTION = 0
 folder, model, videos = sys.argv[1:4]
-index = Index.open(folder) if exists(folder) else Index.create(folder, model, segment_seconds=2)
+options = {"segment_seconds": 2, "bank": [f"a dog {n}" for n in range(100)]}
+index = Index.open(folder) if exists(folder) else Index.create(folder, model, **options)
 index.retriever
 commit = Store.add
 

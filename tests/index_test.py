@@ -148,7 +148,7 @@ def test_example_is_compared_with_videos_and_frames(index, videos, model, tmp_pa
     for file, pixels in ((videos / "clip3.mp4", np.stack(frames)), ("still.png", frames[4][None])):
         vector = retriever.encode_video([pixels]).video[0]
         expected = []
-        for _, _, _, video, block in content(index).values():
+        for _, _, _, video, block, _ in content(index).values():
             cosines = np.reshape(block, (4, 32))[:2] @ vector
             weights = np.exp((cosines - cosines.max()) / 0.01)
             expected.append((video @ vector + weights @ cosines / weights.sum()) / 2)  # Eq. 3, 7, 8

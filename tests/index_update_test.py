@@ -112,7 +112,7 @@ def test_full_disk_is_not_recorded_as_an_unreadable_video(copied, one_clip, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("xclip_jax.search.indexing.choose_frames", full)
+    monkeypatch.setattr("xclip_jax.search.segments.choose_frames", full)
     with pytest.raises(OSError, match="No space left"):
         copied.add(one_clip)
     monkeypatch.undo()

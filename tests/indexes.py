@@ -8,6 +8,7 @@ import tiny
 from xclip_jax.search import Index, indexing
 
 COUNT, SECONDS = 5, 2  # clips of six seconds: three segments each
+BANK = [f"a {c} {a}{n}" for c in ("red", "blue") for a in ("dog", "cat", "and") for n in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,16 @@ def made(tmp_path_factory, model, videos):
 
 
 @pytest.fixture(scope="module")
+def made_with_bank(tmp_path_factory, model, videos):
+    """Makes the folder of an index with a bank, which tests do not change."""
+    folder = tmp_path_factory.mktemp("banked") / "index"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
+        Index.create(folder, model, segment_seconds=SECONDS, bank=BANK).add([videos])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def index(made):
     return Index.open(made)
 
@@ -58,10 +69,10 @@ def one_clip(videos, tmp_path):
 
 
 def content(index):
-    """Returns {id: (path, start, end, video vector, frame vectors)}."""
+    """Returns {id: (path, start, end, video vector, frame vectors, bias or None)}."""
     rows = {}
     for table in index.tables():
         for row in table.to_pylist():
-            values = row["path"], row["start"], row["end"], row["video"], row["frames"]
-            rows[row["id"]] = values
+            names = ("path", "start", "end", "video", "frames", "bias")
+            rows[row["id"]] = tuple(map(row.get, names))
     return rows

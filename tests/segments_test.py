@@ -9,7 +9,7 @@ from PIL import Image
 from video_files import at_rate, corners, grey, write
 
 from xclip_jax.data import video
-from xclip_jax.search.indexing import SegmentJob, _cut, load_frames, read_segments
+from xclip_jax.search.segments import SegmentJob, _cut, load_frames, read_segments
 
 
 def read(tmp_path, path, seconds=4, max_frames=100, shots=False):

@@ -226,14 +226,15 @@ def test_variants_with_the_same_training_share_runs(base):
 
 
 def test_test_time_options_share_a_run(base):
-    options = Variant({"eval.dual_softmax": True}), Variant({"eval.qb_norm": 5}), Variant()
-    study = Study("Options", ("",), dict(zip("dqp", options, strict=True)))
+    tested = {"eval.dual_softmax": True, "eval.qb_norm": 5, "eval.hubness_bias": 7}
+    options = *(Variant({field: value}) for field, value in tested.items()), Variant()
+    study = Study("Options", ("",), dict(zip("dqhp", options, strict=True)))
     planned = plan({"s": study}, base)
     assert len({id(run) for (run,) in planned.values()}) == 1
     (run,) = planned["s", "p"]
-    assert run.evaluation == {"eval.dual_softmax": True, "eval.qb_norm": 5}
-    assert {"--config.eval.dual_softmax=True", "--config.eval.qb_norm=5"} < set(run.arguments)
-    assert [option.option for option in options] == ["dual softmax", "QB-Norm", ""]
+    assert run.evaluation == tested
+    assert {f"--config.{field}={value}" for field, value in tested.items()} < set(run.arguments)
+    assert [option.option for option in options] == ["dual softmax", "QB-Norm", "hubness bias", ""]
     other = Study("Others", ("",), {"q": Variant({"eval.qb_norm": 9})})
     with pytest.raises(InputError, match=r"qb_norm = 9, but 5 in a variant with the same"):
         plan({"s": study, "t": other}, base)

@@ -79,12 +79,13 @@ def test_zero_epochs_keep_the_initial_weights(finished, data, tmp_path):
 def test_ranks_file_reproduces_the_metrics(finished):
     config, workdir = finished
     config = config.copy_and_resolve_references()
-    config.eval.update(dual_softmax=True, qb_norm=5)
+    config.eval.update(dual_softmax=True, qb_norm=5, hubness_bias=5)
     results = evaluate.evaluate(config, workdir)
     with np.load(workdir / evaluate.RANKS_FILE) as ranks:
         assert set(ranks) == {
             *(f"{option}{way}" for option in ("", "dual softmax/") for way in WAYS),
             "QB-Norm (5 captions)/text_to_video",
+            "hubness bias (5 captions)/text_to_video",
             "text_video",
         }
         assert ranks["text_video"].tolist() == [video for video in range(12) for _ in range(2)]

@@ -116,6 +116,7 @@ class EvalConfig:
     dual_softmax: bool = False  # also print the metrics with dual softmax
     qb_norm: Natural = 0  # training captions in the bank of QB-Norm; 0: without
     queries: str = ""  # file below data.path of sentences with several right videos; "": none
+    hubness_bias: Natural = 0  # training captions in the bank of the hubness bias; 0: without
     block_cells: Natural = 0  # word-frame cells computed at once; 0: depends on the device
 
 

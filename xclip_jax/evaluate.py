@@ -29,6 +29,7 @@ from xclip_jax.similarity import TextFeatures, VideoFeatures
 from xclip_jax.workdir import plain_fields
 
 Tree = TypeVar("Tree")
+Cosines = Float[np.ndarray, "Q V"]
 RANKS_FILE = "ranks.npz"
 
 
@@ -163,22 +164,17 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
             "text_to_video": metrics.rank_counts(metrics.dual_softmax(sim_TxV), text_video_T),
             "video_to_text": metrics.rank_counts(by_video, np.arange(len(by_video))),
         }
-    if config.eval.qb_norm:
-        pairs = TrainingPairs(dataset, config.data.train_split, "all")
-        drawn = np.random.default_rng(0).permutation(len(pairs))[: config.eval.qb_norm]
-        records = (pairs[int(index)] for index in drawn)
-        captions = [record["captions"][caption].decode() for record, _, caption in records]
-        bank = e.retriever.encode_text(captions, config.eval.batch_size)
-        with progress(len(captions) * len(e.video.mask), "comparing with the bank", "pair") as bar:
-            cells = config.eval.block_cells
-            bank_BxV = e.retriever.similarity(bank, e.video, block_cells=cells, bar=bar)
-        scale = 1.0
-        if e.retriever.model.config.has_granularities:
-            scale = float(np.exp(e.retriever.params["clip"]["logit_scale"]))
-        normalized_TxV = metrics.qb_norm(sim_TxV / scale, bank_BxV / scale)
-        # Video to text would need a bank of videos.
-        ranks = {"text_to_video": metrics.rank_counts(normalized_TxV, text_video_T)}
-        counts[f"QB-Norm ({len(captions):,} captions)"] = ranks
+    banks = {
+        "QB-Norm": (config.eval.qb_norm, metrics.qb_norm),
+        "hubness bias": (config.eval.hubness_bias, metrics.subtract_hubness_bias),
+    }
+    for name, (size, normalize) in banks.items():
+        if size:
+            similarities_TxV, bank_BxV = _compare_with_bank(e, dataset, size)
+            normalized_TxV = normalize(similarities_TxV, bank_BxV)
+            # Video to text would need a bank of videos.
+            ranks = {"text_to_video": metrics.rank_counts(normalized_TxV, text_video_T)}
+            counts[f"{name} ({len(bank_BxV):,} captions)"] = ranks
     return counts
 
 
@@ -206,6 +202,22 @@ def _evaluate_queries(e: Evaluation) -> dict[str, Any]:
         "text_to_video": summarize(sim_QxV),
         "chance": summarize(np.zeros_like(sim_QxV)),
     }
+
+
+def _compare_with_bank(e: Evaluation, dataset: Dataset, size: int) -> tuple[Cosines, Cosines]:
+    """Returns the similarities of the T texts and of B training captions with the V videos.
+
+    The captions are `size` random ones, the same in every call, or all if there are fewer.
+    """
+    pairs = TrainingPairs(dataset, e.config.data.train_split, "all")
+    drawn = np.random.default_rng(0).permutation(len(pairs))[:size]
+    records = (pairs[int(index)] for index in drawn)
+    captions = [record["captions"][caption].decode() for record, _, caption in records]
+    bank = e.retriever.encode_text(captions, e.config.eval.batch_size)
+    with progress(len(captions) * len(e.video.mask), "comparing with the bank", "pair") as bar:
+        cells = e.config.eval.block_cells
+        bank_BxV = e.retriever.similarity(bank, e.video, block_cells=cells, bar=bar)
+    return e.sim_TxV / e.retriever.scale, bank_BxV / e.retriever.scale
 
 
 def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[str, Any]) -> None:

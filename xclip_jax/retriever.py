@@ -47,6 +47,13 @@ class Retriever:
     params: Any
     tokenizer: Tokenizer | None = None
 
+    @property
+    def scale(self) -> float:
+        """The factor from cosines to logits, or 1.0 if a Transformer scores pairs."""
+        if not self.model.config.has_granularities:
+            return 1.0
+        return float(self._apply(_get_scale))
+
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer, or raises InputError if there is none."""
         if self.tokenizer is None:
@@ -125,7 +132,7 @@ class Retriever:
 
         return inference.concatenate_features(encode_batches(), total)
 
-    def _apply(self, method: str, *inputs: Any) -> Any:
+    def _apply(self, method: Any, *inputs: Any) -> Any:
         return inference.apply_model(self.params, *inputs, model=self.model, method=method)
 
     def attention(
@@ -232,6 +239,10 @@ class Retriever:
         frames = np.zeros((max_frames, side, side, 3), chosen[0].dtype)
         frames[: len(chosen)] = chosen
         return frames, np.arange(max_frames) < len(chosen)
+
+
+def _get_scale(model: XClip) -> jax.Array:
+    return model.clip.scale()
 
 
 def _to_list(what: str, items: Any, kind: str, types: tuple[type, ...]) -> list[Any]:

@@ -20,6 +20,7 @@ from xclip_jax.cli import CommandParser, InputError, check_local, one_line_error
 from xclip_jax.data.annotations import read_text
 from xclip_jax.data.text import is_blank
 from xclip_jax.search import indexing, output
+from xclip_jax.search.bank import check_bank, digest_bank
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.serve import serve
 from xclip_jax.search.store import exists
@@ -32,17 +33,22 @@ def run_index(args: argparse.Namespace) -> None:
     """
     names = ("segment_seconds", "shots", "precision")
     settings = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    bank = _read_bank(args.bank) if args.bank is not None else None
     if exists(args.index):
         index = Index.open(args.index, args.model)
         for name, value in settings.items():
             if index.about[name] != value:
                 problem = f"--{name}={value}: {args.index} was made with {index.about[name]}"
                 raise InputError(f"{problem}; omit the option or create another index")
+        if bank and digest_bank(bank) != index.about.get("bank"):
+            made = "with another bank" if "bank" in index.about else "without a bank"
+            problem = f"--bank={args.bank}: {args.index} was made {made}"
+            raise InputError(f"{problem}; omit the option or create another index")
     elif args.model is None:
         raise InputError(f"--model is required: there is no index in {args.index} yet")
     else:
         indexing.find_videos(args.videos, allow_none=args.prune)  # raises before an index exists
-        index = Index.create(args.index, args.model, **settings)
+        index = Index.create(args.index, args.model, bank=bank, **settings)
     started = time.perf_counter()
     if index.retriever.tokenizer is None:
         note = "the model has no tokenizer: search by video or image, or convert it with --vocab"
@@ -145,6 +151,13 @@ def _read_lines(path: str) -> list[str]:
     return lines
 
 
+def _read_bank(path: str) -> list[str]:
+    """Returns the captions of a text file with one a line."""
+    if not Path(path).exists():
+        raise InputError(f"--bank={path}: no such file")
+    return check_bank(read_text(Path(path)).splitlines(), f"--bank={path}")
+
+
 def _add_access(add: Callable[..., Any]) -> None:
     """Adds the options that decide who can use the server."""
     text = "another name of this machine by which browsers may call it; may be repeated"
@@ -177,10 +190,12 @@ def _make_parser() -> argparse.ArgumentParser:
     add = add_command(run_index, opens_model=False)
     add("videos", nargs="+", metavar="VIDEOS", help="video files or folders of video files")
     add("--model", help="model or work directory; required for a new index")
-    # The next three are fixed when the index is made; None: the default, or the index's value.
+    # The next four are fixed when the index is made; None: the default, or the index's value.
     add("--segment_seconds", type=int, help=f"seconds per segment (default {SEGMENT_SECONDS})")
     add("--shots", action="store_true", default=None, help="cut at shot changes as well")
     add("--precision", choices=PRECISIONS, help="of the stored features (default float32)")
+    text = "text file, one caption a line, to subtract a hubness bias; it should resemble queries"
+    add("--bank", metavar="FILE", help=text)
     add("--prune", action="store_true", help="remove files that no longer exist in VIDEOS")
 
     add = add_command(run_query)

@@ -16,7 +16,7 @@ from xclip_jax.cli import PathLike
 PARTS = {
     "digest": [
         *("id", "path", "size", "mtime", "sample"),
-        *("start", "end", "offset", "count", "times", "video"),
+        *("start", "end", "offset", "count", "times", "video", "bias"),
     ],
     "frames_digest": ["frames"],
     "thumbnail_digest": ["thumbnail"],
@@ -39,7 +39,7 @@ def sample_file(path: PathLike) -> int:
 def compute_digests(rows: Rows, part: str) -> Int64[np.ndarray, " n"]:
     """Returns the checksum of a part (a key of PARTS) of n rows."""
     digests = [0] * len(rows)
-    for name in PARTS[part]:
+    for name in (name for name in PARTS[part] if name in rows.schema.names):  # not all have a bias
         for row, value in enumerate(_to_bytes(rows[name])):
             digests[row] = zlib.crc32(value, digests[row])
     return np.array(digests, np.int64)

@@ -4,6 +4,7 @@
 2. + video-word (Eq. 4, 8) of the best `candidates`, which needs no frames;
 3. the full model (Eq. 14) on the best `rerank`, whose frames are read from disk.
 
+In an index with a bank of captions, each stage ranks by its score minus the segment's hubness bias.
 The stages of granularities that a model does not have are skipped. Every stage has a fixed shape,
 so nothing is compiled between queries.
 """
@@ -24,7 +25,7 @@ from xclip_jax.cli import progress
 from xclip_jax.inference import apply_model, next_power_of_two, pad_rows
 from xclip_jax.models.xclip import XClip, normalize
 from xclip_jax.retriever import Retriever
-from xclip_jax.search.store import Rows, Selection, Snapshot, unit_vectors
+from xclip_jax.search.snapshot import Rows, Selection, Snapshot, unit_vectors
 from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures, compute_weights
 
 STAGES = ("sentence-video", "video-word", "reading", "all")
@@ -48,6 +49,7 @@ class Hit:
     end: float
     second: float  # time of the frame that AOSM weights most for the query
     offset: float = 0.0  # from the start of the file, as players count, to its first frame
+    bias: float = 0.0  # hubness bias as a logit: results are ranked by score - bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Funnel:
     params: Any
     candidates: int = 5000  # segments that sentence-video passes on to video-word
     rerank: int = 200  # segments scored by the full model
-    normalize: bool = False  # True: L2-normalise stored vectors first, which may be raw ones
+    # True: the query is the vector of a video or image. Stored vectors, which may be raw ones, are
+    # L2-normalised first. The hubness bias is not subtracted: it is one of texts.
+    by_example: bool = False
 
     @functools.cached_property
     def word_model(self) -> XClip | None:
@@ -100,7 +104,7 @@ class Funnel:
         sentence_1xD, mask_W = unit_vectors(np.asarray(vector_1xD)), np.arange(config.max_words) < 2
         words = np.zeros((1, config.max_words, sentence_1xD.shape[1]), np.float32)
         query = TextFeatures(sentence_1xD, words, mask_W[None])
-        return dataclasses.replace(self, model=XClip(config), normalize=True), query
+        return dataclasses.replace(self, model=XClip(config), by_example=True), query
 
     def search(self, selection: Selection, text: TextFeatures, k: int) -> Answer:
         """Searches the selected rows for one sentence."""
@@ -111,22 +115,26 @@ class Funnel:
         rerank = self.rerank if k <= self.rerank else next_power_of_two(k)
         width = max(self.candidates, rerank) if self.word_model else rerank
         vector_1xD = apply_model(self.params, text, model=self.model, method=sentence_vector)
-        rows = snapshot.nearest_rows(np.asarray(vector_1xD), width, selection.rows)
+        # A Transformer's scores and their biases do not have the unit of the first stage's cosines.
+        subtract_bias = self.model.config.has_granularities and not self.by_example
+        options: Any = {"subtract_bias": subtract_bias}
+        rows = snapshot.nearest_rows(np.asarray(vector_1xD), width, selection.rows, **options)
         times.append(time.perf_counter())
         if self.word_model and len(rows) > rerank:
             mask = np.ones((len(rows), self.model.config.max_frames), bool)
             no_frames = np.zeros((*mask.shape, 0), np.float32)
             video = VideoFeatures(snapshot.vectors_NxD[rows], no_frames, mask)
             scores = self._score(self.word_model, text, video, width)
+            scores = scores - self._biases(snapshot, rows)
             rows = rows[np.argsort(-scores, kind="stable")[:rerank]]
         times.append(time.perf_counter())
         video = snapshot.features(rows)
         times.append(time.perf_counter())
-        if self.normalize:
+        if self.by_example:
             vectors, frames = (unit_vectors(np.asarray(x)) for x in (video.video, video.frames))
             video = VideoFeatures(vectors, frames, video.mask)
         scores = self._score(self.model, text, video, rerank)
-        order = np.argsort(-scores, kind="stable")[:k]
+        order = np.argsort(self._biases(snapshot, rows) - scores, kind="stable")[:k]
         video = jax.tree.map(lambda x: x[order], video)
         hits = self._make_hits(selection, rows[order], scores[order], text, video)
         times.append(time.perf_counter())
@@ -147,12 +155,20 @@ class Funnel:
                 bar.update(len(video.mask))
         seconds, answers = {"all": time.perf_counter() - started}, []
         for index, scores in enumerate(sim_TxN if len(rows) else ()):
-            order = np.argsort(-scores, kind="stable")[:k]
+            order = np.argsort(self._biases(snapshot, rows) - scores, kind="stable")[:k]
             sentence = inference.slice_rows(text, index)
             video = snapshot.features(rows[order])
             hits = self._make_hits(selection, rows[order], scores[order], sentence, video)
             answers.append(Answer(hits, seconds, len(rows)))
         return answers or [Answer([], seconds, 0)] * len(text.mask)
+
+    @functools.cached_property
+    def _scale(self) -> float:
+        return Retriever({}, self.model, self.params).scale
+
+    def _biases(self, snapshot: Snapshot, rows: Rows) -> Scores:
+        """Returns the hubness biases of n rows as logits, zeros for a query by example."""
+        return (0 if self.by_example else self._scale) * snapshot.biases[rows]
 
     def _score(self, model: XClip, text: TextFeatures, video: VideoFeatures, width: int) -> Scores:
         """Returns the scores of one sentence with n videos, computed with padding to `width`."""
@@ -173,7 +189,9 @@ class Funnel:
         weights = apply_model(self.params, text, padded, model=self.model, method=frame_attention)
         inside = selection.frames(rows, np.asarray(video.mask))
         frames = np.where(inside, np.asarray(weights)[: len(rows)], -1).argmax(1)
-        return make_hits(selection.snapshot, rows, scores, frames, selection.interval)
+        biases = self._biases(selection.snapshot, rows)
+        options: Any = {"biases": biases, "interval": selection.interval}
+        return make_hits(selection.snapshot, rows, scores, frames, **options)
 
 
 def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
@@ -206,6 +224,8 @@ def make_hits(
     rows: Rows,
     scores: Scores,
     frames: Rows,
+    *,
+    biases: Scores,
     interval: tuple[float, float] = (-np.inf, np.inf),
 ) -> list[Hit]:
     """Returns the Hits of n rows, best first.
@@ -216,5 +236,5 @@ def make_hits(
     paths = [snapshot.paths[row].as_py() for row in rows]
     best = np.clip(snapshot.times[rows, frames].astype(float), *interval)
     times = snapshot.starts[rows], snapshot.ends[rows], best, snapshot.offsets[rows]
-    columns = scores.tolist(), ids, paths, *(column.tolist() for column in times)
+    columns = scores.tolist(), ids, paths, *(column.tolist() for column in (*times, biases))
     return list(map(Hit, itertools.count(1), *columns))

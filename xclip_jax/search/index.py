@@ -26,10 +26,12 @@ from xclip_jax.data.video import Limits, VideoReader
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever, load
+from xclip_jax.search.bank import check_bank
 from xclip_jax.search.digests import sample_file
 from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.store import MAX_PATH, Filters, Selection, Store
+from xclip_jax.search.snapshot import MAX_PATH, Filters, Selection
+from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
 SEGMENT_SECONDS = 30
@@ -93,6 +95,7 @@ class Index:
         segment_seconds: int = SEGMENT_SECONDS,
         shots: bool = False,
         precision: Literal["float32", "float16"] = "float32",
+        bank: Iterable[str] | None = None,
     ) -> "Index":
         """Creates an empty index, or raises InputError if there is one already or no model.
 
@@ -102,6 +105,8 @@ class Index:
             shots: True to cut at shot changes, with `segment_seconds` as the maximum length.
             precision: of the stored features; "float16" halves the disk space and changes logits
                 by about 0.01.
+            bank: 100 to 5,000 captions that resemble the queries, such as training captions, from
+                which a hubness bias of each segment is computed, see `metrics.hubness_bias`.
         """
         if not isinstance(segment_seconds, int) or segment_seconds < 1:
             raise InputError(f"segment_seconds = {segment_seconds}: must be an integer >= 1")
@@ -112,7 +117,10 @@ class Index:
         about = {"model": path, "fingerprint": fingerprint(retriever)}
         about |= {"max_frames": config.max_frames, "embed_dim": config.embed_dim}
         about |= {"segment_seconds": segment_seconds, "shots": shots, "precision": precision}
-        return cls(Store.create(location, about))
+        captions = [] if bank is None else check_bank(bank)
+        if captions:
+            retriever.get_tokenizer()
+        return cls(Store.create(location, about, captions))
 
     def __len__(self) -> int:
         return self.num_segments
@@ -264,7 +272,8 @@ class Index:
     def segment(self, segment_id: str) -> Hit:
         """Returns a segment as a Hit of score 0, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
-        return make_hits(snapshot, snapshot.find(segment_id), np.zeros(1), np.array([0]))[0]
+        row = snapshot.find(segment_id)
+        return make_hits(snapshot, row, np.zeros(1), np.array([0]), biases=np.zeros(1))[0]
 
     def find_file(self, segment_id: str) -> str:
         """Returns the path of a segment's file.

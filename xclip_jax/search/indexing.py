@@ -1,40 +1,32 @@
-"""Updates an index from folders of videos: worker processes cut changed files into segments."""
+"""Updates an index from folders of videos: encodes the segments of changed files."""
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
-import logging
-import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av.logging
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 
-from xclip_jax.cli import InputError, PathLike, explain_no_file, progress
-from xclip_jax.data.container import AccessError, VideoError, open_film
+from xclip_jax.cli import InputError, PathLike, progress
 from xclip_jax.data.extraction import CRASHED, VideoFolder
-from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.video import Picture, VideoReader
 from xclip_jax.inference import pad_rows
+from xclip_jax.metrics import hubness_bias
 from xclip_jax.retriever import Retriever
-from xclip_jax.search.digests import sample_file
+from xclip_jax.search.segments import Segment, SegmentJob, load_frames, read_segments
 from xclip_jax.search.store import FileStamp, Store
 from xclip_jax.workers import run_jobs
 
-THUMBNAIL_SIDE = 320  # pixels, the longer side
-MIN_SHOT_FRAMES = 2  # a shorter shot is merged into the previous one
-SampledFrame = tuple[UInt8[np.ndarray, "S S 3"], bytes | None]  # with its JPEG thumbnail, or None
 Row = dict[str, Any]  # column -> value
 HIDING = "missing, empty or not readable: what the index holds of it stays"
 NAME_NOT_UTF8 = "the file name is not UTF-8"
@@ -55,30 +47,6 @@ class IndexingSummary:
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
     # {path: reason} of files that were only partly read
     partial: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class SegmentJob:
-    """A video file to cut."""
-
-    path: str
-    frames_file: Path  # the file that the frames are written to
-    image_size: int  # of the model
-    max_frames: int  # of the model
-    segment_seconds: int  # length of a segment
-    shots: bool = False  # True: cut at shot changes as well
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A part of a video file. All times are seconds after the file's first frame."""
-
-    start: float
-    end: float
-    offset: float  # from the start of the file, as players count, to its first frame
-    sample: int  # of the file's content, see `sample_file`
-    times: list[float]  # of its n frames, 1 <= n <= max_frames
-    thumbnail: bytes  # JPEG of a frame near the middle
 
 
 def add_files(
@@ -202,6 +170,8 @@ class _Writer:
         self.encoded: list[Row] = []  # to commit
         self.failed: list[Row] = []  # unreadable files to commit
         self.start_time = self.commit_time = time.monotonic()
+        captions = self.store.bank()
+        self.bank = self.retriever.encode_text(captions) if captions else None
         self.batch_size = (4 if jax.default_backend() == "cpu" else 64) * jax.local_device_count()
 
     def run(self) -> None:
@@ -268,7 +238,13 @@ class _Writer:
         frames, mask = pad_rows((frames, mask), size)
         features = retriever.encode("encode_video", (frames, mask), size)
         dtype = np.dtype(about["precision"])
+        biases = None
+        if self.bank is not None:
+            bank_BxV = retriever.similarity(self.bank, features) / retriever.scale
+            biases = hubness_bias(bank_BxV).astype(np.float32)
         for index, (row, _) in enumerate(self.batch):
+            if biases is not None:
+                row["bias"] = biases[index]
             row["video"] = features.video[index].astype(dtype)
             row["frames"] = features.frames[index].reshape(-1).astype(dtype)
             self.encoded.append(row)
@@ -308,89 +284,3 @@ def is_below(path: str, videos: Iterable[PathLike]) -> bool:
     """
     names = {name for video in videos for name in (os.path.abspath(video), os.path.realpath(video))}
     return any(Path(path).is_relative_to(name) for name in names)
-
-
-def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
-    """Cuts a file, keeping one frame a second and at most `max_frames` of a segment.
-
-    The frames of all segments are written to `frames_file`, uint8 S x S x 3 each.
-
-    Returns:
-        (segments in order, reason why there are none or the file was only partly read, or None,
-        True if the reason may be temporary: the next update reads the file again).
-    """
-    av.logging.set_level(None)  # errors are returned
-    reader, segments, sample = VideoReader(job.path), [], 0
-    with contextlib.suppress(OSError):  # which the reader reports
-        sample = sample_file(job.path) if explain_no_file(job.path) is None else 0
-    try:
-        changes, note = detect_shot_changes(job.path) if job.shots else ([], None)
-        pieces = _cut(reader, job.image_size, job.segment_seconds, changes)
-        with job.frames_file.open("wb") as file:
-            for start, end, first_second, frames in pieces:
-                chosen = choose_frames(len(frames), job.max_frames)
-                for index in chosen:
-                    frames[index][0].tofile(file)
-                times = [float(first_second + index) for index in chosen]
-                by_distance = sorted(range(len(frames)), key=lambda k: abs(2 * k + 1 - len(frames)))
-                thumbnail = next(filter(None, (frames[k][1] for k in by_distance)))
-                interval = start, end or reader.end, reader.offset
-                segments.append(Segment(*interval, sample, times, thumbnail))
-    except VideoError as error:
-        return [], str(error), isinstance(error, AccessError)
-    return segments, reader.note or note, False
-
-
-def detect_shot_changes(path: str) -> tuple[list[float], str | None]:
-    """Returns (times of the shot changes in seconds, None), or ([], reason of the failure).
-
-    Raises VideoError if the file is no video.
-    Content detection of https://www.scenedetect.com: jumps in mean hue, saturation and brightness.
-    """
-    import scenedetect  # an optional dependency
-
-    with open_film(path):  # raises VideoError for a playlist, which scenedetect would follow
-        pass
-    logging.getLogger("pyscenedetect").setLevel(logging.CRITICAL)
-    try:
-        video = scenedetect.open_video(path, backend="pyav", suppress_output=True)
-        manager = scenedetect.SceneManager()
-        manager.add_detector(scenedetect.ContentDetector())
-        manager.detect_scenes(video)
-    except Exception as error:  # its decoder raises many types
-        return [], f"shot detection failed: {type(error).__name__}: {error}"
-    return [start.seconds for start, _ in manager.get_scene_list()[1:]], None
-
-
-def load_frames(job: SegmentJob, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
-    """Yields the frames of each segment, uint8 F x S x S x 3, from the job's `frames_file`."""
-    with job.frames_file.open("rb") as file:
-        for segment in segments:
-            shape = (len(segment.times), job.image_size, job.image_size, 3)
-            yield np.fromfile(file, np.uint8, count=np.prod(shape)).reshape(shape)
-
-
-def _cut(
-    pictures: Iterable[tuple[float, Picture]], image_size: int, length: int, changes: list[float]
-) -> Iterator[tuple[float, float | None, int, list[SampledFrame]]]:
-    """Yields (start, end, second of the first frame, frames) of every segment.
-
-    A segment ends at a shot change, after `length` seconds, or with the file (end: None). A
-    remainder shorter than half of `length` is merged into the previous segment. Only frames at
-    offsets that are powers of two get a thumbnail: one is near the middle of any segment.
-    """
-    start, first_second, frames = 0.0, 0, []
-    last_change = {math.ceil(change): change for change in changes}  # of each second
-    for second, (_, picture) in enumerate(pictures):
-        change = last_change.get(second)
-        if change is not None and len(frames) >= MIN_SHOT_FRAMES:
-            yield start, change, first_second, frames
-            start, first_second, frames = change, second, []
-        offset = len(frames) % length
-        thumbnail = picture.encode_thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
-        frames.append((picture.to_square(image_size), thumbnail))
-        if 2 * len(frames) >= 3 * length and len(frames) > length:
-            end = float(first_second + length)
-            yield start, end, first_second, frames[:length]
-            start, first_second, frames = end, first_second + length, frames[length:]
-    yield start, None, first_second, frames

@@ -62,11 +62,13 @@ def print_answer(answer: Answer) -> None:
     if not answer.hits:
         print(f"no results: {answer.searched:,} segments pass the filters")
         return
-    print(f"{'rank':>4}  {'score':>7}  {'best':>7}  {'segment':>15}  file")
+    has_bias = any(hit.bias for hit in answer)  # results are ranked by score - bias
+    bias = f"  {'bias':>7}" * has_bias
+    print(f"{'rank':>4}  {'score':>7}{bias}  {'best':>7}  {'segment':>15}  file")
     for hit in answer:
         best, start, end = map(format_time, (hit.second, hit.start, hit.end))
-        path = shorten_path(hit.path)
-        print(f"{hit.rank:4}  {hit.score:7.2f}  {best:>7}  {f'{start}-{end}':>15}  {path}")
+        bias, path = f"  {hit.bias:7.2f}" * has_bias, shorten_path(hit.path)
+        print(f"{hit.rank:4}  {hit.score:7.2f}{bias}  {best:>7}  {f'{start}-{end}':>15}  {path}")
     milliseconds = 1000 * sum(answer.seconds.values())
     text = f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms, including compilation"
     print(text, file=sys.stderr)
@@ -120,7 +122,7 @@ def draw_grid(path: Path, title: str, hits: list[Hit], thumbnail: Callable[[str]
             padded = ImageOps.pad(image.convert("RGB"), (2 * width, 2 * height), color="#11151d")
         canvas.image(np.asarray(padded), x, y, width, height)
         canvas.text(x, y + height + 15, f"{hit.rank}", 13, BLUE, weight="bold")
-        canvas.text(x + width, y + height + 15, f"{hit.score:.2f}", 13, ha="right")
+        canvas.text(x + width, y + height + 15, f"{hit.score - hit.bias:.2f}", 13, ha="right")
         canvas.text(x + 26, y + height + 15, format_time(hit.second), 13, weight="bold")
         name = os.path.basename(hit.path)
         canvas.paragraph(x, y + height + 34, name, width, size=11, color=MUTED)

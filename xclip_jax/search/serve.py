@@ -40,7 +40,7 @@ from xclip_jax.data.container import VideoError
 from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.guard import IDLE_SECONDS, LOCAL_HOSTS, Guard, TimedProtocol
 from xclip_jax.search.index import MAX_SENTENCE, Index
-from xclip_jax.search.store import MAX_PATH
+from xclip_jax.search.snapshot import MAX_PATH
 
 PAGE = Path(__file__).with_name("page")
 MAX_HITS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES = 100, 2**17, 500 * 2**20

@@ -1,53 +1,43 @@
 """Stores an index as a LanceDB database in a folder or a bucket.
 
 See https://lancedb.github.io/lancedb. Table `segments` has one row per segment, `unreadable` one
-row per file that could not be read. Every commit is an atomic version, and readers of one version
-are not affected by writers of the next.
+row per file that could not be read, `bank` (if any) one per caption of the bank. Every commit is an
+atomic version, and readers of one version are not affected by writers of the next.
 """
 
-import contextlib
-import dataclasses
 import datetime
 import json
-import logging
 import os
 import textwrap
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # "No existing dataset ..., it will be created"
 
-import faiss
 import lancedb
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from jaxtyping import Bool, Float, Int
 
 from xclip_jax.checkpoint import partial_folder
-from xclip_jax.cli import InputError, PathLike, list_some
-from xclip_jax.search.digests import PARTS, add_digests, are_intact
-from xclip_jax.similarity import FrameMask, VideoFeatures
+from xclip_jax.cli import InputError, PathLike
+from xclip_jax.search.bank import digest_bank
+from xclip_jax.search.digests import PARTS, add_digests
+from xclip_jax.search.snapshot import Snapshot, readable, repeated_rows
 
 FORMAT = 1  # increased when older indexes can no longer be read
 MAX_VERSIONS = 100
 MAX_FRAGMENTS = 32  # more files would slow down reading 200 rows
 _METADATA_KEY = b"xclip_jax"
-_BATCH_ROWS = 4096
 _FILE_FIELDS = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
 FileStamp = tuple[int, int]  # size in bytes, modification time in ns
-RowMask = Bool[np.ndarray, " N"]
-Rows = Int[np.ndarray, " n"]
-MAX_PATH = 4096  # characters of a path filter
 
 
 class Store:
     """An index on disk.
 
     `location` is the absolute path of its folder or a URI, `about` its settings: `model`,
-    `fingerprint`, `max_frames`, `embed_dim`, `segment_seconds`, `shots`, `precision`.
+    `fingerprint`, `max_frames`, `embed_dim`, `segment_seconds`, `shots`, `precision` and, if it has
+    a bank of captions, `bank`: their digest.
     """
 
     def __init__(self, location: PathLike) -> None:
@@ -56,7 +46,7 @@ class Store:
         if not exists(self.location):
             command = "python -m xclip_jax.search index VIDEOS --model=DIR --index=DIR"
             raise InputError(f"no index in {self.location}: create one with {command}")
-        with _readable(self.location):
+        with readable(self.location):
             database = lancedb.connect(self.location)
             self._segments = database.open_table("segments")
             self._unreadable = database.open_table("unreadable")
@@ -66,8 +56,14 @@ class Store:
             raise InputError(f"{problem}, which this version reads: index the videos again")
 
     @classmethod
-    def create(cls, location: PathLike, about: Mapping[str, Any]) -> "Store":
-        """Creates an empty index atomically, or raises InputError if the folder has other files."""
+    def create(
+        cls, location: PathLike, about: Mapping[str, Any], bank: Sequence[str] = ()
+    ) -> "Store":
+        """Creates an empty index atomically, or raises InputError if the folder has other files.
+
+        `bank`: the captions of `check_bank`, or () for an index without hubness bias.
+        """
+        about = {"format": FORMAT, **about} | ({"bank": digest_bank(bank)} if bank else {})
         location = _absolute(location)
         in_folder = "://" not in location
         if exists(location):
@@ -79,14 +75,28 @@ class Store:
         try:
             database = lancedb.connect(folder)
             database.create_table("unreadable", schema=unreadable, mode="overwrite")
+            if bank:
+                captions = pa.table({"caption": pa.array(bank)})
+                database.create_table("bank", captions, mode="overwrite")
             # Created last: `exists` looks for this table.
-            database.create_table("segments", schema=_segment_schema({"format": FORMAT, **about}))
+            database.create_table("segments", schema=_segment_schema(about))
         except Exception as error:  # LanceDB has no common type
             reason = textwrap.shorten(str(error), 300)
             raise InputError(f"no index can be created in {location!r}: {reason}") from None
         if in_folder:
             os.replace(folder, location)
         return cls(location)
+
+    def bank(self) -> list[str]:
+        """Returns the captions of the bank, [] without one, or raises InputError if corrupted."""
+        if "bank" not in self.about:
+            return []
+        with readable(self.location):
+            table = lancedb.connect(self.location).open_table("bank").to_arrow()
+            captions = table["caption"].to_pylist()
+            if digest_bank(captions) != self.about["bank"]:
+                raise ValueError("the captions of its bank do not have their checksum")
+        return captions
 
     def files(self) -> dict[str, dict[FileStamp, str | None]]:
         """Returns {path: {stamp: reason why the file could not be read, or None}}.
@@ -97,7 +107,7 @@ class Store:
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
             names = [n for n in table.schema.names if n in ("path", "size", "mtime", "reason")]
-            with _readable(self.location):
+            with readable(self.location):
                 rows = table.search().select(names).to_arrow()
             for row in rows.group_by(names).aggregate([]).to_pylist():
                 files.setdefault(row["path"], {})[row["size"], row["mtime"]] = row.get("reason")
@@ -126,23 +136,13 @@ class Store:
                 if table.count_rows(condition):  # an empty delete would commit a version
                     table.delete(condition)
 
-    @staticmethod
-    def repeated_rows(table: Any) -> pa.Array:
-        """Returns the ids of rows that repeat a segment: two processes may add the same file.
-
-        A folder is locked for one writer, which a bucket cannot be.
-        """
-        rows = table.search().select(["id"]).with_row_id(True).to_arrow().sort_by("_rowid")
-        _, first = np.unique(rows["id"].to_numpy(zero_copy_only=False), return_index=True)
-        return pa.array(np.delete(rows["_rowid"].to_numpy(), first))
-
     def compact(self) -> None:
         """Merges small files and removes versions older than an hour, if there are many.
 
         Merging is expensive: it also rewrites data merged before, up to a million rows.
         """
         self._segments.checkout_latest()
-        if len(repeated := self.repeated_rows(self._segments)):
+        if len(repeated := repeated_rows(self._segments)):
             self._segments.delete(f"_rowid IN ({', '.join(map(str, repeated.to_pylist()))})")
         for table in (self._segments, self._unreadable):
             table.checkout_latest()
@@ -153,179 +153,15 @@ class Store:
 
     def version(self) -> int:
         """Returns a number that grows with every commit of segments."""
-        with _readable(self.location):
+        with readable(self.location):
             self._segments.checkout_latest()
             return self._segments.version
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """Returns the latest version for reading."""
-        with _readable(self.location):
-            return Snapshot(self, lancedb.connect(self.location).open_table("segments"))
-
-
-class Filters(TypedDict, total=False):
-    """Conditions that restrict a search to some segments, where None means no restriction."""
-
-    # Part of the path; with the wildcards `*` (any characters) and `?` (any one), a pattern of the
-    # end of the path, or of the whole path if it begins with `/`.
-    path: str | None
-    # Seconds; the segment must overlap this interval of its file, and its best second is in it.
-    start: float | None
-    end: float | None
-
-
-class Snapshot:
-    """One version of an index: vectors, names and times in memory, frames read on demand.
-
-    Of N segments: `ids`, `paths` (Arrow strings), `starts`, `ends` (seconds), `offsets` (seconds
-    from the start of the file to its first frame), `times` (seconds of the frames, N x F),
-    `vectors_NxD` (L2-normalised video vectors, float16). Rows start at 0.
-    """
-
-    def __init__(self, store: Store, table: Any) -> None:
-        # A query is single-threaded in faiss; idle OpenMP threads would busy-wait after it and
-        # slow down what follows (on two cores, reading rows by a third).
-        faiss.omp_set_num_threads(1)
-        self.version: int = table.version
-        table.checkout(self.version)
-        self._location, self._table = store.location, table
-        self._max_frames, dim = store.about["max_frames"], store.about["embed_dim"]
-        kinds = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        self._vector_index = faiss.IndexScalarQuantizer(dim, *kinds)
-        repeated = store.repeated_rows(table)
-        self.corrupted: set[str] = set()  # paths of segments that are left out
-        # Allocated once: growing by doubling would copy. The first `add` starts at row 0.
-        codes = self._vector_index.codes
-        codes.resize((table.count_rows() - len(repeated)) * self._vector_index.code_size)
-        names = [*PARTS["digest"], "digest"]
-        names = [name for name in names if name in table.schema.names]
-        reader = table.search().select(names).with_row_id(True).to_batches(_BATCH_ROWS)
-        batches = []
-        for batch in reader:
-            intact = are_intact(batch, "digest")
-            self.corrupted.update(batch.filter(pa.array(~intact))["path"].to_pylist())
-            first = ~np.isin(batch["_rowid"].to_numpy(), repeated)
-            batch = batch.filter(pa.array(intact & first))
-            self._vector_index.add(unit_vectors(_to_matrix(batch["video"], dim)))
-            batches.append(batch.drop_columns("video"))
-        schema = reader.schema.remove(reader.schema.get_field_index("video"))
-        rows = pa.Table.from_batches(batches, schema)
-        self.ids, self.paths = rows["id"], rows["path"]
-        self.starts, self.ends = rows["start"].to_numpy(), rows["end"].to_numpy()
-        known = "offset" in rows.column_names
-        self.offsets = rows["offset"].to_numpy() if known else np.zeros(len(rows))
-        self.times = _to_matrix(rows["times"], self._max_frames).astype(np.float32)
-        self._counts, self._row_ids = rows["count"].to_numpy(), rows["_rowid"].to_numpy()
-        if self.corrupted:
-            paths = list_some(sorted(self.corrupted))
-            logging.warning("segments are corrupted and left out: run index again for %s", paths)
-        self.vectors_NxD = np.zeros((0, dim), np.float16)
-        if len(rows):
-            view = faiss.rev_swig_ptr(codes.data(), codes.size())
-            self.vectors_NxD = view.view(np.float16).reshape(-1, dim)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def find(self, segment_id: str) -> Rows:
-        """Returns the row of a segment, or raises KeyError for an unknown id."""
-        row = pc.index(self.ids, segment_id).as_py()
-        if row < 0:
-            raise KeyError(segment_id)
-        return np.array([row])
-
-    def select(
-        self, path: str | None = None, start: float | None = None, end: float | None = None
-    ) -> "Selection":
-        """Returns the rows that pass `Filters`."""
-        mask = np.ones(len(self), bool)
-        if path:
-            path = unicodedata.normalize("NFC", path)
-            pattern = path if any(c in path for c in "*?") else f"*{path}*"
-            pattern = pattern if pattern.startswith("/") else f"*{pattern}"
-            like = {"\\": r"\\", "%": r"\%", "_": r"\_", "*": "%", "?": "_"}
-            options = pc.MatchSubstringOptions(pattern.translate(str.maketrans(like)))
-            composed = pc.Utf8NormalizeOptions("NFC")
-            paths = pc.call_function("utf8_normalize", [self.paths], composed)
-            mask &= pc.call_function("match_like", [paths], options).to_numpy()
-        if start is not None:
-            mask &= self.ends > start
-        if end is not None:
-            mask &= self.starts <= end
-        interval = -np.inf if start is None else start, np.inf if end is None else end
-        return Selection(self, None if mask.all() else mask, interval)
-
-    def nearest_rows(self, vector_1xD: np.ndarray, count: int, allowed: RowMask | None) -> Rows:
-        """Returns the allowed rows (None: all) of largest inner product, best first."""
-        options = {}
-        if allowed is not None:
-            bits = np.packbits(allowed, bitorder="little")
-            # faiss's type stubs describe the C++ constructors.
-            selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]
-            options["params"] = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
-        _, rows = self._vector_index.search(vector_1xD, min(count, len(self)), **options)
-        return rows[0][rows[0] >= 0]
-
-    def stamp(self, row: Rows) -> dict[str, Any]:
-        """Reads path, size, mtime (ns) and, if the index has it, sample of a row's file."""
-        names = {"path", "size", "mtime", "sample"} & set(self._table.schema.names)
-        return self.read(row, sorted(names)).to_pylist()[0]
-
-    def thumbnail(self, row: Rows) -> bytes:
-        """Reads the JPEG thumbnail of a row."""
-        return self.read(row, ["thumbnail"], "thumbnail_digest")["thumbnail"][0].as_py()
-
-    def read(self, rows: Rows, columns: list[str], digest: str | None = None) -> pa.Table:
-        """Reads columns of the given rows, in that order.
-
-        `digest` is the checksum to compare with, if any: InputError is raised where it differs.
-        """
-        row_ids = self._row_ids[rows].tolist()
-        names = [*columns, *({digest} & set(self._table.schema.names))]
-        with _readable(self._location):
-            query = self._table.take_row_ids(row_ids).select(names)
-            table = query.with_row_id().to_arrow()
-            positions = {row_id: k for k, row_id in enumerate(table["_rowid"].to_pylist())}
-            table = table.take([positions[row_id] for row_id in row_ids])
-        if digest and not (intact := are_intact(table, digest)).all():
-            path = self.paths[rows[intact.argmin()]].as_py()
-            problem = f"the index {self._location} is corrupted at a segment of {path}"
-            raise InputError(f"{problem}: touch that file and index it again")
-        return table
-
-    def features(self, rows: Rows) -> VideoFeatures:
-        """Reads the VideoFeatures of the given rows, in the stored precision."""
-        table = self.read(rows, ["video", "frames"], "frames_digest")
-        video = _to_matrix(table["video"], self.vectors_NxD.shape[1])
-        frames = _to_matrix(table["frames"], self._max_frames * video.shape[1])
-        mask = np.arange(self._max_frames) < self._counts[rows, None]
-        return VideoFeatures(video, frames.reshape(*mask.shape, -1), mask)
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Yields all columns except thumbnails and checksums as Arrow tables."""
-        names = [n for n in self._table.schema.names if n not in ("thumbnail", "sample", *PARTS)]
-        with _readable(self._location):
-            for batch in self._table.search().select(names).to_batches(_BATCH_ROWS):
-                yield pa.Table.from_batches([batch])
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The rows of a snapshot that pass `Filters`."""
-
-    snapshot: Snapshot
-    rows: RowMask | None = None  # None: all
-    interval: tuple[float, float] = (-np.inf, np.inf)  # seconds of a file
-
-    def __len__(self) -> int:
-        return len(self.snapshot) if self.rows is None else int(self.rows.sum())
-
-    def frames(self, rows: Rows, mask_nxF: FrameMask) -> FrameMask:
-        """Returns the real frames in the interval, or all real ones where none is in it."""
-        start, end = self.interval
-        times = self.snapshot.times[rows]
-        inside = mask_nxF & (times >= start) & (times <= end)
-        return np.where(inside.any(1, keepdims=True), inside, mask_nxF)
+        with readable(self.location):
+            table = lancedb.connect(self.location).open_table("segments")
+            return Snapshot(self.location, self.about, table)
 
 
 def exists(location: PathLike) -> bool:
@@ -333,14 +169,8 @@ def exists(location: PathLike) -> bool:
     location = _absolute(location)
     if "://" not in location:
         return Path(location, "segments.lance").is_dir()
-    with _readable(location):
+    with readable(location):
         return "segments" in lancedb.connect(location).table_names()
-
-
-def unit_vectors(vectors: Float[np.ndarray, "*rows D"]) -> Float[np.ndarray, "*rows D"]:
-    """Returns float32 vectors L2-normalised along the last axis, where zeros stay zeros."""
-    vectors = vectors.astype(np.float32, copy=False)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
@@ -358,24 +188,11 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
         ("times", pa.list_(pa.float64(), max_frames)),
         ("video", pa.list_(number, dim)),
         ("frames", pa.list_(number, max_frames * dim)),  # one list: nested lists are slow
+        *([("bias", pa.float32())] if "bank" in about else []),  # see metrics.hubness_bias
         ("thumbnail", pa.binary()),
         *((part, pa.int64()) for part in PARTS),
     ]
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(about).encode()})
-
-
-@contextlib.contextmanager
-def _readable(location: str) -> Iterator[None]:
-    """Raises database errors as InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # LanceDB has no common type, and may panic
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        problem = f"the index {location} cannot be read: {reason}"
-        advice = "if it is corrupted, delete it and index the videos again"
-        raise InputError(f"{problem}; {advice}") from error
 
 
 def _absolute(location: PathLike) -> str:
@@ -386,9 +203,3 @@ def _absolute(location: PathLike) -> str:
 def _to_sql(texts: Iterable[str]) -> str:
     """Returns a list of SQL strings in parentheses."""
     return "({})".format(", ".join("'" + text.replace("'", "''") + "'" for text in texts))
-
-
-def _to_matrix(column: Any, width: int) -> np.ndarray:
-    """Converts an Arrow column of fixed-size lists to an array of `width` columns."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

@@ -12,15 +12,18 @@ from typing import Any
 
 from xclip_jax.cli import InputError, call_user_file
 
-OPTIONS = {"eval.dual_softmax": "dual softmax", "eval.qb_norm": "QB-Norm"}
+OPTIONS = {
+    "eval.dual_softmax": "dual softmax",
+    "eval.qb_norm": "QB-Norm",
+    "eval.hubness_bias": "hubness bias",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A row of a study's table.
 
-    If the overrides set the test-time option eval.dual_softmax or eval.qb_norm, the row shows the
-    metrics with that option.
+    If the overrides set a test-time option, a key of OPTIONS, the row shows the metrics with it.
     """
 
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"model.tau": 0.1}

@@ -207,6 +207,11 @@ function showEmpty(answer, error) {
   $("empty").hidden = !needed;
 }
 
+/** Returns what decides the rank: the score minus, in an index with a bank of captions, the bias. */
+function scoreOf(hit) {
+  return (hit.score - (hit.bias ?? 0)).toFixed(2);
+}
+
 function card(hit, state) {
   const image = make("img", { src: `thumbnail/${hit.id}`, alt: "" });
   image.dataset.still = stillOf(hit.id, hit.second);
@@ -215,9 +220,9 @@ function card(hit, state) {
   const name = make("b", { dir: "auto", textContent: hit.name });
   const times = make("span", { textContent: range(hit) });
   const scored = make("i", { textContent: "score " });
-  const score = make("span", { className: "score" }, scored, hit.score.toFixed(2));
+  const score = make("span", { className: "score" }, scored, scoreOf(hit));
   const picture = make("div", { className: "picture" }, image, rank, best);
-  const label = `${hit.rank}. ${hit.name} at ${clock(hit.second)}, score ${hit.score.toFixed(2)}`;
+  const label = `${hit.rank}. ${hit.name} at ${clock(hit.second)}, score ${scoreOf(hit)}`;
   const link = make("a", { href: addressWith(state, hit.id), title: hit.path, ariaLabel: label });
   link.append(picture, name, make("div", { className: "line" }, times, score));
   return make("li", {}, link);
@@ -259,7 +264,9 @@ function openPlayer(hit, state) {
 
 function detailsOf(hit) {
   const path = hit.path.split(/(?<=[/\\])/).flatMap((part) => [part, make("wbr")]);
-  const facts = { Rank: [hit.rank], Score: [hit.score.toFixed(2)], Segment: [range(hit)], File: path };
+  const terms = hit.bias ? ` = ${hit.score.toFixed(2)} − ${hit.bias.toFixed(2)} (bias)` : "";
+  const score = [scoreOf(hit) + terms];
+  const facts = { Rank: [hit.rank], Score: score, Segment: [range(hit)], File: path };
   const pair = ([name, value]) => [make("dt", { textContent: name }), make("dd", {}, ...value)];
   return Object.entries(facts).flatMap(pair);
 }
