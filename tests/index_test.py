@@ -320,3 +320,24 @@ def test_readers_need_no_write_access(made, model, videos):
             [sys.executable, "-c", READ_ONLY, f"{folder}/index"], capture_output=True, text=True
         )
     assert done.stdout == "read-only, 4 hits\n", done.stderr
+
+
+@pytest.mark.parametrize("fields", [{"aggregation": "weighted"}, {"tau_learned": True}])
+def test_models_with_trained_aggregation_rank_as_the_full_model(videos, tmp_path, fields):
+    """The weights of frames are read back from the index, also by queries by example."""
+    model = tiny.make_model(tmp_path / "model", **fields)
+    index = Index.create(tmp_path / "index", model, segment_seconds=6)
+    index.add([videos])
+    files = sorted(videos.glob("*.mp4"))
+    retriever = index.retriever
+    video = retriever.encode_video(files)
+    text = retriever.encode_text(["a red dog"])
+    scores = retriever.similarity(text, video)[0]
+    for exhaustive in (False, True):
+        answer = index.query("a red dog", exhaustive=exhaustive)
+        found = {hit.path: hit.score for hit in answer}
+        assert [found[str(file)] for file in files] == pytest.approx(scores.tolist(), abs=1e-3)
+    assert len(index.similar(files[0])) == len(files)
+    if "aggregation" in fields:
+        equal = retriever.similarity(text, video.replace(weights=np.zeros_like(video.weights)))[0]
+        assert np.abs(equal - scores).max() > 1e-2

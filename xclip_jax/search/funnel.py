@@ -132,7 +132,7 @@ class Funnel:
         times.append(time.perf_counter())
         if self.by_example:
             vectors, frames = (unit_vectors(np.asarray(x)) for x in (video.video, video.frames))
-            video = VideoFeatures(vectors, frames, video.mask)
+            video = VideoFeatures(vectors, frames, video.mask, video.weights)
         scores = self._score(self.model, text, video, rerank)
         order = np.argsort(self._biases(snapshot, rows) - scores, kind="stable")[:k]
         video = jax.tree.map(lambda x: x[order], video)

@@ -116,6 +116,7 @@ class Index:
         config = retriever.model.config
         about = {"model": path, "fingerprint": fingerprint(retriever)}
         about |= {"max_frames": config.max_frames, "embed_dim": config.embed_dim}
+        about |= {"frame_weights": True} if config.aggregation == "weighted" else {}
         about |= {"segment_seconds": segment_seconds, "shots": shots, "precision": precision}
         captions = [] if bank is None else check_bank(bank)
         if captions:

@@ -238,7 +238,9 @@ class _Writer:
         frames, mask = pad_rows((frames, mask), size)
         features = retriever.encode("encode_video", (frames, mask), size)
         dtype = np.dtype(about["precision"])
-        biases = None
+        frames, biases = features.frames, None
+        if features.weights is not None:
+            frames = np.concatenate([frames, features.weights[..., None]], 2)
         if self.bank is not None:
             bank_BxV = retriever.similarity(self.bank, features) / retriever.scale
             biases = hubness_bias(bank_BxV).astype(np.float32)
@@ -246,7 +248,7 @@ class _Writer:
             if biases is not None:
                 row["bias"] = biases[index]
             row["video"] = features.video[index].astype(dtype)
-            row["frames"] = features.frames[index].reshape(-1).astype(dtype)
+            row["frames"] = frames[index].reshape(-1).astype(dtype)
             self.encoded.append(row)
         self.summary.segments += len(self.batch)
         self.batch = []

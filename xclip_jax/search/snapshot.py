@@ -174,10 +174,12 @@ class Snapshot:
     def features(self, rows: Rows) -> VideoFeatures:
         """Reads the VideoFeatures of the given rows, in the stored precision."""
         table = self.read(rows, ["video", "frames"], "frames_digest")
-        video = _to_matrix(table["video"], self.vectors_NxD.shape[1])
-        frames = _to_matrix(table["frames"], self._max_frames * video.shape[1])
+        dim, width = self.vectors_NxD.shape[1], table.schema.field("frames").type.list_size
+        video, frames = _to_matrix(table["video"], dim), _to_matrix(table["frames"], width)
         mask = np.arange(self._max_frames) < self._counts[rows, None]
-        return VideoFeatures(video, frames.reshape(*mask.shape, -1), mask)
+        frames = frames.reshape(*mask.shape, -1)
+        weights = frames[..., dim] if frames.shape[2] > dim else None
+        return VideoFeatures(video, frames[..., :dim], mask, weights)
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields all columns except thumbnails and checksums as Arrow tables."""
