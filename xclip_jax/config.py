@@ -6,6 +6,7 @@ MSR-VTT with ViT-B/32 (https://arxiv.org/abs/2207.07285, Sec. 4).
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import operator
@@ -126,6 +127,7 @@ class LogConfig:
     profile_from: Natural = 0  # first step of a profile for TensorBoard; 0: none
     profile_to: Natural = 0  # last step of the profile
     tensorboard: bool = True  # write TensorBoard files too
+    wandb: str = ""  # project of Weights & Biases to log to; "": none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,9 @@ def _check_sizes(config: RunConfig) -> Checks:
     yield "log.profile_from", log.profile_from or not log.profile_to, needed
     at_least = f"at least log.profile_from = {log.profile_from}"
     yield "log.profile_to", log.profile_to >= log.profile_from, at_least
+    installed = not log.wandb or importlib.util.find_spec("wandb") is not None
+    needed = "empty where Weights & Biases is not installed: pip install 'xclip_jax[wandb]', or wandb"
+    yield "log.wandb", installed, needed
     for field, is_valid, allowed in check_sizes(m):
         yield f"model.{field}", is_valid, allowed
 
