@@ -89,8 +89,7 @@ class Monitor(contextlib.ExitStack):
 
     def log_validation(self, step: int, split: str, metrics: Metrics) -> float:
         """Logs the metrics of a split and returns the mean R@1 of both directions, in percent."""
-        scalars = {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
-        self._write(step, scalars)
+        self._write(step, flatten_metrics(split, metrics))
         texts, videos = (metrics[way]["R@1"] for way in ("text_to_video", "video_to_text"))
         if is_first_process():
             recalls = f"{texts:.1f} text to video, {videos:.1f} video to text"
@@ -105,6 +104,11 @@ class Monitor(contextlib.ExitStack):
             self._file.flush()
         for tracker in self._trackers:
             tracker.log_scalars(step, scalars)
+
+
+def flatten_metrics(split: str, metrics: Metrics) -> dict[str, float]:
+    """Returns {"SPLIT/DIRECTION/METRIC": value}."""
+    return {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

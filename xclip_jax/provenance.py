@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,4 +118,21 @@ def measure_training(workdir: Path) -> dict[str, Any]:
     return {
         "seconds": seconds[-1] if seconds else None,
         "examples_per_second": round(float(np.median(rates)), 2) if rates else None,
+    }
+
+
+def describe_results(workdir: Path, params: Any, start: float) -> dict[str, Any]:
+    """Returns where the results of a run come from.
+
+    `training` is {} if nothing is recorded, `start` the time.perf_counter() of the evaluation's.
+    """
+    try:
+        training = read_record(workdir) | measure_training(workdir)
+    except FileNotFoundError:  # a model without its training
+        training = {}
+    seconds = round(time.perf_counter() - start, 2)
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "training": training,
+        "evaluation": describe_process() | {"seconds": seconds},
     }

@@ -76,7 +76,7 @@ def read_settings(workdir: Path) -> dict[str, Any]:
         fields = {k: upgrade_value(k, value) for k, value in saved.items() if k != RECORD}
     except (TypeError, AttributeError) as error:
         raise InputError(f"{path}: must be an object of fields: {error}") from None
-    return _flatten(get_config()) | fields
+    return default_settings() | fields
 
 
 def current_settings(workdir: Path, config: RunConfig) -> dict[str, Any]:
@@ -94,8 +94,13 @@ def current_settings(workdir: Path, config: RunConfig) -> dict[str, Any]:
 
 def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that differ from the defaults."""
-    defaults = _flatten(get_config())
+    defaults = default_settings()
     return {k: v for k, v in settings.items() if k in defaults and defaults[k] != v}
+
+
+def default_settings() -> dict[str, Any]:
+    """Returns {dotted field: default value}."""
+    return _flatten(get_config())
 
 
 def _is_free(field: str) -> bool:

@@ -269,6 +269,34 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, Any]]) -> bool:
     return True
 
 
+@drawing_style()
+def draw_ranks(path: Path, rank_Q: Mapping[str, Float[np.ndarray, " Q"]], num_items: int) -> None:
+    """Draws a histogram of the ranks of right answers, by direction, with bins of doubling width.
+
+    The bins are 1, 2, 3 to 4, 5 to 8 and so on, up to the number of ranked items. Ranks of ties,
+    which may be fractions, count in the bin of the next whole rank.
+    """
+    last = max(0, math.ceil(math.log2(num_items)))
+    ends_N = 2 ** np.arange(last + 1)
+    bounds = [(int(end) // 2 + 1, min(int(end), num_items)) for end in ends_N]
+    labels = [f"{low}–{high}" if low < high else f"{high}" for low, high in bounds]
+    figure = Figure((9, 2.9), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(rank_Q)
+    for k, (color, (name, ranks)) in enumerate(zip(canvas.COLORS, rank_Q.items(), strict=False)):
+        bin_Q = np.searchsorted(ends_N, np.ceil(ranks))
+        share_N = 100 * np.bincount(bin_Q, minlength=len(ends_N)) / len(ranks)
+        x_N = np.arange(len(ends_N)) + (k - (len(rank_Q) - 1) / 2) * width
+        bars = axes.bar(x_N, share_N, 0.92 * width, color=color, label=name)
+        texts = [f"{share:.3g}" if share else "" for share in share_N]
+        axes.bar_label(bars, texts, padding=2, color=color, fontsize=7.5)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlabel("rank of the right answer")
+    axes.set_ylabel("queries, %")
+    axes.grid(axis="y")
+    axes.legend(fontsize=8.5)
+    figure.savefig(path)
+
+
 def smooth(values_N: np.ndarray, span: int) -> Float[np.ndarray, " N"]:
     """Returns the centred moving average over `span` values (fewer at the ends)."""
     window = np.ones(span)
