@@ -280,7 +280,7 @@ def draw_ranks(path: Path, rank_Q: Mapping[str, Float[np.ndarray, " Q"]], num_it
     ends_N = 2 ** np.arange(last + 1)
     bounds = [(int(end) // 2 + 1, min(int(end), num_items)) for end in ends_N]
     labels = [f"{low}–{high}" if low < high else f"{high}" for low, high in bounds]
-    figure = Figure((9, 2.9), layout="constrained")
+    figure = Figure((9, 2.6), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(rank_Q)
     for k, (color, (name, ranks)) in enumerate(zip(canvas.COLORS, rank_Q.items(), strict=False)):
         bin_Q = np.searchsorted(ends_N, np.ceil(ranks))
