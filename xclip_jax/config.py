@@ -203,7 +203,7 @@ def _check_sizes(config: RunConfig) -> Checks:
     at_least = f"at least log.profile_from = {log.profile_from}"
     yield "log.profile_to", log.profile_to >= log.profile_from, at_least
     installed = not log.wandb or importlib.util.find_spec("wandb") is not None
-    needed = "empty where Weights & Biases is not installed: pip install 'xclip_jax[wandb]', or wandb"
+    needed = "'' where Weights & Biases is not installed (pip install wandb)"
     yield "log.wandb", installed, needed
     for field, is_valid, allowed in check_sizes(m):
         yield f"model.{field}", is_valid, allowed

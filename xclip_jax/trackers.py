@@ -88,7 +88,7 @@ class WeightsAndBiases:
 
             path = workdir / WANDB_ID
             if not path.exists():
-                write_atomically(path, uuid.uuid4().hex)
+                write_atomically(path, uuid.uuid4().hex[:12])
             name = path.read_text()
             if wandb.run is not None and wandb.run.id != name:
                 wandb.finish()
