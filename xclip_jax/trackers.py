@@ -45,12 +45,15 @@ class TensorBoard:
     def __init__(self, workdir: Path, settings: Mapping[str, Any], first_step: int | None) -> None:
         from tensorboardX import SummaryWriter  # imports torch where it is installed
 
-        self._writer, self._settings = SummaryWriter(str(workdir), purge_step=first_step), settings
+        # Files are named by the second; an evaluation may start in that of a short training.
+        suffix = "" if first_step is not None else ".results"
+        options: Any = {"purge_step": first_step, "filename_suffix": suffix}
+        self._writer, self._settings = SummaryWriter(str(workdir), **options), settings
 
     def log_scalars(self, step: int, scalars: Scalars) -> None:
         """Logs metrics of a step."""
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(_tag(name), value, step)
 
     def log_results(self, step: int, scalars: Scalars, pictures: Pictures) -> None:
         """Logs the final metrics, pictures and hyperparameters.
@@ -67,12 +70,16 @@ class TensorBoard:
         kinds = bool | int | float | str
         fields = self._settings.items()
         plain = {k: v if isinstance(v, kinds) else str(v) for k, v in fields}
-        for summary in hparams(plain, dict(scalars)):
+        for summary in hparams(plain, {_tag(name): value for name, value in scalars.items()}):
             self._writer.file_writer.add_summary(summary)
 
     def close(self, *, failed: bool) -> None:
         """Writes what is buffered."""
         self._writer.close()
+
+
+def _tag(name: str) -> str:
+    return name.replace("@", "_")  # as SummaryWriter does, but not for hyperparameters
 
 
 class WeightsAndBiases:
