@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from xclip_jax import __version__
-from xclip_jax.cli import read_json, write_atomically
+from xclip_jax.cli import write_atomically
 from xclip_jax.distributed import is_first_process
 from xclip_jax.monitor import read_metrics
-from xclip_jax.workdir import RECORD
+from xclip_jax.workdir import RECORD, read_saved
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _GIT_SECONDS = 10  # a commit that takes longer to find is left out
@@ -51,6 +51,8 @@ def describe_command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # python -m
         return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *arguments])
+    if program in ("", "-c"):  # typed into Python
+        return "python"
     script = Path(program)
     shown = script.name if script.is_absolute() else program
     return shlex.join([*(["python"] if script.suffix == ".py" else []), shown, *arguments])
@@ -98,12 +100,12 @@ def complete_record(workdir: Path) -> None:
 
 def read_record(workdir: Path) -> dict[str, Any]:
     """Returns what config.json records of a run's training, {} for runs of earlier versions."""
-    return read_json(workdir / "config.json").get(RECORD, {})
+    return read_saved(workdir).get(RECORD, {})
 
 
 def _write_record(workdir: Path, record: dict[str, Any]) -> None:
-    path = workdir / "config.json"
-    write_atomically(path, json.dumps(read_json(path) | {RECORD: record}, indent=1) + "\n")
+    content = json.dumps(read_saved(workdir) | {RECORD: record}, indent=1)
+    write_atomically(workdir / "config.json", content + "\n")
 
 
 def measure_training(workdir: Path) -> dict[str, Any]:

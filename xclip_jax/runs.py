@@ -34,7 +34,6 @@ from xclip_jax.workdir import changed_settings, read_settings
 
 RESULTS, FAILED = "results.json", "failed.txt"
 _MARKS = (METRICS_FILE, RESULTS, FAILED, "checkpoints", "train.lock")  # each makes a work directory
-_OWN = ("name", "mode")  # settings that say nothing about a run
 _POINTS = 200  # of a curve
 _WIDTH = 60  # characters of a run's name in the printed table
 
@@ -50,7 +49,7 @@ class RunSummary:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the training
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those shown
-    step: int | None = None
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.jsonl
     curves: Mapping[str, list] = dataclasses.field(default_factory=dict)  # by title: [step, value]
 
 
@@ -88,8 +87,8 @@ def summarize_run(workdir: Path, name: str, page_folder: Path) -> RunSummary:
     read("results", RESULTS, lambda: _check_results(read_json(workdir / RESULTS)))
     read("settings", "config.json", lambda: read_settings(workdir))
     read("record", "config.json", lambda: _check_record(workdir))
+    read("measured", METRICS_FILE, lambda: _check_metrics(workdir))
     read("curves", METRICS_FILE, lambda: read_curves(workdir))
-    read("step", METRICS_FILE, lambda: _last_step(workdir))
     if run.results:
         run.state = "finished"
     elif (workdir / FAILED).is_file():
@@ -107,15 +106,16 @@ def _check_results(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_record(workdir: Path) -> dict[str, Any]:
-    """Returns what is known of a training, None where it is not, or raises any exception."""
-    record = read_record(workdir) | measure_training(workdir)
-    kinds = {"date": str, "commit": str, "total_steps": int, "parameters": int, "seconds": float}
-    kinds["examples_per_second"] = float
-    return {k: kind(record[k]) if record.get(k) else None for k, kind in kinds.items()}
+    """Returns what config.json says of a training, without what it does not, or raises an error."""
+    kinds = {"date": str, "commit": str, "total_steps": int, "parameters": int}
+    record = read_record(workdir)
+    return {k: kind(record[k]) for k, kind in kinds.items() if record.get(k) is not None}
 
 
-def _last_step(workdir: Path) -> int | None:
-    return max((int(line["step"]) for line in read_metrics(workdir)), default=None)
+def _check_metrics(workdir: Path) -> dict[str, Any]:
+    """Returns the last step, duration and speed of metrics.jsonl, or raises any exception."""
+    steps = [int(line["step"]) for line in read_metrics(workdir)]
+    return {"step": max(steps), **measure_training(workdir)} if steps else {}
 
 
 def read_curves(workdir: Path) -> dict[str, list[list[float]]]:
@@ -141,7 +141,7 @@ def _thin(points: list[list[float]]) -> list[list[float]]:
 def show_differences(runs: Sequence[RunSummary]) -> None:
     """Sets the settings shown of each run: those unlike the defaults and not the same in all."""
     changed = [changed_settings(run.settings) for run in runs]
-    fields = dict.fromkeys(field for one in changed for field in one if field not in _OWN)
+    fields = dict.fromkeys(field for one in changed for field in one)
     known = [run.settings for run in runs if run.settings]
     if len(known) > 1:
         fields = [f for f in fields if any(one.get(f) != known[0].get(f) for one in known)]
@@ -160,9 +160,9 @@ TEXTS = ("data set", "split", "started", "commit", "settings")  # sorted as such
 
 
 def _row(run: RunSummary) -> list[Any]:
-    results, record = run.results, run.record
-    total, seconds = record.get("total_steps"), record.get("seconds")
-    step = None if run.step is None else f"{run.step:,}" + (f" / {total:,}" if total else "")
+    results, record, measured = run.results, run.record, run.measured
+    step, seconds = measured.get("step"), measured.get("seconds")
+    total = f" / {total:,}" if (total := record.get("total_steps")) else ""
     parameters = record.get("parameters") or results.get("parameters")
     date, commit = record.get("date") or "", record.get("commit") or ""
     settings = ", ".join(f"{field}={value}" for field, value in run.changed.items())
@@ -170,9 +170,9 @@ def _row(run: RunSummary) -> list[Any]:
         results.get("dataset"),
         results.get("split"),
         *(results[way][k] if results else None for way in DIRECTIONS for k in METRICS),
-        (step, run.step),
+        ("" if step is None else f"{step:,}{total}", step),
         (f"{parameters:,}", parameters) if parameters else None,
-        record.get("examples_per_second"),
+        measured.get("examples_per_second"),
         (format_duration(seconds), seconds),
         date[:16].replace("T", " "),
         commit[:8] + "-dirty" * commit.endswith("-dirty"),
@@ -194,7 +194,7 @@ def format_runs(runs: Sequence[RunSummary]) -> str:
     for run in runs:
         recalls = [f"{run.results[way]['R@1']:.1f}" if run.results else "-" for way in DIRECTIONS]
         name = run.name if len(run.name) <= _WIDTH else f"…{run.name[-_WIDTH + 1:]}"
-        step = "-" if run.step is None else str(run.step)
+        step = str(run.measured.get("step", "-"))
         rows.append((name, *recalls, step, " ".join(run.state.split())[:200]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

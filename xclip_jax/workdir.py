@@ -17,6 +17,7 @@ from xclip_jax.distributed import is_first_process, wait_for_all
 from xclip_jax.models.config import upgrade_value
 
 RECORD = "provenance"  # entry of config.json beside the fields, see xclip_jax.provenance
+LABELS = ("name", "mode")  # fields that do not describe what was trained
 
 
 def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
@@ -65,37 +66,48 @@ def check_same_run(
         raise InputError(f"{workdir} has another config: {', '.join(changed)}; {advice}")
 
 
-def read_settings(workdir: Path) -> dict[str, Any]:
-    """Returns {dotted field: value} of a run's config.json, fields added since at their defaults.
+def read_saved(workdir: Path) -> dict[str, Any]:
+    """Returns the content of config.json.
 
     Raises FileNotFoundError if there is none, InputError if it is corrupted.
     """
     path = workdir / "config.json"
     saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get(RECORD, {}), dict):
+        raise InputError(f"{path}: must be an object of fields")
+    return saved
+
+
+def read_settings(workdir: Path) -> dict[str, Any]:
+    """Returns {dotted field: value} of config.json, fields added since at their defaults.
+
+    Raises FileNotFoundError if there is none, InputError if it is corrupted.
+    """
+    saved = read_saved(workdir)
     try:
         fields = {k: upgrade_value(k, value) for k, value in saved.items() if k != RECORD}
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{path}: must be an object of fields: {error}") from None
+    except TypeError as error:
+        raise InputError(f"{workdir / 'config.json'}: {error}") from None
     return default_settings() | fields
 
 
 def current_settings(workdir: Path, config: RunConfig) -> dict[str, Any]:
-    """Returns the settings of a run's training with the FREE_FIELDS of `config`.
+    """Returns the settings of a run's training with the FREE_FIELDS of `config`, without LABELS.
 
     Those of `config` if there is no config.json, as beside a copied model. Raises InputError if it
     is corrupted.
     """
-    current = _flatten(config)
+    saved, current = {}, _flatten(config)
     with contextlib.suppress(FileNotFoundError):
         saved = read_settings(workdir)
-        current = {k: v if _is_free(k) else saved[k] for k, v in current.items()}
-    return current
+    settings = {k: v if _is_free(k) else saved.get(k, v) for k, v in current.items()}
+    return {k: v for k, v in settings.items() if k not in LABELS}
 
 
 def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that differ from the defaults."""
-    defaults = default_settings()
-    return {k: v for k, v in settings.items() if k in defaults and defaults[k] != v}
+    """Returns the settings that differ from the defaults, without LABELS."""
+    defaults = default_settings().items()
+    return {k: settings[k] for k, v in defaults if settings.get(k, v) != v and k not in LABELS}
 
 
 def default_settings() -> dict[str, Any]:

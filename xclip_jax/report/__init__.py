@@ -139,11 +139,11 @@ def _describe_process(record: Mapping[str, Any]) -> dict[str, str]:
     """Returns {label: text} on the command, the code and the machine of an attempt."""
     devices, versions = record.get("devices", {}), record.get("versions", {})
     processes = devices.get("processes", 1)
+    kind = f"{devices['count']} x {devices['kind']}" if devices else ""
     return {
         "command": record.get("command") or "",
         "commit": record.get("commit") or "",
-        "devices": "{count} x {kind}".format(**devices) * bool(devices)
-        + f" in {processes} processes" * (processes > 1),
+        "devices": kind + f" in {processes} processes" * (processes > 1),
         "versions": _join(f"{name} {version}" for name, version in versions.items()),
     }
 
