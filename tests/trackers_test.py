@@ -171,11 +171,14 @@ def test_failed_training_ends_the_run_as_failed(tmp_path, stand_in):
     c = make_config(wandb="mine")
     log_training(c, tmp_path)
     assert run.status is None  # open for the results
-    with pytest.raises(InputError, match="the loss is nan"), Monitor(
-        c, tmp_path, lambda step: 0.1, range(3, 4)
-    ) as monitor:
-        log_step(monitor, 4, float("nan"))
-        monitor.flush()
+
+    def diverge():
+        with Monitor(c, tmp_path, lambda step: 0.1, range(3, 4)) as monitor:
+            log_step(monitor, 4, float("nan"))
+            monitor.flush()
+
+    with pytest.raises(InputError, match="the loss is nan"):
+        diverge()
     assert run.status == 1
 
 

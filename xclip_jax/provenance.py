@@ -111,8 +111,8 @@ def _write_record(workdir: Path, record: dict[str, Any]) -> None:
 def measure_training(workdir: Path) -> dict[str, Any]:
     """Returns the `seconds` of a training, all attempts together, and its `examples_per_second`.
 
-    Both are those of metrics.jsonl, or None where it has none: work that was lost to a kill does not
-    count. The speed is the median over the run.
+    Both are from metrics.jsonl, None where it has none, so work lost to a kill does not count. The
+    speed is the median over the run.
     """
     lines = read_metrics(workdir)
     seconds = [line["seconds"] for line in lines if "seconds" in line]

@@ -189,7 +189,7 @@ class Retriever:
         block_cells: int,
         bar: tqdm | None,
     ) -> dict[str, Float[np.ndarray, "T V"]]:
-        """Returns what a method of XClip computes for all pairs, in blocks, "" if it has no name."""
+        """Computes the T x V results of a method of XClip in blocks, by name ("" if it has one)."""
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")

@@ -70,7 +70,7 @@ def find_workdirs(folder: Path) -> Iterator[Path]:
 def summarize_run(workdir: Path, name: str, page_folder: Path) -> RunSummary:
     """Reads a work directory. What is missing or corrupted is left out, and named by `state`."""
     page = workdir / "report" / "index.html"
-    address = quote(os.path.relpath(page, page_folder)) if page.is_file() else ""
+    address = quote(os.fsencode(os.path.relpath(page, page_folder))) if page.is_file() else ""
     run = RunSummary(name=name, report=address)
     problems = []
 
@@ -124,7 +124,9 @@ def read_curves(workdir: Path) -> dict[str, list[list[float]]]:
     Of a long curve, each point is the mean of a few neighbours.
     """
     lines = read_metrics(workdir)
-    curves = {"loss": [[line["step"], line["train/loss"]] for line in lines if "train/loss" in line]}
+    curves = {
+        "loss": [[line["step"], line["train/loss"]] for line in lines if "train/loss" in line]
+    }
     for way, title in DIRECTIONS.items():
         key = f"/{way}/R@1"
         values = [(line["step"], v) for line in lines for k, v in line.items() if k.endswith(key)]
@@ -193,7 +195,8 @@ def format_runs(runs: Sequence[RunSummary]) -> str:
     rows = [("run", *DIRECTIONS.values(), "step", "state")]
     for run in runs:
         recalls = [f"{run.results[way]['R@1']:.1f}" if run.results else "-" for way in DIRECTIONS]
-        name = run.name if len(run.name) <= _WIDTH else f"…{run.name[-_WIDTH + 1:]}"
+        name = run.name.encode("utf-8", "replace").decode()  # a terminal refuses other names
+        name = name if len(name) <= _WIDTH else f"…{name[-_WIDTH + 1 :]}"
         step = str(run.measured.get("step", "-"))
         rows.append((name, *recalls, step, " ".join(run.state.split())[:200]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

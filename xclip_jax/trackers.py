@@ -1,6 +1,7 @@
 """Shows a run in TensorBoard and in Weights & Biases: scalars, settings, results, pictures."""
 
 import contextlib
+import importlib
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ class Tracker(Protocol):
         """Logs the final metrics and pictures of the selected weights, those of `step`."""
 
     def close(self, *, failed: bool) -> None:
-        """Writes what is buffered; `failed`: the run was stopped by an exception."""
+        """Writes what is buffered, `failed` if an exception stopped the run."""
 
 
 class TensorBoard:
@@ -48,7 +49,8 @@ class TensorBoard:
         # Files are named by the second; an evaluation may start in that of a short training.
         suffix = "" if first_step is not None else ".results"
         options: Any = {"purge_step": first_step, "filename_suffix": suffix}
-        self._writer, self._settings = SummaryWriter(str(workdir), **options), settings
+        self._writer: Any = SummaryWriter(str(workdir), **options)
+        self._settings = settings
 
     def log_scalars(self, step: int, scalars: Scalars) -> None:
         """Logs metrics of a step."""
@@ -91,8 +93,7 @@ class WeightsAndBiases:
     def __init__(self, project: str, workdir: Path, settings: Mapping[str, Any]) -> None:
         self._run: Any = None
         with self._tolerate_failure():
-            import wandb  # optional: the extra [wandb]
-
+            wandb: Any = importlib.import_module("wandb")  # optional: the extra [wandb]
             path = workdir / WANDB_ID
             if not path.exists():
                 write_atomically(path, uuid.uuid4().hex[:12])
@@ -131,8 +132,7 @@ class WeightsAndBiases:
         self.log_scalars(step, scalars)
         if self._run is not None:
             with self._tolerate_failure():
-                import wandb
-
+                wandb: Any = importlib.import_module("wandb")
                 images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
                 self._run.log({"step": step, **images})
                 self._run.summary.update(dict(scalars))

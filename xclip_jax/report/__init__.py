@@ -58,20 +58,13 @@ def write_report(
         settings, defaults: {dotted field: value} of the run; those that differ are shown first.
     """
     directory = Path(directory)
-    (directory / "strips").mkdir(parents=True, exist_ok=True)
-    for pattern in ("index.html", "attention_*.png", "curves.png", "strips/clip_*.png"):
-        for path in directory.glob(pattern):
-            path.unlink()
+    _clear(directory)
     counts = retrieval_counts(sim_TxV, text_video_T)
     rank_Q = {name: expected_ranks(*counts[way]) for way, name in DIRECTIONS.items()}
     figures.draw_ranks(directory / "ranks.png", rank_Q, len(clip_names))
     ranked = figures.rank_queries(sim_TxV, text_video_T, captions, clip_names)
     by_text, by_video = ranked.values()
-    shown = {query.item for query in by_video}
-    shown |= {item.item for query in by_text for item in (query.truth, *query.hits)}
-    strips = {video: figures.make_strip(load_frames(video)) for video in sorted(shown)}
-    for video, strip in strips.items():
-        strip.save(directory / f"strips/clip_{video:05}.png", optimize=True)
+    strips = _draw_strips(directory / "strips", by_text, by_video, load_frames)
     figures.draw_queries(directory / "text_to_video.png", by_text, strips, are_texts=True)
     figures.draw_queries(directory / "video_to_text.png", by_video, strips, are_texts=False)
     attentions = [one for one in attentions if one.weights_WxF.size]
@@ -84,9 +77,7 @@ def write_report(
         metrics=METRICS,
         directions=DIRECTIONS,
         rows=_metric_rows(results),
-        changed={k: (v, defaults.get(k)) for k, v in settings.items() if defaults.get(k) != v},
-        unchanged={k: v for k, v in settings.items() if defaults.get(k) == v},
-        provenance=list_provenance(results.get("provenance", {})),
+        **_describe_run(results, settings, defaults),
         strips=strips,
         full_width=figures.STRIP_WIDTH,
         by_text=by_text,
@@ -97,6 +88,41 @@ def write_report(
     )
     (directory / "index.html").write_text(page, encoding="utf-8", errors="replace")
     return directory / "index.html"
+
+
+def _describe_run(
+    results: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the values of the report's sections on settings and provenance."""
+    pairs = {field: (value, defaults.get(field)) for field, value in settings.items()}
+    return {
+        "changed": {field: pair for field, pair in pairs.items() if pair[0] != pair[1]},
+        "unchanged": {field: pair[0] for field, pair in pairs.items() if pair[0] == pair[1]},
+        "provenance": list_provenance(results.get("provenance", {})),
+    }
+
+
+def _clear(directory: Path) -> None:
+    """Creates the folder of a report, or removes an older report from it."""
+    (directory / "strips").mkdir(parents=True, exist_ok=True)
+    for pattern in ("index.html", "attention_*.png", "curves.png", "strips/clip_*.png"):
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
+def _draw_strips(
+    folder: Path,
+    by_text: Sequence[figures.ShownQuery],
+    by_video: Sequence[figures.ShownQuery],
+    load_frames: Callable[[int], UInt8[np.ndarray, "F S S 3"]],
+) -> figures.Strips:
+    """Writes the frames of each shown video as a picture and returns them by video."""
+    shown = {query.item for query in by_video}
+    shown |= {item.item for query in by_text for item in (query.truth, *query.hits)}
+    strips = {video: figures.make_strip(load_frames(video)) for video in sorted(shown)}
+    for video, strip in strips.items():
+        strip.save(folder / f"clip_{video:05}.png", optimize=True)
+    return strips
 
 
 def list_pictures(directory: Path) -> dict[str, Path]:
