@@ -214,9 +214,10 @@ def test_granularities_alone_are_those_of_a_model_with_one(finished):
     sim_TxV = e.text.sentence @ e.video.video.T
     scale = e.parts["video_sentence"] / sim_TxV
     assert scale == pytest.approx(scale[0, 0], rel=1e-3)
-    small = retriever.granular_similarity(e.text, e.video, block_cells=40)
-    for name, part_TxV in e.parts.items():
+    small = retriever.similarities(e.text, e.video, block_cells=40)
+    for name, part_TxV in {**e.parts, "all": e.sim_TxV}.items():
         assert small[name] == pytest.approx(part_TxV, abs=1e-4)
+    assert retriever.similarity(e.text, e.video) == pytest.approx(e.sim_TxV, abs=1e-5)
 
 
 def test_old_work_directory_evaluates_and_resumes(finished, tmp_path):

@@ -251,8 +251,9 @@ def test_report_has_the_title_of_the_run_and_each_granularity(tmp_path):
     )
     text = " ".join(Page(index).text.split())
     assert text.startswith("my run: video-text retrieval report")
-    assert "text to video video to text frame-word 12.3 56.8 all 45.2 45.2" in text
-    assert "granularity" not in Page(make_report(tmp_path, ["x"], [0], 1)).text
+    assert "score, and with all, as above. text to videovideo to text" in text
+    assert "frame-word 12.3 56.8 all 45.2 45.2" in text
+    assert "granularity alone" not in Page(make_report(tmp_path, ["x"], [0], 1)).text
 
 
 def test_ranks_are_binned_by_doubling_and_ties_round_up():

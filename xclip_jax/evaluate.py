@@ -46,7 +46,7 @@ class Evaluation:
     text: TextFeatures
     video: VideoFeatures
     sim_TxV: Float[np.ndarray, "T V"]
-    parts: dict[str, Float[np.ndarray, "T V"]]  # of each granularity, where asked for
+    parts: dict[str, Float[np.ndarray, "T V"]]  # of each granularity, if kept
 
 
 def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
@@ -95,6 +95,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         "granularities": {
             name: metrics.retrieval_metrics(part_TxV, evaluation.text_video_T)
             for name, part_TxV in evaluation.parts.items()
+            if len(evaluation.parts) > 1
         },
         "normalized": tables,
         "eval": plain_fields(config.eval),
@@ -113,7 +114,7 @@ def evaluate_split(
 ) -> Evaluation:
     """Encodes every caption and video of a split once and compares all with all.
 
-    `granular`: also at each granularity alone, if the model has several.
+    `granular`: keep the similarities of each granularity, too.
 
     Each process encodes a part of the clips and compares their captions with all videos. Raises
     InputError if there are fewer clips than processes.
@@ -138,13 +139,11 @@ def evaluate_split(
         video = inference.concatenate_features(encode(bar), end - start)
     text = retriever.encode_text(list(itertools.chain(*captions)), size)
     video = _join_processes(video)
-    c = retriever.model.config
-    granular = granular and c.has_granularities and len(c.granularities) > 1
-    total = len(text.mask) * len(video.mask) * (1 + granular)
-    with progress(total, "comparing", "pair") as bar:
-        options: Any = {"block_cells": config.eval.block_cells, "bar": bar}
-        sim_TxV = retriever.similarity(text, video, **options)
-        parts = retriever.granular_similarity(text, video, **options) if granular else {}
+    with progress(len(text.mask) * len(video.mask), "comparing", "pair") as bar:
+        compare = retriever.similarities if granular else retriever.similarity
+        sims = compare(text, video, block_cells=config.eval.block_cells, bar=bar)
+    parts = sims if isinstance(sims, dict) else {"all": sims}
+    sim_TxV = parts.pop("all")
     text, sim_TxV, parts = _join_processes((text, sim_TxV, parts))
     names, captions = (list(itertools.chain(*gather_objects(x))) for x in (names, captions))
     return Evaluation(

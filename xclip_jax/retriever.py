@@ -162,9 +162,9 @@ class Retriever:
         Raises:
             InputError: an argument has the wrong type, or is of another model.
         """
-        return self._compare("similarity", text, video, block_cells, bar)[""]
+        return self._compare("similarity", text, video, block_cells, bar)["all"]
 
-    def granular_similarity(
+    def similarities(
         self,
         text: TextFeatures,
         video: VideoFeatures,
@@ -172,14 +172,15 @@ class Retriever:
         block_cells: int = 0,
         bar: tqdm | None = None,
     ) -> dict[str, Float[np.ndarray, "T V"]]:
-        """Returns the T x V float32 logits of each granularity of the model, by its name.
+        """Returns `similarity` as "all" and the same logits of each granularity alone by its name.
 
-        Arguments and errors are those of `similarity`. The result is {} if the model has none.
+        Arguments and errors are those of `similarity`. A model that scores pairs with a Transformer
+        has "all" only.
         """
-        if not self.model.config.has_granularities:
-            return {}
-        parts = self._compare("granular_similarity", text, video, block_cells, bar)
-        return {name: parts[name] for name in self.model.config.granularities}
+        method = "similarities" if self.model.config.has_granularities else "similarity"
+        sims = self._compare(method, text, video, block_cells, bar)
+        names = [*self.model.config.granularities, "all"]
+        return {name: sims[name] for name in names if name in sims}
 
     def _compare(
         self,
@@ -189,7 +190,7 @@ class Retriever:
         block_cells: int,
         bar: tqdm | None,
     ) -> dict[str, Float[np.ndarray, "T V"]]:
-        """Computes the T x V results of a method of XClip in blocks, by name ("" if it has one)."""
+        """Computes the T x V logits of a method of XClip in blocks, by name ("all": a single one)."""
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
@@ -215,7 +216,7 @@ class Retriever:
                 rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
                 blocks = self._apply(method, rows, columns)
                 num_rows, num_columns = min(height, num_texts - i), min(width, num_videos - j)
-                for name, block in (blocks if isinstance(blocks, dict) else {"": blocks}).items():
+                for name, block in (blocks if isinstance(blocks, dict) else {"all": blocks}).items():
                     part = np.asarray(block)[:num_rows, :num_columns]
                     sims[name][i : i + height, j : j + width] = part
                 if bar is not None:
