@@ -30,9 +30,9 @@ from xclip_jax.cli import (
 from xclip_jax.monitor import METRICS_FILE, read_metrics
 from xclip_jax.provenance import measure_training, read_record
 from xclip_jax.report import DIRECTIONS, METRICS, format_duration, format_setting, render
+from xclip_jax.study.runs import FAILED, RESULTS
 from xclip_jax.workdir import changed_settings, read_settings
 
-RESULTS, FAILED = "results.json", "failed.txt"
 _MARKS = (METRICS_FILE, RESULTS, FAILED, "checkpoints", "train.lock")  # each makes a work directory
 _POINTS = 200  # of a curve
 _WIDTH = 60  # characters of a run's name in the printed table
