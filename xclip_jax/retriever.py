@@ -190,7 +190,7 @@ class Retriever:
         block_cells: int,
         bar: tqdm | None,
     ) -> dict[str, Float[np.ndarray, "T V"]]:
-        """Computes the T x V logits of a method of XClip in blocks, by name ("all": a single one)."""
+        """Computes the T x V logits of a method in blocks, by name, a single one as "all"."""
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
@@ -216,7 +216,9 @@ class Retriever:
                 rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
                 blocks = self._apply(method, rows, columns)
                 num_rows, num_columns = min(height, num_texts - i), min(width, num_videos - j)
-                for name, block in (blocks if isinstance(blocks, dict) else {"all": blocks}).items():
+                for name, block in (
+                    blocks if isinstance(blocks, dict) else {"all": blocks}
+                ).items():
                     part = np.asarray(block)[:num_rows, :num_columns]
                     sims[name][i : i + height, j : j + width] = part
                 if bar is not None:
