@@ -168,7 +168,7 @@ def test_help_lists_the_commands():
     done = run_module("xclip_jax", "--help")
     assert done.returncode == 0
     listed = re.findall(r"^  (\w+) +\w.*$", done.stdout, re.MULTILINE)
-    assert listed == ["train", "prepare", "convert", "search", "study"]
+    assert listed == ["train", "prepare", "convert", "search", "study", "runs"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["retrain"]])
@@ -177,7 +177,7 @@ def test_unknown_command_is_an_error(arguments, capsys):
         dispatch(arguments)
     assert stop.value.code == 2
     name = arguments[0] if arguments else "no command"
-    expected = f"error: {name}: must be one of train, prepare, convert, search, study\n"
+    expected = f"error: {name}: must be one of train, prepare, convert, search, study, runs\n"
     assert capsys.readouterr().err == expected
 
 
