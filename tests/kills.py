@@ -40,6 +40,12 @@ def free_port():
         return free.getsockname()[1]
 
 
+def read_results(workdir):
+    """Returns the content of results.json without the dates and durations."""
+    results = json.loads((Path(workdir) / "results.json").read_text())
+    return {name: value for name, value in results.items() if name != "provenance"}
+
+
 class Run:
     """One start of the command, as one or several processes."""
 

@@ -80,10 +80,10 @@ def test_devices_that_cannot_be_used_are_one_clear_error(run_main, monkeypatch):
 
 def test_repeated_run_and_eval_give_the_same_results_unless_model_json_changes(run_main, tmp_path):
     assert run_main() is None
-    results = (tmp_path / "run/results.json").read_text()
+    results = kills.read_results(tmp_path / "run")
     assert run_main() is None
     assert run_main("--config.mode=eval") is None
-    assert (tmp_path / "run/results.json").read_text() == results
+    assert kills.read_results(tmp_path / "run") == results
     described = json.loads((tmp_path / "run/model/model.json").read_text())
     described["embed_dim"] = 64
     (tmp_path / "run/model/model.json").write_text(json.dumps(described))
@@ -168,7 +168,7 @@ def test_help_lists_the_commands():
     done = run_module("xclip_jax", "--help")
     assert done.returncode == 0
     listed = re.findall(r"^  (\w+) +\w.*$", done.stdout, re.MULTILINE)
-    assert listed == ["train", "prepare", "convert", "search", "study"]
+    assert listed == ["train", "prepare", "convert", "search", "study", "runs"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["retrain"]])
@@ -177,7 +177,7 @@ def test_unknown_command_is_an_error(arguments, capsys):
         dispatch(arguments)
     assert stop.value.code == 2
     name = arguments[0] if arguments else "no command"
-    expected = f"error: {name}: must be one of train, prepare, convert, search, study\n"
+    expected = f"error: {name}: must be one of train, prepare, convert, search, study, runs\n"
     assert capsys.readouterr().err == expected
 
 

@@ -43,7 +43,7 @@ def whole(folder):
 def assert_same(workdir, whole):
     for a, b in zip(kills.weights(whole), kills.weights(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
-    one, other = ((path / "results.json").read_text() for path in (whole, workdir))
+    one, other = (kills.read_results(path) for path in (whole, workdir))
     assert one == other
 
 

@@ -20,6 +20,11 @@ NASTY = [
     "猫" * 400,
 ]
 
+SOURCE = {
+    "name": "<script>run</script>" * 9,
+    "provenance": {"training": {}, "evaluation": {"command": "<script>rm *", "seconds": 2.0}},
+}
+
 
 def frames_of(video, frames=3, side=32):
     return np.random.default_rng(video).integers(0, 256, (frames, side, side, 3), np.uint8)
@@ -30,7 +35,7 @@ def results_of(texts, videos, **extra):
     directions = {"text_to_video": recalls, "video_to_text": dict(recalls, MdR=2.5)}
     sizes = {"step": 1200, "split": "test", "num_texts": texts, "num_videos": videos}
     sizes |= {"protocol": "many captions", "expected_videos": videos + 3, "dataset": "captions"}
-    sizes |= {"selected_on": "last step", "max_seconds": None}
+    sizes |= {"selected_on": "last step", "max_seconds": None, "name": "my run"}
     return {**sizes, **directions, **extra}
 
 
@@ -167,13 +172,15 @@ def test_report_replaces_an_older_one_and_no_other_files(tmp_path):
     )
     page = Page(index)
     pictures = ["text_to_video.png", "video_to_text.png", "attention_1.png", "curves.png"]
+    pictures.append("ranks.png")
     for name in [*pictures, *page.sources]:
         with Image.open(tmp_path / name) as image:
             image.load()
             low, high = zip(*image.convert("RGB").getextrema(), strict=True)
         assert image.width > 200
         assert max(high) - min(low) > 100  # not blank
-    assert {"../results.json", "../metrics.jsonl", *pictures[:2]} == set(page.links)
+    numbers = {f"../{name}" for name in ("results.json", "metrics.jsonl", "config.json")}
+    assert numbers | set(pictures[:2]) == set(page.links)
     assert set(pictures[2:]) < set(page.sources)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [*pictures, "index.html", "mine.txt", "strips"]
@@ -209,15 +216,52 @@ def test_captions_and_names_cannot_inject_html(tmp_path):
             count,
             names=['"><script>name</script>'] * count,
             attentions=[attention_of(NASTY[0]), attention_of("")],
-            results=results_of(count, count, note="on the <script> training clips"),
+            results=results_of(count, count, note="on the <script> training clips", **SOURCE),
+            settings={"name": "<script>", "model.tau": 0.5, "<script>": ""},
+            defaults={"name": "xclip", "model.tau": 0.5, "<script>": "x"},
         )
     page = Page(index)
     assert "script" not in page.tags
     assert "<script" not in index.read_text(encoding="utf-8")
     assert "on the <script> training clips" in page.text
+    assert "<script>rm *" in page.text
     assert NASTY[0] in page.text
     assert NASTY[1] in page.text
     assert "\x00" not in page.text
+
+
+def test_settings_that_differ_come_before_the_folded_rest(tmp_path):
+    settings = {"model.tau": 0.1, "model.max_words": 32, "model.granularities": ["a", "b"]}
+    defaults = settings | {"model.tau": 0.01, "model.granularities": ["a"]}
+    page = make_report(tmp_path, ["x"], [0], 1, settings=settings, defaults=defaults).read_text()
+    shown, _, folded = page.partition("<details>")
+    assert '<td>0.1</td><td class="quiet">0.01</td>' in shown
+    assert '<td>a, b</td><td class="quiet">a</td>' in shown
+    assert "model.max_words" not in shown
+    assert "1 field at its default" in folded
+    assert "model.max_words" in folded
+    assert "Settings" not in make_report(tmp_path, ["x"], [0], 1).read_text()
+
+
+def test_report_has_the_title_of_the_run_and_each_granularity(tmp_path):
+    both = results_of(1, 1)
+    recalls = {"text_to_video": {"R@1": 12.34}, "video_to_text": {"R@1": 56.78}}
+    index = make_report(
+        tmp_path, ["x"], [0], 1, results=both | {"granularities": {"frame_word": recalls}}
+    )
+    text = " ".join(Page(index).text.split())
+    assert text.startswith("my run: video-text retrieval report")
+    assert "score, and with all, as above. text to videovideo to text" in text
+    assert "frame-word 12.3 56.8 all 45.2 45.2" in text
+    assert "granularity alone" not in Page(make_report(tmp_path, ["x"], [0], 1)).text
+
+
+def test_ranks_are_binned_by_doubling_and_ties_round_up():
+    ranks = np.array([1, 1, 1.5, 2, 2.5, 4, 5, 8, 9, 10])
+    bins = figures.bin_ranks(ranks, 10)
+    assert bins == {"1": 20, "2": 20, "3–4": 20, "5–8": 20, "9–10": 20}
+    assert list(figures.bin_ranks(np.ones(3), 1).items()) == [("1", 100)]
+    assert list(figures.bin_ranks(np.ones(3), 9)) == ["1", "2", "3–4", "5–8", "9"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ MSR-VTT with ViT-B/32 (https://arxiv.org/abs/2207.07285, Sec. 4).
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import operator
@@ -137,6 +138,7 @@ class LogConfig:
     profile_from: Natural = 0  # first step of a profile for TensorBoard; 0: none
     profile_to: Natural = 0  # last step of the profile
     tensorboard: bool = True  # write TensorBoard files too
+    wandb: str = ""  # project of Weights & Biases to log to; "": none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +220,9 @@ def _check_sizes(config: RunConfig) -> Checks:
     yield "loss.each_granularity", m.has_granularities or not config.loss.each_granularity, needed
     needed = "False: loss.kind = sigmoid adds it"
     yield "model.logit_bias", not m.logit_bias, needed
+    installed = not log.wandb or importlib.util.find_spec("wandb") is not None
+    needed = "'' where Weights & Biases is not installed (pip install wandb)"
+    yield "log.wandb", installed, needed
     for field, is_valid, allowed in check_sizes(m):
         yield f"model.{field}", is_valid, allowed
 

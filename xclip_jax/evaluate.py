@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from xclip_jax import inference, metrics
+from xclip_jax import inference, metrics, provenance
 from xclip_jax.cli import InputError, atomic_file, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.data.annotations import read_queries
@@ -20,13 +21,14 @@ from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
 from xclip_jax.distributed import gather_objects, is_first_process
 from xclip_jax.models import ModelConfig
-from xclip_jax.monitor import read_metrics
+from xclip_jax.monitor import flatten_metrics, read_metrics
 from xclip_jax.paper import paper_results
-from xclip_jax.report import format_table, write_report
+from xclip_jax.report import DIRECTIONS, format_table, list_pictures, write_report
 from xclip_jax.report.figures import WordFrameAttention
 from xclip_jax.retriever import Retriever, load
 from xclip_jax.similarity import TextFeatures, VideoFeatures
-from xclip_jax.workdir import plain_fields
+from xclip_jax.trackers import open_trackers
+from xclip_jax.workdir import current_settings, default_settings, plain_fields
 
 Tree = TypeVar("Tree")
 Cosines = Float[np.ndarray, "Q V"]
@@ -46,6 +48,7 @@ class Evaluation:
     text: TextFeatures
     video: VideoFeatures
     sim_TxV: Float[np.ndarray, "T V"]
+    parts: dict[str, Float[np.ndarray, "T V"]]  # of each granularity, if kept
 
 
 def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     The first process prints the results and writes them with the report. Raises InputError if there
     is no model yet, or it does not fit the data.
     """
-    workdir = Path(workdir)
+    workdir, start = Path(workdir), time.perf_counter()
     retriever = load(workdir / "model")
     retriever.params = inference.copy_to_local_devices(retriever.params)
     vision, tokenizer = retriever.model.config.vision, retriever.get_tokenizer()
@@ -66,7 +69,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         note["note"] = f"evaluated on the {split} split, clips it was trained on: no test split"
     elif split == selected_on:
         note["note"] = f"weights were selected on the {split} split itself: numbers are too high"
-    evaluation = evaluate_split(config, retriever, dataset, split)
+    evaluation = evaluate_split(config, retriever, dataset, split, granular=True)
     if not np.isfinite(evaluation.sim_TxV).all():
         raise InputError(f"{workdir / 'model'} computes similarities that are NaN or infinite")
     counts = _count_ranks(evaluation, dataset)
@@ -77,6 +80,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     many = "many captions" if num_texts > num_videos else "single caption"
     expected = dataset.expected.get(split, num_videos)
     results = {
+        "name": config.name,
         "step": retriever.config["step"],
         "split": split,
         "dataset": f"{dataset.name} {dataset.variant}".strip(),
@@ -91,11 +95,17 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
         "selected_on": selected_on,
         **tables.pop(""),
         "queries": _evaluate_queries(evaluation),
+        "granularities": {
+            name: metrics.retrieval_metrics(part_TxV, evaluation.text_video_T)
+            for name, part_TxV in evaluation.parts.items()
+            if len(evaluation.parts) > 1
+        },
         "normalized": tables,
         "eval": plain_fields(config.eval),
         "paper": paper_results(dataset.name, dataset.variant, vision) if split == "test" else {},
         "truncated_captions": sum(map(tokenizer.is_truncated, evaluation.captions)),
         **note,
+        "provenance": provenance.describe_results(workdir, retriever.params, start),
     }
     if is_first_process():
         _write(evaluation, workdir, results, counts)
@@ -103,9 +113,11 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
 
 
 def evaluate_split(
-    config: RunConfig, retriever: Retriever, dataset: Dataset, split: str
+    config: RunConfig, retriever: Retriever, dataset: Dataset, split: str, *, granular: bool = False
 ) -> Evaluation:
     """Encodes every caption and video of a split once and compares all with all.
+
+    `granular`: keep the similarities of each granularity, too.
 
     Each process encodes a part of the clips and compares their captions with all videos. Raises
     InputError if there are fewer clips than processes.
@@ -131,9 +143,11 @@ def evaluate_split(
     text = retriever.encode_text(list(itertools.chain(*captions)), size)
     video = _join_processes(video)
     with progress(len(text.mask) * len(video.mask), "comparing", "pair") as bar:
-        cells = config.eval.block_cells
-        sim_TxV = retriever.similarity(text, video, block_cells=cells, bar=bar)
-    text, sim_TxV = _join_processes((text, sim_TxV))
+        compare = retriever.similarities if granular else retriever.similarity
+        sims = compare(text, video, block_cells=config.eval.block_cells, bar=bar)
+    parts = sims if isinstance(sims, dict) else {"all": sims}
+    sim_TxV = parts.pop("all")
+    text, sim_TxV, parts = _join_processes((text, sim_TxV, parts))
     names, captions = (list(itertools.chain(*gather_objects(x))) for x in (names, captions))
     return Evaluation(
         config=config,
@@ -145,6 +159,7 @@ def evaluate_split(
         text=text,
         video=video,
         sim_TxV=sim_TxV,
+        parts=parts,
     )
 
 
@@ -256,6 +271,8 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
         load_frames=read_frames,
         attentions=[attend(text) for text in texts.tolist()],
         curves=read_metrics(workdir),
+        settings=current_settings(workdir, e.config),
+        defaults=default_settings(),
     )
     # For confidence intervals: by "DIRECTION" or "OPTION/DIRECTION" 2 x Q integers, see
     # `rank_counts`, and the index of each text's video.
@@ -265,6 +282,10 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
     with atomic_file(workdir / RANKS_FILE) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    with open_trackers(e.config, workdir) as trackers:
+        scalars = flatten_metrics(results["split"], {way: results[way] for way in DIRECTIONS})
+        for tracker in trackers:
+            tracker.log_results(results["step"], scalars, list_pictures(index.parent))
     print(f"\n{format_table(results)}")
     if truncated := results["truncated_captions"]:
         limit = f"model.max_words = {e.config.model.max_words} tokens"

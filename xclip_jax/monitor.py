@@ -1,4 +1,4 @@
-"""Monitors training: progress, metrics.jsonl, TensorBoard, profiles, finite losses."""
+"""Monitors training: progress, metrics.jsonl, trackers, profiles, finite losses."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from xclip_jax.cli import InputError, progress, write_atomically
 from xclip_jax.config import RunConfig
 from xclip_jax.distributed import is_first_process
 from xclip_jax.metrics import Metrics
+from xclip_jax.trackers import open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 Schedule = Callable[..., Any]  # learning rate by step
@@ -23,28 +24,28 @@ class Monitor(contextlib.ExitStack):
     """Reports a training run's `steps` (from the resumed one) and stops if a loss is not finite.
 
     Metrics are read one step late, so the devices never wait for the host. A resumed run first
-    drops the lines of metrics.jsonl that come after its checkpoint.
+    drops the lines of metrics.jsonl that come after its checkpoint. The `seconds` of a line are
+    those of all attempts up to it, without what was dropped.
     """
 
     def __init__(self, config: RunConfig, workdir: Path, schedule: Schedule, steps: range) -> None:
         super().__init__()
         self._config, self._workdir, self._schedule = config, workdir, schedule
+        self._last_step = steps.stop
         bar = progress(steps.stop, "training", "step", initial=steps.start)
         self._bar = self.enter_context(bar)
         self._trace = self.enter_context(contextlib.ExitStack())
         self._pending, self._truncated = None, 0
-        self._last_log = steps.start, time.perf_counter()
-        self._file = self._board = None
+        now = time.perf_counter()
+        self._last_log, self._started, self._file = (steps.start, now), now, None
         if is_first_process():
             path = workdir / METRICS_FILE
             lines = [line for line in read_metrics(workdir) if line["step"] <= steps.start]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = self.enter_context(path.open("a"))
-            if config.log.tensorboard:
-                from tensorboardX import SummaryWriter  # imports torch where it is installed
-
-                board = SummaryWriter(str(workdir), purge_step=steps.start + 1)
-                self._board = self.enter_context(board)
+            self._started -= max((line.get("seconds", 0) for line in lines), default=0)
+        trackers = open_trackers(config, workdir, first_step=steps.start + 1)
+        self._trackers = self.enter_context(trackers)
 
     def profile(self, step: int) -> None:
         """Starts before step config.log.profile_from, stops after config.log.profile_to."""
@@ -76,7 +77,7 @@ class Monitor(contextlib.ExitStack):
                 "or encoder_lr, a longer config.optimizer.warmup, or config.model.dtype=float32"
             )
         self._bar.update()
-        if step % self._config.log.every == 0:
+        if step % self._config.log.every == 0 or step == self._last_step:
             (last_step, last_time), now = self._last_log, time.perf_counter()
             self._last_log = step, now
             rate = (step - last_step) * self._config.train.batch_size / (now - last_time)
@@ -88,8 +89,7 @@ class Monitor(contextlib.ExitStack):
 
     def log_validation(self, step: int, split: str, metrics: Metrics) -> float:
         """Logs the metrics of a split and returns the R@1 that selects weights, in percent."""
-        scalars = {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
-        self._write(step, scalars)
+        self._write(step, flatten_metrics(split, metrics))
         texts, videos = (metrics[way]["R@1"] for way in ("text_to_video", "video_to_text"))
         if is_first_process():
             recalls = f"{texts:.1f} text to video, {videos:.1f} video to text"
@@ -100,11 +100,16 @@ class Monitor(contextlib.ExitStack):
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._file:
-            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            seconds = round(time.perf_counter() - self._started, 2)
+            self._file.write(json.dumps({"step": step, "seconds": seconds, **scalars}) + "\n")
             self._file.flush()
-        if self._board:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log_scalars(step, scalars)
+
+
+def flatten_metrics(split: str, metrics: Metrics) -> dict[str, float]:
+    """Returns {"SPLIT/DIRECTION/METRIC": value}."""
+    return {f"{split}/{way}/{k}": v for way, m in metrics.items() for k, v in m.items()}
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """The Python API: a trained model with its tokenizer and the video reader."""
 
+import functools
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -167,6 +169,35 @@ class Retriever:
         Raises:
             InputError: an argument has the wrong type, or is of another model.
         """
+        return self._compare("similarity", text, video, block_cells, bar)["all"]
+
+    def similarities(
+        self,
+        text: TextFeatures,
+        video: VideoFeatures,
+        *,
+        block_cells: int = 0,
+        bar: tqdm | None = None,
+    ) -> dict[str, Float[np.ndarray, "T V"]]:
+        """Returns `similarity` as "all" and the same logits of each granularity alone by its name.
+
+        Arguments and errors are those of `similarity`. A model that scores pairs with a Transformer
+        has "all" only.
+        """
+        method = "similarities" if self.model.config.has_granularities else "similarity"
+        sims = self._compare(method, text, video, block_cells, bar)
+        names = [*self.model.config.granularities, "all"]
+        return {name: sims[name] for name in names if name in sims}
+
+    def _compare(
+        self,
+        method: str,
+        text: TextFeatures,
+        video: VideoFeatures,
+        block_cells: int,
+        bar: tqdm | None,
+    ) -> dict[str, Float[np.ndarray, "T V"]]:
+        """Computes the T x V logits of a method in blocks, by name, a single one as "all"."""
         if not (isinstance(text, TextFeatures) and isinstance(video, VideoFeatures)):
             types = f"{type(text).__name__} and {type(video).__name__}"
             raise InputError(f"similarity: {types}: must be TextFeatures and VideoFeatures")
@@ -183,18 +214,23 @@ class Retriever:
         # Few sizes, so that few are compiled.
         sizes = [inference.power_of_four(size, up=True) for size in (num_texts, num_videos)]
         height, width = map(min, shape, sizes)
-        sim_TxV = np.empty((num_texts, num_videos), np.float32)
+        shape = num_texts, num_videos
+        sims: dict[str, np.ndarray] = defaultdict(functools.partial(np.empty, shape, np.float32))
         for j in range(0, num_videos, width):
             columns = inference.pad_rows(inference.slice_rows(video, j, width), width)
             columns = inference.split_like(columns, self.params)
             for i in range(0, num_texts, height):
                 rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
-                part = sim_TxV[i : i + height, j : j + width]
-                block = np.asarray(self._apply("similarity", rows, columns))
-                part[:] = block[: part.shape[0], : part.shape[1]]
+                blocks = self._apply(method, rows, columns)
+                num_rows, num_columns = min(height, num_texts - i), min(width, num_videos - j)
+                for name, block in (
+                    blocks if isinstance(blocks, dict) else {"all": blocks}
+                ).items():
+                    part = np.asarray(block)[:num_rows, :num_columns]
+                    sims[name][i : i + height, j : j + width] = part
                 if bar is not None:
-                    bar.update(part.size)
-        return sim_TxV
+                    bar.update(num_rows * num_columns)
+        return sims
 
     def search(
         self, query: str, videos: Iterable[Video] | VideoFeatures, k: int = 5

@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from xclip_jax import checkpoint, distributed, sharding
+from xclip_jax import checkpoint, distributed, provenance, sharding
 from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.cli import InputError
 from xclip_jax.config import RunConfig
@@ -71,9 +71,9 @@ def train(config: RunConfig, workdir: str | Path) -> None:
 def _train(setup: "Setup", workdir: Path) -> None:
     config, model, mesh, total = setup.config, setup.model, setup.mesh, setup.total_steps
     state = setup.init()
-    size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+    size = sum(x.size for x in jax.tree.leaves(state.params))
     print_once(
-        f"{size:.2f} M parameters, {len(setup.pairs)} pairs, {total} steps of "
+        f"{size / 1e6:.2f} M parameters, {len(setup.pairs)} pairs, {total} steps of "
         f"{config.train.batch_size} pairs on {mesh.size} x {jax.devices()[0].device_kind}"
     )
     if mesh.size > 1:
@@ -92,7 +92,12 @@ def _train(setup: "Setup", workdir: Path) -> None:
             state = setup.init(copies)
         if not total:
             checkpoint.save_checkpoint(manager, 0, state)
+    start = int(state.step)
+    if start < total or not total:
+        provenance.record_training(workdir, start, parameters=size, total_steps=total)
     state = _run_steps(setup, state, manager, workdir)
+    if start < total:
+        provenance.complete_record(workdir)
     step, state = checkpoint.restore_checkpoint(manager, state, best=True)
     params = state.evaluated_params()
     manager.close()

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from xclip_jax.config import FREE_FIELDS, RunConfig, get_config
 from xclip_jax.data.builder import Dataset
 from xclip_jax.distributed import is_first_process, wait_for_all
 from xclip_jax.models.config import upgrade_value
+
+RECORD = "provenance"  # entry of config.json beside the fields, see xclip_jax.provenance
+LABELS = ("name", "mode")  # fields that do not describe what was trained
 
 
 def claim_workdir(workdir: Path, config: RunConfig, dataset: Dataset) -> None:
@@ -50,20 +53,71 @@ def check_same_run(
     """
     path = workdir / "config.json"
     try:
-        saved = read_json(path)
-        saved = {field: upgrade_value(field, value) for field, value in saved.items()}
-        saved = _flatten(get_config()) | saved  # fields added since had their defaults
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        saved = read_settings(workdir)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is corrupted: {error}; choose another {option}") from None
-    free = tuple(f"{field}." for field in FREE_FIELDS)
     changed = [
         f"{field} was {saved.get(field)!r}, is {value!r}"
         for field, value in _all_fields(config, dataset).items()
-        if not f"{field}.".startswith(free) and (field not in saved or saved[field] != value)
+        if not _is_free(field) and (field not in saved or saved[field] != value)
     ]
     if changed:
         advice = f"use the same config or choose another {option}"
         raise InputError(f"{workdir} has another config: {', '.join(changed)}; {advice}")
+
+
+def read_saved(workdir: Path) -> dict[str, Any]:
+    """Returns the content of config.json.
+
+    Raises FileNotFoundError if there is none, InputError if it is corrupted.
+    """
+    path = workdir / "config.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get(RECORD, {}), dict):
+        raise InputError(f"{path}: must be an object of fields")
+    return saved
+
+
+def read_settings(workdir: Path) -> dict[str, Any]:
+    """Returns {dotted field: value} of config.json, fields added since at their defaults.
+
+    Raises FileNotFoundError if there is none, InputError if it is corrupted.
+    """
+    saved = read_saved(workdir)
+    try:
+        fields = {k: upgrade_value(k, value) for k, value in saved.items() if k != RECORD}
+    except TypeError as error:
+        raise InputError(f"{workdir / 'config.json'}: {error}") from None
+    return default_settings() | fields
+
+
+def current_settings(workdir: Path, config: RunConfig) -> dict[str, Any]:
+    """Returns the settings of a run's training with the FREE_FIELDS of `config`, without LABELS.
+
+    Those of `config` if there is no config.json, as beside a copied model. Raises InputError if it
+    is corrupted.
+    """
+    saved, current = {}, _flatten(config)
+    with contextlib.suppress(FileNotFoundError):
+        saved = read_settings(workdir)
+    settings = {k: v if _is_free(k) else saved.get(k, v) for k, v in current.items()}
+    return {k: v for k, v in settings.items() if k not in LABELS}
+
+
+def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that differ from the defaults, without LABELS."""
+    defaults = default_settings().items()
+    return {k: settings[k] for k, v in defaults if settings.get(k, v) != v and k not in LABELS}
+
+
+def default_settings() -> dict[str, Any]:
+    """Returns {dotted field: default value}."""
+    return _flatten(get_config())
+
+
+def _is_free(field: str) -> bool:
+    """Returns whether a run may be resumed with another value of a field."""
+    return f"{field}.".startswith(tuple(f"{free}." for free in FREE_FIELDS))
 
 
 def _flatten(config: Any) -> dict[str, Any]:

@@ -102,8 +102,12 @@ class XClip(nn.Module):
         if not self.config.has_granularities:
             masks = self.aosm_words(text.mask), self.aosm_frames(video.mask)
             return self.pair_encoder(text, video, *masks)
-        parts = self.granular_similarity(text, video)
-        return functools.reduce(jnp.add, parts.values()) / len(parts)
+        return self.similarities(text, video)["all"]
+
+    def similarities(self, text: TextFeatures, video: VideoFeatures) -> dict[str, Logits]:
+        """Returns the logits of each enabled granularity, and their mean (Eq. 14) as "all"."""
+        parts: dict[str, Logits] = self.granular_similarity(text, video)
+        return {**parts, "all": functools.reduce(jnp.add, parts.values()) / len(parts)}
 
     def granular_similarity(self, text: TextFeatures, video: VideoFeatures) -> dict[str, Logits]:
         """Returns the scaled logits of each enabled granularity.

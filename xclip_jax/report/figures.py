@@ -269,6 +269,37 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, Any]]) -> bool:
     return True
 
 
+def bin_ranks(rank_Q: Float[np.ndarray, " Q"], num_items: int) -> dict[str, float]:
+    """Returns the percent of the queries by rank: 1, 2, 3–4, 5–8 and so on up to `num_items`.
+
+    A rank between two whole ones, as ties have, counts in the bin of the next one.
+    """
+    ends_N = 2 ** np.arange(math.ceil(math.log2(num_items)) + 1)
+    bounds = [(int(end) // 2 + 1, min(int(end), num_items)) for end in ends_N]
+    labels = [f"{low}–{high}" if low < high else f"{high}" for low, high in bounds]
+    counts_N = np.bincount(np.searchsorted(ends_N, np.ceil(rank_Q)), minlength=len(ends_N))
+    return dict(zip(labels, (100 * counts_N / len(rank_Q)).tolist(), strict=True))
+
+
+@drawing_style()
+def draw_ranks(path: Path, rank_Q: Mapping[str, Float[np.ndarray, " Q"]], num_items: int) -> None:
+    """Draws a histogram of the ranks of right answers among `num_items`, by direction."""
+    figure = Figure((9, 2.6), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(rank_Q)
+    for k, (color, (name, ranks)) in enumerate(zip(canvas.COLORS, rank_Q.items(), strict=False)):
+        shares = bin_ranks(ranks, num_items)
+        x_N = np.arange(len(shares)) + (k - (len(rank_Q) - 1) / 2) * width
+        bars = axes.bar(x_N, list(shares.values()), 0.92 * width, color=color, label=name)
+        texts = [f"{share:.1f}" if share else "" for share in shares.values()]
+        axes.bar_label(bars, texts, padding=2, color=color, fontsize=7.5)
+        axes.set_xticks(range(len(shares)), list(shares))
+    axes.set_xlabel("rank of the right answer")
+    axes.set_ylabel("queries, %")
+    axes.grid(axis="y")
+    axes.legend(fontsize=8.5)
+    figure.savefig(path)
+
+
 def smooth(values_N: np.ndarray, span: int) -> Float[np.ndarray, " N"]:
     """Returns the centred moving average over `span` values (fewer at the ends)."""
     window = np.ones(span)
