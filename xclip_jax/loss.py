@@ -192,7 +192,8 @@ def loss_of_features(
     sentence, words, word_weights, videos, frames, frame_weights = features
     text = TextFeatures(sentence, words, batch["text_mask"], word_weights)
     video = VideoFeatures(videos, frames, batch["frame_mask"], frame_weights)
-    sim_GxTxV = _similarities(model, params, text, video, options, dropout_key)
+    keyword = {"options": options, "dropout_key": dropout_key}
+    sim_GxTxV = _similarities(model, params, text, video, **keyword)
     video_B = batch["video"] if options.same_video == "ignore" else None
     if options.kind == "sigmoid":
         losses_G = [
@@ -214,6 +215,7 @@ def _similarities(
     params: Any,
     text: TextFeatures,
     video: VideoFeatures,
+    *,
     options: LossOptions,
     dropout_key: Array | None,
 ) -> Float[Array, "G T V"]:

@@ -197,18 +197,17 @@ def aggregate_matrix(
     over_words, over_frames, inner = split_aggregation(aggregation)
     words, frames = words_WxT[:, :, None, None], frames_FxV[None, None]
 
-    def reduce(
-        scores: Array, mask: Array, axis: int, operation: Any, name: str, weights: Any = None
-    ) -> Array:
+    def reduce(name: str, *arguments: Any, weights: Array | None = None) -> Array:
         options = {"matrix": (matrices or {}).get(f"frame_word_{name}"), "weights": weights}
-        return aggregate(scores, mask, axis, operation, tau=tau, **options)
+        return aggregate(*arguments, tau=tau, **options)
 
-    by_word_WxTxV = reduce(scores_WxTxFxV, frames, 2, inner, "frames")  # Eq. 9, 11
-    sim_TxV = reduce(by_word_WxTxV, words[:, :, 0], 0, over_words, "words_2", word_weights)
+    a, b = {"weights": word_weights}, {"weights": frame_weights}
+    by_word_WxTxV = reduce("frames", scores_WxTxFxV, frames, 2, inner)  # Eq. 9, 11
+    sim_TxV = reduce("words_2", by_word_WxTxV, words[:, :, 0], 0, over_words, **a)
     if aggregation == "maxsim":
         return sim_TxV
-    by_frame_TxFxV = reduce(scores_WxTxFxV, words, 0, inner, "words")  # Eq. 10, 12
-    other_TxV = reduce(by_frame_TxFxV, frames[0], 1, over_frames, "frames_2", frame_weights)
+    by_frame_TxFxV = reduce("words", scores_WxTxFxV, words, 0, inner)  # Eq. 10, 12
+    other_TxV = reduce("frames_2", by_frame_TxFxV, frames[0], 1, over_frames, **b)
     return (sim_TxV + other_TxV) / 2  # Eq. 13
 
 
@@ -237,11 +236,8 @@ def granular_similarity(
         frames_VxF: frames that take part in AOSM; default: the real frames.
         matrices: the PyTorch release's learned matrices.
 
-    Returns:
-        dict of name -> T x V float32; cosines, in [-1, 1], unless there are learned matrices.
-
-    Raises:
-        ValueError: `aggregation` is "weighted", and the features have no weights.
+    Returns dict of name -> T x V float32; cosines, in [-1, 1], unless there are learned matrices.
+    Raises ValueError if `aggregation` is "weighted", and the features have no weights.
     """
     words_WxT = jnp.asarray(aosm_words(text.mask) if words_TxW is None else words_TxW).T
     frames_FxV = jnp.asarray(video.mask if frames_VxF is None else frames_VxF).T
@@ -255,20 +251,19 @@ def granular_similarity(
     over_words, over_frames, _ = split_aggregation(aggregation)
     sim: dict[Granularity, Array] = {}
 
-    def reduce(name: Granularity, scores: Array, mask: Array, *rest: Any) -> None:
-        axis, operation, weights = rest
+    def reduce(name: Granularity, *arguments: Any, weights: Array | None) -> None:
         options = {"tau": tau, "matrix": matrices.get(name), "weights": weights}
-        sim[name] = aggregate(scores, mask, axis, operation, **options)
+        sim[name] = aggregate(*arguments, **options)
 
     if "video_sentence" in granularities:  # Eq. 3
         sentence_TxD = _transform(text.sentence, matrices.get("video_sentence"))
         sim["video_sentence"] = _dot("td,vd->tv", sentence_TxD, video.video)
     if "video_word" in granularities:  # Eq. 4, 7
         scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
-        reduce("video_word", scores_WxTxV, words, 0, over_words, a_WxTx1)
+        reduce("video_word", scores_WxTxV, words, 0, over_words, weights=a_WxTx1)
     if "frame_sentence" in granularities:  # Eq. 5, 8
         scores_TxFxV = _dot("td,vfd->tfv", text.sentence, video.frames)
-        reduce("frame_sentence", scores_TxFxV, frames, 1, over_frames, b_1xFxV)
+        reduce("frame_sentence", scores_TxFxV, frames, 1, over_frames, weights=b_1xFxV)
     if "frame_word" in granularities:  # Eq. 6, 9-13
         words_TxWxD = _transform(text.words, matrices.get("frame_word"))
         cells_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
