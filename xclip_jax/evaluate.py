@@ -28,7 +28,7 @@ from xclip_jax.similarity import TextFeatures, VideoFeatures
 from xclip_jax.workdir import plain_fields
 
 Tree = TypeVar("Tree")
-Cosines = Float[np.ndarray, "Q V"]
+BankCosines = tuple[Float[np.ndarray, "T V"], Float[np.ndarray, "B V"]]
 RANKS_FILE = "ranks.npz"
 
 
@@ -176,7 +176,7 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
     return counts
 
 
-def _compare_with_bank(e: Evaluation, dataset: Dataset, size: int) -> tuple[Cosines, Cosines]:
+def _compare_with_bank(e: Evaluation, dataset: Dataset, size: int) -> BankCosines:
     """Returns the similarities of the T texts and of B training captions with the V videos.
 
     The captions are `size` random ones, the same in every call, or all if there are fewer.
