@@ -153,7 +153,7 @@ def test_query_applies_filters(client, index, tmp_path):
     assert 0 <= answer["seconds"] < 1
     path = str(tmp_path / "dog.mp4")
     times = {"start": 10.0, "end": 20.0, "second": 12.5, "offset": 0.0}
-    hit = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4"}
+    hit = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4", "bias": 0.0}
     assert answer["hits"][0] == hit | times
 
 

@@ -31,7 +31,7 @@ from xclip_jax.trackers import open_trackers
 from xclip_jax.workdir import current_settings, default_settings, plain_fields
 
 Tree = TypeVar("Tree")
-Cosines = Float[np.ndarray, "Q V"]
+BankCosines = tuple[Float[np.ndarray, "T V"], Float[np.ndarray, "B V"]]
 RANKS_FILE = "ranks.npz"
 
 
@@ -219,7 +219,7 @@ def _evaluate_queries(e: Evaluation) -> dict[str, Any]:
     }
 
 
-def _compare_with_bank(e: Evaluation, dataset: Dataset, size: int) -> tuple[Cosines, Cosines]:
+def _compare_with_bank(e: Evaluation, dataset: Dataset, size: int) -> BankCosines:
     """Returns the similarities of the T texts and of B training captions with the V videos.
 
     The captions are `size` random ones, the same in every call, or all if there are fewer.
