@@ -22,6 +22,9 @@ REMAT = {
     "layers": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# Layers of a transformer that is compiled without a loop: half the time of the demo's gradients on
+# CPU. Deeper ones would take long to compile.
+MAX_UNROLLED = 4
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -95,6 +98,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.layers,
+            unroll=self.layers if self.layers <= MAX_UNROLLED else 1,
         )
         scanned = blocks(self.config, self.layers, self.heads, name="blocks")
         return scanned(jnp.asarray(x), mask)[0]
