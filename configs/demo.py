@@ -6,9 +6,9 @@ Needs no downloads: renders 4,280 clips of moving shapes to data/demo, trains a 
 4,000 of them, with six captions each, and evaluates it on 220 clips with combinations of objects
 and motions that are not in the training split: on one full caption of each clip, and on 220 short
 sentences that may fit several clips ("something red", "an object that rises").
-Hardware: any; it took 5 min 34 s on 2 CPU cores, rendering included.
-Expected accuracy on 2 CPU cores: R@1 94.1 text to video, 91.4 video to text; on another machine 88
-to 92 and 87 to 90 with three seeds.
+Hardware: any. Time and accuracy with these captions are not measured yet; with the former ones,
+which all name the size, 12 epochs took 5 min 34 s on 2 CPU cores and R@1 was 94.1 text to video,
+91.4 video to text.
 
 Variants for studies (docs/studies.md), with a narrower image tower:
 
