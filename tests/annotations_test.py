@@ -181,7 +181,7 @@ def test_msrvtt_variants_select_the_official_splits(annotations):
     assert read(folder, "7k").counts() == {"train": 11, "test": 6}
     assert read(folder, "full").counts() == {"train": 11, "val": 4, "test": 6}
     sentences = {clip.video: clip.captions for clip in read(folder, "full").clips}
-    assert len(sentences["video0"]) == 3  # each is a training pair
+    assert len(sentences["video0"]) == 6  # each is a training pair
 
 
 def test_listing_records_inconsistencies():

@@ -83,11 +83,13 @@ def test_first_and_second_stage_subtract_the_bias(banked, model):
     rows = snapshot.nearest_rows(vector_1xD, 7, None, subtract_bias=False)
     assert rows.tolist() == np.argsort(-scores)[:7].tolist()
     funnel = dataclasses.replace(banked._funnel, candidates=len(banked), rerank=4)
+    video = snapshot.features(np.arange(len(snapshot)))
+    video = video.replace(video=snapshot.vectors_NxD)  # in float16, as that stage has them
     parts = tiny.apply(
         funnel.model,
         funnel.params,
         banked._encode(["a red dog"]),
-        snapshot.features(np.arange(len(snapshot))),
+        video,
         method="granular_similarity",
     )
     words = np.asarray(parts["video_sentence"] + parts["video_word"])[0] / 2
