@@ -1,6 +1,7 @@
 """Tests of the switches of training: average of the weights, selection, resume, effect of each."""
 
 import functools
+import json
 import shutil
 
 import jax
@@ -43,6 +44,12 @@ def run_steps(config, count):
     return params, metrics
 
 
+def saved_fields(checkpoint):
+    """Returns the names of the fields that a checkpoint holds."""
+    tree = json.loads((checkpoint / "state" / "_METADATA").read_text())["tree_metadata"]
+    return {entry["key_metadata"][0]["key"] for entry in tree.values()}
+
+
 def test_average_of_the_weights_is_evaluated_and_exported(data, tmp_path):
     decay = 0.75
     config = tiny.make_config(data, epochs=2, ema=decay, select="last")
@@ -52,6 +59,7 @@ def test_average_of_the_weights_is_evaluated_and_exported(data, tmp_path):
         expected = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, expected, params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, params_of(tmp_path), expected)
+    assert saved_fields(tmp_path / "checkpoints" / "6") == {"step", "params", "opt_state", "ema"}
     far = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, others[-1])
     assert max(jax.tree.leaves(far)) > 1e-3
 
@@ -69,6 +77,9 @@ def test_average_of_the_weights_is_evaluated_and_exported(data, tmp_path):
 def test_resume_with_switches_matches_uninterrupted_run(data, tmp_path, fields):
     config = make_config(data, fields, epochs=2, checkpoint_every=2)
     train.train(config, tmp_path / "whole")
+    # Without an average, those of earlier versions, whose checkpoints can be restored.
+    fields_saved = saved_fields(tmp_path / "whole" / "checkpoints" / "6")
+    assert ("ema" in fields_saved) == ("train.ema" in fields)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "6")
     shutil.rmtree(tmp_path / "resumed" / "model")

@@ -46,6 +46,11 @@ class TrainState:
     opt_state: PyTree
     ema: PyTree = None  # moving average of the parameters, float32, or None
 
+    def to_dict(self) -> dict[str, PyTree]:
+        """Returns the fields to save: all except an average that there is none of."""
+        fields = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+        return fields if self.ema is None else fields | {"ema": self.ema}
+
     def evaluated_params(self) -> PyTree:
         """Returns the float32 parameters to evaluate and export, on every local device."""
         params = self.params if self.ema is None else self.ema
@@ -80,7 +85,8 @@ def _train(setup: "Setup", workdir: Path) -> None:
         print_once(sharding.summarize_split(state.params, mesh))
     manager = checkpoint.open_checkpoints(workdir / "checkpoints")
     if manager.latest_step() is not None:
-        step, state = checkpoint.restore_checkpoint(manager, state)
+        step, fields = checkpoint.restore_checkpoint(manager, state.to_dict())
+        state = TrainState(**fields)
         print_once(f"resuming from step {step} of {total}")
     else:
         if config.init.clip:
@@ -91,15 +97,15 @@ def _train(setup: "Setup", workdir: Path) -> None:
             copies = jax.tree.map(functools.partial(jnp.array, copy=True), params)
             state = setup.init(copies)
         if not total:
-            checkpoint.save_checkpoint(manager, 0, state)
+            checkpoint.save_checkpoint(manager, 0, state.to_dict())
     start = int(state.step)
     if start < total or not total:
         provenance.record_training(workdir, start, parameters=size, total_steps=total)
     state = _run_steps(setup, state, manager, workdir)
     if start < total:
         provenance.complete_record(workdir)
-    step, state = checkpoint.restore_checkpoint(manager, state, best=True)
-    params = state.evaluated_params()
+    step, fields = checkpoint.restore_checkpoint(manager, state.to_dict(), best=True)
+    params = TrainState(**fields).evaluated_params()
     manager.close()
     selected_on = setup.val_split if config.train.select != "last" else None
     extra = {"step": step, "selected_on": selected_on or "last step"}
@@ -135,7 +141,7 @@ def _run_steps(
                     by_way = retrieval_metrics(result.sim_TxV, result.text_video_T)
                     score = monitor.log_validation(step, setup.val_split, by_way)
                 score = None if config.train.select == "last" else score
-                checkpoint.save_checkpoint(manager, step, state, score)
+                checkpoint.save_checkpoint(manager, step, state.to_dict(), score)
             if stop:
                 checkpoint.wait_for_writes(manager)
                 print_once(f"preempted: saved step {step} of {total}; the same command resumes")
