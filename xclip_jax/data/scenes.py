@@ -14,7 +14,7 @@ from typing import Any
 COLOURS = {"red": (215, 35, 35), "yellow": (240, 210, 30), "green": (30, 150, 50)}
 COLOURS |= {"blue": (45, 70, 225)}
 SHAPES = ("circle", "triangle", "cross")
-RADII = {"small": 0.15, "medium": 0.21, "large": 0.27}  # of the side; sentences omit "medium"
+RADII = {"small": 0.2, "medium": 0.26, "large": 0.33}  # of the side; sentences omit "medium"
 AXES = (("right", "left"), ("up", "down"), ("grow", "shrink"), ("still",))
 ATTRIBUTES = ("colour", "shape", "size", "motion")  # of an event, which sentences may mention
 OPPOSITE = {motion: other for axis in AXES for motion, other in zip(axis, axis[::-1], strict=True)}
