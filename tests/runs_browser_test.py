@@ -14,7 +14,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Returns the page of four runs in Chromium; an error or a request fails the test."""
+    """Opens the page of four runs in Chromium, and fails at an error or a request of it."""
     folder = tmp_path_factory.mktemp("runs")
     recalls = {"a": 9.5, "b": 100.0, HOSTILE: 25.0, "unfinished": None}
     for seed, (name, recall) in enumerate(recalls.items()):

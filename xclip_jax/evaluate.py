@@ -183,9 +183,11 @@ def _count_ranks(e: Evaluation, dataset: Dataset) -> dict[str, dict[str, metrics
         "QB-Norm": (config.eval.qb_norm, metrics.qb_norm),
         "hubness bias": (config.eval.hubness_bias, metrics.subtract_hubness_bias),
     }
+    sizes = {size for size, _ in banks.values() if size}
+    compared = {size: _compare_with_bank(e, dataset, size) for size in sizes}
     for name, (size, normalize) in banks.items():
         if size:
-            similarities_TxV, bank_BxV = _compare_with_bank(e, dataset, size)
+            similarities_TxV, bank_BxV = compared[size]
             normalized_TxV = normalize(similarities_TxV, bank_BxV)
             # Video to text would need a bank of videos.
             ranks = {"text_to_video": metrics.rank_counts(normalized_TxV, text_video_T)}

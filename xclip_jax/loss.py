@@ -196,12 +196,10 @@ def loss_of_features(
     sim_GxTxV = _similarities(model, params, text, video, **keyword)
     video_B = batch["video"] if options.same_video == "ignore" else None
     if options.kind == "sigmoid":
-        losses_G = [
-            sigmoid_loss(sim_TxV, params["logit_bias"], video_B, options.scale)
-            for sim_TxV in sim_GxTxV
-        ]
+        bias = params["logit_bias"]
+        losses_G = [sigmoid_loss(sim, bias, video_B, options.scale) for sim in sim_GxTxV]
     else:
-        losses_G = [contrastive_loss(sim_TxV, video_B, options.scale) for sim_TxV in sim_GxTxV]
+        losses_G = [contrastive_loss(sim, video_B, options.scale) for sim in sim_GxTxV]
     loss = jnp.mean(jnp.stack(losses_G))
     if options.cdcr:
         masks = model.aosm_words(text.mask), model.aosm_frames(video.mask)

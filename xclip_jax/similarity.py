@@ -197,17 +197,16 @@ def aggregate_matrix(
     over_words, over_frames, inner = split_aggregation(aggregation)
     words, frames = words_WxT[:, :, None, None], frames_FxV[None, None]
 
-    def reduce(name: str, *arguments: Any, weights: Array | None = None) -> Array:
-        options = {"matrix": (matrices or {}).get(f"frame_word_{name}"), "weights": weights}
-        return aggregate(*arguments, tau=tau, **options)
+    def reduce(name: str, *arguments: Any, by: Array | None = None) -> Array:
+        matrix = (matrices or {}).get(f"frame_word_{name}")
+        return aggregate(*arguments, tau=tau, matrix=matrix, weights=by)
 
-    a, b = {"weights": word_weights}, {"weights": frame_weights}
     by_word_WxTxV = reduce("frames", scores_WxTxFxV, frames, 2, inner)  # Eq. 9, 11
-    sim_TxV = reduce("words_2", by_word_WxTxV, words[:, :, 0], 0, over_words, **a)
+    sim_TxV = reduce("words_2", by_word_WxTxV, words[:, :, 0], 0, over_words, by=word_weights)
     if aggregation == "maxsim":
         return sim_TxV
     by_frame_TxFxV = reduce("words", scores_WxTxFxV, words, 0, inner)  # Eq. 10, 12
-    other_TxV = reduce("frames_2", by_frame_TxFxV, frames[0], 1, over_frames, **b)
+    other_TxV = reduce("frames_2", by_frame_TxFxV, frames[0], 1, over_frames, by=frame_weights)
     return (sim_TxV + other_TxV) / 2  # Eq. 13
 
 

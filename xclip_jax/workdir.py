@@ -116,7 +116,7 @@ def default_settings() -> dict[str, Any]:
 
 
 def _is_free(field: str) -> bool:
-    """Returns whether a run may be resumed with another value of a field."""
+    """Returns True if a run may be resumed with another value of a field."""
     return f"{field}.".startswith(tuple(f"{free}." for free in FREE_FIELDS))
 
 

@@ -18,7 +18,7 @@ PARTS = {
         *("id", "path", "size", "mtime", "sample"),
         *("start", "end", "offset", "count", "times", "video", "bias"),
     ],
-    "frames_digest": ["frames"],
+    "frames_digest": ["frames", "weights"],
     "thumbnail_digest": ["thumbnail"],
 }
 _SAMPLE_BYTES = 2**16
@@ -39,7 +39,7 @@ def sample_file(path: PathLike) -> int:
 def compute_digests(rows: Rows, part: str) -> Int64[np.ndarray, " n"]:
     """Returns the checksum of a part (a key of PARTS) of n rows."""
     digests = [0] * len(rows)
-    for name in (name for name in PARTS[part] if name in rows.schema.names):  # not all have a bias
+    for name in (name for name in PARTS[part] if name in rows.schema.names):  # two are optional
         for row, value in enumerate(_to_bytes(rows[name])):
             digests[row] = zlib.crc32(value, digests[row])
     return np.array(digests, np.int64)

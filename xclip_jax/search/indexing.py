@@ -238,9 +238,7 @@ class _Writer:
         frames, mask = pad_rows((frames, mask), size)
         features = retriever.encode("encode_video", (frames, mask), size)
         dtype = np.dtype(about["precision"])
-        frames, biases = features.frames, None
-        if features.weights is not None:
-            frames = np.concatenate([frames, features.weights[..., None]], 2)
+        biases = None
         if self.bank is not None:
             bank_BxV = retriever.similarity(self.bank, features) / retriever.scale
             biases = hubness_bias(bank_BxV).astype(np.float32)
@@ -248,7 +246,9 @@ class _Writer:
             if biases is not None:
                 row["bias"] = biases[index]
             row["video"] = features.video[index].astype(dtype)
-            row["frames"] = frames[index].reshape(-1).astype(dtype)
+            row["frames"] = features.frames[index].reshape(-1).astype(dtype)
+            if features.weights is not None:
+                row["weights"] = features.weights[index].astype(dtype)
             self.encoded.append(row)
         self.summary.segments += len(self.batch)
         self.batch = []

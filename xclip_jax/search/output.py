@@ -134,7 +134,8 @@ def export_segments(index: Index, path: PathLike) -> None:
 
     Columns: id, path, size (bytes), mtime (ns), start, end, offset (seconds), count, times (F
     seconds), video (D) and frames (F x D numbers, in the .npz an N x F x D array); only the first
-    `count` times and frames are real. Parquet is written in blocks, an .npz is built in memory.
+    `count` times and frames are real. An index may have `bias` and `weights` (F) too, see `Index`
+    and VideoFeatures. Parquet is written in blocks, an .npz is built in memory.
     Raises InputError for another suffix or an empty index.
     """
     path = check_local("--output", path)

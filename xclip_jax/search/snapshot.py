@@ -173,13 +173,14 @@ class Snapshot:
 
     def features(self, rows: Rows) -> VideoFeatures:
         """Reads the VideoFeatures of the given rows, in the stored precision."""
-        table = self.read(rows, ["video", "frames"], "frames_digest")
-        dim, width = self.vectors_NxD.shape[1], table.schema.field("frames").type.list_size
-        video, frames = _to_matrix(table["video"], dim), _to_matrix(table["frames"], width)
+        is_weighted = "weights" in self._table.schema.names
+        names = ["video", "frames", *(["weights"] if is_weighted else [])]
+        table = self.read(rows, names, "frames_digest")
+        video = _to_matrix(table["video"], self.vectors_NxD.shape[1])
+        frames = _to_matrix(table["frames"], self._max_frames * video.shape[1])
+        weights = _to_matrix(table["weights"], self._max_frames) if is_weighted else None
         mask = np.arange(self._max_frames) < self._counts[rows, None]
-        frames = frames.reshape(*mask.shape, -1)
-        weights = frames[..., dim] if frames.shape[2] > dim else None
-        return VideoFeatures(video, frames[..., :dim], mask, weights)
+        return VideoFeatures(video, frames.reshape(*mask.shape, -1), mask, weights)
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields all columns except thumbnails and checksums as Arrow tables."""

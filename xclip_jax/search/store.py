@@ -187,9 +187,9 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
         ("count", pa.int32()),  # real frames; the rest of `times` and `frames` is 0
         ("times", pa.list_(pa.float64(), max_frames)),
         ("video", pa.list_(number, dim)),
-        # One list, because nested lists are slow: of each frame its vector and its weight's logit,
-        # if the model has one.
-        ("frames", pa.list_(number, max_frames * (dim + about.get("frame_weights", False)))),
+        ("frames", pa.list_(number, max_frames * dim)),  # one list: nested lists are slow
+        # Logits of the frames' weights, if the model has some.
+        *([("weights", pa.list_(number, max_frames))] if "frame_weights" in about else []),
         *([("bias", pa.float32())] if "bank" in about else []),  # see metrics.hubness_bias
         ("thumbnail", pa.binary()),
         *((part, pa.int64()) for part in PARTS),
