@@ -2,18 +2,15 @@
 
 import math
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from optimizers import flatten, make_options, params_of, random_tree, slices, true_names, unflatten
 
 from xclip_jax.cli import InputError
 from xclip_jax.config import OptimizerConfig, get_config, validate
-from xclip_jax.models.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
-from xclip_jax.models.xclip import XClip
 from xclip_jax.optimizer import (
     bert_schedule,
     decay_mask,
@@ -22,38 +19,7 @@ from xclip_jax.optimizer import (
     make_optimizer,
     non_bias_mask,
     store_params,
-    trainable_mask,
 )
-
-
-def params_of(temporal, layers=1):
-    """Returns the shapes of a small X-CLIP's parameters."""
-    config = ModelConfig(
-        vision=VisionConfig(image_size=4, patch_size=2, width=4, layers=layers, heads=1),
-        text=TextConfig(vocab_size=5, context_length=4, width=4, layers=layers, heads=1),
-        temporal=TemporalConfig(temporal, layers=1, heads=1),
-        embed_dim=4,
-    )
-    model = XClip(config.resolve())
-    ids, frames = np.ones((1, 4), np.int32), np.zeros((1, 2, 4, 4, 3), np.uint8)
-    masks = np.ones((1, 4), bool), np.ones((1, 2), bool)
-    inputs = ids, masks[0], frames, masks[1]
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-
-
-def flatten(tree):
-    return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def unflatten(flat):
-    """Returns the tree of float32 arrays."""
-    flat = {name: jnp.asarray(value, jnp.float32) for name, value in flat.items()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-def true_names(mask):
-    return {name for name, value in flatten(mask).items() if value}
-
 
 BLOCK = {f"encoder/blocks/{n}/kernel" for n in ("attention/qkv", "attention/out", "fc", "proj")}
 TOWERS = {
@@ -198,19 +164,6 @@ def test_bert_schedule_matches_hand_calculation(total, warmup, expected):
     assert jitted == pytest.approx(found, abs=1e-6)
 
 
-# A tree with every special case, and its PyTorch names, one per layer.
-SHAPES = {
-    "clip/logit_scale": (),
-    "clip/visual/class_token": (3,),
-    "clip/visual/encoder/blocks/attention/qkv/kernel": (2, 4, 3, 2, 2),
-    "clip/visual/encoder/blocks/attention/qkv/bias": (2, 3, 2, 2),
-    "clip/visual/encoder/blocks/ln_1/norm/scale": (2, 3),
-    "temporal_encoder/encoder/blocks/fc/kernel": (3, 3, 2),
-    "temporal_encoder/encoder/blocks/fc/bias": (3, 2),
-    "temporal_encoder/positions": (4, 3),
-    "temporal_encoder/input/bias": (5,),
-    "temporal_encoder/hidden_bias": (5,),
-}
 TORCH_NAMES = {
     "clip/logit_scale": "clip.logit_scale",
     "clip/visual/class_token": "clip.visual.class_embedding",
@@ -223,11 +176,6 @@ TORCH_NAMES = {
     "temporal_encoder/input/bias": "lstm_visual.bias_ih_l0",
     "temporal_encoder/hidden_bias": "lstm_visual.bias_hh_l0",
 }
-
-
-def random_tree(seed, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return unflatten({name: scale * rng.normal(size=shape) for name, shape in SHAPES.items()})
 
 
 def to_torch(tree):
@@ -366,106 +314,3 @@ def test_lower_layers_learn_slower_with_layer_decay(name):
     assert set(expected.values()) == {1.0, 0.5, 0.25, 0.125, 0.0625}
     for part, factor in expected.items():
         np.testing.assert_allclose(moved[1][part], factor * moved[0][part], rtol=1e-5, err_msg=part)
-
-
-def frozen_names(layers):
-    """Returns the names that the release freezes."""
-    embeddings = {"textual/tokens/embedding", "textual/positions", "visual/positions"}
-    embeddings |= {"visual/class_token", "visual/patch/kernel"}
-    embeddings |= {f"visual/ln_pre/norm/{name}" for name in ("scale", "bias")}
-    blocks = {
-        f"{tower}/encoder/blocks/{name}/{layer}"
-        for tower in ("visual", "textual")
-        for layer in range(layers)
-        for name in (
-            *(f"{part}/{end}" for part in ("fc", "proj") for end in ("kernel", "bias")),
-            *(f"attention/{part}/{end}" for part in ("qkv", "out") for end in ("kernel", "bias")),
-            *(f"{part}/norm/{end}" for part in ("ln_1", "ln_2") for end in ("scale", "bias")),
-        )
-    }
-    return {f"clip/{name}" for name in embeddings | blocks}
-
-
-def slices(tree):
-    """Returns a flat dict in which stacked arrays are split by layer."""
-    flat = {}
-    for name, value in flatten(tree).items():
-        if "/blocks/" in name:
-            flat |= {f"{name}/{layer}": part for layer, part in enumerate(value)}
-        else:
-            flat[name] = value
-    return flat
-
-
-@pytest.mark.parametrize("layers", [0, 1, 2, 3, 9])
-def test_frozen_parameters_are_those_of_the_release(layers):
-    params = params_of("transformer", layers=3)
-    masks = trainable_mask(params, layers)
-    whole = jax.tree.map(lambda mask, x: np.broadcast_to(mask, x.shape), masks, params)
-    frozen = {name for name, mask in slices(whole).items() if not mask.any()}
-    assert frozen == frozen_names(min(layers, 3))
-    assert all(mask.all() for name, mask in slices(whole).items() if name not in frozen)
-
-
-def update(params, gradients, name, freeze_layers=-1, steps=3):
-    """Returns the updated parameters and the optimizer's state."""
-    config = OptimizerConfig(name=name, **OPTIONS, freeze_layers=freeze_layers)
-    optimizer = make_optimizer(config, 8)[1]
-    state = jax.jit(optimizer.init)(params)
-    step = jax.jit(optimizer.update)
-    for _ in range(steps):
-        updates, state = step(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-OPTIMIZERS = ("adamw", "bert_adam")
-
-
-def make_options(lr, encoder_ratio, weight_decay, warmup, clip_norm):
-    rates = {"lr": lr, "encoder_lr": lr * encoder_ratio, "weight_decay": weight_decay}
-    return {**rates, "warmup": warmup, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "clip_norm": clip_norm}
-
-
-OPTIONS = make_options(1e-2, 0.5, 0.2, 0.25, 1.0)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("layers", [-1, 0, 1, 2])
-def test_frozen_parameters_do_not_change(name, layers):
-    before = random_tree(0)
-    after, _ = update(before, random_tree(1), name, layers)
-    before, after = slices(before), slices(after)
-    same = {n for n in before if np.asarray(before[n]).tobytes() == np.asarray(after[n]).tobytes()}
-    assert same == (set() if layers < 0 else frozen_names(layers) & set(before))
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_frozen_gradients_have_no_influence(name):
-    """Sets them to large values and NaN, which do not count even in the global norm."""
-    params, masks = random_tree(0), trainable_mask(random_tree(0), 1)
-
-    def with_frozen(value):
-        return jax.tree.map(lambda x, mask: jnp.where(mask, x, value), random_tree(1, 1e-2), masks)
-
-    expected = update(params, with_frozen(0), name, 1)
-    for value in (1e3, np.nan):
-        found = update(params, with_frozen(value), name, 1)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
-    # With gradients of 0 there, the other parameters are updated as without freezing.
-    unfrozen, _ = update(params, with_frozen(0), name)
-    found, unfrozen = slices(expected[0]), slices(unfrozen)
-    for part in found.keys() - frozen_names(1):
-        np.testing.assert_allclose(found[part], unfrozen[part], rtol=1e-6, err_msg=part)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("layers", [-1, 0])
-def test_state_can_be_saved_and_restored(name, layers, tmp_path):
-    _, state = update(random_tree(0), random_tree(1), name, layers, steps=2)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)

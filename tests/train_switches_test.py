@@ -8,20 +8,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from trainings import assert_same, data, params_of
 
 from xclip_jax import sharding, train
 from xclip_jax.checkpoint import load_model
 
+__all__ = ["data"]  # the fixture
 WAYS = ("text_to_video", "video_to_text")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def params_of(workdir):
-    return load_model(workdir / "model")[2]
 
 
 def make_config(data, fields, **train_fields):
@@ -85,7 +78,7 @@ def test_resume_with_switches_matches_uninterrupted_run(data, tmp_path, fields):
     shutil.rmtree(tmp_path / "resumed" / "model")
     train.train(config, tmp_path / "resumed")
     expected, found = (params_of(tmp_path / name) for name in ("whole", "resumed"))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize(("by", "selected"), [("text_to_video", 3), ("mean", 2)])

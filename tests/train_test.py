@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from trainings import assert_same, data, params_of
 
 import xclip_jax
 from xclip_jax import distributed, evaluate, sharding, train
@@ -19,20 +20,8 @@ from xclip_jax.metrics import summarize
 from xclip_jax.monitor import read_metrics
 from xclip_jax.workdir import lock_workdir
 
+__all__ = ["data"]  # the fixture
 WAYS = ("text_to_video", "video_to_text")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def params_of(workdir):
-    return load_model(workdir / "model")[2]
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.fixture(scope="module")
