@@ -17,6 +17,7 @@ import xclip_jax
 from xclip_jax.cli import InputError
 from xclip_jax.data.video import read_frames, read_still
 from xclip_jax.search import Index
+from xclip_jax.search.output import export_segments
 
 __all__ = ["index", "made", "model", "no_processes", "videos"]  # the fixtures
 
@@ -339,5 +340,9 @@ def test_models_with_trained_aggregation_rank_as_the_full_model(videos, tmp_path
         assert [found[str(file)] for file in files] == pytest.approx(scores.tolist(), abs=1e-3)
     assert len(index.similar(files[0])) == len(files)
     if "aggregation" in fields:
+        export_segments(index, tmp_path / "out.npz")
+        with np.load(tmp_path / "out.npz") as arrays:
+            assert arrays["frames"].shape == (len(files), *video.frames.shape[1:])
+            assert arrays["weights"].shape == video.weights.shape
         equal = retriever.similarity(text, video.replace(weights=np.zeros_like(video.weights)))[0]
         assert np.abs(equal - scores).max() > 1e-2

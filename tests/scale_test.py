@@ -29,12 +29,15 @@ CASES = [
 ALL_ON = CASES[-1]
 _BERT_ADAM = {"optimizer.name": "bert_adam", "model.param_dtype": "float16"}
 SWITCHES = [
-    {"model.aggregation": "weighted", "loss.cdcr": 100.0},
-    {"model.aggregation": "maxsim", "optimizer.layer_decay": 0.7, "train.ema": 0.9},
-    {"model.tau_learned": True, "loss.each_granularity": True},
-    {"loss.kind": "sigmoid"},
-    {"model.head": "tight_transformer"},  # with dropout
-    {"model.preset": "official", **_BERT_ADAM},
+    # Fields, memory options on 8 devices, steps compared.
+    ({"model.aggregation": "weighted", "loss.cdcr": 100.0}, BLOCKS, STEPS),
+    ({"model.aggregation": "maxsim", "optimizer.layer_decay": 0.7, "train.ema": 0.9}, BLOCKS, STEPS),
+    ({"model.tau_learned": True, "loss.each_granularity": True}, BLOCKS, STEPS),
+    ({"loss.kind": "sigmoid"}, BLOCKS, STEPS),
+    # Blocks would change which random numbers of the dropout a pair gets.
+    ({"model.head": "tight_transformer"}, {}, STEPS),
+    # Later, rounding to float16 amplifies differences of 1e-7 to 1e-2. float32's losses are 0.2 away.
+    ({"model.preset": "official", **_BERT_ADAM}, BLOCKS, 4),
 ]
 
 
@@ -84,16 +87,12 @@ def test_losses_do_not_depend_on_devices_and_processes(data, single, devices, pr
 
 
 @pytest.mark.slow
-def test_losses_with_each_switch_do_not_depend_on_devices(data):
-    micro = MICRO | {"mesh.fsdp": 2}
-    (single,) = losses(data, SWITCHES, devices=1)
-    (split,) = losses(data, [switch | micro | BLOCKS for switch in SWITCHES[:-2]], devices=8)
-    # Blocks change which random numbers a pair gets, and float16 amplifies differences.
-    (whole,) = losses(data, [switch | micro for switch in SWITCHES[-2:]], devices=8)
-    tolerances = [1e-5] * 5 + [2e-2]
-    for curve, one, switch, far in zip(split + whole, single, SWITCHES, tolerances, strict=True):
-        assert curve == pytest.approx(one, abs=far), switch
-        assert len(set(curve)) == STEPS, switch
+@pytest.mark.parametrize(("switch", "memory", "steps"), SWITCHES)
+def test_losses_with_each_switch_do_not_depend_on_devices(data, switch, memory, steps):
+    ((single,),) = losses(data, [switch], devices=1)
+    ((split,),) = losses(data, [switch | memory | MICRO | {"mesh.fsdp": 2}], devices=8)
+    assert split[:steps] == pytest.approx(single[:steps], abs=1e-5)
+    assert len(set(split)) == STEPS
 
 
 PMAP = """
