@@ -38,10 +38,10 @@ def get_config(variant: str = "") -> Any:
 
     model = c.model
     model.embed_dim = 64
-    model.max_words = 24
+    model.max_words = 16
     model.max_frames = 6
-    model.vision.update(image_size=32, patch_size=16, width=128, layers=2, heads=4)
-    model.text.update(vocab_size=0, context_length=24, width=64, layers=3, heads=4)
+    model.vision.update(image_size=32, patch_size=16, width=64, layers=2, heads=2)
+    model.text.update(vocab_size=0, context_length=16, width=64, layers=3, heads=4)
     model.temporal.update(layers=2, heads=4)
 
     c.train.update(batch_size=64, epochs=9)
@@ -49,7 +49,6 @@ def get_config(variant: str = "") -> Any:
     c.optimizer.update(lr=1.5e-3, encoder_lr=1.5e-3, weight_decay=0.1)
     if variant:
         c.name = f"demo_{variant}"
-        model.vision.update(width=64, heads=2)
         c.train.update(select="last", eval_every=1_000_000)
     if variant == "clip":
         model.head = "mean_pooling"

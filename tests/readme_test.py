@@ -14,10 +14,10 @@ from xclip_jax.data.scenes import Event, Sentence, fits
 TEST_CLIPS = 220
 # {sentence about the demo's clips in README.md, the docs or their pictures: its meaning}
 SENTENCES = {
-    "a red ball moves to the left": [Event("red", "circle", "", "left")],
+    "a blue ball moves to the left": [Event("blue", "circle", "", "left")],
     "a green cross gets bigger": [Event("green", "cross", "", "grow")],
-    "a small blue cross follows a large yellow ball": [
-        Event("yellow", "circle", "large", ""),
+    "a small blue cross follows a large yellow triangle": [
+        Event("yellow", "triangle", "large", ""),
         Event("blue", "cross", "small", ""),
     ],
 }

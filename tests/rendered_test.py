@@ -238,5 +238,5 @@ def test_data_of_another_recipe_is_refused_even_if_it_is_prepared(tmp_path):
     settings.write_text(json.dumps({"seed": 0, "recipe": rendered.RECIPE}))
     prepare.render_if_missing(run)
     settings.write_text(json.dumps({"seed": 0, "recipe": 2}))
-    with pytest.raises(InputError, match=r"recipe 2, not 4\): delete .*data or set another config"):
+    with pytest.raises(InputError, match=r"recipe 2, not 5\): delete .*data or set another config"):
         prepare.render_if_missing(run)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 COLOURS = {"red": (215, 35, 35), "yellow": (240, 210, 30), "green": (30, 150, 50)}
-COLOURS |= {"blue": (45, 70, 225)}
+COLOURS |= {"blue": (45, 70, 225), "purple": (150, 50, 170)}
 SHAPES = ("circle", "triangle", "cross")
 RADII = {"small": 0.2, "medium": 0.26, "large": 0.33}  # of the side; sentences omit "medium"
 AXES = (("right", "left"), ("up", "down"), ("grow", "shrink"), ("still",))
