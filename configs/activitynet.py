@@ -7,12 +7,13 @@
     python -m xclip_jax.main --config=configs/activitynet.py
 
 Variants: --config=configs/activitynet.py:vit_b16,official,val_2 (backbone vit_b32 or vit_b16,
-preset paper or official, split val_1 or val_2; for val_2 prepare with --split=val_2 into
+preset paper, official or best, split val_1 or val_2; for val_2 prepare with --split=val_2 into
 data/activitynet_val_2).
 Downloads (links and layout: docs/data.md): captions.zip of ActivityNet Captions, videos on
 request from activity-net.org; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
 Settings: 64 words, 64 frames. paper: batch 64, 20 epochs. official (the release's scripts): batch
-112 (B/16: 32), 20 epochs.
+112 (B/16: 32), 20 epochs. best: as paper, but for the fields of xclip_jax.config.BEST
+(docs/studies.md).
 Hardware: the release's scripts use 8 GPUs. Time and accuracy of this code are not measured yet.
 Protocol: paragraph to video on val_1. There is no other split to select on: the weights of the last
 step are evaluated (--config.train.select=test selects on val_1, as the release does).

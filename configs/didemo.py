@@ -6,13 +6,14 @@
         --vocab=bpe_simple_vocab_16e6.txt.gz
     python -m xclip_jax.main --config=configs/didemo.py
 
-Variants: --config=configs/didemo.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper
-or official).
+Variants: --config=configs/didemo.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper,
+official or best).
 Downloads (links and layout: docs/data.md): *_data.json and videos from LocalizingMoments,
 *_list.txt from collaborative-experts; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary. The
 release reads seconds 0 to 31 of a video, hence --max_seconds.
 Settings: 64 words, 64 frames. paper: batch 64, 20 epochs. official (the release's scripts): the
-same, with B/16 batch 16.
+same, with B/16 batch 16. best: as paper, but for the fields of xclip_jax.config.BEST
+(docs/studies.md).
 Hardware: the release's scripts use 4 GPUs. Time and accuracy of this code are not measured yet.
 Protocol: paragraph to video; weights are selected on the 1,065 validation videos.
 

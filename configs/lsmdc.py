@@ -6,12 +6,12 @@
         --vocab=bpe_simple_vocab_16e6.txt.gz
     python -m xclip_jax.main --config=configs/lsmdc.py
 
-Variants: --config=configs/lsmdc.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper or
-official).
+Variants: --config=configs/lsmdc.py:vit_b16,official (backbone vit_b32 or vit_b16, preset paper,
+official or best).
 Downloads (links and layout: docs/data.md): the three LSMDC16 lists and the clips, on request;
 OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
 Settings: paper: batch 300, 3 epochs. official (the release's scripts): batch 300 (B/16: 80), 5
-epochs.
+epochs. best: as paper, but for the fields of xclip_jax.config.BEST (docs/studies.md).
 Hardware: the release's scripts use 4 GPUs. Time and accuracy of this code are not measured yet.
 Protocol: tested on the 1,000 clips of the challenge list; weights are selected on the 7,408 clips
 of the validation list.

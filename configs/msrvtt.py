@@ -7,12 +7,12 @@
     python -m xclip_jax.main --config=configs/msrvtt.py
 
 Variants: --config=configs/msrvtt.py:vit_b16,official,7k (backbone vit_b32 or vit_b16, preset
-paper or official, split 9k, 7k or full; for 7k or full prepare with --split into data/msrvtt_7k or
-data/msrvtt_full).
+paper, official or best, split 9k, 7k or full; for 7k or full prepare with --split into
+data/msrvtt_7k or data/msrvtt_full).
 Downloads (links and layout: docs/data.md): CLIP4Clip's msrvtt_data.zip, captions and splits;
 Frozen in Time's MSRVTT.zip, videos; OpenAI's ViT-B-32.pt or ViT-B-16.pt and its vocabulary.
 Settings: paper: batch 300, 3 epochs. official (the release's scripts): batch 300 (B/16: 80), 5
-epochs.
+epochs. best: as paper, but for the fields of xclip_jax.config.BEST (docs/studies.md).
 Hardware: the release's scripts use 4 GPUs. Time and accuracy of this code are not measured yet.
 Protocol: each training caption is a pair of its own. There is no validation split: the weights of
 the last step are evaluated (--config.train.select=test selects on the test split, as the release

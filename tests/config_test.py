@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 import xclip_jax.config
 from xclip_jax.cli import InputError
-from xclip_jax.config import FREE_FIELDS, get_config, validate
+from xclip_jax.config import BEST, FREE_FIELDS, get_config, validate
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.models import read_model_config
 from xclip_jax.paper import paper_results
@@ -248,20 +248,28 @@ def test_every_combination_of_arguments_is_valid(name):
     variants = DATASETS[name].variants
     paths = set()
     for words in itertools.product(
-        ("", "vit_b32", "vit_b16"), ("", "paper", "official"), ("", *variants)
+        ("", "vit_b32", "vit_b16"), ("", "paper", "official", "best"), ("", *variants)
     ):
         c = load(name).get_config(",".join(filter(None, words)))
         validate(c)
         backbone, preset, variant = words
         assert c.model.vision.patch_size == (16 if backbone == "vit_b16" else 32)
         assert c.init.clip == f"models/clip_b{c.model.vision.patch_size}"
-        assert c.model.preset == (preset or "paper")
+        assert c.model.preset == ("official" if preset == "official" else "paper")
         assert c.data.variant == (variant or (variants[0] if variants else ""))
         assert c.data.dataset == name
         changed = [w for w in words if w not in ("", "vit_b32", "paper", *variants[:1])]
         assert c.name == "_".join([name, *changed])
         paths.add(c.data.path)
     assert len(paths) == max(1, len(variants))
+
+
+def test_preset_best_is_paper_with_other_fields():
+    best, paper = load("msrvtt").get_config("best"), load("msrvtt").get_config()
+    paper.name = best.name
+    assert best != paper
+    paper.update_from_flattened_dict(BEST)
+    assert best == paper
 
 
 # Of the paper; of the release's scripts for B/32 and for B/16: (batch, epochs).
