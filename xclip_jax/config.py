@@ -231,7 +231,7 @@ BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size
 # The preset `best` of config files: fields changed from `paper`, as docs/studies.md supports.
 BEST: dict[str, Any] = {
     "model.granularities": ("video_sentence", "frame_word"),
-    "model.aggregation": "mean-max",
+    "model.tau": 0.1,
 }
 
 
