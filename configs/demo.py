@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> Any:
     model.text.update(vocab_size=0, context_length=16, width=64, layers=3, heads=4)
     model.temporal.update(layers=2, heads=4)
 
-    c.train.update(batch_size=64, epochs=6)
+    c.train.update(batch_size=64, epochs=3)
     c.loss.same_video = "ignore"
     c.optimizer.update(lr=1.5e-3, encoder_lr=1.5e-3, weight_decay=0.1)
     if not variant:

@@ -14,9 +14,6 @@ def get_study(config):
         columns=("recipe",),
         variants={
             "sigmoid loss": Variant({"loss.kind": "sigmoid"}),
-            "sigmoid loss, MaxSim": Variant(
-                {"loss.kind": "sigmoid", "model.aggregation": "maxsim"}
-            ),
             "average of the weights": Variant({"train.ema": 0.98}),
             "layer decay 0.7": Variant({"optimizer.layer_decay": 0.7}),
             "softmax loss": Variant(),
