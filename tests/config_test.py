@@ -128,6 +128,30 @@ def test_error_lists_the_choices():
             validate(config)
 
 
+SENTENCE = {"model.granularities": ("video_sentence",)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        ({"model.tau_learned": True, **SENTENCE}, "False where nothing is aggregated"),
+        ({"model.tau_learned": True, "model.head": "mean_pooling"}, "False where nothing is aggre"),
+        ({"model.aggregation": "weighted", **SENTENCE}, "attention where neither words nor"),
+        ({"model.aggregation": "maxsim", "model.fusion": "transformer"}, "attention where neither"),
+        ({"loss.each_granularity": True, **SENTENCE}, "False where there are not several"),
+        ({"loss.cdcr": 0.1, "model.head": "mean_pooling"}, "0 where words and frames are not"),
+        ({"eval.hubness_bias": 1}, "0, or from 100 to 5000"),
+    ],
+)
+def test_switch_without_effect_is_an_error(fields, allowed):
+    config = get_config()
+    for field, value in fields.items():
+        set_field(config, field, value)
+    message = f"config.{next(iter(fields))} = .*: must be {allowed}"
+    with pytest.raises(InputError, match=message):
+        validate(config)
+
+
 def test_heads_of_an_unused_temporal_transformer_are_not_checked():
     config = get_config()
     config.model.temporal.type = "lstm"

@@ -176,7 +176,7 @@ def test_heads_without_words_use_the_bias(videos, tmp_path, head):
     "bank", [[], ["a dog"], ["a dog"] * (MIN_CAPTIONS - 1) + [" "] * 9, ["a"] * (MAX_CAPTIONS + 1)]
 )
 def test_bank_of_too_few_or_too_many_captions_is_an_error(model, tmp_path, bank):
-    with pytest.raises(InputError, match=r"bank: [\d,]+ captions .* must have 100 to 5,000"):
+    with pytest.raises(InputError, match=r"bank: [\d,]+ captions .* must be 100 to 5,000"):
         Index.create(tmp_path / "index", model, bank=bank)
     with pytest.raises(InputError, match=r"bank: 'captions.txt': must be a list"):
         Index.create(tmp_path / "index", model, bank="captions.txt")

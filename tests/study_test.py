@@ -46,7 +46,7 @@ def test_configs_contain_all_studies(studies):
     assert set(studies) == {
         *("table1", "table6", "table7", "table8", "table9", "table14", "fig5"),
         *("padding", "frame_features", "matrices", "frames", "batch_size", "normalization"),
-        *("encoder_lr", "interactions", "recipes"),
+        *("encoder_lr", "interactions", "recipes", "best"),
     }
     assert len(studies["table6"].variants) == 15
     sets = {v.overrides["model.granularities"] for v in studies["table6"].variants.values()}

@@ -149,7 +149,7 @@ def test_lost_connection_is_one_warning_and_training_continues(tmp_path, stand_i
     assert [row["step"] for row in run.rows] == [1, 2]
     assert len(read_metrics(tmp_path)) == 4
     messages = [record.getMessage() for record in caplog.records]
-    problem = "Weights & Biases failed, and is off from here on: the server is gone"
+    problem = "Weights & Biases failed, nothing more is logged to it: the server is gone"
     assert messages == [problem]
 
 

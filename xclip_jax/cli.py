@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -182,7 +183,10 @@ def call_user_file(option: str, file: str, function: str, *inputs: Any) -> Any:
         raise InputError(f"{option}={path}: no such file")
     inputs = (*inputs, argument) if argument else inputs
     try:
-        return runpy.run_path(path)[function](*inputs)
+        called = runpy.run_path(path)[function]
+        if argument and len(inspect.signature(called).parameters) < len(inputs):
+            raise InputError(f"{option}={file}: the file takes nothing after the colon")
+        return called(*inputs)
     except InputError:
         raise
     except Exception as error:  # a user's code may raise any exception

@@ -33,6 +33,12 @@ from xclip_jax.models.config import (
 FREE_FIELDS = ("mode", "mesh", "log", "report", "eval", "data.path", "train.micro_batch")
 FREE_FIELDS += ("train.checkpoint_every", "loss.block_cells", "model.remat")
 NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
+
+
+def _is_bank_size(count: int) -> bool:
+    return count == 0 or 100 <= count <= 5000
+
+
 Fraction = Annotated[float, Rule(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 
 
@@ -62,9 +68,12 @@ class TrainConfig:
     # val: best on val_split, or the last without one; last; test: best on test_split, as in the
     # PyTorch release (marked in the results).
     select: Literal["val", "last", "test"] = "val"
-    # R@1 that selects them: the mean of both directions, or of text to video as in the release.
+    # R@1 by which weights are selected: the mean of both directions, or text to video alone, as in
+    # the release.
     select_by: Literal["mean", "text_to_video"] = "mean"
-    ema: Fraction = 0.0  # decay of the moving average of the weights that is evaluated; 0: without
+    # Decay of the moving average of the weights, which is evaluated and exported; 0: without. It
+    # starts at the initial weights: 1 / (1 - decay) should be far below the number of steps.
+    ema: Fraction = 0.0
     eval_every: Natural = 0  # steps between validations; 0: once per epoch
     checkpoint_every: Positive = 500  # steps between checkpoints besides those at validations
 
@@ -74,11 +83,12 @@ class LossConfig:
     """The contrastive loss."""
 
     kind: Literal["softmax", "sigmoid"] = "softmax"  # Eq. 15-17, or the loss of SigLIP
-    each_granularity: bool = False  # average the losses of the granularities, not their logits
+    each_granularity: bool = False  # deep supervision: the mean of one loss for each
     cdcr: NonNegativeFloat = 0.0  # weight of channel decorrelation (DRL: 0.11 to 0.16); 0: without
     same_video: Literal["negative", "ignore"] = "negative"  # two captions of a video in a batch
     block_cells: Natural = 0  # word-frame cells a device holds at once; 0: 2^26
-    scale: NonNegativeFloat = 0.0  # factor of Eq. 17; 0: by the preset, 1 (paper) or 0.5 (official)
+    # Factor of either loss (Eq. 17), without CDCR; 0: by the preset, 1 (paper) or 0.5 (official)
+    scale: NonNegativeFloat = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +107,13 @@ class OptimizerConfig:
     freeze_layers: Annotated[int, Rule(lambda x: x >= -1, "-1 or a number of layers")] = -1
     lr: PositiveFloat = 1e-4  # peak learning rate of new parameters
     encoder_lr: PositiveFloat = 1e-7  # peak learning rate of CLIP's towers and the logit scale
-    # Factor of that rate from each layer of the towers to the one below it.
+    # Layer l of a tower's L has this to the power of L + 1 - l as factor of that rate, embeddings
+    # as layer 0; the last norm, the projection and the logit scale have 1.
     layer_decay: Annotated[float, Rule(lambda x: 0 < x <= 1, "a number above 0, at most 1")] = 1.0
-    # The paper states Adam, a cosine and both rates. The rest is the release's.
+    # The paper states Adam, a cosine and both rates. The next six values are the release's.
     warmup: Fraction = 0.1  # fraction of the steps with rising rate, before a cosine to 0
-    weight_decay: NonNegativeFloat = 0.2  # decoupled (AdamW), matrices only; 0: plain Adam
+    # Decoupled; adamw: of matrices and embeddings, bert_adam: of all but biases; 0: plain Adam
+    weight_decay: NonNegativeFloat = 0.2
     b1: Fraction = 0.9  # Adam's decay of the mean of gradients
     b2: Fraction = 0.98  # Adam's decay of the mean of squared gradients
     eps: PositiveFloat = 1e-6  # Adam's epsilon
@@ -117,7 +129,8 @@ class EvalConfig:
     dual_softmax: bool = False  # also print the metrics with dual softmax
     qb_norm: Natural = 0  # training captions in the bank of QB-Norm; 0: without
     queries: str = ""  # file below data.path of sentences with several right videos; "": none
-    hubness_bias: Natural = 0  # training captions in the bank of the hubness bias; 0: without
+    # Training captions in the bank of the hubness bias, as many as search takes; 0: without
+    hubness_bias: Annotated[int, Rule(_is_bank_size, "0, or from 100 to 5000")] = 0
     block_cells: Natural = 0  # word-frame cells computed at once; 0: depends on the device
 
 
@@ -216,12 +229,14 @@ def _check_sizes(config: RunConfig) -> Checks:
     yield "log.profile_to", log.profile_to >= log.profile_from, at_least
     needed = "float32 unless optimizer.name = bert_adam"
     yield "model.param_dtype", bert_adam or m.param_dtype == "float32", needed
-    needed = "False where pairs are scored by a Transformer"
-    yield "loss.each_granularity", m.has_granularities or not config.loss.each_granularity, needed
-    needed = "False: loss.kind = sigmoid adds it"
-    yield "model.logit_bias", not m.logit_bias, needed
+    several = m.has_granularities and len(m.granularities) > 1
+    needed = "False where there are not several granularities"
+    yield "loss.each_granularity", several or not config.loss.each_granularity, needed
+    compares = m.has_granularities and "frame_word" in m.granularities
+    yield "loss.cdcr", compares or not config.loss.cdcr, "0 where words and frames are not compared"
+    yield "model.logit_bias", not m.logit_bias, "False (loss.kind = sigmoid sets it)"
     installed = not log.wandb or importlib.util.find_spec("wandb") is not None
-    needed = "'' where Weights & Biases is not installed (pip install wandb)"
+    needed = "'' where Weights & Biases is not installed (pip install -e '.[wandb]')"
     yield "log.wandb", installed, needed
     for field, is_valid, allowed in check_sizes(m):
         yield f"model.{field}", is_valid, allowed
@@ -229,10 +244,7 @@ def _check_sizes(config: RunConfig) -> Checks:
 
 BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size
 # The preset `best` of config files: fields changed from `paper`, as docs/studies.md supports.
-BEST: dict[str, Any] = {
-    "model.granularities": ("video_sentence", "frame_word"),
-    "model.tau": 0.1,
-}
+BEST: dict[str, Any] = {"model.granularities": ("video_sentence", "frame_word"), "model.tau": 0.1}
 
 
 def benchmark(

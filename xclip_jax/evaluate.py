@@ -200,11 +200,11 @@ def _evaluate_queries(e: Evaluation) -> dict[str, Any]:
     config = e.config
     if not config.eval.queries:
         return {}
-    path = Path(config.data.path) / config.eval.queries
-    if not path.is_file():
-        problem = f"config.eval.queries = {config.eval.queries!r}: no file {path}"
-        raise InputError(f"{problem}; set it to '' to evaluate without queries")
-    texts, relevant_QxV = read_queries(path, e.clip_names)
+    path = check_queries(config)
+    try:
+        texts, relevant_QxV = read_queries(path, e.clip_names)
+    except InputError as error:
+        raise InputError(f"{error}; or set config.eval.queries to ''") from None
     text = e.retriever.encode_text(texts, config.eval.batch_size)
     sim_QxV = e.retriever.similarity(text, e.video, block_cells=config.eval.block_cells)
 
@@ -219,6 +219,15 @@ def _evaluate_queries(e: Evaluation) -> dict[str, Any]:
         "text_to_video": summarize(sim_QxV),
         "chance": summarize(np.zeros_like(sim_QxV)),
     }
+
+
+def check_queries(config: RunConfig) -> Path:
+    """Returns the path of config.eval.queries, or raises InputError if it is set and no file."""
+    path = Path(config.data.path) / config.eval.queries
+    if config.eval.queries and not path.is_file():
+        problem = f"config.eval.queries = {config.eval.queries!r}: no file {path}"
+        raise InputError(f"{problem}; set it to '' to evaluate without queries")
+    return path
 
 
 def _compare_with_bank(e: Evaluation, dataset: Dataset, size: int) -> BankCosines:
@@ -261,6 +270,7 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
         )
 
     is_attending = c.has_granularities and "frame_word" in c.granularities
+    is_attending = is_attending and c.aggregation == "attention"
     count = min(e.config.report.attention_pairs, len(e.captions)) if is_attending else 0
     texts = np.linspace(0, len(e.captions) - 1, count).astype(int)
     index = write_report(

@@ -142,7 +142,7 @@ def hubness_bias(bank_BxG: Bank, beta: float = BETA) -> Float[np.ndarray, " G"]:
     It is the log-mean-exp, log(mean over the bank of exp(beta s)) / beta, of the item's
     similarities to B queries such as training captions: large for a hub, which is similar to many
     of them. A query's ranking by s - bias depends on no other query. QB-Norm ranks the queries near
-    a hub in this way. Assumes that the bank resembles the queries.
+    a hub in the same order. Assumes that the bank resembles the queries.
 
     Args:
         bank_BxG: similarities (cosines) of the B queries of the bank.

@@ -249,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = parser.parse_args(argv)
         folder = check_local("DIR", arguments.folder)
         output = check_local("--output", arguments.output or folder / "index.html")
+        if output.is_dir():
+            raise InputError(f"--output={output}: is a folder; name a file")
         print(f"{format_runs(write_runs_page(folder, output))}\n\nruns: {output}")
 
 

@@ -118,7 +118,7 @@ class WeightsAndBiases:
             yield
         except Exception as error:  # of the network, the account, the disk
             self._run = None
-            message = "Weights & Biases failed, and is off from here on: %s"
+            message = "Weights & Biases failed, nothing more is logged to it: %s"
             logging.getLogger(__name__).warning(message, first_line(error))
 
     def log_scalars(self, step: int, scalars: Scalars) -> None:

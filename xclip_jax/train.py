@@ -23,7 +23,7 @@ from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.distributed import print_once
-from xclip_jax.evaluate import check_image_size, evaluate_split
+from xclip_jax.evaluate import check_image_size, check_queries, evaluate_split
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.initialization import how_to_convert, start_from_clip
 from xclip_jax.loss import LOSS_SCALES, Batch, LossOptions, loss_and_grad
@@ -185,7 +185,9 @@ def compile_training(
         (loss, accuracy), gradients = loss_and_grad(model, float32, batch, options, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
-        ema = optax.incremental_update(params, state.ema, 1 - decay) if decay else None
+        # In float16, 1 - decay times a small weight would round to 0.
+        rounded = optax.tree.cast(params, jnp.float32)
+        ema = optax.incremental_update(rounded, state.ema, 1 - decay) if decay else None
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
@@ -236,6 +238,7 @@ class Setup:
         self.tokenizer = load_tokenizer(folder, config.model.max_words)
         self.model = XClip(configure_model(config, self.tokenizer.vocab_size))
         check_image_size(self.dataset, self.model.config)
+        check_queries(config)
         self.epoch_steps = steps_per_epoch(self.pairs, config.train.batch_size)
         self.total_steps = config.train.epochs * self.epoch_steps
         steps = max(1, self.total_steps)

@@ -1,9 +1,9 @@
 """Describes the demo's scenes, one or two coloured shapes, in sentences as people type them.
 
-A full sentence mentions all that distinguishes the scenes: size, colour, shape, and the motion of
-one object ("a small red ball moves to the left") or the order of two ("a big blue cross follows a
-small red circle"). A short one omits some of it ("something red", "an object that rises", "a ball,
-then a cross") and may fit many scenes.
+A full sentence mentions all that distinguishes the scenes: size (unless it is medium), colour,
+shape, and the motion of one object ("a small red ball moves to the left") or the order of two ("a
+big blue cross follows a small red circle"). A short one omits some of it ("something red", "an
+object that rises", "a ball, then a cross") and may fit many scenes.
 """
 
 import random

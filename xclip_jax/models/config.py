@@ -179,8 +179,11 @@ def check_sizes(m: ModelConfig) -> Checks:
         yield f"{name}.heads", width % tower.heads == 0, f"a divisor of the width {width}"
     attends = m.aggregation == "attention"
     yield "aggregation", attends or not m.matrices, "attention where model.matrices = True"
-    learns = not m.tau_learned or (attends and m.has_granularities)
+    aggregates = m.has_granularities and m.granularities != ("video_sentence",)
+    learns = not m.tau_learned or (attends and aggregates)
     yield "tau_learned", learns, "False where nothing is aggregated by attention"
+    is_used = aggregates or m.aggregation not in ("weighted", "maxsim")
+    yield "aggregation", is_used, "attention where neither words nor frames are aggregated"
     longest, context = m.text.context_length, "model.text.context_length"
     yield "max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
     # The tight head has a position for the sentence, too.

@@ -43,7 +43,7 @@ def run_index(args: argparse.Namespace) -> None:
         if bank and digest_bank(bank) != index.about.get("bank"):
             made = "with another bank" if "bank" in index.about else "without a bank"
             problem = f"--bank={args.bank}: {args.index} was made {made}"
-            raise InputError(f"{problem}; omit the option or create another index")
+            raise InputError(f"{problem}; omit --bank or create another index")
     elif args.model is None:
         raise InputError(f"--model is required: there is no index in {args.index} yet")
     else:
@@ -153,8 +153,8 @@ def _read_lines(path: str) -> list[str]:
 
 def _read_bank(path: str) -> list[str]:
     """Returns the captions of a text file with one a line."""
-    if not Path(path).exists():
-        raise InputError(f"--bank={path}: no such file")
+    if not path or not Path(path).is_file():
+        raise InputError(f"--bank={path}: must be a text file")
     return check_bank(read_text(Path(path)).splitlines(), f"--bank={path}")
 
 
@@ -194,7 +194,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--segment_seconds", type=int, help=f"seconds per segment (default {SEGMENT_SECONDS})")
     add("--shots", action="store_true", default=None, help="cut at shot changes as well")
     add("--precision", choices=PRECISIONS, help="of the stored features (default float32)")
-    text = "text file, one caption a line, to subtract a hubness bias; it should resemble queries"
+    text = "file of captions that resemble queries, one a line, to compute hubness biases from"
     add("--bank", metavar="FILE", help=text)
     add("--prune", action="store_true", help="remove files that no longer exist in VIDEOS")
 

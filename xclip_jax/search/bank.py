@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from xclip_jax.cli import InputError
 from xclip_jax.data.text import is_blank
 
-# Fewer captions say how similar a segment is to these rather than to queries: with 100 of them, R@1
-# of two demo models is 12 and 21 lower than with 1,000. The features of more of them take gigabytes
-# of memory while segments are indexed.
+# The bias from fewer captions depends on which ones they are: with 100, R@1 of two models of the
+# demo was 12 and 21 lower than with 1,000 (2026-11-26, recipe 3). The features of more captions
+# take gigabytes of memory while segments are indexed.
 MIN_CAPTIONS, MAX_CAPTIONS = 100, 5000
 
 
@@ -21,7 +21,7 @@ def check_bank(captions: Iterable[str], source: str = "bank") -> list[str]:
         raise InputError(f"{source}: {captions!r:.99}: must be a list of captions")
     lines = [" ".join(caption.split()) for caption in captions if not is_blank(caption)]
     if not MIN_CAPTIONS <= len(lines) <= MAX_CAPTIONS:
-        needed = f"must have {MIN_CAPTIONS:,} to {MAX_CAPTIONS:,}, one a line"
+        needed = f"must be {MIN_CAPTIONS:,} to {MAX_CAPTIONS:,}, one on each line"
         advice = f"; choose some at random: shuf -n {MAX_CAPTIONS}" * (len(lines) > MAX_CAPTIONS)
         raise InputError(f"{source}: {len(lines):,} captions that are not blank, {needed}{advice}")
     return [line.encode("utf-8", "replace").decode() for line in lines]  # lone surrogates

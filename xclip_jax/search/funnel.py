@@ -1,7 +1,7 @@
 """Searches in stages (a funnel), each with fewer segments and more granularities.
 
 1. sentence-video (Eq. 3) of every segment: one inner product each, float16 vectors in memory;
-2. + video-word (Eq. 4, 8) of the best `candidates`, which needs no frames;
+2. + video-word (Eq. 4, 7) of the best `candidates`, which needs no frames;
 3. the full model (Eq. 14) on the best `rerank`, whose frames are read from disk.
 
 In an index with a bank of captions, each stage ranks by its score minus the segment's hubness bias.
@@ -203,7 +203,7 @@ def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
 def frame_attention(model: XClip, text: TextFeatures, video: VideoFeatures) -> Float[Array, "V F"]:
     """Returns AOSM's weights of the frames of V videos for one text (T = 1), 0 where masked.
 
-    This is the mean of the weights in frame-sentence (Eq. 7) and frame-word (Eq. 9-13), or in the
+    This is the mean of the weights in frame-sentence (Eq. 8) and frame-word (Eq. 9-13), or in the
     one that the model has. A model with neither uses the softmax of cosines with the sentence.
     """
     config = model.config

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.seeds < 1:
             raise InputError(f"--seeds={arguments.seeds}: must be at least 1")
         validate(base)
-        prepare.render_if_missing(base)
+        if not (arguments.report_only or arguments.print_commands):
+            prepare.render_if_missing(base)
         studies = load_studies(arguments.study, base)
         output = check_local("--output", arguments.output or f"runs/studies/{base.name}")
         run = Run(
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.print_commands:
             for run in selected:
                 if run.load_ranks() is None:
+                    validate(run.config)
                     print(shlex.join(["python", "-m", "xclip_jax.main", *run.arguments]))
             return
         # The seeds of a variant share a program, compiled once.
