@@ -31,7 +31,7 @@ def get_study(config):
             "too long": Variant({"model.max_frames": 9}),
             "dual softmax": Variant({"eval.dual_softmax": True}),
             "QB-Norm": Variant({"eval.qb_norm": 5}),
-            "hubness bias": Variant({"eval.hubness_bias": 5}),
+            "hubness bias": Variant({"eval.hubness_bias": 100}),
             "plain": Variant(),
         },
     )

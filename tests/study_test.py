@@ -178,7 +178,7 @@ def test_pattern_without_a_match_is_an_error(base):
 def test_text_after_the_colon_is_passed_to_get_study(base):
     study = load_studies([f"{ROOT}/configs/studies/frames.py:1,3"], base)["frames"]
     assert list(study.variants) == ["1", "3"]
-    with pytest.raises(InputError, match=r"table8.*positional argument"):
+    with pytest.raises(InputError, match=r"table8.*takes nothing after the colon"):
         load_studies([f"{ROOT}/configs/studies/table8.py:1,3"], base)
 
 
