@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.print_commands:
             for run in selected:
                 if run.load_ranks() is None:
-                    validate(run.config)
                     print(shlex.join(["python", "-m", "xclip_jax.main", *run.arguments]))
             return
         # The seeds of a variant share a program, compiled once.
