@@ -57,6 +57,20 @@ def test_average_of_the_weights_is_evaluated_and_exported(data, tmp_path):
     assert max(jax.tree.leaves(far)) > 1e-3
 
 
+def test_average_of_float16_weights_is_summed_in_float32(data):
+    decay, fields = 0.999, {"optimizer.name": "bert_adam", "model.param_dtype": "float16"}
+    setup = train.Setup(make_config(data, fields, ema=decay))
+    state, batch = setup.init(), next(setup.batches(0))
+    before = jax.device_get(state.ema)
+    batch.pop("truncated")
+    state, _ = setup.step(state, sharding.shard_batch(batch, setup.mesh))
+    params, after = jax.device_get((state.params, state.ema))
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float16", "float32"}
+    for old, new, average in zip(*map(jax.tree.leaves, (before, params, after)), strict=True):
+        expected = decay * old.astype(np.float64) + (1 - decay) * new.astype(np.float64)
+        np.testing.assert_allclose(average, expected, rtol=3e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.benchmarks import DATASETS
+from xclip_jax.metrics import MAX_CAPTIONS, MIN_CAPTIONS
 from xclip_jax.models import ModelConfig, read_model_config
 from xclip_jax.models.config import (
     PRESETS,
@@ -33,12 +34,13 @@ from xclip_jax.models.config import (
 FREE_FIELDS = ("mode", "mesh", "log", "report", "eval", "data.path", "train.micro_batch")
 FREE_FIELDS += ("train.checkpoint_every", "loss.block_cells", "model.remat")
 NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
-
-
-def _is_bank_size(count: int) -> bool:
-    return count == 0 or 100 <= count <= 5000
-
-
+BankSize = Annotated[
+    int,
+    Rule(
+        lambda x: x == 0 or MIN_CAPTIONS <= x <= MAX_CAPTIONS,
+        f"0, or from {MIN_CAPTIONS} to {MAX_CAPTIONS}",
+    ),
+]
 Fraction = Annotated[float, Rule(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 
 
@@ -130,7 +132,7 @@ class EvalConfig:
     qb_norm: Natural = 0  # training captions in the bank of QB-Norm; 0: without
     queries: str = ""  # file below data.path of sentences with several right videos; "": none
     # Training captions in the bank of the hubness bias, as many as search takes; 0: without
-    hubness_bias: Annotated[int, Rule(_is_bank_size, "0, or from 100 to 5000")] = 0
+    hubness_bias: BankSize = 0
     block_cells: Natural = 0  # word-frame cells computed at once; 0: depends on the device
 
 

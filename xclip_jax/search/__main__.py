@@ -153,7 +153,7 @@ def _read_lines(path: str) -> list[str]:
 
 def _read_bank(path: str) -> list[str]:
     """Returns the captions of a text file with one a line."""
-    if not path or not Path(path).is_file():
+    if not Path(path).is_file():
         raise InputError(f"--bank={path}: must be a text file")
     return check_bank(read_text(Path(path)).splitlines(), f"--bank={path}")
 

@@ -5,11 +5,7 @@ from collections.abc import Iterable
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.text import is_blank
-
-# The bias from fewer captions depends on which ones they are: with 100, R@1 of two models of the
-# demo was 12 and 21 lower than with 1,000 (2026-11-26, recipe 3). The features of more captions
-# take gigabytes of memory while segments are indexed.
-MIN_CAPTIONS, MAX_CAPTIONS = 100, 5000
+from xclip_jax.metrics import MAX_CAPTIONS, MIN_CAPTIONS
 
 
 def check_bank(captions: Iterable[str], source: str = "bank") -> list[str]:
