@@ -81,3 +81,5 @@ def test_evaluation_counts_any_right_video(tmp_path, capsys):
     config.eval.queries = "nothing.jsonl"
     with pytest.raises(InputError, match=r"'nothing.jsonl': no file .*data/nothing\.jsonl"):
         evaluate.evaluate(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"no file .*data/nothing\.jsonl"):  # before training
+        train.Setup(config)

@@ -245,7 +245,7 @@ def _check_sizes(config: RunConfig) -> Checks:
 
 
 BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size
-# The preset `best` of config files: fields changed from `paper`, as docs/studies.md supports.
+# The preset `best` of config files: fields changed from `paper` (docs/studies.md).
 BEST: dict[str, Any] = {"model.granularities": ("video_sentence", "frame_word"), "model.tau": 0.1}
 
 

@@ -3,6 +3,8 @@
 python -m xclip_jax.study --study=configs/studies/best.py --config=configs/msrvtt.py
 """
 
+import operator
+
 from xclip_jax.cli import InputError
 from xclip_jax.config import BEST
 from xclip_jax.study import Study, Variant
@@ -10,11 +12,7 @@ from xclip_jax.study import Study, Variant
 
 def get_study(config):
     """Returns the study, or raises InputError if the config is not of preset `paper`."""
-    model = config.model
-    if (
-        BEST.items()
-        & {"model.granularities": tuple(model.granularities), "model.tau": model.tau}.items()
-    ):
+    if any(operator.attrgetter(field)(config) == value for field, value in BEST.items()):
         raise InputError("--config: must be of preset paper, such as configs/demo.py:study")
     variants = {}
     for epochs in (config.train.epochs, 2 * config.train.epochs):
