@@ -186,8 +186,8 @@ def compile_training(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
         # In float16, 1 - decay times a small weight would round to 0.
-        rounded = optax.tree.cast(params, jnp.float32)
-        ema = optax.incremental_update(rounded, state.ema, 1 - decay) if decay else None
+        new = optax.tree.cast(params, jnp.float32)
+        ema = optax.incremental_update(new, state.ema, 1 - decay) if decay else None
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
