@@ -6,9 +6,9 @@ Needs no downloads: renders 4,280 clips of moving shapes to data/demo, trains a 
 4,000 of them, with six captions each, and evaluates it on 220 clips with combinations of objects
 and motions that are not in the training split: on one full caption of each clip, and on 220 short
 sentences that may fit several clips ("something red", "an object that rises").
-Hardware: any. Takes about 6.5 minutes on 2 shared CPU cores (2026-11-26), of which 95 s to render
-and prepare the clips. R@1: 97.7 text to video, 97.7 video to text; 98.6 % of the short sentences
-find a clip that fits.
+Hardware: any. Takes 2 min 24 s on 2 CPU cores with a matrix product of 327 GFLOP/s (2026-11-27),
+about 6.5 minutes on slower ones. R@1: 97.3 text to video, 96.4 video to text; 99.1 % of the short
+sentences find a clip that fits. On another CPU: 97.7, 97.7, 98.6 %.
 
 The similarity is that of the preset `best`, which learns the order of events sooner
 (docs/studies.md): AOSM of sentence-video and word-frame with a temperature of 0.1. Variants:

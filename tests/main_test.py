@@ -92,6 +92,16 @@ def test_repeated_run_and_eval_give_the_same_results_unless_model_json_changes(r
     assert "does not fit model.json" in run_main("--config.mode=eval")
 
 
+def test_evaluation_names_the_settings_that_it_takes_from_the_run(run_main, capsys):
+    assert run_main() is None
+    capsys.readouterr()
+    assert run_main("--config.mode=eval", "--config.eval.batch_size=3") is None
+    assert "without effect" not in capsys.readouterr().out
+    assert run_main("--config.mode=eval", "--config.model.tau=0.5") is None
+    expected = "note: without effect in an evaluation: model.tau=0.5 (trained with 0.01)\n"
+    assert expected in capsys.readouterr().out
+
+
 def run_module(module, *arguments):
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -12,6 +12,7 @@ Cloud TPU, GKE and SLURM are detected, elsewhere use --coordinator.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -26,6 +27,7 @@ from xclip_jax.cli import (
     run_command,
 )
 from xclip_jax.config import validate
+from xclip_jax.workdir import ignored_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if config.mode == "train":
                 train.train(config, workdir)
                 distributed.stop_when_preempted()
+            elif ignored := ignored_settings(Path(workdir), config):
+                names = ", ".join(ignored)
+                distributed.print_once(f"note: without effect in an evaluation: {names}")
             evaluate.evaluate(config, workdir)
             distributed.shutdown()
         except jax.errors.JaxRuntimeError:

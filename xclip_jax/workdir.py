@@ -104,6 +104,20 @@ def current_settings(workdir: Path, config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in LABELS}
 
 
+def ignored_settings(workdir: Path, config: RunConfig) -> list[str]:
+    """Returns the fields of `config` that an evaluation takes from the run, where they differ.
+
+    None if there is no config.json. Raises InputError if it is corrupted.
+    """
+    trained = current_settings(workdir, config)
+    fields = {k: v for k, v in _flatten(config).items() if not k.startswith("data.")}
+    return [
+        f"{field}={value!r} (trained with {trained[field]!r})"
+        for field, value in fields.items()
+        if trained.get(field, value) != value
+    ]
+
+
 def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that differ from the defaults, without LABELS."""
     defaults = default_settings().items()
