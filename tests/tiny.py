@@ -83,7 +83,9 @@ def make_params(model, seed=0):
             return np.full(leaf.shape, float(name == "scale"))
         if group == "aggregation_matrices":
             return np.eye(*leaf.shape)
-        return rng.normal(0, leaf.shape[-2:][0] ** -0.5, leaf.shape)
+        # E x 3 x N x K of a layer: a larger scale would saturate attention, and amplify rounding.
+        fan_in = leaf.shape[-4] if "qkv" in str(path) and name == "kernel" else leaf.shape[-2:][0]
+        return rng.normal(0, fan_in**-0.5, leaf.shape)
 
     def on_device(path, leaf):
         return jnp.asarray(draw(path, leaf), jnp.float32)
