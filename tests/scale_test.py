@@ -112,7 +112,7 @@ def local_loss(params, shard):
     gather = functools.partial(jax.lax.all_gather, axis_name="i", tiled=True)
     features = jax.tree.map(gather, encode_batch(model, params, shard))
     batch = {k: gather(v) for k, v in shard.items()}
-    return loss_of_features(model, params, features, batch, LossOptions("ignore"))[0]
+    return loss_of_features(model, params, features, batch, LossOptions(same_video="ignore"))[0]
 
 def step(params, shard):
     value, gradient = jax.value_and_grad(local_loss)(params, shard)

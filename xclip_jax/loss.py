@@ -32,7 +32,7 @@ Features = tuple[Array, Array, Array | None, Array, Array, Array | None]
 CDCR_SCALE = 1e-3  # of CDCR, as in DRL
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """Options of the loss and of its computation."""
 
