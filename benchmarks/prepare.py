@@ -48,7 +48,7 @@ def decode(path: Path) -> float:
 def prepare(path: Path) -> float:
     """Samples a video's frames and encodes them as JPEG, as xclip_jax.prepare does."""
     begin = time.process_time()
-    for frame in video.read_frames(path, IMAGE_SIZE).frames:
+    for frame in video.read_frames(path, preprocessing.FrameFormat(IMAGE_SIZE)).frames:
         preprocessing.encode_jpeg(frame)
     return time.process_time() - begin
 

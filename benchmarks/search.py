@@ -34,6 +34,7 @@ import search_vectors
 from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import progress
 from xclip_jax.config import get_config
+from xclip_jax.data.preprocess import frame_format
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
@@ -225,7 +226,9 @@ def measure_unavoidable(model: XClip, params: dict, files: list[str]) -> results
     side, max_frames = c.vision.image_size, c.max_frames
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
-            SegmentJob(file, Path(folder, str(number)), side, max_frames, SEGMENT_SECONDS)
+            SegmentJob(
+                file, Path(folder, str(number)), frame_format(c), max_frames, SEGMENT_SECONDS
+            )
             for number, file in enumerate(files)
         ]
         decoding, _ = results.measure_seconds(

@@ -1,6 +1,8 @@
 """Tests that data sets are read as written, without TensorFlow, and appear atomically."""
 
 import functools
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from xclip_jax.data.builder import (
     dataset_folder,
     write_dataset,
 )
+from xclip_jax.data.preprocess import FrameFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = {"train": [["a dog", "ein größer 犬 \x00"], ["b"], ["c", "d", "e"]], "test": [["f"]]}
@@ -35,14 +38,14 @@ def record(split, number, caption=None):
     }
 
 
-def write(path, captions=CAPTIONS, image_size=32, make=record, digests=True):
+def write(path, captions=CAPTIONS, image_size=32, make=record, digests=True, **settings):
     def clip(split, number):
         size, digest = SHARD_BYTES // 100, str(make(split, number)) if digests else ""
         count = len(captions[split][number])
         return PendingRecord(functools.partial(make, split, number), count, digest, size)
 
     pending = {s: [clip(s, n) for n in range(len(clips))] for s, clips in captions.items()}
-    write_dataset(path, pending, DatasetSettings(image_size=image_size))
+    write_dataset(path, pending, DatasetSettings(image_size=image_size, **settings))
     return Dataset(path)
 
 
@@ -100,6 +103,8 @@ def test_fingerprint_depends_on_content_only(tmp_path):
     a = record("train", 1)
     variants = {
         "image size": write(tmp_path / "a", image_size=16),
+        "resize": write(tmp_path / "h", resize="squash"),
+        "interpolation": write(tmp_path / "i", interpolation="bilinear"),
         "caption": write(tmp_path / "b", make=changed("captions", ["x"])),  # as long as "b"
         "frame": write(tmp_path / "c", make=changed("frames", [b"other6", a["frames"][0]])),
         "time": write(tmp_path / "d", make=changed("times", [0.25, 1.5])),
@@ -112,6 +117,28 @@ def test_fingerprint_depends_on_content_only(tmp_path):
     assert write(tmp_path / "again").fingerprint == fingerprints["none"]
     shutil.move(tmp_path / "g", tmp_path / "moved")
     assert Dataset(tmp_path / "moved").fingerprint == fingerprints["none"]
+
+
+def test_format_is_recorded_with_the_frames(tmp_path):
+    dataset = write(tmp_path, resize="squash", interpolation="bilinear")
+    assert dataset.format == FrameFormat(32, "squash", "bilinear")
+    metadata = json.loads((dataset_folder(tmp_path) / "metadata.json").read_text())
+    recorded = {name: metadata[name] for name in FrameFormat._fields}
+    assert recorded == {"image_size": 32, "resize": "squash", "interpolation": "bilinear"}
+
+
+def test_metadata_of_the_default_format_is_that_of_earlier_versions(tmp_path):
+    """Data sets of versions without `resize` and `interpolation` keep their fingerprint."""
+    dataset = write(tmp_path)
+    digests = [(s, str(record(s, n))) for s, clips in CAPTIONS.items() for n in range(len(clips))]
+    settings = {"dataset": "captions", "variant": "", "image_size": 32, "paragraphs": False}
+    assert json.loads((dataset_folder(tmp_path) / "metadata.json").read_text()) == settings | {
+        "max_seconds": None,
+        "expected": {"train": 3, "test": 1},
+        "captions_per_clip": {"train": [2, 1, 3], "test": [1]},
+        "content": hashlib.sha256(repr((32, *digests)).encode()).hexdigest(),
+    }
+    assert dataset.format == FrameFormat(32, "crop", "bicubic")
 
 
 def test_interrupted_data_set_does_not_exist(tmp_path):

@@ -5,8 +5,9 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
-from xclip_jax.convert import exporting, importing, mapping
-from xclip_jax.convert.importing import Options, Source
+from xclip_jax.convert import exporting, layouts
+from xclip_jax.convert.architecture import infer
+from xclip_jax.convert.reading import Options, Source
 
 VIT_B32 = {"patch": 32, "side": 224, "width": 768, "layers": 12, "dim": 512, "text_width": 512}
 QUICK = Options(activation="quick_gelu")
@@ -108,12 +109,11 @@ def write_hugging_face(folder, tensors, shards=1, **config):
     """Writes a Hugging Face folder of a plain CLIP's tensors, returns `folder`."""
     folder.mkdir()
     named = {f"clip.{name}": array for name, array in tensors.items()}
-    a = importing.infer(
-        Source("", False, named, Options(activation="gelu", vision_heads=4, text_heads=2))
-    )
+    options = Options(activation="gelu", vision_heads=4, text_heads=2)
+    a = infer(Source("", False, named, options))
     description = exporting.clip_config(a, 58, 59) | config
     (folder / "config.json").write_text(json.dumps(description))
-    weights = mapping.to_hugging_face(named)
+    weights = layouts.to_hugging_face(named)
     if shards == 1:
         save_file(weights, folder / "model.safetensors")
         return folder

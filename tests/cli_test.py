@@ -15,7 +15,7 @@ from xclip_jax.cli import (
 from xclip_jax.data.annotations import read_text
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.container import VideoError
-from xclip_jax.data.preprocess import read_image
+from xclip_jax.data.preprocess import FrameFormat, read_image
 from xclip_jax.data.video import read_frames, read_still
 
 
@@ -65,7 +65,7 @@ def test_fifo_is_no_json_file(tmp_path):
 @pytest.mark.parametrize("read", [read_text, read_frames, read_still, read_image])
 def test_fifo_is_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "a.mp4")
-    more = {read_frames: [16], read_still: [1.0]}.get(read, [])
+    more = {read_frames: [FrameFormat(16)], read_still: [1.0]}.get(read, [])
     with pytest.raises((InputError, VideoError, ValueError), match="is not a regular file"):
         read(tmp_path / "a.mp4", *more)
     with pytest.raises((InputError, VideoError, ValueError), match="is a folder"):

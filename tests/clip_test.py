@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xclip_jax.models.clip import (
-    ACTIVATIONS,
-    CLIP,
-    REMAT,
-    SelfAttention,
-    Transformer,
-    normalize_frames,
+from xclip_jax.models.clip import CLIP, normalize_frames
+from xclip_jax.models.config import (
+    BlockConfig,
+    ModelConfig,
+    PreprocessConfig,
+    TextConfig,
+    VisionConfig,
 )
-from xclip_jax.models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from xclip_jax.models.transformer import ACTIVATIONS, REMAT, SelfAttention, Transformer
 
 # No size is a power of two: 3 x 3 patches of 5 pixels, heads of widths 8 and 9.
 EMBED_DIM = 10
@@ -136,7 +136,7 @@ def test_transformer_matches_loop_in_numpy(params):
             p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks["blocks"])
             row = plain_block(row, p, mask)
         expected.append(row)
-    model = Transformer(CONFIG, layers=3, heads=2)
+    model = Transformer(CONFIG.blocks("text"))
     variables = {"params": params["textual"]["encoder"]}
     found = jax.jit(model.apply)(variables, x.astype(np.float32), mask[None, None])
     np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
@@ -147,7 +147,7 @@ def test_remat_changes_neither_value_nor_gradient(params, remat):
     x = np.random.default_rng(2).normal(size=(1, 4, 18)).astype(np.float32)
 
     def gradients(remat):
-        model = Transformer(dataclasses.replace(CONFIG, remat=remat), layers=3, heads=2)
+        model = Transformer(CONFIG.blocks("text"), remat=remat)
         loss = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))
         # Only a program with recomputation contains a remat primitive.
         program = str(jax.make_jaxpr(loss)(params["textual"]["encoder"]))
@@ -270,7 +270,7 @@ def test_attention_matches_explicit_softmax():
     x, mask = rng.normal(size=(3, 5, 18)), rng.random((3, 1, 5, 5)) < 0.5
     mask[0, 0, 2] = False
     mask[1] = False
-    model = SelfAttention(heads=2, dtype="float32", output_scale=1.0)
+    model = SelfAttention(BlockConfig(heads=2), dtype="float32")
     single = x.astype(np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), single, mask)["params"]
     params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)

@@ -44,7 +44,7 @@ MISTAKES = {
     "optimizer.warmup": (1.0, -0.5),
     "mesh.data": (0, -2, True),
     "model.embed_dim": WHOLE,
-    "model.max_frames": (*WHOLE, 78),
+    "model.max_frames": WHOLE,
     "model.max_words": (2, 78, -1, None),
     "model.vision.image_size": WHOLE,
     "model.vision.patch_size": (*WHOLE, 30, 448),
@@ -119,7 +119,7 @@ def test_error_lists_the_choices():
         ("model.aggregation", "max", "attention, max-max, mean-mean, mean-max, max-mean"),
         ("model.temporal.type", "gru", "none, transformer, lstm"),
         ("model.vision.patch_size", 30, "a divisor of 224"),
-        ("model.max_frames", 78, "at most model.text.context_length = 77"),
+        ("model.max_words", 78, "from 3 to model.text.context_length = 77"),
         ("model.temporal.heads", 7, "a divisor of the width 512"),
     ):
         config = get_config()

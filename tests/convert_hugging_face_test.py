@@ -39,7 +39,9 @@ def test_hugging_face_folder_is_converted(tmp_path, shards):
 def test_invalid_hugging_face_folders_are_refused(tmp_path):
     tensors = checkpoints.clip()
     for number, (config, message) in enumerate([
-        ({"model_type": "siglip"}, "model_type is 'siglip', must be 'clip'"),
+        ({"model_type": "blip"}, "model_type is 'blip', must be 'clip' or 'siglip'"),
+        ({"model_type": "siglip"}, "layer_norm_eps is 1e-05 .*; must be 1e-06 in both"),
+        ({"model_type": "siglip2"}, r"'siglip2' is SigLIP 2 with images of any shape \(NaFlex\)"),
         ({"vision_config": {"hidden_act": "relu"}}, "hidden_act is 'relu'"),
     ]):  # fmt: skip
         folder = write_hugging_face(tmp_path / str(number), tensors, **config)

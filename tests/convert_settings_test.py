@@ -1,6 +1,7 @@
 """Tests of what checkpoints do not store: activation, heads, image normalisation, prefixes."""
 
 import json
+import operator
 
 import checkpoints
 import numpy as np
@@ -10,7 +11,8 @@ from safetensors.numpy import save_file
 
 import xclip_jax
 from xclip_jax.cli import InputError
-from xclip_jax.convert.importing import Options, convert, import_model
+from xclip_jax.convert.importing import convert, import_model
+from xclip_jax.convert.reading import Options
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.models.config import PreprocessConfig
 
@@ -99,7 +101,8 @@ def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
     [
         ({"preprocess_cfg": {"mean": [1, 2]}}, r"mean is \[1, 2\]: must be three numbers"),
         ({"preprocess_cfg": {"std": [0, 1, 1]}}, r"std is .*: must be three numbers above 0"),
-        ({"preprocess_cfg": {"resize_mode": "squash"}}, r".*resize_mode is 'squash', supported"),
+        ({"preprocess_cfg": {"resize_mode": "longest"}}, r".*resize_mode is 'longest', supported"),
+        ({"preprocess_cfg": {"interpolation": "nearest"}}, r".*interpolation is 'nearest', suppo"),
         ({"preprocess_cfg": 3}, r"preprocess_cfg must be an object"),
         ({"model": {"vision_cfg": {"width": "x"}}}, r"vision_cfg.width is 'x', must be a whole"),
         (
@@ -108,8 +111,12 @@ def test_flag_that_contradicts_a_file_is_an_error(tmp_path):
         ),
         ({"model": {"quick_gelu": "true"}}, r"quick_gelu is 'true', must be true or false"),
         ({"model": {"vision_cfg": {"width": 64, "head_width": 48}}}, r"vision_cfg.width 64 is not"),
-        ({"model": {"text_cfg": {"no_causal_mask": True}}}, r"text_cfg.no_causal_mask is True"),
-        ({"model": {"text_cfg": {"pool_type": "last"}}}, r"text_cfg.pool_type is .last., s"),
+        ({"model": {"text_cfg": {"embed_cls": True}}}, r"text_cfg.embed_cls is True, supported"),
+        ({"model": {"text_cfg": {"pool_type": "eos"}}}, r"text_cfg.pool_type is .eos., s"),
+        ({"model": {"text_cfg": {"proj_type": "mlp"}}}, r"text_cfg.proj_type is .mlp., s"),
+        ({"model": {"text_cfg": {"norm_kwargs": {"eps": 0}}}}, r"text_cfg.norm_kwargs is .*eps"),
+        ({"model": {"text_cfg": {"norm_kwargs": {"bias": 1}}}}, r"text_cfg.norm_kwargs is .*eps"),
+        ({"model": {"text_cfg": {"act_kwargs": {"a": 1}}}}, r"text_cfg.act_kwargs is .'a': 1."),
         ({"model": {"vision_cfg": {"pool_type": "avg"}}}, r"vision_cfg.pool_type is .avg., s"),
         ({"model": {"vision_cfg": {"norm_kwargs": {"eps": 1e-6}}}}, r"vision_cfg.norm_kwargs is {"),
         ({"model": {"text_cfg": []}}, r"heads|embed"),
@@ -122,6 +129,34 @@ def test_malformed_open_clip_config_is_an_error(tmp_path, config, message):
         return
     with pytest.raises(InputError, match=rf"open_clip_config.json: {message}"):
         import_model(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"preprocess_cfg": {"resize_mode": "squash"}}, {"preprocess.resize": "squash"}),
+        ({"preprocess_cfg": {"resize_mode": "shortest"}}, {"preprocess.resize": "crop"}),
+        (
+            {"preprocess_cfg": {"interpolation": "bilinear"}},
+            {"preprocess.interpolation": "bilinear"},
+        ),
+        ({"model": {"text_cfg": {"no_causal_mask": True}}}, {"text.causal": False}),
+        ({"model": {"text_cfg": {}}}, {"text.causal": True, "text.pool": "argmax"}),
+        (
+            {"model": {"text_cfg": {"pool_type": "last"}}},
+            {"text.pool": "last", "max_words": 16, "text.causal": True},
+        ),
+        ({"model": {"text_cfg": {"norm_kwargs": {"eps": 1e-6}}}}, {"text.epsilon": 1e-6}),
+        (
+            {"model": {"text_cfg": {"act_kwargs": {"approximate": "tanh"}}}},
+            {"activation": "gelu_tanh", "vision.activation": "gelu"},
+        ),
+    ],
+)
+def test_settings_of_open_clip_become_fields(tmp_path, config, expected):
+    found = import_model(write_open_clip(tmp_path, **config)).config
+    actual = {field: operator.attrgetter(field)(found) for field in expected}
+    assert actual == expected
 
 
 def test_preprocessor_config_changes_the_features(tmp_path):
@@ -157,13 +192,18 @@ def test_model_that_does_not_normalise_takes_pixels_from_0_to_1(tmp_path):
     [
         ({"do_center_crop": False}, "do_center_crop is False, supported is true"),
         (
-            {"size": {"height": 16, "width": 16}},
+            {"size": {"height": 16, "width": 16}, "do_center_crop": True},
             "size is .*height.*, supported is the shortest edge",
         ),
+        (
+            {"size": {"height": 16, "width": 20}},
+            "size is .*height.*, supported is a square or the shortest edge",
+        ),
+        ({"size": {"longest_edge": 16}}, "size is .*longest_edge.*, supported is the shortest"),
         ({"size": 256, "crop_size": 224}, "crop_size is 224, supported is 256"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True, supported is false"),
         ({"image_mean": [122, 116, 104]}, "mean is .122, 116, 104.: must be three numbers, 0 to 1"),
-        ({"resample": 2}, "resample is 2, supported is 3, bicubic"),
+        ({"resample": 0}, "resample is 0, supported is 2, bilinear, or 3, bicubic"),
         ({"rescale_factor": 1}, "rescale_factor is 1, supported is 1/255"),
     ],
 )
@@ -172,6 +212,23 @@ def test_other_preprocessing_is_refused(tmp_path, config, message):
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=f"preprocessor_config.json: .*{message}"):
         import_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "resize", "interpolation"),
+    [
+        ({}, "crop", "bicubic"),
+        ({"size": {"height": 16, "width": 16}}, "squash", "bicubic"),
+        ({"size": {"height": 16, "width": 16}, "resample": 2}, "squash", "bilinear"),
+        ({"size": 16, "resample": 2}, "crop", "bilinear"),
+        ({"size": {"shortest_edge": 16}, "crop_size": 16, "resample": 3}, "crop", "bicubic"),
+    ],
+)
+def test_resize_and_interpolation_are_read(tmp_path, config, resize, interpolation):
+    folder = write_hugging_face(tmp_path / "a", checkpoints.clip())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | HALF))
+    expected = PreprocessConfig((0.5,) * 3, (0.25,) * 3, resize, interpolation)
+    assert import_model(folder).config.preprocess == expected
 
 
 def test_old_config_dicts_win_as_in_transformers(tmp_path):

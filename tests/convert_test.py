@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import checkpoints
@@ -19,13 +19,15 @@ import xclip_jax
 from xclip_jax.checkpoint import init_params
 from xclip_jax.cli import InputError
 from xclip_jax.convert import __main__ as command
-from xclip_jax.convert import importing, mapping
+from xclip_jax.convert import layouts, mapping
+from xclip_jax.convert.architecture import infer
 from xclip_jax.convert.exporting import export
-from xclip_jax.convert.importing import Options, Source, convert
+from xclip_jax.convert.importing import convert
+from xclip_jax.convert.reading import Options, Source
 from xclip_jax.convert.torch_archive import read_archive, write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.models import XClip
-from xclip_jax.models.config import HEADS
+from xclip_jax.models.config import HEADS, TextConfig, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +45,7 @@ def test_round_trip_is_bit_identical(tmp_path, head):
     assert (retriever.config["head"], retriever.config["preset"]) == (head, "official")
     export(tmp_path / "model", tmp_path / "out")
     assert_same(read_archive(tmp_path / "out" / "pytorch_model.bin").tensors, tensors)
-    towers = mapping.from_hugging_face(load_file(tmp_path / "out" / "clip" / "model.safetensors"))
+    towers = layouts.from_hugging_face(load_file(tmp_path / "out" / "clip" / "model.safetensors"))
     assert_same(towers, {name: x for name, x in tensors.items() if name.startswith("clip.")})
 
 
@@ -51,14 +53,10 @@ def test_sizes_are_inferred_from_shapes(tmp_path):
     convert(write(tmp_path / "a.bin", checkpoints.release("xclip")), tmp_path / "model")
     a = json.loads((tmp_path / "model" / "model.json").read_text())
     assert (a["max_words"], a["max_frames"], a["embed_dim"]) == (12, 6, 64)
-    assert a["vision"] == {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "heads": 1}
-    assert a["text"] == {
-        "vocab_size": 60,
-        "context_length": 16,
-        "width": 64,
-        "layers": 3,
-        "heads": 1,
-    }
+    sizes = {"width": 64, "heads": 1}
+    vision = VisionConfig(image_size=16, patch_size=8, layers=2, **sizes)
+    assert a["vision"] == asdict(vision)
+    assert a["text"] == asdict(TextConfig(vocab_size=60, context_length=16, layers=3, **sizes))
     assert a["temporal"] == {"type": "transformer", "layers": 2, "heads": 1, "residual": True}
 
 
@@ -85,7 +83,7 @@ def test_sizes_are_inferred_from_shapes(tmp_path):
 def test_openai_architectures_are_inferred(sizes, text_heads, heads, positions):
     shapes = {f"clip.{name}": s for name, s in checkpoints.clip_shapes(**sizes).items()}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    a = importing.infer(Source("CLIP", False, tensors, QUICK))
+    a = infer(Source("CLIP", False, tensors, QUICK))
     assert (a.text.heads, a.vision.heads, a.max_words) == (text_heads, heads, 77)
     assert a.vision.image_size == sizes["side"]
     assert shapes["clip.visual.positional_embedding"][0] == positions
@@ -188,7 +186,7 @@ def test_missing_misshapen_and_unknown_weights_are_named(tmp_path):
             change(good, strange__weight=np.zeros(3, np.float32)),
             "unknown weights: strange.weight",
         ),
-        "sizes": (change(good, clip__visual__proj=None), "clip.visual.proj is missing"),
+        "sizes": (change(good, clip__visual__proj=None), "^visual.proj is missing: cannot infer"),
         "huge image": (
             change(good, clip__visual__positional_embedding=np.zeros((10**6 + 1, 1), np.float32)),
             "image size 8000: must be from 1 to 4096 px",

@@ -37,8 +37,9 @@ def model_config(**changes):
 
 def batch(texts=3, videos=2, seed=0):
     rng = np.random.default_rng(seed)
-    ids = rng.integers(1, 20, (texts, WORDS)).astype(np.int32)
+    ids = rng.integers(1, 19, (texts, WORDS)).astype(np.int32)
     words = np.arange(WORDS) < rng.integers(3, WORDS, (texts, 1))
+    ids[np.arange(texts), words.sum(1) - 1] = 19  # the end token, at the sentence's position
     frames = rng.normal(size=(videos, FRAMES, 4, 4, 3)).astype(np.float32)
     return ids * words, words, frames, np.arange(FRAMES) < rng.integers(1, FRAMES, (videos, 1))
 

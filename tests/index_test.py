@@ -1,5 +1,9 @@
 """Tests of creating, opening and searching an index of a few videos."""
 
+import copy
+import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -15,8 +20,10 @@ from PIL import Image
 
 import xclip_jax
 from xclip_jax.cli import InputError
+from xclip_jax.data.preprocess import FrameFormat
 from xclip_jax.data.video import read_frames, read_still
-from xclip_jax.search import Index
+from xclip_jax.search import Index, indexing
+from xclip_jax.search.index import _read_example
 from xclip_jax.search.output import export_segments
 
 __all__ = ["index", "made", "model", "no_processes", "videos"]  # the fixtures
@@ -25,7 +32,7 @@ __all__ = ["index", "made", "model", "no_processes", "videos"]  # the fixtures
 def test_stored_features_are_those_of_the_frames(index, videos, model):
     retriever = xclip_jax.load(model)
     assert (index.num_files, index.num_segments, len(index)) == (COUNT, 3 * COUNT, 3 * COUNT)
-    frames = read_frames(videos / "clip1.mp4", tiny.SIDE).frames
+    frames = read_frames(videos / "clip1.mp4", FrameFormat(tiny.SIDE)).frames
     expected = retriever.encode_video([np.stack(frames[a : a + 2]) for a in (0, 2, 4)])
     rows = [row for row in content(index).values() if row[0] == str(videos / "clip1.mp4")]
     rows.sort(key=lambda row: row[1])
@@ -40,7 +47,7 @@ def test_ranking_equals_that_of_the_full_model(index, videos, model, exhaustive)
     retriever = xclip_jax.load(model)
     segments = {}
     for path in videos.iterdir():
-        frames = read_frames(path, tiny.SIDE).frames
+        frames = read_frames(path, FrameFormat(tiny.SIDE)).frames
         for start in (0, 2, 4):
             segments[str(path), start] = np.stack(frames[start : start + 2])
     video = retriever.encode_video(list(segments.values()))
@@ -53,6 +60,56 @@ def test_ranking_equals_that_of_the_full_model(index, videos, model, exhaustive)
         assert [hit.rank for hit in answer] == list(range(1, 8))
         assert all(hit.start <= hit.second < hit.end for hit in answer)
         assert answer.searched == 3 * COUNT
+
+
+def test_fingerprint_of_a_model_is_that_of_earlier_versions(model):
+    """Compares with the model.json of a version that had fewer fields."""
+    retriever = xclip_jax.load(model)
+    former = copy.deepcopy(retriever.config)
+    sizes = {"width", "layers", "heads"}
+    former["vision"] = {k: former["vision"][k] for k in sizes | {"image_size", "patch_size"}}
+    former["text"] = {k: former["text"][k] for k in sizes | {"vocab_size", "context_length"}}
+    del former["towers"], former["max_scale"]
+    digest = hashlib.blake2b(digest_size=8)
+    ignored = ("step", "selected_on", "remat", "param_dtype")
+    hashed = {name: value for name, value in former.items() if name not in ignored}
+    digest.update(json.dumps(hashed, sort_keys=True).encode())
+    for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(array).tobytes())
+    assert indexing.fingerprint(retriever) == digest.hexdigest()
+    assert indexing.fingerprint(dataclasses.replace(retriever, config=former)) == digest.hexdigest()
+
+
+@pytest.mark.parametrize("field", ["preprocess.resize", "vision.pool", "towers"])
+def test_fingerprint_depends_on_new_fields(model, field):
+    retriever = xclip_jax.load(model)
+    changed = copy.deepcopy(retriever.config)
+    *section, name = field.split(".")
+    (changed[section[0]] if section else changed)[name] = "other"
+    other = dataclasses.replace(retriever, config=changed)
+    assert indexing.fingerprint(other) != indexing.fingerprint(retriever)
+
+
+def test_frames_are_made_as_the_model_requires(videos, tmp_path):
+    preprocess = {"resize": "squash", "interpolation": "bilinear"}
+    model = tiny.make_model(tmp_path / "model", preprocess=preprocess)
+    index = Index.create(tmp_path / "index", model, segment_seconds=6)
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 3), np.uint8))
+    wide.save(tmp_path / "wide.png")
+    index.add([videos / "clip1.mp4"])
+    retriever = xclip_jax.load(model)
+    format = FrameFormat(tiny.SIDE, "squash", "bilinear")
+    frames = np.stack(read_frames(videos / "clip1.mp4", format).frames)
+    expected = retriever.encode_video([frames])
+    (row,) = content(index).values()
+    np.testing.assert_allclose(row[3], expected.video[0], atol=1e-6)
+    np.testing.assert_array_equal(
+        _read_example(videos / "clip1.mp4", retriever.model.config), frames[[0, 1, 3, 5]]
+    )
+    wide.resize((16, 16), Image.Resampling.BILINEAR).save(tmp_path / "square.png")
+    scores = [index.similar(tmp_path / name)[0].score for name in ("wide.png", "square.png")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def test_k_larger_than_the_index_returns_all_segments(index):
@@ -144,7 +201,7 @@ def test_later_queries_do_not_compile(index):
 
 def test_example_is_compared_with_videos_and_frames(index, videos, model, tmp_path):
     retriever = xclip_jax.load(model)
-    frames = read_frames(videos / "clip3.mp4", 64).frames
+    frames = read_frames(videos / "clip3.mp4", FrameFormat(64)).frames
     Image.fromarray(frames[4]).save(tmp_path / "still.png")
     for file, pixels in ((videos / "clip3.mp4", np.stack(frames)), ("still.png", frames[4][None])):
         vector = retriever.encode_video([pixels]).video[0]

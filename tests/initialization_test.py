@@ -16,8 +16,10 @@ from xclip_jax.convert.importing import convert
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
-from xclip_jax.initialization import interpolate_positions, start_from_clip
+from xclip_jax.initialization import start_from_clip
 from xclip_jax.models import XClip
+from xclip_jax.models.clip import resize_positions
+from xclip_jax.models.config import VisionConfig
 from xclip_jax.train import configure_model
 
 
@@ -101,8 +103,9 @@ def test_other_image_size_interpolates_positions(clip):
     assert "interpolated from 16 to 32 pixels" in rows["clip/visual"]
     grid = np.arange(4, dtype=np.float32).reshape(2, 2)
     flat = np.concatenate([[[9.0]], grid.reshape(4, 1)])
-    np.testing.assert_array_equal(interpolate_positions(flat, 2), flat)
-    larger = np.asarray(interpolate_positions(flat, 4))
+    vision = VisionConfig(image_size=16, patch_size=8)
+    np.testing.assert_array_equal(resize_positions(flat, vision, (2, 2)), flat)
+    larger = np.asarray(resize_positions(flat, vision, (4, 4)))
     assert larger[0, 0] == 9
     square = larger[1:].reshape(4, 4)
     np.testing.assert_allclose(square + square[::-1, ::-1], 3, atol=1e-5)  # symmetric as it was
@@ -114,7 +117,7 @@ def test_all_size_mismatches_are_named(clip):
     config = make_config(clip[0])
     config.model.vision.layers = 3
     config.model.activation = "gelu"
-    with pytest.raises(InputError, match=r"vision.layers = 3: must be 2; .*activation = 'gelu'"):
+    with pytest.raises(InputError, match=r"activation = 'gelu': .*vision.layers = 3: must be 2"):
         start(config)
     config.init.clip = "nowhere"
     with pytest.raises(InputError, match="no model in"):

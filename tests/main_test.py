@@ -54,6 +54,15 @@ def run_main(data, tmp_path, monkeypatch):
         ("--config.train.batch_size=7", r"batch_size = 7: must be a multiple of the 2 devices"),
         ("--config.mesh.data=3", r"mesh.data = 3, fsdp = 1: together they must be at most the 2"),
         ("--config.model.vision.image_size=32", r"image_size = 32: must be 16, the size of the"),
+        (
+            "--config.model.preprocess.resize=squash",
+            r"preprocess.resize = 'squash': the frames in .* were made with 'crop': prepare the "
+            r"data again with --image_size=16 --resize=squash --interpolation=bicubic$",
+        ),
+        (
+            "--config.model.preprocess.interpolation=bilinear",
+            r"interpolation = 'bilinear': the frames in .* were made with 'bicubic': prepare",
+        ),
         ("--config.model.text.vocab_size=100", r"vocab_size = 100: must be at least \d+"),
         ("--config.data.path=/nowhere", r"no prepared data set in /nowhere"),
         ("--config.data.train_split=dev", r"has no split 'dev', only train, val"),

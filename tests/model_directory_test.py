@@ -33,7 +33,7 @@ def one_model(tmp_path_factory):
         ("dtype", "float16", "dtype = 'float16': must be one of"),
         ("preprocess.std", [0, 0, 0], "preprocess.std = .*: must be three numbers above 0"),
         ("preprocess.mean", "abc", "preprocess.mean = .*: must be three numbers"),
-        ("preprocess.resize", "squash", "preprocess.resize = 'squash': must be 'crop'"),
+        ("preprocess.resize", "pad", "preprocess.resize = 'pad': must be one of crop, squash"),
     ],
 )
 def test_edited_model_json_is_validated(one_model, tmp_path, field, value, message, monkeypatch):

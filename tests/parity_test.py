@@ -86,7 +86,7 @@ def training_step(retriever, settings, param_dtype="float32"):
         float32 = optax.tree.cast(params, jnp.float32)
         loss, gradients = jax.value_and_grad(loss_of)(float32, batch)
         updates, state = optimizer(encoder_ratio).update(gradients, state, params)
-        params = train.clamp_logit_scale(optax.apply_updates(params, updates))
+        params = train.clamp_logit_scale(optax.apply_updates(params, updates), 100.0)
         return params, state, loss, gradients
 
     params = store_params(retriever.params, param_dtype)

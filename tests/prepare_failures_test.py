@@ -1,6 +1,7 @@
 """Tests of preparing from missing, corrupted and changed videos."""
 
 import concurrent.futures
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from xclip_jax.cli import InputError
 from xclip_jax.data import extraction
 from xclip_jax.data.annotations import Clip, Listing
 from xclip_jax.data.builder import Dataset
+from xclip_jax.data.preprocess import FrameFormat
 
 __all__ = ["in_thread"]  # the fixture
 
@@ -24,7 +26,9 @@ REAL_EXTRACT = extraction.extract
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
 def test_corrupted_cache_file_is_made_again(tmp_path, damage):
     make_video(tmp_path / "a.mp4")
-    job = extraction.make_job(Clip("a", ("x",), "train"), tmp_path / "a.mp4", 32, None, tmp_path)
+    job = extraction.make_job(
+        Clip("a", ("x",), "train"), tmp_path / "a.mp4", FrameFormat(32), None, tmp_path
+    )
     outcome = extraction.extract(job)
     record = extraction.make_record(job.clip, job.cache)
     data = bytearray(job.cache.read_bytes())
@@ -33,6 +37,17 @@ def test_corrupted_cache_file_is_made_again(tmp_path, damage):
     job.cache.write_bytes(after)
     assert extraction.extract(job) == outcome
     assert extraction.make_record(job.clip, job.cache)["frames"] == record["frames"]
+
+
+def test_cache_of_earlier_versions_is_used_for_the_default_format_only(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    status, names = path.stat(), {}
+    for format in (FrameFormat(32), FrameFormat(32, "squash"), FrameFormat(32, "crop", "bilinear")):
+        job = extraction.make_job(Clip("a", ("x",), "train", 1.0), path, format, 2.0, tmp_path)
+        names[format] = job.cache.stem
+    key = repr((str(path), status.st_size, status.st_mtime_ns, 1.0, 3.0, 32))
+    assert names[FrameFormat(32)] == hashlib.sha256(key.encode()).hexdigest()[:32]
+    assert len(set(names.values())) == 3
 
 
 @pytest.fixture
@@ -215,7 +230,7 @@ def test_pool_that_breaks_on_submit_loses_no_job(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "worker_pool", Pool)
     monkeypatch.setattr(workers.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(extraction, "extract", lambda job: extraction.Outcome(note=job.clip.video))
-    jobs = [extraction.ClipJob(Clip(f"job {n}", ("x",)), image_size=32) for n in range(9)]
+    jobs = [extraction.ClipJob(Clip(f"job {n}", ("x",)), FrameFormat(32)) for n in range(9)]
     outcomes = extraction.extract_all(jobs, tmp_path, None)
     assert [outcome.note for outcome in outcomes] == [job.clip.video for job in jobs]
 

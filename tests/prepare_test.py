@@ -7,12 +7,24 @@ import subprocess
 import time
 
 import pytest
-from preparing import ROOT, annotate, command, in_thread, levels, main, records, run, videos
+import tiny
+from preparing import (
+    ROOT,
+    annotate,
+    command,
+    in_thread,
+    levels,
+    main,
+    make_wide_video,
+    records,
+    run,
+    videos,
+)
 
 from xclip_jax import prepare
 from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset, dataset_folder
-from xclip_jax.data.preprocess import decode_jpeg
+from xclip_jax.data.preprocess import FrameFormat, decode_jpeg
 from xclip_jax.data.text import load_tokenizer
 
 __all__ = ["in_thread", "videos"]  # the fixtures
@@ -91,6 +103,77 @@ def test_other_image_size_is_an_error(videos, tmp_path, in_thread):
     prepare.prepare(annotations, videos, tmp_path / "out", image_size=32)
     with pytest.raises(InputError, match="prepared with other image_size; choose"):
         prepare.prepare(annotations, videos, tmp_path / "out", image_size=16)
+
+
+def test_other_format_of_frames_is_an_error(videos, tmp_path, in_thread, capsys):
+    annotations, output = annotate(tmp_path / "a.json", {"video": "d"}), tmp_path / "out"
+    prepare.prepare(annotations, videos, output, image_size=32)
+    with pytest.raises(InputError, match="prepared with other resize, interpolation; choose"):
+        prepare.prepare(
+            annotations, videos, output, image_size=32, resize="squash", interpolation="bilinear"
+        )
+    request = output / "request.json"  # earlier versions stored neither
+    fields = json.loads(request.read_text())
+    assert (fields.pop("resize"), fields.pop("interpolation")) == ("crop", "bicubic")
+    request.write_text(json.dumps(fields))
+    prepare.prepare(annotations, videos, output, image_size=32)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match="prepared with other resize; choose"):
+        prepare.prepare(annotations, videos, output, image_size=32, resize="squash")
+
+
+SQUASHED = ["--resize=squash", "--interpolation=bilinear"]
+
+
+@pytest.fixture(scope="module")
+def squashing_model(tmp_path_factory):
+    preprocess = {"resize": "squash", "interpolation": "bilinear"}
+    return tiny.make_model(tmp_path_factory.mktemp("model"), preprocess=preprocess)
+
+
+def test_frames_are_made_as_the_options_or_the_model_say(
+    squashing_model, tmp_path, in_thread, capsys
+):
+    wide = make_wide_video(tmp_path / "videos" / "wide.mp4")
+    annotations = annotate(tmp_path / "a.json", {"video": "wide"})
+    common = ["--dataset=captions", f"--videos={wide.parent}", f"--annotations={annotations}"]
+    ways = {
+        "default": ["--image_size=16"],
+        "options": ["--image_size=16", *SQUASHED],
+        "model": [f"--model={squashing_model}"],
+    }
+    for name, options in ways.items():
+        prepare.main([*common, f"--output={tmp_path / name}", *options])
+    assert f"frames of {squashing_model}: 16 px, squash, bilinear\n" in capsys.readouterr().out
+    formats = {name: Dataset(tmp_path / name).format for name in ways}
+    squash = FrameFormat(16, "squash", "bilinear")
+    assert formats == {"default": FrameFormat(16), "options": squash, "model": squash}
+    assert records(tmp_path / "model") == records(tmp_path / "options")
+    # The white borders are cut off by the crop, and a quarter of the squashed frame each.
+    columns = {}
+    for name in ("default", "model"):
+        frame = decode_jpeg(records(tmp_path / name)[0][2][0])
+        columns[name] = (frame.mean((0, 2)) > 128).tolist()
+    assert columns == {"default": [False] * 16, "model": [c < 4 or c >= 12 for c in range(16)]}
+
+
+def test_rendered_data_has_the_format_of_the_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.rendered, "render_dataset", lambda *_, **__: None)
+    calls = []
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **options: calls.append(options))
+    prepare.main(["--dataset=rendered", f"--output={tmp_path}", "--image_size=48", *SQUASHED])
+    assert calls == [{"image_size": 48, "resize": "squash", "interpolation": "bilinear"}]
+
+
+def test_model_excludes_the_options_that_it_sets(squashing_model, tmp_path, capsys):
+    common = ["--dataset=captions", f"--videos={tmp_path}", f"--output={tmp_path / 'out'}"]
+    common.append(f"--annotations={annotate(tmp_path / 'a.json', {'video': 'a'})}")
+    message = f"--model={squashing_model} sets the frames: it excludes --image_size, --resize"
+    both = ["--image_size=16", "--resize=crop"]
+    assert main(capsys, *common, f"--model={squashing_model}", *both) == (1, f"error: {message}\n")
+    missing = f"no model in {tmp_path}: model.json is missing"
+    assert main(capsys, *common, f"--model={tmp_path}") == (1, f"error: {missing}\n")
+    assert not (tmp_path / "out").exists()
 
 
 def start(*arguments):
@@ -249,5 +332,6 @@ def test_help_lists_the_flags(capsys):
         prepare.main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    for flag in ("dataset", "videos", "annotations", "output", "image_size", "max_failures"):
+    flags = ("dataset", "videos", "annotations", "output", "max_failures")
+    for flag in (*flags, "model", "image_size", "resize", "interpolation"):
         assert f"--{flag}" in out

@@ -23,12 +23,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_video(path, level=20, seconds=3.0):
+    numbers = range(int(2 * seconds))
+    return _write(path, [np.full((64, 64, 3), level + 4 * n, np.uint8) for n in numbers])
+
+
+def make_wide_video(path):
+    """Writes a black square with a white border left and right, of half its width."""
+    picture = np.full((64, 128, 3), 255, np.uint8)
+    picture[:, 32:96] = 0
+    return _write(path, [picture] * 2)
+
+
+def _write(path, pictures):
     path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, _ = pictures[0].shape
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=2, options={"crf": "4", "g": "2"})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for number in range(int(2 * seconds)):
-            picture = np.full((64, 64, 3), level + 4 * number, np.uint8)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 2)
             container.mux(stream.encode(frame))

@@ -12,6 +12,7 @@ import pytest
 from xclip_jax import config, prepare
 from xclip_jax.cli import InputError
 from xclip_jax.data import builder, rendered, scenes
+from xclip_jax.data.preprocess import FrameFormat
 
 COUNTS = {"train": 4000, "val": 60, "test": 220}
 
@@ -226,6 +227,17 @@ def test_failed_rendering_names_the_file(tmp_path):
         rendered.render_video(
             single("red", "circle", "small", "still"), tmp_path / "nowhere" / "a.mp4"
         )
+
+
+def test_rendered_data_has_the_format_of_the_model(tmp_path, monkeypatch):
+    run, calls = config.get_config(), []
+    run.data.update(path=str(tmp_path / "data"), rendered=6)
+    run.model.vision.image_size = 64
+    run.model.preprocess.update(resize="squash", interpolation="bilinear")
+    monkeypatch.setattr(prepare, "prepare_rendered", lambda *a, **k: calls.append((a, k)))
+    prepare.render_if_missing(run)
+    format = FrameFormat(64, "squash", "bilinear")
+    assert calls == [((tmp_path / "data", format), {"num_train": 6})]
 
 
 def test_data_of_another_recipe_is_refused_even_if_it_is_prepared(tmp_path):

@@ -1,5 +1,7 @@
 """Tests of the Python API with a small random model."""
 
+import dataclasses
+
 import av
 import jax
 import jaxtyping
@@ -11,7 +13,9 @@ import xclip_jax
 from xclip_jax import inference
 from xclip_jax.checkpoint import load_model, save_model
 from xclip_jax.cli import InputError
+from xclip_jax.data.preprocess import FrameFormat, preprocess
 from xclip_jax.data.video import read_frames
+from xclip_jax.models import XClip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_features_have_the_shapes_and_masks_of_the_model(retriever):
 
 
 def test_path_and_its_frames_give_equal_features(retriever, clip):
-    decoded = np.stack(read_frames(clip, tiny.SIDE).frames)
+    decoded = np.stack(read_frames(clip, FrameFormat(tiny.SIDE)).frames)
     assert len(decoded) == 7  # thinned out to the model's 4
     one, other = retriever.encode_video([clip]), retriever.encode_video([decoded])
     np.testing.assert_array_equal(one.video, other.video)
@@ -63,6 +67,21 @@ def test_path_and_its_frames_give_equal_features(retriever, clip):
 def test_frames_of_another_size_are_preprocessed(retriever):
     large = frames(2, side=40)
     assert retriever.encode_video([large]).mask.sum() == 2
+
+
+def test_frames_are_made_as_the_model_requires(retriever, clip):
+    squash = FrameFormat(tiny.SIDE, "squash", "bilinear")
+    fields = {"resize": squash.resize, "interpolation": squash.interpolation}
+    config = retriever.model.config
+    preprocess_config = dataclasses.replace(config.preprocess, **fields)
+    model = XClip(dataclasses.replace(config, preprocess=preprocess_config))
+    squashing = dataclasses.replace(retriever, model=model)
+    large = frames(2, side=40)[:, :20]
+    small = np.stack([preprocess(frame, squash) for frame in large])
+    for video, equal in ((large, small), (clip, np.stack(read_frames(clip, squash).frames))):
+        found, expected = squashing.encode_video([video]), retriever.encode_video([equal])
+        np.testing.assert_array_equal(found.video, expected.video)
+        assert not np.allclose(found.video, retriever.encode_video([video]).video, atol=1e-4)
 
 
 def test_any_number_of_videos_matches_and_compiles_few_programs(retriever):

@@ -9,11 +9,14 @@ from PIL import Image
 from video_files import at_rate, corners, grey, write
 
 from xclip_jax.data import video
+from xclip_jax.data.preprocess import FrameFormat
 from xclip_jax.search.segments import SegmentJob, _cut, load_frames, read_segments
 
+FORMAT = FrameFormat(32)
 
-def read(tmp_path, path, seconds=4, max_frames=100, shots=False):
-    job = SegmentJob(str(path), tmp_path / "frames", 32, max_frames, seconds, shots)
+
+def read(tmp_path, path, seconds=4, max_frames=100, shots=False, format=FORMAT):
+    job = SegmentJob(str(path), tmp_path / "frames", format, max_frames, seconds, shots)
     return job, read_segments(job)
 
 
@@ -43,13 +46,21 @@ def test_videos_are_split_into_segments_of_the_given_length(tmp_path, length, ex
 def test_frames_and_times_equal_those_of_the_video_reader(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(1, 12))
     job, (cut, *_) = read(tmp_path, path, max_frames=3)
-    every_second = video.read_frames(path, 32).frames
+    every_second = video.read_frames(path, FrameFormat(32)).frames
     loaded = list(load_frames(job, cut))
     assert [segment.times for segment in cut] == [[0, 1, 3], [4, 5, 7], [8, 9, 11]]
     for segment, frames in zip(cut, loaded, strict=True):
         np.testing.assert_array_equal(
             frames, [every_second[int(second)] for second in segment.times]
         )
+
+
+def test_frames_have_the_format_of_the_model(tmp_path):
+    path, format = write(tmp_path / "a.mp4", [Fraction(0)], [corners()]), FrameFormat(24, "squash")
+    job, (cut, *_) = read(tmp_path, path, format=format)
+    (frames,) = load_frames(job, cut)
+    np.testing.assert_array_equal(frames, video.read_frames(path, format).frames)
+    assert not np.array_equal(frames, video.read_frames(path, FrameFormat(24)).frames)
 
 
 def test_frame_shown_across_a_boundary_is_in_both_segments(tmp_path):
@@ -101,7 +112,9 @@ def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
             picture = video.Picture(Image.new("RGB", (8, 8)), Fraction(1))
             yield from ((float(second), picture) for second in range(9))
 
-    cut = [(start, len(p)) for start, *_, p in _cut(Reader(), 8, 30, [3.5, 4.2, 5.0, 7.1])]
+    cut = [
+        (start, len(p)) for start, *_, p in _cut(Reader(), FrameFormat(8), 30, [3.5, 4.2, 5.0, 7.1])
+    ]
     assert cut == [(0.0, 4), (3.5, 4), (7.1, 1)]
 
 

@@ -28,7 +28,7 @@ def get_study(config):
         columns=("what",),
         variants={
             "hot": Variant({"model.tau": 0.1}),
-            "too long": Variant({"model.max_frames": 9}),
+            "too long": Variant({"model.max_words": 9}),
             "dual softmax": Variant({"eval.dual_softmax": True}),
             "QB-Norm": Variant({"eval.qb_norm": 5}),
             "hubness bias": Variant({"eval.hubness_bias": 100}),
@@ -117,16 +117,16 @@ def table(output):
 def test_failed_variant_shows_its_reason_and_the_others_run(complete):
     with open(complete / "report" / "own.csv") as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
-    assert "config.model.max_frames = 9: must be at most" in rows["too long"]["problem"]
+    assert "config.model.max_words = 9: must be from 3 to" in rows["too long"]["problem"]
     assert not rows["too long"]["text_to_video R@1 mean"]
     others = [row for name, row in rows.items() if name != "too long"]
     assert all(row["text_to_video R@1 mean"] and not row["problem"] for row in others)
-    assert "failed: config.model.max_frames" in table(complete)
+    assert "failed: config.model.max_words" in table(complete)
     printed = (complete.parent / "complete.log").read_text()
     assert table(complete) in printed
     assert "3/3" in printed
     assert (complete / "report" / "own.png").is_file()
-    assert "must be at most" in (complete / "report" / "index.html").read_text()
+    assert "must be from 3 to" in (complete / "report" / "index.html").read_text()
 
 
 def test_table_has_the_numbers_of_the_work_directories(complete):
@@ -178,8 +178,8 @@ def test_finished_runs_are_skipped_and_unfinished_ones_printed(complete, run_stu
     run_study("--print_commands")
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [command[:3] for command in commands] == [["python", "-m", "xclip_jax.main"]]
-    assert f"--workdir={complete}/runs/model.max_frames=9/seed0" in commands[0]
-    assert "--config.model.max_frames=9" in commands[0]
+    assert f"--workdir={complete}/runs/model.max_words=9/seed0" in commands[0]
+    assert "--config.model.max_words=9" in commands[0]
     run_study("--only=plain")
     after = {path: path.stat().st_mtime_ns for path in complete.glob("runs/*/*/results.json")}
     assert after == before

@@ -13,6 +13,7 @@ from video_files import at_rate, grey, numbers, write
 
 from xclip_jax.data import video
 from xclip_jax.data.container import VideoError
+from xclip_jax.data.preprocess import FrameFormat
 
 RED, BLUE, GREEN = (220, 30, 30), (30, 40, 220), (30, 200, 40)
 TENTH = Fraction(1, 10)
@@ -51,7 +52,7 @@ def test_all_parts_of_joined_recordings_are_read(tmp_path, suffix):
     joined = tmp_path / f"joined{suffix}"
     part = tmp_path / f"part{suffix}"
     joined.write_bytes(b"".join(recording(part, colour, seconds) for colour, seconds in parts))
-    frames = video.read_frames(joined, 32)
+    frames = video.read_frames(joined, FrameFormat(32))
     expected = ["red"] * 3 + ["blue"] * 2 + ["green"] * 4
     assert colours(frames.frames) == expected
     assert frames.note is None
@@ -65,7 +66,7 @@ def test_step_back_of_less_than_ten_seconds_is_a_restart(tmp_path):
     )
     path = tmp_path / "joined.ts"
     path.write_bytes(data)
-    assert colours(video.read_frames(path, 32).frames) == ["red"] * 3 + ["blue"] * 3
+    assert colours(video.read_frames(path, FrameFormat(32)).frames) == ["red"] * 3 + ["blue"] * 3
 
 
 @pytest.mark.parametrize("jump", [15, 1800])
@@ -73,7 +74,7 @@ def test_jump_of_the_clock_is_no_pause_in_a_recording(tmp_path, jump):
     parts = [recording(tmp_path / "a.ts", RED, 6), recording(tmp_path / "b.ts", BLUE, 6, 6 + jump)]
     path = tmp_path / "joined.ts"
     path.write_bytes(b"".join(parts))
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert colours(frames.frames) == ["red"] * 6 + ["blue"] * 6
     assert colours([still(path, 8)]) == ["blue"]
 
@@ -84,7 +85,7 @@ def test_held_picture_is_read_and_shown_until_the_next(tmp_path, suffix, held):
     codec = "libvpx" if suffix == ".webm" else "libx264"
     times = [Fraction(held * number) for number in range(4)]
     path = write(tmp_path / f"a{suffix}", times, codec=codec, g="1")
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert numbers(frames) == [*np.repeat([0, 1, 2], held), 3]
     shown = [round((np.asarray(still(path, k)).mean() - 20) / 4) for k in range(3 * held + 1)]
     assert shown == numbers(frames)
@@ -145,7 +146,7 @@ def test_recording_with_other_streams_is_read_or_said(tmp_path):
 def test_matroska_files_joined_byte_by_byte_are_read(tmp_path):
     parts = [recording(tmp_path / "a.mkv", colour, 3) for colour in (RED, BLUE)]
     (tmp_path / "joined.mkv").write_bytes(b"".join(parts))
-    frames = video.read_frames(tmp_path / "joined.mkv", 32)
+    frames = video.read_frames(tmp_path / "joined.mkv", FrameFormat(32))
     assert colours(frames.frames) == ["red"] * 3 + ["blue"] * 3
 
 
@@ -155,9 +156,9 @@ def test_truncated_matroska_file_has_a_note(tmp_path, suffix):
     path = write(
         tmp_path / f"a{suffix}", at_rate(10, 100), [grey(n % 50) for n in range(100)], codec
     )
-    assert video.read_frames(path, 32).note is None
+    assert video.read_frames(path, FrameFormat(32)).note is None
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    note = video.read_frames(path, 32).note
+    note = video.read_frames(path, FrameFormat(32)).note
     assert note.startswith("by its header, the last ")
 
 
@@ -165,7 +166,7 @@ def test_many_headers_in_an_flv_file_take_no_time(tmp_path):
     data = recording(tmp_path / "a.flv", RED, 2)
     (tmp_path / "bomb.flv").write_bytes(data + data[:13] * 2_000_000)
     started = time.monotonic()
-    assert len(video.read_frames(tmp_path / "bomb.flv", 32).frames) == 2
+    assert len(video.read_frames(tmp_path / "bomb.flv", FrameFormat(32)).frames) == 2
     assert time.monotonic() - started < 5
 
 
@@ -201,14 +202,16 @@ def write_tracks(path, tracks):
 
 def test_track_of_one_picture_is_not_the_film(tmp_path):
     path = write_tracks(tmp_path / "a.mkv", [(200, [0]), (60, at_rate(10, 40))])
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert len(frames.frames) == 4
     assert all(abs(frame.mean() - 60) < 5 for frame in frames.frames)
 
 
 def test_slides_are_the_film_if_they_come_first(tmp_path):
     path = write_tracks(tmp_path / "a.mkv", [(200, [0, 9]), (60, at_rate(10, 200))])
-    assert [round(frame.mean(), -1) for frame in video.read_frames(path, 32).frames] == [200] * 10
+    assert [
+        round(frame.mean(), -1) for frame in video.read_frames(path, FrameFormat(32)).frames
+    ] == [200] * 10
 
 
 def test_offset_is_from_the_start_of_the_sound_to_the_first_frame(tmp_path):
@@ -241,7 +244,7 @@ def test_edit_list_is_not_reported_as_missing_frames(tmp_path):
     start = struct.unpack(">i", data[place + 4 : place + 8])[0] + ticks * 3 // 2
     data[place : place + 8] = struct.pack(">ii", 1000, start)
     path.write_bytes(data)
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert frames.note is None
     assert numbers(frames)[0] == 15
 
@@ -268,7 +271,7 @@ def test_diffuse_white_of_hdr_is_white(tmp_path, transfer, white, matrix):
             frame.pts, frame.time_base = round(10 * (white - code) / white) * 2, TENTH
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    bright, dark = (frame.mean() for frame in video.read_frames(path, 32).frames)
+    bright, dark = (frame.mean() for frame in video.read_frames(path, FrameFormat(32)).frames)
     assert bright > 245
     assert 20 < dark < 150
 
@@ -287,7 +290,10 @@ def test_playlist_named_as_a_video_opens_no_other_file(tmp_path, kind):
     for name in ("clip.mp4", "missing.mp4"):
         path = tmp_path / "a.mp4"
         path.write_text(PLAYLISTS[kind].format(tmp_path / name))
-        for read in (lambda path: video.read_frames(path, 32), lambda path: still(path, 0)):
+        for read in (
+            lambda path: video.read_frames(path, FrameFormat(32)),
+            lambda path: still(path, 0),
+        ):
             with pytest.raises(VideoError, match=r"^cannot be opened: ") as error:
                 read(path)
             reasons.append(str(error.value))

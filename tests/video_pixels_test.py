@@ -10,6 +10,7 @@ from video_files import at_rate, corners, grey, numbers, plain_preprocess, write
 
 from xclip_jax.data import preprocess as preprocessing
 from xclip_jax.data import video
+from xclip_jax.data.preprocess import FrameFormat
 
 
 @pytest.mark.parametrize("turn", range(8))
@@ -23,9 +24,9 @@ def test_rotated_and_mirrored_frames_are_upright(tmp_path, turn):
     )
     upright = np.rot90(corners(), turn % 4)  # both counterclockwise
     want = preprocessing.preprocess(
-        np.ascontiguousarray(upright[:, ::-1] if mirrored else upright), 32
+        np.ascontiguousarray(upright[:, ::-1] if mirrored else upright), FrameFormat(32)
     )
-    (frame,) = video.read_frames(path, 32).frames
+    (frame,) = video.read_frames(path, FrameFormat(32)).frames
     at = [(y, x) for y in (4, 28) for x in (4, 28)]
     assert [frame[p].tolist() for p in at] == [pytest.approx(want[p].tolist(), abs=6) for p in at]
 
@@ -44,7 +45,7 @@ def test_pixels_are_made_square(tmp_path, degrees, aspect):
         stream.set_display_rotation(degrees)
 
     path = write(tmp_path / "a.mp4", [Fraction(0)], [stored], setup=setup)
-    (frame,) = video.read_frames(path, 60).frames
+    (frame,) = video.read_frames(path, FrameFormat(60)).frames
     rows, columns = (frame[..., 1].max(axis).astype(int) > 128 for axis in (1, 0))
     assert rows.sum() == pytest.approx(20, abs=1)
     assert columns.sum() == pytest.approx(20, abs=1)
@@ -67,10 +68,54 @@ def test_preprocess_equals_pillow(size, shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     want = plain_preprocess(image, size)
-    np.testing.assert_array_equal(preprocessing.preprocess(image, size), want)
-    np.testing.assert_array_equal(preprocessing.preprocess(noise, size), want)
+    np.testing.assert_array_equal(preprocessing.preprocess(image, FrameFormat(size)), want)
+    np.testing.assert_array_equal(preprocessing.preprocess(noise, FrameFormat(size)), want)
     rgba = image.convert("RGBA")
-    np.testing.assert_array_equal(preprocessing.preprocess(rgba, size), want)
+    np.testing.assert_array_equal(preprocessing.preprocess(rgba, FrameFormat(size)), want)
+
+
+def test_crop_interpolates_as_the_format_says():
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    resized = Image.fromarray(noise).resize((30, 20), Image.Resampling.BILINEAR)
+    found = preprocessing.preprocess(noise, FrameFormat(20, interpolation="bilinear"))
+    np.testing.assert_array_equal(found, np.asarray(resized)[:, 5:25])
+
+
+def test_squash_takes_means_of_what_it_shrinks():
+    """Shrinks three columns of two rows: a bilinear filter of Pillow is a triangle."""
+    columns = np.array([[0, 60, 240], [0, 60, 240]], np.uint8)
+    picture = np.repeat(columns[..., None], 3, axis=2)
+    found = preprocessing.preprocess(picture, FrameFormat(1, "squash", "bilinear"))
+    # Its half-width is 3 columns, the distances from its centre are 1, 0, 1: weights 2, 3, 2.
+    assert found.tolist() == [[[round((2 * 0 + 3 * 60 + 2 * 240) / 7)] * 3]]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(240, 320), (33, 33), (7, 900), (900, 1)])
+def test_squash_equals_pillow_whatever_the_shape(shape, interpolation):
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image, filters = Image.fromarray(noise), Image.Resampling
+    want = np.asarray(image.resize((33, 33), filters[interpolation.upper()]))
+    format = FrameFormat(33, "squash", interpolation)
+    for picture in (image, noise, image.convert("RGBA")):
+        np.testing.assert_array_equal(preprocessing.preprocess(picture, format), want)
+    wide = preprocessing.preprocess(image, format, Fraction(2))  # the shape of pixels is lost, too
+    np.testing.assert_array_equal(wide, want)
+
+
+def test_picture_caches_a_frame_of_each_format():
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    picture = video.Picture(Image.fromarray(noise), Fraction(1))
+    formats = [FrameFormat(16), FrameFormat(16, "squash"), FrameFormat(8)]
+    frames = [picture.to_square(format) for format in formats]
+    assert [frame.shape[0] for frame in frames] == [16, 16, 8]
+    assert not np.array_equal(*frames[:2])
+    assert all(picture.to_square(f) is frame for f, frame in zip(formats, frames, strict=True))
+
+
+def test_format_is_readable():
+    assert str(FrameFormat()) == "224 px, crop, bicubic"
+    assert str(FrameFormat(256, "squash", "bilinear")) == "256 px, squash, bilinear"
 
 
 COEFFICIENTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 2: (0.299, 0.114), 9: (0.2627, 0.0593)}
@@ -95,7 +140,7 @@ def test_colour_matrix_and_range_are_applied(pixel_format, matrix, full_range):
             dtype = np.uint16 if scale == 4 else np.uint8
             plane.update(np.full(plane.buffer_size // dtype().nbytes, level * scale + 0.5, dtype))
         frame.colorspace, frame.color_range = matrix, 2 if full_range else 1
-        got = video._to_picture(frame, None).to_square(32)[16, 16]
+        got = video._to_picture(frame, None).to_square(FrameFormat(32))[16, 16]
         assert got.tolist() == pytest.approx(rgb.tolist(), abs=1 if scale == 4 else 3)
 
 
@@ -104,13 +149,13 @@ def test_ten_bit_video_is_read(tmp_path):
         stream.pix_fmt = "yuv420p10le"
 
     path = write(tmp_path / "a.mkv", at_rate(Fraction(10), 21), setup=setup)
-    assert numbers(video.read_frames(path, 32)) == [0, 10, 20]
+    assert numbers(video.read_frames(path, FrameFormat(32))) == [0, 10, 20]
 
 
 @pytest.mark.parametrize("pixel_format", ["gray", "yuva420p", "bgra", "rgb565le", "rgb24", "gbrp"])
 def test_any_pixel_format_becomes_rgb(pixel_format):
     frame = av.VideoFrame.from_ndarray(grey(20), format="rgb24").reformat(format=pixel_format)
-    array = video._to_picture(frame, None).to_square(32)
+    array = video._to_picture(frame, None).to_square(FrameFormat(32))
     assert array.shape == (32, 32, 3)
     assert abs(array.mean() - 100) < 3
 

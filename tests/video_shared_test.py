@@ -9,6 +9,7 @@ from PIL import Image
 from video_files import plain_preprocess
 
 from xclip_jax.data import video
+from xclip_jax.data.preprocess import FrameFormat
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -70,10 +71,10 @@ def test_shared_clips_are_read_or_listed(name, capfd):
     path, expected = shared(name), SHARED_FRAMES[name]
     if isinstance(expected, str):
         with pytest.raises(video.VideoError) as error:
-            video.read_frames(path, 64)
+            video.read_frames(path, FrameFormat(64))
         assert str(error.value) == expected
         return
-    frames = video.read_frames(path, 64)
+    frames = video.read_frames(path, FrameFormat(64))
     assert len(frames.frames) == len(frames.times) == expected
     assert all(k - 1.1 < time <= k for k, time in enumerate(frames.times))
     stopped = "decoder stopped at frame 28: Invalid data found when processing input"
@@ -93,7 +94,7 @@ def test_shared_clips_are_read_or_listed(name, capfd):
 )
 def test_shared_rotated_clips_are_upright(name, turn):
     # The turns were found by looking at the pictures and at the captions that come with them.
-    frames = video.read_frames(shared(name), 64)
+    frames = video.read_frames(shared(name), FrameFormat(64))
     with av.open(str(shared(name))) as container:
         stored = list(container.decode(video=0))
     (last,) = (f for f in stored if f.time - stored[0].time == pytest.approx(frames.times[-1]))
@@ -105,6 +106,8 @@ def test_shared_clip_with_wide_pixels_is_stretched():
     # 640 x 360 stored, 1280 x 360 shown: the bars in the middle half of the width remain.
     with av.open(str(shared("mb_sar_2x1.mp4"))) as container:
         image = next(container.decode(video=0)).to_image()
-    assert video.read_frames(shared("mb_sar_2x1.mp4"), 64, end=0.0).frames[0] == pytest.approx(
+    assert video.read_frames(shared("mb_sar_2x1.mp4"), FrameFormat(64), end=0.0).frames[
+        0
+    ] == pytest.approx(
         plain_preprocess(image.resize((1280, 360), Image.BICUBIC), 64).astype(int), abs=24
     )

@@ -14,6 +14,7 @@ from video_files import at_rate, grey, numbers, write
 
 from xclip_jax.data import video
 from xclip_jax.data.container import Clock, VideoError, _picture_streams
+from xclip_jax.data.preprocess import FrameFormat
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,9 @@ from xclip_jax.data.container import Clock, VideoError, _picture_streams
 )
 def test_last_frame_by_each_second_is_read(tmp_path, rate, chosen):
     tick = 1 / (rate * 100)
-    frames = video.read_frames(write(tmp_path / "a.mp4", at_rate(rate, 41), time_base=tick), 32)
+    frames = video.read_frames(
+        write(tmp_path / "a.mp4", at_rate(rate, 41), time_base=tick), FrameFormat(32)
+    )
     assert numbers(frames) == chosen
     assert frames.times == pytest.approx([float(n / rate) for n in chosen], abs=1e-3)
     assert frames.note is None
@@ -42,7 +45,7 @@ def test_frames_of_containers_with_b_frames_are_in_display_order(tmp_path, suffi
     options = {"bf": "2", "preset": "medium"} if codec == "libx264" else {"bf": "2", "b": "9000000"}
     times = at_rate(Fraction(10), 41)
     path = write(tmp_path / f"a{suffix}", times, None, codec, Fraction(1, 10), **options)
-    assert numbers(video.read_frames(path, 32)) == [0, 10, 20, 30, 40]
+    assert numbers(video.read_frames(path, FrameFormat(32))) == [0, 10, 20, 30, 40]
 
 
 def test_avi_keeps_gaps_although_its_presentation_times_jump(tmp_path):
@@ -51,12 +54,12 @@ def test_avi_keeps_gaps_although_its_presentation_times_jump(tmp_path):
     with av.open(str(path)) as container:
         stamps = [frame.pts for frame in container.decode(video=0)]
     assert stamps != sorted(stamps)
-    assert numbers(video.read_frames(path, 32)) == [0, 10, 14, 14, 17, 27]
+    assert numbers(video.read_frames(path, FrameFormat(32))) == [0, 10, 14, 14, 17, 27]
 
 
 def test_frames_are_repeated_in_long_gaps(tmp_path):
     times = [Fraction(t) for t in ("0", "0.4", "1.1", "3.5", "3.6", "6")]
-    frames = video.read_frames(write(tmp_path / "a.mkv", times), 32)
+    frames = video.read_frames(write(tmp_path / "a.mkv", times), FrameFormat(32))
     assert numbers(frames) == [0, 1, 2, 2, 4, 4, 5]
     assert frames.times == pytest.approx([0, 0.4, 1.1, 1.1, 3.6, 3.6, 6])
 
@@ -64,7 +67,7 @@ def test_frames_are_repeated_in_long_gaps(tmp_path):
 @pytest.mark.parametrize("suffix", [".ts", ".mkv"])
 def test_times_count_from_the_first_frame(tmp_path, suffix):
     times = [Fraction("16.8") + t for t in at_rate(Fraction(10), 25)]
-    frames = video.read_frames(write(tmp_path / f"a{suffix}", times), 32)
+    frames = video.read_frames(write(tmp_path / f"a{suffix}", times), FrameFormat(32))
     assert numbers(frames) == [0, 10, 20]
     assert frames.times == [0, 1, 2]
 
@@ -84,7 +87,7 @@ def test_times_count_from_the_first_frame(tmp_path, suffix):
 )
 def test_start_and_end_select_frames(tmp_path, start, end, chosen):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 40), time_base=Fraction(1, 10))
-    frames = video.read_frames(path, 32, start=start, end=end)
+    frames = video.read_frames(path, FrameFormat(32), start=start, end=end)
     assert numbers(frames) == chosen
     assert frames.note is None
 
@@ -92,11 +95,11 @@ def test_start_and_end_select_frames(tmp_path, start, end, chosen):
 def test_no_frame_between_start_and_end_is_an_error(tmp_path):
     path = write(tmp_path / "a.mp4", at_rate(Fraction(10), 20))
     with pytest.raises(video.VideoError, match=r"^no frame between 3\.0 s and 5\.0 s$"):
-        video.read_frames(path, 32, start=3.0, end=5.0)
+        video.read_frames(path, FrameFormat(32), start=3.0, end=5.0)
     with pytest.raises(video.VideoError, match=r"^no frame between 3\.0 s and its end$"):
-        video.read_frames(path, 32, start=3.0)
+        video.read_frames(path, FrameFormat(32), start=3.0)
     with pytest.raises(video.VideoError, match="no frame between"):
-        video.read_frames(path, 32, start=1.0, end=0.5)
+        video.read_frames(path, FrameFormat(32), start=1.0, end=0.5)
 
 
 def test_decoding_stops_after_the_end(tmp_path):
@@ -128,22 +131,22 @@ def test_truncated_file_gives_its_first_frames(tmp_path):
     path = write(tmp_path / "a.mkv", at_rate(Fraction(10), 50), g="10")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert numbers(frames) == [0, 10, 20, 30][: len(frames.frames)]
     assert 2 <= len(frames.frames) <= 4
     path.write_bytes(data[:300])
     with pytest.raises(video.VideoError, match=r"^(no|cannot)"):
-        video.read_frames(path, 32)
+        video.read_frames(path, FrameFormat(32))
 
 
 def test_missing_frames_are_noted(tmp_path):
     path = write(tmp_path / "a.avi", at_rate(Fraction(10), 50), time_base=Fraction(1, 10), g="10")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert frames.note.startswith("far fewer frames than the header states (")
     assert frames.note.endswith(" of 50)")
-    assert video.read_frames(path, 32, end=1.0).note is None
+    assert video.read_frames(path, FrameFormat(32), end=1.0).note is None
 
 
 def test_decoding_error_keeps_earlier_frames(tmp_path):
@@ -153,10 +156,10 @@ def test_decoding_error_keeps_earlier_frames(tmp_path):
         packet = [packet for packet in container.demux(video=0) if packet.size][30]
     data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     path.write_bytes(data)
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert numbers(frames) == [0, 10, 20]
     assert frames.note.startswith("decoder stopped at frame 30: Invalid data")
-    assert video.read_frames(path, 32, end=2.0).note is None
+    assert video.read_frames(path, FrameFormat(32), end=2.0).note is None
 
 
 def test_corrupted_packets_before_the_first_frame_are_skipped(tmp_path):
@@ -166,7 +169,7 @@ def test_corrupted_packets_before_the_first_frame_are_skipped(tmp_path):
         for packet in [packet for packet in container.demux(video=0) if packet.size][:10]:
             data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     path.write_bytes(data)
-    frames = video.read_frames(path, 32)
+    frames = video.read_frames(path, FrameFormat(32))
     assert numbers(frames) == [10, 20, 30, 40]
     assert frames.times == [0, 1, 2, 3]
     assert frames.note == "far fewer frames than the header states (40 of 50)"
@@ -180,7 +183,7 @@ def test_undecodable_video_is_an_error(tmp_path):
             data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     path.write_bytes(data)
     with pytest.raises(video.VideoError, match=r"^no frame could be decoded: Invalid data found"):
-        video.read_frames(path, 32)
+        video.read_frames(path, FrameFormat(32))
 
 
 def write_audio(path):
@@ -205,7 +208,7 @@ def test_files_without_video_are_errors(tmp_path, capfd):
     }
     for name, reason in reasons.items():
         with pytest.raises(video.VideoError, match=reason):
-            video.read_frames(tmp_path / name, 32)
+            video.read_frames(tmp_path / name, FrameFormat(32))
     assert capfd.readouterr().err == ""
 
 
@@ -214,7 +217,7 @@ def test_names_like_protocols_or_options_are_read(tmp_path, monkeypatch):
     write(tmp_path / "a.mp4", at_rate(Fraction(10), 11))
     for name in ("-v.mp4", "concat:b.mp4", "100%d.mp4", "x.mp4.", "\u00e9 @.mov"):
         Path(name).write_bytes(Path("a.mp4").read_bytes())
-        assert numbers(video.read_frames(name, 32)) == [0, 10]
+        assert numbers(video.read_frames(name, FrameFormat(32))) == [0, 10]
 
 
 def test_cover_art_is_not_a_video_stream():
@@ -241,4 +244,4 @@ def test_default_stream_is_read(tmp_path):
                 frame = av.VideoFrame.from_ndarray(grey(10 + number), "rgb24")
                 container.mux(stream.encode(frame))
                 container.mux(stream.encode(None))
-        assert numbers(video.read_frames(path, 32)) == [chosen]
+        assert numbers(video.read_frames(path, FrameFormat(32))) == [chosen]

@@ -308,23 +308,20 @@ def save_model(
 def describe_model(config: ModelConfig) -> dict[str, Any]:
     """Returns the content of model.json."""
     described = dataclasses.asdict(config)
-    size = {"image_size": config.vision.image_size}
-    described["preprocess"] |= {"resize": "crop", "interpolation": "bicubic"} | size
+    described["preprocess"]["image_size"] = config.vision.image_size
     return described
 
 
-def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokenizer | None]:
-    """Reads a model directory: content of model.json, linen module, parameters, tokenizer if any.
+def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Reads model.json: its content and the ModelConfig that it describes.
 
-    Raises InputError if the directory is missing or corrupted.
+    Raises InputError if it is missing or corrupted.
     """
-    directory = Path(directory).absolute()
-    file, folder = directory / "model.json", directory / "params"
+    file = directory / "model.json"
     try:
         described = read_json(file)
         config = read_model_config(described)
         check_model(config)
-        model = XClip(config)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no model in {directory}: model.json is missing") from None
     except InputError:
@@ -333,9 +330,20 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
         raise InputError(f"{file} does not describe a model: no or unknown {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a model: {first_line(error)}") from None
-    if reason := integrity.find_corruption(directory):
+    return described, config
+
+
+def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokenizer | None]:
+    """Reads a model directory: content of model.json, linen module, parameters, tokenizer if any.
+
+    Raises InputError if the directory is missing or corrupted.
+    """
+    directory = Path(directory).absolute()
+    if (directory / "model.json").is_file() and (reason := integrity.find_corruption(directory)):
         advice = f"restore it, or delete {integrity.DIGESTS} if it was changed on purpose"
         raise InputError(f"{reason}: {advice}")
+    described, config = read_config(directory)
+    folder, model = directory / "params", XClip(config)
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     try:
         params = _read_arrays(folder, shapes)
@@ -360,4 +368,6 @@ def init_params(model: XClip, seed: int) -> PyTree:
     c, side = model.config, model.config.vision.image_size
     text = np.zeros((1, c.max_words), np.int32), np.ones((1, c.max_words), bool)
     video = np.zeros((1, c.max_frames, side, side, 3), np.uint8), np.ones((1, c.max_frames), bool)
-    return model.init(jax.random.key(seed), *text, *video)["params"]
+    methods = {"both": (None, *text, *video), "text": ("encode_text", *text)}
+    method, *inputs = (methods | {"vision": ("encode_video", *video)})[c.towers]
+    return model.init(jax.random.key(seed), *inputs, method=method)["params"]

@@ -29,6 +29,7 @@ from xclip_jax.models.config import (
     check_sizes,
     check_types,
 )
+from xclip_jax.models.families import PUBLISHED
 
 # Sections and fields that do not affect training: a run may be resumed with other values.
 FREE_FIELDS = ("mode", "mesh", "log", "report", "eval", "data.path", "train.micro_batch")
@@ -249,6 +250,20 @@ BACKBONES = {"vit_b32": 32, "vit_b16": 16}  # -> patch size
 BEST: dict[str, Any] = {"model.granularities": ("video_sentence", "frame_word"), "model.tau": 0.1}
 
 
+def set_encoders(c: Any, word: str) -> None:
+    """Sets where a RunConfig starts from: a key of BACKBONES, OpenAI's CLIP, or of PUBLISHED."""
+    if word in BACKBONES:
+        c.init.clip = f"models/clip_{word.removeprefix('vit_')}"
+        c.model.vision.patch_size = BACKBONES[word]
+    else:
+        c.init.clip = f"models/{word}"
+        context = PUBLISHED[word][1]
+        # SigLIP pads all texts to its positions; the others truncate.
+        c.model.max_words = (
+            context if word.startswith("siglip") else min(c.model.max_words, context)
+        )
+
+
 def benchmark(
     dataset: str,
     arguments: str,
@@ -263,15 +278,16 @@ def benchmark(
 
     Args:
         dataset: a --dataset of xclip_jax.prepare.
-        arguments: words after the config file's name, separated by commas: a backbone, a preset, a
-            variant of the data set, e.g. "vit_b16,official". By default the first of each.
+        arguments: words after the config file's name, separated by commas: encoders (BACKBONES or
+            PUBLISHED), a preset, a variant of the data set, e.g. "vit_b16,official". By default the
+            first of each.
         paper, official, official_b16: batch size and epochs of the paper, and of the PyTorch
             release's scripts for ViT-B/32 and ViT-B/16.
         max_words, max_frames: as in config.model.
 
     Raises InputError if a word is unknown, or two words are of the same kind.
     """
-    kinds = [tuple(BACKBONES), (*PRESETS, "best"), DATASETS[dataset].variants or ("",)]
+    kinds = [(*BACKBONES, *PUBLISHED), (*PRESETS, "best"), DATASETS[dataset].variants or ("",)]
     words = [word for word in arguments.split(",") if word]
     chosen = [[word for word in words if word in kind] for kind in kinds]
     if sum(map(len, chosen)) < len(words) or any(len(group) > 1 for group in chosen):
@@ -285,9 +301,8 @@ def benchmark(
     c.name = "_".join([dataset, *changed])
     path = f"data/{dataset}" + (f"_{variant}" if variant in changed else "")
     c.data.update(dataset=dataset, variant=variant, path=path)
-    c.init.clip = f"models/clip_{backbone.removeprefix('vit_')}"
-    c.model.vision.patch_size = BACKBONES[backbone]
     c.model.update(max_words=max_words, max_frames=max_frames)
+    set_encoders(c, backbone)
     batch_size, epochs = paper
     if preset == "official":
         batch_size, epochs = official_b16 if backbone == "vit_b16" else official

@@ -19,6 +19,7 @@ from xclip_jax.config import RunConfig
 from xclip_jax.data.annotations import read_queries
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, choose_frames, evaluation_batches, load_frames
+from xclip_jax.data.preprocess import frame_format
 from xclip_jax.distributed import gather_objects, is_first_process
 from xclip_jax.models import ModelConfig
 from xclip_jax.monitor import flatten_metrics, read_metrics
@@ -62,7 +63,7 @@ def evaluate(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     retriever.params = inference.copy_to_local_devices(retriever.params)
     vision, tokenizer = retriever.model.config.vision, retriever.get_tokenizer()
     dataset = Dataset(config.data.path, config.data.dataset, config.data.variant)
-    check_image_size(dataset, retriever.model.config)
+    check_frames(dataset, retriever.model.config)
     split, selected_on, note = config.data.test_split, retriever.config.get("selected_on"), {}
     if split == "test" and split not in dataset.captions_per_clip:
         split = config.data.train_split
@@ -305,10 +306,22 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
     print(f"\nreport: {index}")
 
 
-def check_image_size(dataset: Dataset, model_config: ModelConfig) -> None:
-    """Raises InputError if the data set's frames do not have the model's image size."""
-    side = model_config.vision.image_size
-    if dataset.image_size != side:
+def check_frames(dataset: Dataset, model_config: ModelConfig) -> None:
+    """Raises InputError if the data set's frames do not have the model's format."""
+    format = frame_format(model_config)
+    if dataset.format == format:
+        return
+    options = zip(format._fields, format.key, strict=False)
+    flags = " ".join(f"--{name}={value}" for name, value in options)
+    advice = f"prepare the data again with {flags}"
+    if dataset.format == format._replace(image_size=dataset.image_size):
         needed = f"{dataset.image_size}, the size of the frames in {dataset.path}"
-        advice = f"or prepare the data again with --image_size={side}"
-        raise InputError(f"config.model.vision.image_size = {side}: must be {needed} ({advice})")
+        field = f"config.model.vision.image_size = {format.image_size}"
+        raise InputError(f"{field}: must be {needed} (or {advice})")
+    names = ("vision.image_size", "preprocess.resize", "preprocess.interpolation")
+    triples = zip(names, format, dataset.format, strict=True)
+    wrong = [triple for triple in triples if triple[1] != triple[2]]
+    fields = ", ".join(f"config.model.{name} = {needed!r}" for name, needed, _ in wrong)
+    values = ", ".join(repr(actual) for *_, actual in wrong)
+    problem = f"the frames in {dataset.path} were made with {values}"
+    raise InputError(f"{fields}: {problem}: {advice}")

@@ -1,6 +1,6 @@
-"""Initialises models from CLIP, as the PyTorch release does.
+"""Initialises models from CLIP or other encoders, as the PyTorch release does from CLIP.
 
-Both towers come from CLIP. The blocks of the temporal encoder (or of the tight head) are the first
+Both towers come from it. The blocks of the temporal encoder (or of the tight head) are the first
 blocks of CLIP's text tower, and its positions are the text positions.
 """
 
@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
 
-from xclip_jax.checkpoint import load_model, model_folder
+from xclip_jax.checkpoint import load_model, model_folder, read_config
 from xclip_jax.cli import InputError
+from xclip_jax.config import get_config
 from xclip_jax.models import ModelConfig
+from xclip_jax.models.clip import resize_positions
+from xclip_jax.models.families import PUBLISHED
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _FILES = {  # patch size -> OpenAI's weights of width 768
@@ -26,10 +28,40 @@ _VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e
 PyTree = Any
 
 
+def encoder_fields(config: ModelConfig) -> list[str]:
+    """Returns the dotted names of the fields of a ModelConfig that describe its encoders."""
+    names = ["embed_dim", "activation", "max_scale"]
+    for section in ("vision", "text", "preprocess"):
+        fields = dataclasses.fields(getattr(config, section))
+        names += [f"{section}.{field.name}" for field in fields]
+    return names
+
+
+def adopt_encoders(config: Any) -> None:
+    """Sets the fields of `config.model` that are at their defaults to those of `config.init.clip`.
+
+    A model without a tokenizer, or no model at all, is left to `train` to report. Raises InputError
+    if model.json is corrupted.
+    """
+    folder = model_folder(config.init.clip)
+    if not config.init.clip or not (folder / "model.json").is_file():
+        return
+    (_, theirs), defaults = read_config(folder), get_config().model
+    changes = {}
+    for field in encoder_fields(theirs):
+        get = operator.attrgetter(field)
+        ours, default, value = get(config.model), get(defaults), get(theirs)
+        if ours == default != value:
+            changes[f"model.{field}"] = value
+    if theirs.text.pool == "last" and config.model.max_words == defaults.max_words:
+        changes["model.max_words"] = theirs.text.context_length
+    config.update_from_flattened_dict(changes)
+
+
 def start_from_clip(
     params: PyTree, config: ModelConfig, directory: str
 ) -> tuple[PyTree, list[tuple[str, int, str]]]:
-    """Returns parameters with CLIP's weights, and the source of each part.
+    """Returns parameters with the encoders of another model, and the source of each part.
 
     Args:
         params: newly initialised parameters of the model to train.
@@ -39,56 +71,52 @@ def start_from_clip(
     Returns:
         (params, rows): a row is (part, number of parameters, source).
 
-    Raises InputError if there is no model, or its towers have other sizes; all differences are
-    named.
+    Raises InputError if there is no model, or its encoders are others; all differences are named.
     """
     _, model, source, _ = load_model(model_folder(directory))
-    fields = [f"vision.{name}" for name in ("patch_size", "width", "layers", "heads")]
-    fields += [f"text.{field.name}" for field in dataclasses.fields(config.text)]
     problems = []
-    fields += [f"preprocess.{field.name}" for field in dataclasses.fields(config.preprocess)]
-    for field in [*fields, "embed_dim", "activation"]:
+    for field in encoder_fields(config):
         ours, theirs = map(operator.attrgetter(field), (config, model.config))
-        if ours != theirs:
+        if ours != theirs and field != "vision.image_size":
             problems.append(f"config.model.{field} = {ours!r}: must be {theirs!r}")
+    if model.config.towers != "both":
+        problems.append(f"it has a {model.config.towers} tower only")
     if problems:
         raise InputError(f"config.init.clip = {directory}: {'; '.join(problems)}")
     clip, sources = dict(source["clip"]), dict.fromkeys(source["clip"], "CLIP")
-    former, side = model.config.vision.image_size, config.vision.image_size
-    if former != side:
-        positions = clip["visual"]["positions"]
-        resized = interpolate_positions(positions, side // config.vision.patch_size)
+    former, vision = model.config.vision, config.vision
+    if former.image_size != vision.image_size:
+        grid = vision.grid, vision.grid
+        resized = resize_positions(clip["visual"]["positions"], former, grid)
         clip["visual"] = {**clip["visual"], "positions": resized}
-        sources["visual"] += f", positions interpolated from {former} to {side} pixels"
+        sizes = f"from {former.image_size} to {vision.image_size} pixels"
+        sources["visual"] += f", positions interpolated {sizes}"
     result = {**params, "clip": clip}
     parts = [(f"clip/{name}", clip[name], sources[name]) for name in clip]
     for name in params.keys() - {"clip"}:
         result[name], text = _take_text_blocks(params[name], clip["textual"])
         if name in ("aggregation_matrices", "log_tau", "logit_bias"):
             text = "identity" if name == "aggregation_matrices" else "constant"
+        if name == "logit_bias" and name in source:
+            result[name], text = source[name], "CLIP"
         parts.append((name, result[name], text))
     return result, [(name, sum(map(jnp.size, jax.tree.leaves(x))), text) for name, x, text in parts]
 
 
 def how_to_convert(directory: str, patch_size: int) -> str:
-    """Returns instructions for downloading CLIP and converting it to a model directory."""
+    """Returns instructions for downloading encoders and converting them to a model directory."""
+    if (word := Path(directory).name) in PUBLISHED:
+        name = PUBLISHED[word][0]
+        command = f"python -m xclip_jax.convert --input={name} --output={directory}"
+        if not word.startswith("siglip"):
+            command += f" --vocab={Path(_VOCABULARY).name} (from {_VOCABULARY})"
+        advice = "without a network, download its files first and pass their folder"
+        return f"run {command}; {advice}"
     file = _FILES.get(patch_size, "CHECKPOINT")
     files = "a CLIP checkpoint and its vocabulary"
     files = f"{_OPENAI}/{file} and {_VOCABULARY}" if patch_size in _FILES else files
     flags = f"--input={Path(file).name} --output={directory} --vocab={Path(_VOCABULARY).name}"
     return f"download {files}, then run python -m xclip_jax.convert {flags}"
-
-
-def interpolate_positions(positions_LxE: Shaped[Any, "L E"], grid: int) -> Float[Array, "M E"]:
-    """Interpolates the positions of a class token and a square of patches to grid x grid patches.
-
-    Bicubic, as usual for a ViT at another resolution (Dosovitskiy et al., 2021, Sec. 3.2).
-    """
-    token, patches = positions_LxE[:1], positions_LxE[1:]
-    side = round(len(patches) ** 0.5)
-    square = patches.reshape(side, side, -1)
-    resized = jax.image.resize(square, (grid, grid, square.shape[-1]), "bicubic", antialias=False)
-    return jnp.concatenate([token, resized.reshape(grid * grid, -1)])
 
 
 def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
@@ -103,7 +131,12 @@ def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
     result = {**fresh, "encoder": {"blocks": first}}
     source = f"the first {layers} blocks of CLIP's text tower"
     if "positions" in fresh:
-        result["positions"] = textual["positions"]
+        positions, count = textual["positions"], len(fresh["positions"])
+        result["positions"] = positions
         source += " and its positions"
+        if count != len(positions):
+            shape = count, positions.shape[1]
+            result["positions"] = jax.image.resize(positions, shape, "linear", antialias=False)
+            source += f", interpolated from {len(positions)} to {count}"
     others = sorted(fresh.keys() - {"encoder", "positions"})
     return result, source + (f"; {', '.join(others)} random" if others else "")

@@ -70,19 +70,16 @@ def contrastive_loss(
 
 
 def sigmoid_loss(
-    sim_TxV: Float[AnyArray, "B B"],
-    bias: Float[AnyArray, ""],
-    video_B: Int[AnyArray, " B"] | None = None,
-    scale: float = 1.0,
+    sim_TxV: Float[AnyArray, "B B"], video_B: Int[AnyArray, " B"] | None = None, scale: float = 1.0
 ) -> Float[Array, ""]:
-    """Returns the sigmoid loss: scale / B x -sum_ij log sigmoid(z_ij (s_ij + bias)).
+    """Returns the sigmoid loss: scale / B x -sum_ij log sigmoid(z_ij s_ij).
 
-    z is 1 for matching pairs and -1 for all others: SigLIP (Zhai et al., 2023,
-    https://arxiv.org/abs/2303.15343, Algorithm 1). Arguments as in `contrastive_loss`; two captions
-    of one video are left out.
+    s are logits with their offset, z is 1 for matching pairs and -1 for all others: SigLIP (Zhai et
+    al., 2023, https://arxiv.org/abs/2303.15343, Algorithm 1). Arguments as in `contrastive_loss`;
+    two captions of one video are left out.
     """
     matching = jnp.eye(len(sim_TxV))
-    loss_BxB = optax.sigmoid_binary_cross_entropy(sim_TxV + bias, matching)
+    loss_BxB = optax.sigmoid_binary_cross_entropy(sim_TxV, matching)
     if video_B is not None:
         loss_BxB = jnp.where(_same_video(video_B), 0, loss_BxB)
     return scale * jnp.sum(loss_BxB) / len(sim_TxV)
@@ -196,8 +193,7 @@ def loss_of_features(
     sim_GxTxV = _similarities(model, params, text, video, **keyword)
     video_B = batch["video"] if options.same_video == "ignore" else None
     if options.kind == "sigmoid":
-        bias = params["logit_bias"]
-        losses_G = [sigmoid_loss(sim, bias, video_B, options.scale) for sim in sim_GxTxV]
+        losses_G = [sigmoid_loss(sim, video_B, options.scale) for sim in sim_GxTxV]
     else:
         losses_G = [contrastive_loss(sim, video_B, options.scale) for sim in sim_GxTxV]
     loss = jnp.mean(jnp.stack(losses_G))

@@ -21,6 +21,13 @@ from ml_collections import ConfigDict
 
 from xclip_jax.config import OptimizerConfig
 
+TOP = {
+    "ln_final",
+    "ln_post",
+    "pool",
+    "projection",
+    "logit_scale",
+}  # of the towers, above the blocks
 TENSOR_NORM = 1.0  # largest norm of a tensor's gradient with bert_adam, whatever clip_norm is
 
 
@@ -93,8 +100,8 @@ def scale_encoders(ratio: float | Array, layer_decay: float) -> optax.GradientTr
     """Scales the updates of CLIP's towers by `ratio`, and lower layers by `layer_decay` besides.
 
     Layer l of L (from 1) is scaled by layer_decay^(L + 1 - l), the embeddings as layer 0, and the
-    last norm, the projection and the logit scale as layer L + 1 (layer-wise learning rate decay,
-    Clark et al., 2020, https://arxiv.org/abs/2003.10555, Sec. 3.1; Bao et al., 2022).
+    last norm, the pool, the projection and the logit scale as layer L + 1 (layer-wise learning rate
+    decay, Clark et al., 2020, https://arxiv.org/abs/2003.10555, Sec. 3.1; Bao et al., 2022).
     """
 
     def scale(updates: Any, params: Any) -> Any:
@@ -104,8 +111,8 @@ def scale_encoders(ratio: float | Array, layer_decay: float) -> optax.GradientTr
         }
 
         def factor(path: Any, x: Array) -> Array:
-            names, top = _names(path), {"ln_final", "ln_post", "projection", "logit_scale"}
-            if not top.isdisjoint(names):
+            names = _names(path)
+            if not TOP.isdisjoint(names):
                 return x * ratio
             above = depths[names[1]] + 1
             if "blocks" in names:
@@ -212,8 +219,7 @@ def trainable_mask(params: Any, layers: int) -> Any:
         names = _names(path)
         if names[0] == "clip" and "blocks" in names:
             return np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)) >= layers
-        trained = {"ln_final", "ln_post", "projection", "logit_scale"}
-        return names[0] != "clip" or not trained.isdisjoint(names)
+        return names[0] != "clip" or not TOP.isdisjoint(names)
 
     return tree_map_with_path(mask, params)
 
@@ -240,7 +246,16 @@ def _mask(is_in: Callable[[list[str]], bool]) -> Callable[[Any], Any]:
     return lambda params: tree_map_with_path(lambda path, _: is_in(_names(path)), params)
 
 
-_NO_DECAY = ("bias", "scale", "hidden_bias", "logit_scale", "class_token", "log_tau", "logit_bias")
+_NO_DECAY = (
+    "bias",
+    "scale",
+    "hidden_bias",
+    "logit_scale",
+    "class_token",
+    "log_tau",
+    "logit_bias",
+    "probe",
+)
 decay_mask = _mask(lambda names: names[-1] not in _NO_DECAY)  # kernels and embeddings, for adamw
 encoder_mask = _mask(lambda names: names[0] == "clip")
 _matrices = _mask(

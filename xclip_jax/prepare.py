@@ -8,9 +8,10 @@ r"""Samples frames from videos once and writes a data set for training and evalu
         --annotations=msrvtt_data/ --output=data/msrvtt
     python -m xclip_jax.main --config=configs/msrvtt.py
 
-docs/data.md says what to download for each benchmark. A run that was killed resumes when started
-again. OUTPUT/failures.jsonl lists the clips that could not be read, with reasons, and
-OUTPUT/findings.jsonl the inconsistencies in annotations and files.
+docs/data.md says what to download for each benchmark. Frames are by default those of CLIP; for
+other models pass --model, or set --image_size, --resize and --interpolation. A run that was killed
+resumes when started again. OUTPUT/failures.jsonl lists the clips that could not be read, with
+reasons, and OUTPUT/findings.jsonl the inconsistencies in annotations and files.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from xclip_jax.data import extraction, rendered
 from xclip_jax.data.annotations import SPLITS, Listing
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.data.builder import DatasetSettings, PendingRecord, dataset_folder, write_dataset
+from xclip_jax.data.preprocess import FrameFormat, frame_format
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.workers import BeamRunner, parse_beam_flags
 
@@ -59,7 +61,7 @@ def prepare(
         output: folder to write; an interrupted run with the same arguments is resumed.
         max_failures: fraction of the clips that may be unreadable or have no captions, 0 to 1.
         beam_runner: see `workers.parse_beam_flags`; None: this machine.
-        **options: `dataset`, `variant`, `image_size` and `max_seconds` of DatasetSettings.
+        **options: fields of DatasetSettings except `paragraphs` and `expected`.
     """
     output, videos = check_local("--output", output), check_local("--videos", videos)
     annotations, work = check_local("--annotations", annotations), output / "work"
@@ -74,7 +76,7 @@ def prepare(
         if (name := names.setdefault(path or clip.video, clip.video)) != clip.video:
             both = f"{name!r} and {clip.video!r}"
             raise InputError(f"videos {both} are the same file {path}: use the same name for both")
-    request = {"dataset": dataset, "variant": variant, "image_size": settings.image_size}
+    request = {"dataset": dataset, "variant": variant, **settings.format._asdict()}
     request["max_seconds"] = settings.max_seconds
     files = [path and (path.name, path.stat().st_size) for path in paths]
     for name, value in (("annotations", clips), ("videos", files)):
@@ -83,8 +85,8 @@ def prepare(
         return
     title = f"{dataset} {variant}".strip()
     extraction.report_findings(output, title, listing, paths, folder.files)
-    sizes, pairs = (settings.image_size, settings.max_seconds), zip(clips, paths, strict=True)
-    jobs = [extraction.make_job(clip, path, *sizes, work) for clip, path in pairs]
+    limits, pairs = (settings.format, settings.max_seconds), zip(clips, paths, strict=True)
+    jobs = [extraction.make_job(clip, path, *limits, work) for clip, path in pairs]
     outcomes = extraction.extract_all(jobs, work, beam_runner)
     extraction.report_failures(output, listing, outcomes, max_failures)
     texts = (text for clip in clips if clip.split == "train" for text in clip.captions)
@@ -115,18 +117,17 @@ def render_if_missing(config: Any) -> None:
     elif config.data.rendered:
         path.mkdir(parents=True, exist_ok=True)
         with FileLock(path / "render.lock"):  # one process renders, the others wait
-            side = config.model.vision.image_size
-            prepare_rendered(path, side, num_train=config.data.rendered)
+            prepare_rendered(path, frame_format(config.model), num_train=config.data.rendered)
 
 
-def prepare_rendered(output: str | Path, image_size: int, **counts: int) -> None:
+def prepare_rendered(output: str | Path, format: FrameFormat, **counts: int) -> None:
     """Renders the demo's scenes under `output` and prepares them.
 
     `counts` are num_train, num_val and num_test of `rendered.render_dataset`.
     """
     scenes = check_local("--output", output) / "scenes"
     rendered.render_dataset(scenes, **counts)
-    prepare(scenes / "captions.jsonl", scenes / "videos", output, image_size=image_size)
+    prepare(scenes / "captions.jsonl", scenes / "videos", output, **format._asdict())
 
 
 def _read_annotations(old: DatasetSettings, annotations: Path) -> tuple[DatasetSettings, Listing]:
@@ -154,12 +155,30 @@ def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
     except (ValueError, TypeError) as error:
         advice = f"choose another --output or delete {output}"
         raise InputError(f"{path} is corrupted ({first_line(error)}): {advice}") from None
+    before = {"resize": "crop", "interpolation": "bicubic"} | before  # earlier versions made these
     if changed := [name for name, value in request.items() if before.get(name) != value]:
         problem = f"{output} holds a data set prepared with other {', '.join(changed)}"
         raise InputError(f"{problem}; choose another --output or delete it")
     shutil.rmtree(work, ignore_errors=True)  # remains if a run was killed at its very end
     print(f"{output} is already prepared; nothing to do")
     return True
+
+
+def _choose_format(model: Path | None, given: dict[str, Any]) -> FrameFormat:
+    """Returns the format of a model directory, else the default with the `given` fields."""
+    if model is None:
+        if not 1 <= (side := given.get("image_size", 224)) <= 4096:
+            raise InputError(f"--image_size={side}: must be from 1 to 4096")
+        return FrameFormat(**given)
+    if given:
+        flags = ", ".join(f"--{name}" for name in given)
+        raise InputError(f"--model={model} sets the frames: it excludes {flags}")
+    from xclip_jax.checkpoint import model_folder, read_config  # imports JAX, which takes seconds
+
+    _, config = read_config(model_folder(model))
+    format = frame_format(config)
+    print(f"frames of {model}: {format}")
+    return format
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", required=True, type=Path, help="folder to write the data set to")
     variants = (f"{name}: {', '.join(d.variants)}" for name, d in DATASETS.items() if d.variants)
     add("--split", default="", help=f"which split ({'; '.join(variants)}; default: the first)")
-    add("--image_size", type=int, default=224, help="side of the frames in pixels (default 224)")
+    frames = "model directory for whose format frames are made, in place of the next three options"
+    add("--model", type=Path, help=frames)
+    add("--image_size", type=int, help="side of the frames in pixels (default 224)")
+    frames = "centre crop after the short side was resized, or both sides resized (default crop)"
+    add("--resize", choices=["crop", "squash"], help=frames)
+    frames = "interpolation of the resize (default bicubic)"
+    add("--interpolation", choices=["bicubic", "bilinear"], help=frames)
     failures = "fraction of the clips that may be unreadable, 0 to 1 (default 0.05)"
     add("--max_failures", type=float, default=0.05, help=failures)
     add("--max_seconds", type=float, help="second up to which clips are read (DiDeMo: 31)")
@@ -184,15 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if not 0 <= args.max_failures <= 1:
             raise InputError(f"--max_failures={args.max_failures:g}: must be from 0 to 1")
-        if not 1 <= args.image_size <= 4096:
-            raise InputError(f"--image_size={args.image_size}: must be from 1 to 4096")
+        stated = {name: getattr(args, name) for name in FrameFormat._fields}
+        stated = {name: value for name, value in stated.items() if value is not None}
+        format = _choose_format(args.model, stated)
         if args.max_seconds is not None and not 0 <= args.max_seconds < float("inf"):
             raise InputError(f"--max_seconds={args.max_seconds:g}: must be at least 0")
         if args.dataset == "rendered":
             for name in ("videos", "annotations", "split", "max_seconds", "beam_runner"):
                 if getattr(args, name):
                     raise InputError(f"--{name} is not allowed with --dataset=rendered")
-            prepare_rendered(args.output, args.image_size)
+            prepare_rendered(args.output, format)
             return
         if args.beam_options and not args.beam_runner:
             raise InputError("--beam_options requires --beam_runner")
@@ -200,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if getattr(args, name) is None:
                 raise InputError(f"--{name} is required with --dataset={args.dataset}")
         runner = parse_beam_flags(args.beam_runner, args.beam_options) if args.beam_runner else None
-        options = vars(args) | {"variant": args.split, "beam_runner": runner}
-        del options["split"], options["beam_options"]
+        options = vars(args) | {"variant": args.split, "beam_runner": runner} | format._asdict()
+        del options["split"], options["beam_options"], options["model"]
         prepare(**options)
 
 

@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float, Shaped
 from tqdm import tqdm
 
 from xclip_jax import inference
-from xclip_jax.checkpoint import describe_model, load_model, model_folder
+from xclip_jax.checkpoint import load_model, model_folder
 from xclip_jax.cli import InputError
-from xclip_jax.convert.importing import import_model, is_importable
+from xclip_jax.convert.cache import convert_once
+from xclip_jax.convert.reading import is_importable
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.preprocess import preprocess
+from xclip_jax.data.preprocess import frame_format, preprocess
 from xclip_jax.data.text import Tokenizer, is_blank
 from xclip_jax.data.video import read_frames
 from xclip_jax.models import XClip
@@ -74,6 +75,7 @@ class Retriever:
             InputError: `texts` is empty or a single string, a text shows nothing (see `is_blank`),
                 `size` is below 1, or the model has no tokenizer of its length.
         """
+        self._require("text", "encode_text")
         tokenizer, max_words = self.get_tokenizer(), self.model.config.max_words
         texts = _to_list("encode_text: texts", texts, "str", (str,))
         if blank := [text for text in texts if is_blank(text)]:
@@ -89,9 +91,9 @@ class Retriever:
         """Encodes V videos, of each at most max_frames uniformly spaced frames.
 
         Args:
-            videos: paths, or frames as arrays F x H x W x 3: uint8 RGB of any size, or float,
-                normalised (with CLIP's mean and deviation from -1.8 to 2.2), of the model's image
-                size.
+            videos: paths, or frames as arrays F x H x W x 3: uint8 RGB, preprocessed
+                unless it has the model's image size, or float, normalised (with CLIP's mean and
+                deviation from -1.8 to 2.2), of the model's image size.
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) video V x D and
@@ -101,6 +103,7 @@ class Retriever:
             InputError: `videos` is empty or a single path, a file cannot be read, or an array has
                 the wrong type, shape or values.
         """
+        self._require("vision", "encode_video")
         videos = _to_list("encode_video: videos", videos, *_VIDEOS)
 
         def encode_batches() -> Iterator[VideoFeatures]:
@@ -134,6 +137,11 @@ class Retriever:
 
         return inference.concatenate_features(encode_batches(), total)
 
+    def _require(self, tower: str, what: str) -> None:
+        """Raises InputError if the model, a half of one, lacks the tower "text" or "vision"."""
+        if (towers := self.model.config.towers) not in ("both", tower):
+            raise InputError(f"{what}: the model has a {towers} tower only")
+
     def _apply(self, method: Any, *inputs: Any) -> Any:
         return inference.apply_model(self.params, *inputs, model=self.model, method=method)
 
@@ -147,7 +155,9 @@ class Retriever:
         """
         weights, mask_W = self._apply("word_frame_attention", text, video), np.asarray(text.mask[0])
         words_W = np.asarray(self.model.aosm_words(text.mask)[0]) & mask_W
-        tokens = ["start", *self.get_tokenizer().tokens(caption)[: mask_W.sum() - 2], "end"]
+        tokenizer, count = self.get_tokenizer(), mask_W.sum()
+        starts = ["start"] * tokenizer.special_tokens[0]
+        tokens = [*starts, *tokenizer.tokens(caption)[: count - len(starts) - 1], "end"]
         words = list(itertools.compress(tokens, words_W))
         return words, np.asarray(weights)[0, words_W][:, np.asarray(video.mask[0])]
 
@@ -256,10 +266,11 @@ class Retriever:
 
     def _read(self, video: Video) -> tuple[Shaped[np.ndarray, "F S S 3"], Bool[np.ndarray, " F"]]:
         """Returns max_frames preprocessed frames of a video, zero-padded, and their mask."""
-        side, max_frames = self.model.config.vision.image_size, self.model.config.max_frames
+        format, max_frames = frame_format(self.model.config), self.model.config.max_frames
+        side = format.image_size
         if isinstance(video, str | os.PathLike):
             try:
-                images = read_frames(video, side).frames
+                images = read_frames(video, format).frames
             except (VideoError, OSError) as error:
                 raise InputError(f"{video}: {error}") from None
         else:
@@ -271,7 +282,7 @@ class Retriever:
                 images = _check_normalised(images, side, self.model.config.preprocess)
         chosen = [images[index] for index in choose_frames(len(images), max_frames)]
         if chosen[0].shape[:2] != (side, side):
-            chosen = [preprocess(image, side) for image in chosen]
+            chosen = [preprocess(image, format) for image in chosen]
         frames = np.zeros((max_frames, side, side, 3), chosen[0].dtype)
         frames[: len(chosen)] = chosen
         return frames, np.arange(max_frames) < len(chosen)
@@ -333,7 +344,8 @@ def _check_normalised(
 def load(source: str | os.PathLike) -> Retriever:
     """Loads a model directory, a work directory, or whatever `convert` takes.
 
-    That is a PyTorch checkpoint, a Hugging Face folder or a hub id; without options, which only
+    That is a PyTorch checkpoint, a Hugging Face folder or a hub id. It is converted once, to a
+    folder in $XCLIP_JAX_CACHE or ~/.cache/xclip_jax; without options, which only
     `python -m xclip_jax.convert` has.
 
     Raises:
@@ -344,11 +356,8 @@ def load(source: str | os.PathLike) -> Retriever:
     directory, source = model_folder(source), os.fspath(source)
     if is_importable(source) and not (directory / "model.json").is_file():
         try:
-            imported = import_model(source)
+            directory = convert_once(source)
         except InputError as error:
             advice = "; options are those of python -m xclip_jax.convert"
             raise InputError(f"{error}{advice * ('--' in str(error))}") from None
-        described = describe_model(imported.config)
-        params = jax.device_put(imported.params)
-        return Retriever(described, XClip(imported.config), params, imported.tokenizer)
     return Retriever(*load_model(directory))

@@ -23,7 +23,7 @@ from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.distributed import print_once
-from xclip_jax.evaluate import check_image_size, check_queries, evaluate_split
+from xclip_jax.evaluate import check_frames, check_queries, evaluate_split
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.initialization import how_to_convert, start_from_clip
 from xclip_jax.loss import LOSS_SCALES, Batch, LossOptions, loss_and_grad
@@ -184,7 +184,8 @@ def compile_training(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (loss, accuracy), gradients = loss_and_grad(model, float32, batch, options, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        params = optax.apply_updates(state.params, updates)
+        params = clamp_logit_scale(params, model.config.max_scale)
         # In float16, 1 - decay times a small weight would round to 0.
         new = optax.tree.cast(params, jnp.float32)
         ema = optax.incremental_update(new, state.ema, 1 - decay) if decay else None
@@ -206,9 +207,9 @@ def compile_training(
     return jax.jit(init, out_shardings=states), jitted_step
 
 
-def clamp_logit_scale(params: PyTree) -> PyTree:
-    """Limits exp(logit_scale) to 100 (Radford et al., 2021, Sec. 2.5)."""
-    scale = jnp.minimum(params["clip"]["logit_scale"], math.log(100))
+def clamp_logit_scale(params: PyTree, limit: float) -> PyTree:
+    """Limits exp(logit_scale), to 100 in CLIP (Radford et al., Sec. 2.5), 0: no limit."""
+    scale = jnp.minimum(params["clip"]["logit_scale"], math.log(limit or math.inf))
     return {**params, "clip": {**params["clip"], "logit_scale": scale}}
 
 
@@ -237,7 +238,7 @@ class Setup:
             raise InputError(f"config.init.clip = {clip}: no tokenizer in {folder}; {advice}")
         self.tokenizer = load_tokenizer(folder, config.model.max_words)
         self.model = XClip(configure_model(config, self.tokenizer.vocab_size))
-        check_image_size(self.dataset, self.model.config)
+        check_frames(self.dataset, self.model.config)
         check_queries(config)
         self.epoch_steps = steps_per_epoch(self.pairs, config.train.batch_size)
         self.total_steps = config.train.epochs * self.epoch_steps

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.convert.exporting import export
-from xclip_jax.convert.importing import Options, convert
+from xclip_jax.convert.importing import convert
+from xclip_jax.convert.reading import Options
 from xclip_jax.convert.settings import is_rgb
 from xclip_jax.models.config import PreprocessConfig
 

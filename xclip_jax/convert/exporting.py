@@ -8,50 +8,114 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
-from xclip_jax.convert.mapping import to_hugging_face, to_tensors
+from xclip_jax.cli import InputError
+from xclip_jax.convert.layouts import to_hugging_face
+from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
-from xclip_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from xclip_jax.models.config import BlockConfig, ModelConfig
+from xclip_jax.models.families import SIGLIP
+
+_FILTERS = {"bilinear": 2, "bicubic": 3}  # of Pillow
+# Fields of encoders that transformers' CLIPModel and SiglipModel have as constants.
+_CLIP = {
+    **{"vision.class_token": True, "vision.patch_bias": False, "vision.pre_norm": True},
+    **{"vision.pool": "class_token", "vision.projection": "linear", "text.projection": "linear"},
+    **{"text.causal": True, "text.start_token": True},
+}
+_SIGLIP = {
+    **{"vision.class_token": False, "vision.patch_bias": True, "vision.pre_norm": False},
+    **{"vision.pool": "attention", "vision.projection": "none", "text.projection": "bias"},
+    **{"vision.pool_heads": 0, "vision.pool_mlp_width": 0, "logit_bias": True},
+    **{name: SIGLIP[name] for name in ("text.causal", "text.pool", "text.start_token")},
+}
+_BOTH = {
+    "vision.rotary": "none",
+    **{
+        f"{tower}.{name}": False
+        for tower in ("vision", "text")
+        for name in ("gated", "inner_norms")
+    },
+}
 
 
 def export(directory: str | Path, output: str | Path) -> None:
-    """Writes a model as an official state dict and as a `CLIPModel` folder, atomically.
+    """Writes a model as an official state dict and as a Hugging Face folder, atomically.
 
-    The state dict is `output`/pytorch_model.bin, the CLIP towers are `output`/clip. A model that
-    the official code does not support (preset paper) is exported as its CLIP towers only.
+    The state dict is `output`/pytorch_model.bin, the encoders are `output`/clip or `output`/siglip.
+    A model that the official code does not support (preset paper) is exported as its encoders only.
 
     Raises:
-        InputError: `directory` holds no model.
+        InputError: `directory` holds no model, or neither can be exported.
     """
     directory, output = model_folder(directory), Path(output)
     _, model, params, tokenizer = load_model(directory)
+    config = model.config
+    family, problem = hugging_face_family(config)
+    unsupported = unsupported_feature(config)
+    if problem and unsupported:
+        raise InputError(f"{directory}: transformers has no model with {problem}")
     partial = partial_folder(output)
-    folder = partial / "clip"
-    folder.mkdir()
-    unsupported = unsupported_feature(model.config)
     if unsupported is None:
         unread = directory / UNREAD_FILE
         extra = load_file(unread) if unread.is_file() else {}
         write_archive(partial / "pytorch_model.bin", to_tensors(params) | extra)
-    towers = to_hugging_face(to_tensors({"clip": params["clip"]}))
-    save_file(towers, folder / "model.safetensors", {"format": "pt"})
-    end = model.config.text.vocab_size - 1
-    special = (end - 1, end) if tokenizer is None else (tokenizer.start, tokenizer.end)
-    config = clip_config(model.config, *special)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    if not problem:
+        encoders = {"clip": params["clip"]}
+        if family == "siglip":
+            encoders["logit_bias"] = params["logit_bias"]
+        tensors = to_hugging_face(to_tensors(encoders), siglip=family == "siglip")
+        _write_hugging_face(partial / family, config, tensors, tokenizer)
     partial.rename(output)
-    print(f"{output / 'clip'}: the CLIP towers, for transformers.CLIPModel.from_pretrained")
+    if not problem:
+        name = {"clip": "CLIPModel", "siglip": "SiglipModel"}[family]
+        print(f"{output / family}: the encoders, for transformers.{name}.from_pretrained")
     state = f"{output / 'pytorch_model.bin'}: official state dict, for torch.load"
     missing = f"no official state dict: the official code does not support {unsupported}"
     print(missing if unsupported else state)
+
+
+def _write_hugging_face(
+    folder: Path, config: ModelConfig, tensors: dict[str, Any], tokenizer: Any
+) -> None:
+    """Writes weights, config.json, preprocessor_config.json and the tokenizer of an encoder."""
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    siglip = folder.name == "siglip"
+    end = config.text.vocab_size - 1
+    special = (end - 1, end) if tokenizer is None else (tokenizer.start, tokenizer.end)
+    described = siglip_config(config) if siglip else clip_config(config, *special)
+    _write_json(folder / "config.json", described)
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(config, siglip=siglip))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _first_difference(config: ModelConfig, needed: dict[str, Any]) -> str | None:
+    """Returns the first field with another value than needed, None if there is none."""
+    for field, value in needed.items():
+        if (actual := operator.attrgetter(field)(config)) != value:
+            return f"model.{field} = {actual} (must be {value})"
+    return None
+
+
+def hugging_face_family(config: ModelConfig) -> tuple[str, str | None]:
+    """Returns "clip" or "siglip", and the first feature that this family of transformers lacks."""
+    family = "siglip" if config.vision.pool == "attention" else "clip"
+    constants = {"towers": "both", **_BOTH, **(_SIGLIP if family == "siglip" else _CLIP)}
+    return family, _first_difference(config, constants)
 
 
 def unsupported_feature(config: ModelConfig) -> str | None:
     """Returns the first feature the official X-CLIP and CLIP4Clip do not support, or None."""
     # Constants of the official code, which its checkpoints do not store.
     official = {"activation": "quick_gelu", "vision.heads": max(1, config.vision.width // 64)}
-    official["logit_bias"] = False
+    official |= {"towers": "both", "logit_bias": False, **_BOTH, **_CLIP}
+    official |= {f"{tower}.mlp_width": 0 for tower in ("vision", "text")}
+    official |= {f"{tower}.epsilon": 1e-5 for tower in ("vision", "text")}
     official["text.heads"] = max(1, config.text.width // 64)
     if config.temporal.type == "transformer" or config.head == "tight_transformer":
         official["temporal.heads"] = max(1, config.embed_dim // 64)
@@ -63,31 +127,64 @@ def unsupported_feature(config: ModelConfig) -> str | None:
         official["tau_learned"] = False
         if len(config.granularities) < 4:
             return f"model.granularities = {', '.join(config.granularities)}"
-    for field, needed in official.items():
-        value = operator.attrgetter(field)(config)
-        if value != needed:
-            return f"model.{field} = {value} (must be {needed})"
-    return None
+    return _first_difference(config, official)
+
+
+def _tower(kind: str, blocks: BlockConfig, family: str) -> dict[str, Any]:
+    """Returns what config.json says of the blocks of a tower."""
+    activation = (blocks.activation or "").replace("gelu_tanh", "gelu_pytorch_tanh")
+    return {
+        "model_type": f"{family}_{kind}_model",
+        "hidden_size": blocks.width,
+        "intermediate_size": blocks.mlp_width or 4 * blocks.width,
+        "num_hidden_layers": blocks.layers,
+        "num_attention_heads": blocks.heads,
+        "hidden_act": activation,
+        "layer_norm_eps": blocks.epsilon,
+    }
 
 
 def clip_config(config: ModelConfig, start: int, end: int) -> dict[str, Any]:
     """Returns the config.json of a `CLIPModel` with `start` and `end` as token ids."""
-
-    def tower(kind: str, sizes: VisionConfig | TextConfig) -> dict[str, Any]:
-        return {
-            "model_type": f"clip_{kind}_model",
-            "hidden_size": sizes.width,
-            "intermediate_size": 4 * sizes.width,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "hidden_act": config.activation,
-            "projection_dim": config.embed_dim,
-            "layer_norm_eps": 1e-5,
-        }
-
-    vision, text = tower("vision", config.vision), tower("text", config.text)
+    vision, text = (_tower(kind, config.blocks(kind), "clip") for kind in ("vision", "text"))
     vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    if config.text.pool == "end":
+        end = config.text.end_id
+    elif end != config.text.vocab_size - 1:
+        end = 2  # transformers then takes the largest id, as OpenAI's code does
     text |= {"vocab_size": config.text.vocab_size, "bos_token_id": start, "eos_token_id": end}
     text["max_position_embeddings"] = config.text.context_length
+    for tower in (vision, text):
+        tower["projection_dim"] = config.embed_dim
     towers = {"vision_config": vision, "text_config": text, "projection_dim": config.embed_dim}
     return {"architectures": ["CLIPModel"], "model_type": "clip"} | towers
+
+
+def siglip_config(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json of a `SiglipModel`."""
+    vision, text = (_tower(kind, config.blocks(kind), "siglip") for kind in ("vision", "text"))
+    vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    text |= {"vocab_size": config.text.vocab_size, "projection_size": config.embed_dim}
+    text["max_position_embeddings"] = config.text.context_length
+    towers = {"vision_config": vision, "text_config": text}
+    return {"architectures": ["SiglipModel"], "model_type": "siglip"} | towers
+
+
+def preprocessor_config(config: ModelConfig, *, siglip: bool) -> dict[str, Any]:
+    """Returns the preprocessor_config.json of a model."""
+    p, side = config.preprocess, config.vision.image_size
+    square = {"height": side, "width": side}
+    squashes = p.resize == "squash"
+    return {
+        "image_processor_type": f"{'Siglip' if siglip else 'CLIP'}ImageProcessor",
+        "do_resize": True,
+        "size": square if squashes else {"shortest_edge": side},
+        "resample": _FILTERS[p.interpolation],
+        "do_center_crop": not squashes,
+        **({} if squashes else {"crop_size": square}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(p.mean),
+        "image_std": list(p.std),
+    }

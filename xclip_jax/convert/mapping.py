@@ -1,8 +1,8 @@
 """Maps parameters to PyTorch names and layouts and back, bit for bit.
 
 The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP has the same names
-without `clip.`. Hugging Face's names are those of `CLIPModel`. In a name, {} stands for the layer:
-parameters are stacked over layers along a leading axis. Kernels are input x output.
+without `clip.`. In a name, {} stands for the layer: parameters are stacked over layers along a
+leading axis. Kernels are input x output. Other layouts: `layouts`.
 """
 
 import re
@@ -19,7 +19,7 @@ Tensors = Mapping[str, np.ndarray]
 Names = dict[str, str]
 
 
-def _expand(names: Names, stacks: Names, block: Names, leaves: Names) -> Names:
+def expand(names: Names, stacks: Names, block: Names, leaves: Names) -> Names:
     """Returns {name: official name} of all tensors: each part of each block, each leaf of both."""
     modules = {a + x: b + y for a, b in stacks.items() for x, y in block.items()} | names
     return {a + x: b + y for a, b in modules.items() for x, y in ({"": ""} | leaves).items()}
@@ -39,19 +39,33 @@ _BLOCK = {
     "proj": "mlp.c_proj",
     "ln_1": "ln_1",
     "ln_2": "ln_2",
+    # Of other families, in names of our own.
+    "attention/ln": "attn.ln",
+    "gate": "mlp.gate",
+    "ln_inner": "mlp.ln",
 }
 _PARAMETERS = {
     "clip/logit_scale": "clip.logit_scale",
+    "logit_bias": "logit_bias",
     "clip/visual/patch": "clip.visual.conv1",
     "clip/visual/class_token": "clip.visual.class_embedding",
     "clip/visual/positions": "clip.visual.positional_embedding",
     "clip/visual/ln_pre": "clip.visual.ln_pre",
     "clip/visual/ln_post": "clip.visual.ln_post",
     "clip/visual/projection/kernel": "clip.visual.proj",
+    "clip/visual/projection/bias": "clip.visual.proj_bias",
+    "clip/visual/pool/probe": "clip.visual.attn_pool.probe",
+    "clip/visual/pool/query": "clip.visual.attn_pool.query",
+    "clip/visual/pool/key_value": "clip.visual.attn_pool.key_value",
+    "clip/visual/pool/out": "clip.visual.attn_pool.attn.out_proj",
+    "clip/visual/pool/ln": "clip.visual.attn_pool.layernorm",
+    "clip/visual/pool/fc": "clip.visual.attn_pool.mlp.c_fc",
+    "clip/visual/pool/proj": "clip.visual.attn_pool.mlp.c_proj",
     "clip/textual/tokens/embedding": "clip.token_embedding.weight",
     "clip/textual/positions": "clip.positional_embedding",
     "clip/textual/ln_final": "clip.ln_final",
     "clip/textual/projection/kernel": "clip.text_projection",
+    "clip/textual/projection/bias": "clip.text_projection_bias",
     "temporal_encoder/positions": "frame_position_embeddings.weight",
     "temporal_encoder/input/kernel": "lstm_visual.weight_ih_l0",
     "temporal_encoder/input/bias": "lstm_visual.bias_ih_l0",
@@ -71,35 +85,7 @@ _PARAMETERS = {
     "aggregation_matrices/frame_word_frames_2": "frame_mat_weight2",
 }
 _LEAVES = {"/kernel": ".weight", "/bias": ".bias", "/norm/scale": ".weight", "/norm/bias": ".bias"}
-OFFICIAL = _expand(_PARAMETERS, _STACKS, _BLOCK, _LEAVES)
-_HF_STACKS = {
-    "vision_model.encoder.layers.{}.": "clip.visual.transformer.resblocks.{}.",
-    "text_model.encoder.layers.{}.": "clip.transformer.resblocks.{}.",
-}
-_HF_BLOCK = {
-    "self_attn.qkv_proj.weight": "attn.in_proj_weight",  # three tensors, q_proj to v_proj
-    "self_attn.qkv_proj.bias": "attn.in_proj_bias",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-}
-_HF_TENSORS = {
-    "logit_scale": "clip.logit_scale",
-    "vision_model.embeddings.patch_embedding": "clip.visual.conv1",
-    "vision_model.embeddings.class_embedding": "clip.visual.class_embedding",
-    "vision_model.embeddings.position_embedding.weight": "clip.visual.positional_embedding",
-    "vision_model.pre_layrnorm": "clip.visual.ln_pre",  # sic
-    "vision_model.post_layernorm": "clip.visual.ln_post",
-    "visual_projection.weight": "clip.visual.proj",
-    "text_model.embeddings.token_embedding": "clip.token_embedding",
-    "text_model.embeddings.position_embedding.weight": "clip.positional_embedding",
-    "text_model.final_layer_norm": "clip.ln_final",
-    "text_projection.weight": "clip.text_projection",
-}
-_HF_LEAVES = {".weight": ".weight", ".bias": ".bias"}
-HUGGING_FACE = _expand(_HF_TENSORS, _HF_STACKS, _HF_BLOCK, _HF_LEAVES)
+OFFICIAL = expand(_PARAMETERS, _STACKS, _BLOCK, _LEAVES)
 # Saved by the release for every model, and never used by the models that lack them here.
 UNREAD = ("frame_position_embeddings.weight", "clip.logit_scale", "global_mat_weight")
 UNREAD += ("local_mat_weight", "word_logit_weight", "word_mat_weight", "word_mat_weight2")
@@ -108,6 +94,7 @@ UNREAD += ("frame_logit_weight", "frame_mat_weight", "frame_mat_weight2")
 BUFFERS = re.compile(
     r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size|num_batches_tracked)"
 )
+_HEADS_BIAS = ("qkv/bias", "pool/query/bias", "pool/key_value/bias")
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -178,39 +165,10 @@ def _torch_layout(name: str, array: np.ndarray) -> np.ndarray:
         return array.reshape(-1, array.shape[-1]).T
     if name.endswith("kernel"):
         return array.reshape(array.shape[0], -1).T
-    return array.reshape(-1) if name.endswith("qkv/bias") else array
+    return array.reshape(-1) if name.endswith(_HEADS_BIAS) else array
 
 
-def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Returns a `CLIPModel` state dict under official names, unknown names unchanged."""
-    merged = dict(tensors)
-    for query in [name for name in tensors if ".q_proj." in name]:
-        parts = [query.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
-        if tensors.keys() >= set(parts):  # else they are reported under these names
-            three = [merged.pop(part) for part in parts]
-            merged[query.replace(".q_proj.", ".qkv_proj.")] = np.concatenate(three)
-    return {_translate(name, HUGGING_FACE): _transpose(name, x) for name, x in merged.items()}
-
-
-def to_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Returns CLIP's towers under official names as a `CLIPModel` state dict."""
-    names, renamed = {official: name for name, official in HUGGING_FACE.items()}, {}
-    for official, array in tensors.items():
-        name = _translate(official, names)
-        if ".qkv_proj." in name:
-            for letter, third in zip("qkv", np.split(array, 3), strict=True):
-                renamed[name.replace(".qkv_proj.", f".{letter}_proj.")] = third
-        else:
-            renamed[name] = np.array(_transpose(name, array), order="C")
-    return renamed
-
-
-def _translate(name: str, names: Names) -> str:
+def translate(name: str, names: Names) -> str:
     """Returns the counterpart of a tensor's name, or the name itself if it has none."""
     layer = _LAYER.search(name)
     return names.get(_LAYER.sub("{}", name, 1), name).replace("{}", layer[0] if layer else "")
-
-
-def _transpose(name: str, array: np.ndarray) -> np.ndarray:
-    """Converts between CLIP's projections, input x output, and Hugging Face's."""
-    return array.T if name.endswith("projection.weight") else array

@@ -1,24 +1,24 @@
 """Reads what checkpoints do not store from the files that are published beside them.
 
-- config.json of Hugging Face: activation and heads;
-- open_clip_config.json of open_clip: activation, heads, image normalisation;
-- preprocessor_config.json of Hugging Face: image normalisation.
+- config.json of Hugging Face: activation, heads, the end token;
+- open_clip_config.json of open_clip: activation, heads, options of both towers, preprocessing;
+- preprocessor_config.json of Hugging Face: preprocessing.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from xclip_jax.cli import InputError, read_json
 from xclip_jax.models.config import PreprocessConfig
+from xclip_jax.models.families import SIGLIP, SIGLIP_PREPROCESS, timm_tower
 
-# The values that config.json may give to both towers, the default first.
-_SETTINGS = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
 # Settings of open_clip_config.json that change what the same weights compute, with the only
 # supported values, which are open_clip's defaults.
 _OPEN_CLIP = {
+    "": {"multimodal_cfg": None},
     "vision_cfg": {
         "pool_type": "tok",
         "pos_embed_type": "learnable",
@@ -27,34 +27,41 @@ _OPEN_CLIP = {
         "global_average_pool": False,
         "attentional_pool": False,
         "input_patchnorm": False,
-        "timm_model_name": None,
         "act_kwargs": {},
         "norm_kwargs": {},
     },
-    "text_cfg": {
-        "pool_type": "argmax",
-        "proj_type": "linear",
-        "no_causal_mask": False,
-        "final_ln_after_pool": False,
-        "embed_cls": False,
-        "hf_model_name": None,
-        "act_kwargs": {},
-        "norm_kwargs": {},
-    },
+    "text_cfg": {"hf_model_name": None, "embed_cls": False, "final_ln_after_pool": False},
 }
-_HF_HEADS, _HF_WIDTH = {"vision": 12, "text": 8}, 768  # transformers' defaults
+# Options of timm's towers that the weights or the fields of ModelConfig hold.
+_TIMM_OPTIONS = ("img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_heads")
+_TIMM_OPTIONS += ("ref_feat_shape", "class_token")
+_HF_TOWERS = {"vision": "vision_config", "text": "text_config"}
+_HF_KINDS = {  # model_type -> (family, towers)
+    **{"clip": ("clip", "both"), "siglip": ("siglip", "both")},
+    **{"clip_vision_model": ("clip", "vision"), "clip_text_model": ("clip", "text")},
+    **{"siglip_vision_model": ("siglip", "vision"), "siglip_text_model": ("siglip", "text")},
+}
+_HF_DEFAULTS = {  # transformers': (vision, text)
+    "clip": {"num_attention_heads": (12, 8), "hidden_size": (768, 512)},
+    "siglip": {"num_attention_heads": (12, 12), "hidden_size": (768, 768)},
+}
+# The values that config.json may give to both towers, the default first.
+_HF_VALUES = {
+    "clip": {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)},
+    "siglip": {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "layer_norm_eps": (1e-6,)},
+}
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # of Pillow
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a checkpoint, None where they are not stated."""
+    """Settings of a checkpoint that its weights do not store."""
 
-    activation: Literal["quick_gelu", "gelu"] | None = None
-    vision_heads: int | None = None
-    text_heads: int | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of ModelConfig, dotted
     preprocess: PreprocessConfig | None = None
     vision_width: int | None = None  # of the image tower
-    source: str = ""  # the file that states activation and heads, or what tells them
+    source: str = ""  # the file that states them, or what tells them
+    clean: Literal["lower", "canonicalize"] | None = None  # of a SentencePiece tokenizer's texts
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -76,67 +83,173 @@ def read_open_clip(folder: Path) -> Settings | None:
     config = read_object(path)
     model = _section(path, config, "model_cfg") or config
     vision, text = (_section(path, model, f"{tower}_cfg") for tower in ("vision", "text"))
-    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
-    for name, value in (("vision_cfg.width", width), ("vision_cfg.head_width", head_width)):
-        _check_positive(path, name, value)
-    for tower, allowed in _OPEN_CLIP.items():
+    for group, allowed in _OPEN_CLIP.items():
+        section = _section(path, model, group) if group else model
         for name, value in allowed.items():
-            stated = _section(path, model, tower).get(name)
-            _check(path, f"{tower}.{name}", stated, stated in (None, value), repr(value))
-    if width % head_width:
-        problem = f"vision_cfg.width {width} is not a multiple of head_width {head_width}"
-        raise InputError(f"{path}: {problem}")
-    heads = text.get("heads", 8)
-    _check_positive(path, "text_cfg.heads", heads)
+            stated = section.get(name)
+            label = f"{group}.{name}".lstrip(".")
+            _check(path, label, stated, stated in (None, value), repr(value))
     quick = [model.get(name) or False for name in ("quick_gelu", "force_quick_gelu")]
     if not all(isinstance(value, bool) for value in quick):
         raise InputError(f"{path}: quick_gelu is {quick[0]!r:.99}, must be true or false")
-    stated, preprocess = _section(path, config, "preprocess_cfg"), None
-    if stated:
-        names = {"mean": stated.get("mean"), "std": stated.get("std")}
-        preprocess = _preprocess(path, names)
-        for name, value in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
-            actual = stated.get(name, value)
-            _check(path, f"preprocess_cfg.{name}", actual, actual == value, value)
-    activation = "quick_gelu" if any(quick) else "gelu"
+    fields = {"activation": "quick_gelu" if any(quick) else "gelu"}
+    if (name := vision.get("timm_model_name")) is not None:
+        width, tower = None, _read_timm(path, name, vision)
+    else:
+        width, tower = _read_vit(path, vision)
+    fields |= {"vision.activation": fields["activation"]} | tower | _read_text(path, text)
+    if fields["vision.activation"] == fields["activation"]:
+        del fields["vision.activation"]
+    tokenizer = _section(path, text, "tokenizer_kwargs")
+    clean = "canonicalize" if tokenizer.get("clean") == "canonicalize" else None
+    preprocess = _read_transform(path, _section(path, config, "preprocess_cfg"))
+    return Settings(fields, preprocess, width, path.name, clean)
+
+
+def _read_vit(path: Path, vision: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Returns width and fields of open_clip's own image tower."""
+    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
+    for name, value in (("vision_cfg.width", width), ("vision_cfg.head_width", head_width)):
+        _check_positive(path, name, value)
+    if width % head_width:
+        problem = f"vision_cfg.width {width} is not a multiple of head_width {head_width}"
+        raise InputError(f"{path}: {problem}")
     layers = vision.get("layers", 12)
     _check(path, "vision_cfg.layers", layers, type(layers) is int, "one number, of a ViT")
-    return Settings(activation, width // head_width, heads, preprocess, width, path.name)
+    return width, {"vision.heads": width // head_width}
+
+
+def _read_timm(path: Path, name: Any, vision: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of timm's image tower."""
+    fields = timm_tower(name) if isinstance(name, str) else None
+    if fields is None:
+        families = "SigLIP, PE-Core, EVA-02-CLIP and plain ViT-CLIP towers"
+        _check(path, "vision_cfg.timm_model_name", name, False, families)
+    fields = dict(fields or {})
+    pool = vision.get("timm_pool")
+    _check(path, "vision_cfg.timm_pool", pool, pool in (None, "", "map", "token"), "map or token")
+    projection = vision.get("timm_proj")
+    supported = projection in (None, "", "none", "linear")
+    _check(path, "vision_cfg.timm_proj", projection, supported, "none or null")
+    options = _section(path, vision, "timm_model_kwargs")
+    if unknown := sorted(options.keys() - set(_TIMM_OPTIONS)):
+        _check(path, f"vision_cfg.timm_model_kwargs.{unknown[0]}", options[unknown[0]], False, "no")
+    if (heads := options.get("num_heads")) is not None:
+        _check_positive(path, "vision_cfg.timm_model_kwargs.num_heads", heads)
+        fields["vision.heads"] = heads
+    grid = options.get("ref_feat_shape")
+    if grid is not None:
+        square = isinstance(grid, list) and len(grid) == 2 and grid[0] == grid[1]
+        _check(path, "vision_cfg.timm_model_kwargs.ref_feat_shape", grid, square, "a square")
+        fields["vision.rotary_grid"] = grid[0]
+    return fields
+
+
+def _read_text(path: Path, text: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of open_clip's text tower."""
+    heads = text.get("heads", 8)
+    _check_positive(path, "text_cfg.heads", heads)
+    fields = {"text.heads": heads, "text.causal": not text.get("no_causal_mask")}
+    pools = {"argmax": "argmax", "last": "last"}
+    pool = text.get("pool_type", "argmax")
+    _check(path, "text_cfg.pool_type", pool, pool in pools, "argmax or last")
+    fields["text.pool"] = pools[pool]
+    kind = text.get("proj_type", "linear")
+    _check(path, "text_cfg.proj_type", kind, kind == "linear", "linear")
+    norm, act = (_section(path, text, name) for name in ("norm_kwargs", "act_kwargs"))
+    epsilon = norm.get("eps", 1e-5)
+    valid = _is_number(epsilon) and epsilon > 0 and norm.keys() <= {"eps"}
+    _check(path, "text_cfg.norm_kwargs", norm, valid, "eps")
+    fields["text.epsilon"] = float(epsilon)
+    tanh = {"approximate": "tanh"}
+    _check(path, "text_cfg.act_kwargs", act, act in ({}, tanh), f"{{}} or {tanh}")
+    if act:
+        fields["activation"] = "gelu_tanh"
+    # CLIP's own tokenizer adds start tokens, that of SigLIP does not.
+    fields["text.start_token"] = text.get("hf_tokenizer_name") is None
+    return fields
+
+
+def _read_transform(path: Path, stated: dict[str, Any]) -> PreprocessConfig | None:
+    """Reads open_clip's preprocess_cfg, None if it is empty."""
+    if not stated:
+        return None
+    allowed = {"resize_mode": {"shortest": "crop", "squash": "squash"}}
+    allowed["interpolation"] = {"bicubic": "bicubic", "bilinear": "bilinear"}
+    values = {name: stated.get(name, next(iter(names))) for name, names in allowed.items()}
+    for name, value in values.items():
+        supported = isinstance(value, str) and value in allowed[name]
+        _check(path, f"preprocess_cfg.{name}", value, supported, " or ".join(allowed[name]))
+    resize = allowed["resize_mode"][values["resize_mode"]]
+    rgb = {"mean": stated.get("mean"), "std": stated.get("std")}
+    return _preprocess(path, rgb, resize=resize, interpolation=values["interpolation"])
 
 
 def read_hugging_face(folder: Path) -> Settings:
-    """Reads config.json of a CLIPModel, and preprocessor_config.json if there is one.
+    """Reads config.json of a CLIPModel, a SiglipModel or a half of them.
 
-    Raises InputError if config.json is missing, malformed or of another model.
+    Also preprocessor_config.json if there is one. Raises InputError if config.json is missing,
+    malformed or of another model.
     """
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder} holds no config.json and is not a Hugging Face model")
     config = read_object(path)
-    if (kind := config.get("model_type")) != "clip":
-        raise InputError(f"{path}: model_type is {kind!r:.99}, must be 'clip'")
-    vision, text = (_tower(path, config, tower) for tower in ("vision", "text"))
-    for name, allowed in _SETTINGS.items():
-        values = vision.get(name, allowed[0]), text.get(name, allowed[0])
-        if values[0] != values[1] or values[0] not in allowed:
-            actual = f"{values[0]!r:.99} (vision) and {values[1]!r:.99} (text)"
+    kind = config.get("model_type")
+    if kind == "siglip2":
+        problem = "model_type 'siglip2' is SigLIP 2 with images of any shape (NaFlex)"
+        advice = "take a model of fixed size, such as google/siglip2-base-patch16-224"
+        raise InputError(f"{path}: {problem}, which is not supported: {advice}")
+    if kind not in _HF_KINDS:
+        supported = f"{', '.join(map(repr, list(_HF_KINDS)[:1]))} or 'siglip'"
+        raise InputError(f"{path}: model_type is {kind!r:.99}, must be {supported}")
+    family, towers = _HF_KINDS[kind]
+    halves = [name for name in _HF_TOWERS if towers in ("both", name)]
+    whole = {tower: _tower(path, config, tower, family) for tower in halves}
+    if towers != "both":
+        whole = {towers: config}
+    fields = _hf_fields(path, whole, family) | {"towers": towers}
+    preprocess = _read_preprocessor(folder) if "vision" in whole else None
+    if family == "siglip":
+        preprocess = preprocess or PreprocessConfig(**SIGLIP_PREPROCESS)
+    vision = whole.get("vision", {})
+    width = vision.get("hidden_size", _HF_DEFAULTS[family]["hidden_size"][0])
+    _check_positive(path, "vision_config.hidden_size", width)
+    return Settings(fields, preprocess, width if vision else None, path.name)
+
+
+def _hf_fields(path: Path, towers: dict[str, dict[str, Any]], family: str) -> dict[str, Any]:
+    """Returns the fields of ModelConfig that the sections of the towers state."""
+    for name, allowed in _HF_VALUES[family].items():
+        values = [section.get(name, allowed[0]) for section in towers.values()]
+        differs = any(value != values[0] for value in values) and family == "clip"
+        if differs or any(value not in allowed for value in values):
+            pairs = zip(values, towers, strict=True)
+            actual = " and ".join(f"{value!r:.99} ({tower})" for value, tower in pairs)
             needed = " or ".join(map(str, allowed))
             raise InputError(f"{path}: {name} is {actual}; must be {needed} in both")
-    heads = []
-    for tower, values in (("vision", vision), ("text", text)):
-        count = values.get("num_attention_heads", _HF_HEADS[tower])
+    fields, activations = dict(SIGLIP if family == "siglip" else {}), {}
+    for tower, section in towers.items():
+        default = _HF_DEFAULTS[family]["num_attention_heads"][tower == "text"]
+        count = section.get("num_attention_heads", default)
         if type(count) is not int or count < 1:
             wrong = f"num_attention_heads ({tower}) is {count!r:.99}"
             raise InputError(f"{path}: {wrong}, must be a whole number of at least 1")
-        heads.append(count)
-    activation = text.get("hidden_act", _SETTINGS["hidden_act"][0])
-    width = vision.get("hidden_size", _HF_WIDTH)
-    _check_positive(path, "vision_config.hidden_size", width)
-    preprocess = _read_preprocessor(folder)
-    return Settings(activation, heads[0], heads[1], preprocess, width, path.name)
+        fields[f"{tower}.heads"] = count
+        activation = section.get("hidden_act", _HF_VALUES[family]["hidden_act"][0])
+        activations[tower] = activation.replace("gelu_pytorch_tanh", "gelu_tanh")
+    fields["activation"] = activations.get("text", activations.get("vision"))
+    if activations.get("vision", fields["activation"]) != fields["activation"]:
+        fields["vision.activation"] = activations["vision"]
+    if "text" in towers and family == "clip":
+        end = towers["text"].get("eos_token_id", 49407)
+        _check(path, "eos_token_id", end, type(end) is int and end >= 0, "a token id")
+        # 2 is what old files state wrongly: transformers then takes the largest id.
+        fields |= {} if end == 2 else {"text.pool": "end", "text.end_id": end}
+    return fields
 
 
-def _tower(path: Path, config: dict[str, Any], tower: str) -> dict[str, Any]:
+def _tower(path: Path, config: dict[str, Any], tower: str, family: str) -> dict[str, Any]:
     """Returns the settings of a tower.
 
     transformers fills an old `*_config_dict` up with defaults and lets it win over `*_config`.
@@ -144,37 +257,49 @@ def _tower(path: Path, config: dict[str, Any], tower: str) -> dict[str, Any]:
     values = _section(path, config, f"{tower}_config")
     if not (old := _section(path, config, f"{tower}_config_dict")):
         return values
-    defaults = {name: allowed[0] for name, allowed in _SETTINGS.items()}
-    return values | defaults | {"num_attention_heads": _HF_HEADS[tower]} | old
+    defaults = {name: allowed[0] for name, allowed in _HF_VALUES[family].items()}
+    heads = _HF_DEFAULTS[family]["num_attention_heads"][tower == "text"]
+    return values | defaults | {"num_attention_heads": heads} | old
 
 
 def _read_preprocessor(folder: Path) -> PreprocessConfig | None:
-    """Reads the image normalisation of preprocessor_config.json, None if there is none."""
+    """Reads preprocessor_config.json, or returns None if there is none."""
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return None
     config = read_object(path)
     size = config.get("size", 224)
-    side = size.get("shortest_edge") if isinstance(size, dict) else size
-    _check(path, "size", size, type(side) is int, "the shortest edge")
-    crop = config.get("crop_size", side)
-    _check(path, "crop_size", crop, crop in (side, {"height": side, "width": side}), f"{side}")
-    for name in ("do_resize", "do_center_crop", "do_rescale"):
+    squash = isinstance(size, dict) and "height" in size and not config.get("do_center_crop")
+    if squash:
+        square = size.get("height") == size.get("width") and type(size["height"]) is int
+        _check(path, "size", size, square, "a square or the shortest edge")
+    else:
+        side = size.get("shortest_edge") if isinstance(size, dict) else size
+        _check(path, "size", size, type(side) is int, "the shortest edge")
+        crop = config.get("crop_size", side)
+        same = crop in (side, {"height": side, "width": side})
+        _check(path, "crop_size", crop, same, f"{side}")
+        crops = config.get("do_center_crop", True)
+        _check(path, "do_center_crop", crops, crops is True, "true")
+    for name in ("do_resize", "do_rescale"):
         _check(path, name, config.get(name, True), config.get(name, True) is True, "true")
     flip = config.get("do_flip_channel_order", False)
     _check(path, "do_flip_channel_order", flip, not flip, "false")
     factor = config.get("rescale_factor", 1 / 255)
     is_usual = _is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-3)
     _check(path, "rescale_factor", factor, is_usual, "1/255")
-    resample = config.get("resample", 3)  # a filter of Pillow
-    _check(path, "resample", resample, resample == 3, "3, bicubic")
+    resample = config.get("resample", 3)
+    known = type(resample) is int and resample in _FILTERS
+    _check(path, "resample", resample, known, "2, bilinear, or 3, bicubic")
+    rgb = {"mean": config.get("image_mean"), "std": config.get("image_std")}
     if config.get("do_normalize") is False:
-        return _preprocess(path, {"mean": [0.0] * 3, "std": [1.0] * 3})
-    return _preprocess(path, {"mean": config.get("image_mean"), "std": config.get("image_std")})
+        rgb = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    resize = "squash" if squash else "crop"
+    return _preprocess(path, rgb, resize=resize, interpolation=_FILTERS[resample])
 
 
-def _preprocess(path: Path, values: dict[str, Any]) -> PreprocessConfig:
-    """Returns a PreprocessConfig of mean and std, of which None is CLIP's."""
+def _preprocess(path: Path, values: dict[str, Any], **options: Any) -> PreprocessConfig:
+    """Returns a PreprocessConfig of mean and std, of which None is CLIP's, and other options."""
     numbers = {}
     for name, value in values.items():
         if value is None:
@@ -184,7 +309,7 @@ def _preprocess(path: Path, values: dict[str, Any]) -> PreprocessConfig:
             rule = "three numbers above 0, at most 1" if name == "std" else "three numbers, 0 to 1"
             raise InputError(f"{path}: {name} is {value!r:.99}: must be {rule}")
         numbers[name] = tuple(map(float, value))
-    return PreprocessConfig(**numbers)
+    return PreprocessConfig(**numbers, **options)
 
 
 def _is_number(value: Any) -> bool:

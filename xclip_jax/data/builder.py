@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from xclip_jax import integrity
 from xclip_jax.cli import InputError, PathLike, atomic_file, check_local, first_line
 from xclip_jax.data.benchmarks import DATASETS
+from xclip_jax.data.preprocess import FrameFormat
 from xclip_jax.workers import BeamRunner, map_on_beam
 
 NAME, VERSION = "xclip_clips", "1.1.0"
@@ -42,10 +43,18 @@ class DatasetSettings:
     dataset: str = "captions"  # prepare's --dataset
     variant: str = ""  # its --split, if it has any
     image_size: int = 224  # S, side of the stored frames in pixels
+    # As in FrameFormat. Not in the metadata where these two are the default.
+    resize: Literal["crop", "squash"] = "crop"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     paragraphs: bool = False  # True if all captions of a video were joined into one text
     max_seconds: float | None = None  # the last second read of each clip; None: all were read
     # {split: expected number of clips}, the paper's for a benchmark; None: the number of records.
     expected: dict[str, int] | None = None
+
+    @property
+    def format(self) -> FrameFormat:
+        """The format of the stored frames."""
+        return FrameFormat(self.image_size, self.resize, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +85,10 @@ def write_dataset(
     work.mkdir(parents=True)
     splits = [_write_split(work, split, r, beam_runner) for split, r in records.items()]
     digests = ((split, record.digest) for split, r in records.items() for record in r)
-    content = repr((settings.image_size, *digests))
-    metadata = dataclasses.asdict(settings) | {
+    format_key, fields = settings.format.key, dataclasses.asdict(settings)
+    content = repr((*format_key, *digests))
+    defaults = FrameFormat._fields[len(format_key) :]
+    metadata = {name: value for name, value in fields.items() if name not in defaults} | {
         "expected": settings.expected or {split: len(r) for split, r in records.items()},
         "captions_per_clip": {s: [record.num_captions for record in r] for s, r in records.items()},
         "content": hashlib.sha256(content.encode()).hexdigest(),
@@ -144,7 +155,7 @@ def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
 
 
 class Dataset:
-    """A prepared data set, with the attributes of DatasetSettings (`name` is its `dataset`).
+    """A prepared data set, with attributes of DatasetSettings (`name` is its `dataset`).
 
     `path` is the folder that xclip_jax.prepare wrote, `captions_per_clip` is {split: int array, the
     number of captions of each clip}, and `fingerprint` differs between data sets of different
@@ -170,6 +181,8 @@ class Dataset:
             self.name: str = metadata["dataset"]
             self.variant: str = metadata["variant"]
             self.image_size: int = metadata["image_size"]
+            fields = {name: metadata[name] for name in FrameFormat._fields if name in metadata}
+            self.format = FrameFormat(**fields)
             self.paragraphs: bool = metadata["paragraphs"]
             self.max_seconds: float | None = metadata["max_seconds"]
             self.expected: dict[str, int] = metadata["expected"]

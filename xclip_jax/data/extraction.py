@@ -19,7 +19,7 @@ import numpy as np
 from xclip_jax.cli import InputError, PathLike, atomic_file, progress
 from xclip_jax.data.annotations import Clip, Finding, Listing
 from xclip_jax.data.container import VideoError
-from xclip_jax.data.preprocess import encode_jpeg
+from xclip_jax.data.preprocess import FrameFormat, encode_jpeg
 from xclip_jax.data.video import read_frames
 from xclip_jax.workers import BeamRunner, map_on_beam, run_jobs
 
@@ -108,7 +108,7 @@ class ClipJob:
     """A clip to read from `path` (None: not found), up to `end` seconds, into the file `cache`."""
 
     clip: Clip
-    image_size: int
+    format: FrameFormat
     path: Path | None = None
     cache: Path | None = None
     end: float | None = None
@@ -124,19 +124,19 @@ class Outcome(NamedTuple):
 
 
 def make_job(
-    clip: Clip, path: Path | None, image_size: int, max_seconds: float | None, folder: Path
+    clip: Clip, path: Path | None, format: FrameFormat, max_seconds: float | None, folder: Path
 ) -> ClipJob:
     """Returns a job whose cache file in `folder` is named by a hash of all its inputs."""
     if path is None:
-        return ClipJob(clip, image_size)
+        return ClipJob(clip, format)
     end = clip.end
     if max_seconds is not None:
         last = (clip.start or 0) + max_seconds
         end = last if end is None else min(end, last)
     status = path.stat()
-    key = repr((str(path), status.st_size, status.st_mtime_ns, clip.start, end, image_size))
+    key = repr((str(path), status.st_size, status.st_mtime_ns, clip.start, end, *format.key))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return ClipJob(clip, image_size, path, folder / name[:2] / f"{name}.npz", end)
+    return ClipJob(clip, format, path, folder / name[:2] / f"{name}.npz", end)
 
 
 def extract(job: ClipJob) -> Outcome:
@@ -146,7 +146,7 @@ def extract(job: ClipJob) -> Outcome:
     content: Any = _read_cache(job.cache)
     if content is None:
         try:
-            frames = read_frames(job.path, job.image_size, start=job.clip.start, end=job.end)
+            frames = read_frames(job.path, job.format, start=job.clip.start, end=job.end)
         except VideoError as error:
             return Outcome(str(error))
         jpegs = [encode_jpeg(frame) for frame in frames.frames]

@@ -1,7 +1,8 @@
-"""Preprocesses images as for CLIP, and reads and writes image files."""
+"""Makes frames from images as a model requires, and reads and writes image files."""
 
 from fractions import Fraction
 from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -10,25 +11,65 @@ from PIL import Image, ImageOps
 
 from xclip_jax.cli import PathLike, explain_no_file
 
+if TYPE_CHECKING:
+    from xclip_jax.models.config import ModelConfig
+else:
+    ModelConfig = Any  # its module imports JAX, without which the workers of `prepare` start
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's others run programs (EPS)
 MAX_ASPECT = 16  # long side / short side up to which the whole picture is resized
 MAX_SCANS = 100  # of a progressive JPEG, which is decoded as often
 MAX_IMAGE_PIXELS = 2**25  # 33 million: 100 MB as RGB
 ONE = Fraction(1)
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class FrameFormat(NamedTuple):
+    """Size of frames and the way they are made from a picture. The default is CLIP's."""
+
+    image_size: int = 224  # S, side of a frame in pixels
+    # crop: the short side becomes S, then the centre is taken. squash: both sides become S.
+    resize: Literal["crop", "squash"] = "crop"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __str__(self) -> str:
+        return f"{self.image_size} px, {self.resize}, {self.interpolation}"
+
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """The fields that identify the format: `image_size` alone for a bicubic crop.
+
+        Earlier versions had no other format, and hashed the size only.
+        """
+        is_default = self == FrameFormat(self.image_size)
+        return (self.image_size,) if is_default else tuple(self)
+
+
+def frame_format(config: ModelConfig) -> FrameFormat:
+    """Returns the format of the frames that a model is given."""
+    p = config.preprocess
+    return FrameFormat(config.vision.image_size, p.resize, p.interpolation)
 
 
 def preprocess(
-    image: Image.Image | UInt8[np.ndarray, "H W 3"], image_size: int, pixel_aspect: Fraction = ONE
+    image: Image.Image | UInt8[np.ndarray, "H W 3"],
+    format: FrameFormat,
+    pixel_aspect: Fraction = ONE,
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """Applies CLIP's preprocessing before normalisation: short side to S, bicubic, centre crop.
+    """Resizes a picture to S x S RGB in [0, 255], which is not normalised yet.
 
-    Equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on a Pillow image, as in
-    https://github.com/openai/CLIP/blob/main/clip/clip.py, for RGB in [0, 255] and S = `image_size`.
+    crop: equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on a Pillow image, as in
+    https://github.com/openai/CLIP/blob/main/clip/clip.py, with the format's interpolation.
     `pixel_aspect` is the width of a pixel divided by its height; the resize corrects it to 1.
     A picture of an extreme shape is first cropped, so that its resized long side fits into memory.
+
+    squash: equals Pillow's resize to S x S, as in the image processors of Hugging Face.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image = image if image.mode == "RGB" else image.convert("RGB")
+    image_size, interpolation = format.image_size, _FILTERS[format.interpolation]
+    if format.resize == "squash":
+        return np.array(image.resize((image_size, image_size), interpolation))
     if max(image.size) > (most := MAX_ASPECT * min(image.size)):
         left, top = (max(0, side - most) // 2 for side in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
@@ -37,9 +78,9 @@ def preprocess(
     size = (int(image_size * width / short), int(image_size * height / short))
     left, top = (round((side - image_size) / 2.0) for side in size)
     # The two passes of Pillow's resize, with the first crop in between to save work.
-    image = image.resize((size[0], height), Image.Resampling.BICUBIC)
+    image = image.resize((size[0], height), interpolation)
     image = image.crop((left, 0, left + image_size, height))
-    image = image.resize((image_size, size[1]), Image.Resampling.BICUBIC)
+    image = image.resize((image_size, size[1]), interpolation)
     return np.array(image.crop((0, top, image_size, top + image_size)))
 
 

@@ -1,4 +1,4 @@
-"""Reads one upright, square RGB frame per second from a video file, preprocessed as for CLIP.
+"""Reads one upright, square RGB frame per second from a video file, in a model's format.
 
 Files are decoded sequentially from the start, and frames are chosen by presentation time: on real
 files (variable rates, broken indices, wrong headers) seeking and counting frames are inexact.
@@ -33,7 +33,7 @@ from xclip_jax.data.container import (
     open_film,
     reason,
 )
-from xclip_jax.data.preprocess import ONE, preprocess
+from xclip_jax.data.preprocess import ONE, FrameFormat, preprocess
 
 # swscale follows each frame's matrix (BT.601/709/2020; BT.601 if untagged, as in ffmpeg) and range.
 # Measured against the formula with 8 bits, its default is off by 1.1 levels on average, 3 at most,
@@ -71,16 +71,16 @@ class Frames:
 
 
 def read_frames(
-    path: PathLike, image_size: int, *, start: Seconds = None, end: Seconds = None
+    path: PathLike, format: FrameFormat, *, start: Seconds = None, end: Seconds = None
 ) -> Frames:
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
     Times are seconds after the file's first frame. `start` is 0 by default; start + k is at most
-    `end`, by default the time of the last frame. Frames are upright, with square pixels, and
-    preprocessed to S = `image_size` pixels as by `preprocess`. Raises VideoError if there is none.
+    `end`, by default the time of the last frame. Frames are upright and
+    preprocessed to `format`, see `preprocess`. Raises VideoError if there is none.
     """
     reader = VideoReader(path, start=start, end=end)
-    pairs = [(picture.to_square(image_size), time) for time, picture in reader]
+    pairs = [(picture.to_square(format), time) for time, picture in reader]
     return Frames([frame for frame, _ in pairs], [time for _, time in pairs], reader.note)
 
 
@@ -183,13 +183,13 @@ class Picture:
 
     def __init__(self, image: Image.Image, pixel_aspect: Fraction) -> None:
         self.image, self.pixel_aspect = image, pixel_aspect
-        self._square: dict[int, UInt8[np.ndarray, "S S 3"]] = {}
+        self._square: dict[FrameFormat, UInt8[np.ndarray, "S S 3"]] = {}
 
-    def to_square(self, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-        """Returns the preprocessed frame, which is cached by image size."""
-        if image_size not in self._square:
-            self._square[image_size] = preprocess(self.image, image_size, self.pixel_aspect)
-        return self._square[image_size]
+    def to_square(self, format: FrameFormat) -> UInt8[np.ndarray, "S S 3"]:
+        """Returns the preprocessed frame, which is cached by format."""
+        if format not in self._square:
+            self._square[format] = preprocess(self.image, format, self.pixel_aspect)
+        return self._square[format]
 
     def encode_thumbnail(self, longest: int) -> bytes:
         """Returns a JPEG of the uncropped picture, at most `longest` pixels long."""

@@ -1,112 +1,30 @@
-"""CLIP's two towers (Radford et al., 2021, https://arxiv.org/abs/2103.00020).
+"""An image tower, a text tower and the scale of their cosines.
 
-Architecture and parameter shapes follow https://github.com/openai/CLIP. Layers are stacked along a
-leading axis and scanned. Parameters are float32.
+By default CLIP's (Radford et al., 2021, https://arxiv.org/abs/2103.00020), in the architecture of
+https://github.com/openai/CLIP. The fields of VisionConfig and TextConfig turn them into those of
+other families, listed in models/families.py. Parameters are float32.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from xclip_jax.models.config import ModelConfig, PreprocessConfig
+from xclip_jax.models.config import BlockConfig, ModelConfig, PreprocessConfig, VisionConfig
+from xclip_jax.models.transformer import LayerNorm, Tokens, Transformer, apply_mlp, normal
 from xclip_jax.similarity import AnyArray, FrameMask
 
 Ids = Int[AnyArray, "T W"]
-Tokens = Float[AnyArray, "B L E"]
-Mask = Bool[AnyArray, "#B #N #L #L"]  # of attention, from position to position, True = attends
-# What the backward pass keeps of a layer: nothing, or the results of its matrix products.
-REMAT = {
-    "layers": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-# Layers of a transformer that is compiled without a loop: half the time of the demo's gradients on
-# CPU. Deeper ones would take long to compile.
-MAX_UNROLLED = 4
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
-
-normal = nn.initializers.normal
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation computed in float32, returned in the type of its input."""
-
-    @nn.compact
-    def __call__(self, x: Float[AnyArray, "*B E"]) -> Float[Array, "*B E"]:
-        return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")(x).astype(x.dtype)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention to the positions whose mask is True."""
-
-    heads: int
-    dtype: str
-    output_scale: float  # factor of the initial output weights
-
-    @nn.compact
-    def __call__(self, x: Tokens, mask: Mask | None) -> Tokens:
-        width, init = x.shape[-1], normal(x.shape[-1] ** -0.5)
-        shape = 3, self.heads, width // self.heads
-        qkv = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name="qkv")(x)
-        query, key, value = (qkv[..., i, :, :] for i in range(3))
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask)
-        init = normal(width**-0.5 * self.output_scale)
-        return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block in the form of a scan's body: (x, mask) -> (x, None)."""
-
-    config: ModelConfig
-    layers: int  # number of layers of the whole transformer
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: Tokens, mask: Mask | None) -> tuple[Tokens, None]:
-        c, width = self.config, x.shape[-1]
-        depth = (2 * self.layers) ** -0.5  # keeps the scale of the residual stream, as in CLIP
-        attention = SelfAttention(self.heads, c.dtype, depth, name="attention")
-        init = normal((2 * width) ** -0.5)
-        expand = nn.Dense(4 * width, dtype=c.dtype, kernel_init=init, name="fc")
-        init = normal(width**-0.5 * depth)
-        project = nn.Dense(width, dtype=c.dtype, kernel_init=init, name="proj")
-        x = x + attention(LayerNorm(name="ln_1")(x), mask)
-        y = ACTIVATIONS[c.activation](expand(LayerNorm(name="ln_2")(x)))
-        return x + project(y), None
-
-
-class Transformer(nn.Module):
-    """`layers` scanned blocks, with activation, compute type and recomputation from `config`."""
-
-    config: ModelConfig
-    layers: int
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: Tokens, mask: Mask | None = None) -> Tokens:
-        block = Block
-        if self.config.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-            length=self.layers,
-            unroll=self.layers if self.layers <= MAX_UNROLLED else 1,
-        )
-        scanned = blocks(self.config, self.layers, self.heads, name="blocks")
-        return scanned(jnp.asarray(x), mask)[0]
+Images = Float[AnyArray, "B H W 3"]
 
 
 def normalize_frames(
     frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask, preprocess: PreprocessConfig
-) -> Float[Array, "V F S S 3"]:
+) -> Float[Array, "V F H W 3"]:
     """Normalises uint8 RGB (float is taken as normalised) and zeroes masked frames."""
     frames = frames_VxFxSxSx3
     if frames.dtype == jnp.uint8:
@@ -124,38 +42,83 @@ class PatchEmbedding(nn.Module):
 
     size: int
     width: int
+    bias: bool = False
 
     @nn.compact
-    def __call__(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B L E"]:
-        number, side = images_BxSxSx3.shape[:2]
-        grid, size = side // self.size, self.size
+    def __call__(self, images: Images) -> Float[Array, "B L E"]:
+        size, shape = self.size, (self.size, self.size, 3, self.width)
+        number, rows, columns = len(images), images.shape[1] // size, images.shape[2] // size
         init = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
-        kernel = self.param("kernel", init, (size, size, 3, self.width))
-        patches = images_BxSxSx3.reshape(number, grid, size, grid, size, 3)
-        patches = patches.swapaxes(2, 3).reshape(number, grid * grid, size * size * 3)
-        return patches @ kernel.astype(patches.dtype).reshape(-1, self.width)
+        kernel = self.param("kernel", init, shape).astype(images.dtype)
+        images = images[:, : rows * size, : columns * size]  # as a convolution without padding
+        patches = images.reshape(number, rows, size, columns, size, 3).swapaxes(2, 3)
+        embedded = patches.reshape(number, rows * columns, -1) @ kernel.reshape(-1, self.width)
+        if self.bias:
+            zeros = nn.initializers.zeros
+            embedded = embedded + self.param("bias", zeros, (self.width,)).astype(images.dtype)
+        return jnp.asarray(embedded)
 
 
 class VisionTower(nn.Module):
-    """ViT from output of `normalize_frames` to the projected class token, not normalised."""
+    """Vision Transformer from output of `normalize_frames` to vectors that are not normalised."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, images_BxSxSx3: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
+    def __call__(self, images: Images) -> Float[Array, "B D"]:
+        """Returns the projected pooled vectors."""
+        c = self.config.vision
+        x, norm = self.encode_patches(images), LayerNorm(c.epsilon, name="ln_post")
+        if c.pool == "attention":
+            x = AttentionPool(self.config, name="pool")(norm(x))
+        else:
+            x = norm(x[:, 0])
+        return x if c.projection == "none" else _project(self.config, c.projection, x)
+
+    def encode_patches(self, images: Images) -> Tokens:
+        """Returns the blocks' output for the class token, if any, and every patch."""
         c, dtype = self.config.vision, self.config.dtype
-        init = normal(c.width**-0.5)
-        x = PatchEmbedding(c.patch_size, c.width, name="patch")(images_BxSxSx3.astype(dtype))
-        class_token = self.param("class_token", init, (c.width,)).astype(dtype)
-        x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, c.width)), x], 1)
-        x = x + self.param("positions", init, x.shape[1:]).astype(dtype)
-        x = LayerNorm(name="ln_pre")(x)
-        x = Transformer(self.config, c.layers, c.heads, name="encoder")(x)
-        return _projection(self.config, c.width)(LayerNorm(name="ln_post")(x[:, 0]))
+        grid = images.shape[1] // c.patch_size, images.shape[2] // c.patch_size
+        embed = PatchEmbedding(c.patch_size, c.width, c.patch_bias, name="patch")
+        x, init = embed(images.astype(dtype)), normal(c.width**-0.5)
+        if c.class_token:
+            class_token = self.param("class_token", init, (c.width,)).astype(dtype)
+            x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, c.width)), x], 1)
+        positions = self.param("positions", init, (c.num_positions, c.width))
+        x = x + resize_positions(positions, c, grid).astype(dtype)
+        if c.pre_norm:
+            x = LayerNorm(c.epsilon, name="ln_pre")(x)
+        angles = None if c.rotary == "none" else rotary_angles(c, grid)
+        blocks = self.config.blocks("vision")
+        return Transformer(blocks, dtype, self.config.remat, name="encoder")(x, angles=angles)
+
+
+class AttentionPool(nn.Module):
+    """Pooling by the attention of one learned query, then an MLP with a residual connection.
+
+    Zhai et al., 2022, https://arxiv.org/abs/2106.04560, Sec. 3.2 ("multihead attention pooling").
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Float[Array, "B E"]:
+        c, dtype, width = self.config.vision, self.config.dtype, x.shape[-1]
+        heads, init = c.pool_heads or c.heads, normal(width**-0.5)
+        shape, options = (heads, width // heads), {"dtype": dtype, "kernel_init": init}
+        probe = self.param("probe", init, (1, 1, width)).astype(x.dtype)
+        query = nn.DenseGeneral(shape, name="query", **options)(probe)
+        pair = nn.DenseGeneral((2, *shape), name="key_value", **options)(x)
+        query = jnp.broadcast_to(query, (len(x), *query.shape[1:]))
+        y = jax.nn.dot_product_attention(query, pair[:, :, 0], pair[:, :, 1])
+        y = nn.DenseGeneral(width, (-2, -1), name="out", **options)(y)[:, 0]
+        activation, hidden = c.activation or self.config.activation, c.pool_mlp_width or c.mlp_width
+        mlp = BlockConfig(mlp_width=hidden, activation=activation)
+        return y + apply_mlp(mlp, dtype, LayerNorm(c.epsilon, name="ln")(y))
 
 
 class TextTower(nn.Module):
-    """Causal transformer that returns the projected vector, not normalised, of every position."""
+    """Transformer that returns the projected vector, not normalised, of every position."""
 
     config: ModelConfig
 
@@ -165,28 +128,70 @@ class TextTower(nn.Module):
         embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), name="tokens")
         positions = self.param("positions", normal(0.01), (c.context_length, c.width))
         x = (embed(ids_TxW) + positions[:num_words]).astype(self.config.dtype)
-        causal = jnp.tril(jnp.ones((1, 1, num_words, num_words), bool))
-        x = Transformer(self.config, c.layers, c.heads, name="encoder")(x, causal)
-        return _projection(self.config, c.width)(LayerNorm(name="ln_final")(x))
+        mask = jnp.tril(jnp.ones((1, 1, num_words, num_words), bool)) if c.causal else None
+        blocks = self.config.blocks("text")
+        x = Transformer(blocks, self.config.dtype, self.config.remat, name="encoder")(x, mask)
+        return _project(self.config, c.projection, LayerNorm(c.epsilon, name="ln_final")(x))
 
 
-def _projection(config: ModelConfig, width: int) -> nn.Dense:
-    """Returns the linear map from a tower of a given width to the joint embedding space."""
-    options = {"dtype": config.dtype, "kernel_init": normal(width**-0.5)}
-    return nn.Dense(config.embed_dim, use_bias=False, name="projection", **options)
+def _project(config: ModelConfig, kind: str, x: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
+    """Maps vectors to the joint embedding space, as a layer of the module that calls it."""
+    options: Any = {"dtype": config.dtype, "kernel_init": normal(x.shape[-1] ** -0.5)}
+    return nn.Dense(config.embed_dim, use_bias=kind == "bias", name="projection", **options)(x)
+
+
+def resize_positions(
+    positions_LxE: Float[AnyArray, "L E"], c: VisionConfig, grid: tuple[int, int]
+) -> Float[AnyArray, "M E"]:
+    """Interpolates the positions of a square of patches, after a class token, to another grid.
+
+    `grid` is (rows, columns). As usual for a ViT at another resolution (Dosovitskiy et al., 2021,
+    Sec. 3.2), or bilinear as in PE; without antialiasing.
+    """
+    if grid == (c.grid, c.grid):
+        return positions_LxE
+    token, patches = jnp.split(jnp.asarray(positions_LxE), [int(c.class_token)])
+    square, method = patches.reshape(c.grid, c.grid, -1), c.position_resize
+    resized = jax.image.resize(square, (*grid, square.shape[-1]), method, antialias=False)
+    return jnp.concatenate([token, resized.reshape(grid[0] * grid[1], -1)])
+
+
+def rotary_angles(c: VisionConfig, grid: tuple[int, int]) -> Float[np.ndarray, "L H"]:
+    """Returns the angles of rotary positions of a grid of (rows, columns) patches.
+
+    A half of the H = K / 2 angles is for the column, the other for the row, in the order of
+    `c.rotary`, with frequencies 10000^(-4 j / K). A class token has angle 0. PE (Bolya et al.,
+    2025, https://arxiv.org/abs/2504.13181) counts columns and rows from 1 if it has a class token.
+    """
+    count = c.width // c.heads // 4
+    frequencies = 10000.0 ** (-np.arange(count) / count)
+    columns_first = c.rotary == "columns_first"
+    start = float(columns_first and c.class_token)
+    rows, columns = (
+        (np.arange(n) + start) * (c.rotary_grid / n if c.rotary_grid else 1) for n in grid
+    )
+    parts = [np.repeat(rows, grid[1]), np.tile(columns, grid[0])]
+    parts = parts[::-1] if columns_first else parts
+    angles = np.concatenate([np.outer(part, frequencies) for part in parts], 1)
+    token = np.zeros((int(c.class_token), angles.shape[1]))
+    return np.concatenate([token, angles]).astype(np.float32)
 
 
 class CLIP(nn.Module):
-    """Both towers and the learned logit scale."""
+    """Both towers, or one of them, and the learned logit scale."""
 
     config: ModelConfig
 
     def setup(self) -> None:
-        self.visual = VisionTower(self.config)
-        self.textual = TextTower(self.config)
+        c = self.config
+        if c.towers != "text":
+            self.visual = VisionTower(c)
+        if c.towers != "vision":
+            self.textual = TextTower(c)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
     def scale(self) -> Float[Array, ""]:
-        """Returns exp(logit_scale), at most 100 (Radford et al., Sec. 2.5)."""
-        limit = math.log(100)  # CLIP's weights start here: minimum() would halve the gradient
+        """Returns exp(logit_scale), at most `max_scale`: 100 in CLIP (Radford et al., Sec. 2.5)."""
+        limit = math.log(self.config.max_scale or math.inf)
+        # CLIP's weights start at the limit: minimum() would halve the gradient.
         return jnp.exp(jnp.where(self.logit_scale > limit, limit, self.logit_scale))

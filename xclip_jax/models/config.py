@@ -23,8 +23,10 @@ Natural = Annotated[int, Rule(lambda x: x >= 0, "a whole number of at least 0")]
 Positive = Annotated[int, Rule(lambda x: x >= 1, "a whole number of at least 1")]
 # Rejects sizes that fit no memory before anything is allocated.
 Size = Annotated[int, Rule(lambda x: 1 <= x <= 2**16, "a whole number from 1 to 65536")]
+AtLeast0 = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
 PositiveFloat = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
 Head = Literal["xclip", "mean_pooling", "seq_lstm", "seq_transformer", "tight_transformer"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 Granularities = Annotated[
     tuple[Granularity, ...],
     Rule(
@@ -46,32 +48,73 @@ PositiveRgb = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class PreprocessConfig:
-    """Preprocessing of frames: a bicubic resize with a centre crop, then (x - mean) / std."""
+    """Preprocessing of frames: a resize to S x S, then (x - mean) / std of RGB in [0, 1]."""
 
     mean: Rgb = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; by default CLIP's
     std: PositiveRgb = (0.26862954, 0.26130258, 0.27577711)
+    # crop: the short side becomes S, then the centre is taken. squash: both sides become S.
+    resize: Literal["crop", "squash"] = "crop"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the image tower."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Blocks of a Transformer."""
+
+    width: Size = 512  # E
+    layers: Size = 12  # L
+    heads: Positive = 8  # N
+    mlp_width: Natural = 0  # hidden width of the MLPs; 0: 4 E
+    activation: Activation | None = None  # of the MLPs; None: model.activation
+    epsilon: PositiveFloat = 1e-5  # of the layer norms
+    gated: bool = False  # MLPs with a gate (SwiGLU with the activation silu)
+    inner_norms: bool = False  # also normalise attention and MLP before their last products
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(BlockConfig):
+    """The image tower, by default CLIP's B/32. Other families: models/families.py."""
 
     image_size: Size = 224  # S, side of a frame in pixels
     patch_size: Positive = 32  # side of a patch in pixels
-    width: Size = 768  # E of the image tower
-    layers: Size = 12  # L of the image tower
-    heads: Positive = 12  # N of the image tower
+    width: Size = 768
+    heads: Positive = 12
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True  # a layer norm before the blocks
+    # Of the last block's vectors: that of the class token, or an attention pool.
+    pool: Literal["class_token", "attention"] = "class_token"
+    pool_heads: Natural = 0  # of the attention pool; 0: heads
+    pool_mlp_width: Natural = 0  # of the attention pool; 0: mlp_width
+    projection: Literal["none", "linear", "bias"] = "linear"  # to D; bias: linear with a bias
+    # Rotary positions of patches besides the learned ones: which coordinate has the first angles.
+    rotary: Literal["none", "rows_first", "columns_first"] = "none"
+    rotary_grid: Natural = 0  # scale coordinates as if there were so many rows; 0: do not
+    position_resize: Literal["bicubic", "bilinear"] = "bicubic"  # at another image_size
+
+    @property
+    def grid(self) -> int:
+        """Number of patches in a row or column."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Number of patches, and of the class token if any."""
+        return self.grid**2 + self.class_token
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Sizes of the text tower."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(BlockConfig):
+    """The text tower, by default CLIP's."""
 
     vocab_size: Natural = 49408  # CLIP's byte-level BPE; 0: size of the data set's tokenizer
     context_length: Size = 77  # positions of the text tower and of the temporal encoder
-    width: Size = 512  # E of the text tower
-    layers: Size = 12  # L of the text tower
-    heads: Positive = 8  # N of the text tower
+    causal: bool = True  # a position attends to earlier ones only, else to all, padding included
+    # Position of the sentence: the largest id, the first id `end_id`, or the last of W.
+    pool: Literal["argmax", "end", "last"] = "argmax"
+    end_id: Natural = 0
+    start_token: bool = True  # texts begin with a start token
+    projection: Literal["linear", "bias"] = "linear"  # to D; bias: linear with a bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +135,10 @@ class ModelConfig:
     preset: Literal["paper", "official"] = "paper"  # the paper or its PyTorch release
     # xclip, or a head of CLIP4Clip (https://arxiv.org/abs/2104.08860)
     head: Head = "xclip"
+    towers: Literal["both", "vision", "text"] = "both"  # one: a half of a model, see convert
     embed_dim: Size = 512  # D, width of the joint embedding space
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of every transformer
+    activation: Activation = "quick_gelu"  # of every transformer that states no other
+    max_scale: AtLeast0 = 100.0  # limit of the factor from cosines to logits; 0: none
     max_words: int = 32  # W, tokens of a text, start and end included; longer texts are truncated
     max_frames: Size = 12  # F, frames of a video; longer videos are sampled uniformly
     granularities: Granularities = GRANULARITIES  # similarities that are averaged (Table 6)
@@ -101,7 +146,7 @@ class ModelConfig:
     aggregation: Aggregation = "attention"
     tau: PositiveFloat = 0.01  # temperature of AOSM (Table 9)
     tau_learned: bool = False  # train the temperature, from `tau` on
-    logit_bias: bool = False  # learned offset of logits in the sigmoid loss; loss.kind sets it
+    logit_bias: bool = False  # learned offset of logits, of the sigmoid loss; loss.kind sets it
     fusion: Literal["mean", "transformer"] = "mean"  # of the granularities (Eq. 14, Table 14)
     # None in the next four: by the preset.
     # Frames that texts are compared with: the temporal encoder's output (Eq. 1) or CLIP's.
@@ -127,6 +172,17 @@ class ModelConfig:
     def resolve(self) -> "ModelConfig":
         """Returns a copy in which all fields that preset and head determine are set."""
         return _replace(_replace(self, PRESETS[self.preset], only_unset=True), HEADS[self.head])
+
+    def blocks(self, part: Literal["vision", "text", "temporal"]) -> BlockConfig:
+        """Returns the blocks of a part, with their activation set.
+
+        Those of `temporal` are also the blocks of Transformers over pairs.
+        """
+        t = self.temporal
+        options = {"layers": t.layers, "heads": t.heads, "epsilon": self.text.epsilon}
+        encoder = BlockConfig(width=self.embed_dim, mlp_width=0, **options)
+        blocks = {"vision": self.vision, "text": self.text, "temporal": encoder}[part]
+        return dataclasses.replace(blocks, activation=blocks.activation or self.activation)
 
     def cells_per_pair(self, num_words: int, num_frames: int) -> int:
         """Returns the approximate number of floats in memory to score one text-video pair."""
@@ -177,6 +233,18 @@ def check_sizes(m: ModelConfig) -> Checks:
         towers.append(("temporal", m.temporal, m.embed_dim))
     for name, tower, width in towers:
         yield f"{name}.heads", width % tower.heads == 0, f"a divisor of the width {width}"
+    v, t = m.vision, m.text
+    pools = v.width % (v.pool_heads or v.heads) == 0
+    yield "vision.pool_heads", pools, f"a divisor of the width {v.width}"
+    yield "vision.pool", v.class_token or v.pool == "attention", "attention without a class token"
+    turns = v.rotary == "none" or v.width // v.heads % 4 == 0
+    yield "vision.rotary", turns, "none where a head is not a multiple of 4 wide"
+    fits = v.projection != "none" or v.width == m.embed_dim
+    yield "vision.projection", fits, f"linear or bias to project width {v.width} to {m.embed_dim}"
+    is_id = not t.vocab_size or t.end_id < t.vocab_size
+    yield "text.end_id", is_id, f"below text.vocab_size = {t.vocab_size}"
+    whole = m.towers == "both" or (m.head == "mean_pooling" and m.fusion == "mean")
+    yield "towers", whole, "both unless model.head = mean_pooling"
     attends = m.aggregation == "attention"
     yield "aggregation", attends or not m.matrices, "attention where model.matrices = True"
     aggregates = m.has_granularities and m.granularities != ("video_sentence",)
@@ -186,9 +254,8 @@ def check_sizes(m: ModelConfig) -> Checks:
     yield "aggregation", is_used, "attention where neither words nor frames are aggregated"
     longest, context = m.text.context_length, "model.text.context_length"
     yield "max_words", 3 <= m.max_words <= longest, f"from 3 to {context} = {longest}"
-    # The tight head has a position for the sentence, too.
-    most, less = (longest - 1, " - 1") if m.head == "tight_transformer" else (longest, "")
-    yield "max_frames", m.max_frames <= most, f"at most {context}{less} = {most}"
+    padded = t.pool != "last" or m.max_words == longest
+    yield "max_words", padded, f"{context} = {longest} where model.text.pool = last"
 
 
 # The paper's text and what its PyTorch release computes (docs/paper-vs-code.md).
@@ -211,9 +278,9 @@ HEADS = {
     "seq_transformer": {**_COSINE, "temporal": {"type": "transformer", "residual": True}},
     "tight_transformer": {**_COSINE, "temporal": {"type": "none"}},
 }
-RGB = ("mean", "std")  # the others of model.json are fixed or repeated
+# Missing in earlier model.json.
 _ADDED_FIELDS = {"preprocess": {}, "tau_learned": False, "logit_bias": False}
-_ADDED_FIELDS |= {"param_dtype": "float32"}  # missing in earlier model.json
+_ADDED_FIELDS |= {"param_dtype": "float32", "towers": "both", "max_scale": 100.0}
 _FORMER_FIELDS = ("frame_features", "words", "padding", "matrices", "temporal.residual")
 _FORMER_VALUES = {"": None, "none": False, "learned": True, "no": False, "yes": True}
 
@@ -231,7 +298,7 @@ def read_model_config(fields: Any) -> ModelConfig:
 
     Raises:
         KeyError, TypeError: a field is missing, or a section has an unknown one.
-        ValueError: images are preprocessed in another way.
+        ValueError: model.json states another image size in its entry preprocess.
     """
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     fields = {**_ADDED_FIELDS, **fields}
@@ -240,13 +307,12 @@ def read_model_config(fields: Any) -> ModelConfig:
     for name, section in sections.items():
         upgraded = {k: upgrade_value(f"model.{name}.{k}", v) for k, v in values[name].items()}
         values[name] = section(**upgraded)
-    side = values["vision"].image_size
-    fixed = {"resize": "crop", "interpolation": "bicubic", "image_size": side}
-    for name, value in fixed.items():
-        if (stated := values["preprocess"].get(name, value)) != value:
-            raise ValueError(f"preprocess.{name} = {stated!r}: must be {value!r}")
-    rgb = {name: tuple(value) for name, value in values["preprocess"].items() if name in RGB}
-    values["preprocess"] = PreprocessConfig(**rgb)
+    preprocess, side = dict(values["preprocess"]), values["vision"].image_size
+    if (stated := preprocess.pop("image_size", side)) != side:  # model.json repeats it
+        raise ValueError(f"preprocess.image_size = {stated!r}: must be {side!r}")
+    for name in {"mean", "std"} & preprocess.keys():
+        preprocess[name] = tuple(preprocess[name])
+    values["preprocess"] = PreprocessConfig(**preprocess)
     values["granularities"] = tuple(values["granularities"])
     return ModelConfig(**values).resolve()
 

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from xclip_jax.models.clip import ACTIVATIONS, LayerNorm, Transformer, normal
 from xclip_jax.models.config import ModelConfig
+from xclip_jax.models.transformer import ACTIVATIONS, LayerNorm, Transformer, normal
 from xclip_jax.similarity import AnyArray, FrameMask, Logits, TextFeatures, TextMask, VideoFeatures
 
 TIGHT_DROPOUT = 0.1  # as in CLIP4Clip
@@ -67,7 +67,8 @@ class PairTransformer(nn.Module):
         if is_tight := c.fusion == "mean":
             no_words = jnp.ones((len(text.mask), 0), bool)
             tokens, mask = _pair([text.sentence[:, None]], no_words, [video.frames], video.mask)
-            positions = self.param("positions", normal(0.01), (c.text.context_length, dim))
+            count = max(c.text.context_length, c.max_frames + 1)  # and the sentence's
+            positions = self.param("positions", normal(0.01), (count, dim))
             x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
             x = nn.Dropout(TIGHT_DROPOUT)(x, deterministic=not self.has_rng("dropout"))
         else:
@@ -76,7 +77,7 @@ class PairTransformer(nn.Module):
             videos = [video.video[:, None] + kinds[2], video.frames + kinds[3]]
             tokens, mask = _pair(texts, words_TxW, videos, frames_VxF)
             x = tokens.astype(c.dtype)
-        x = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")(x, mask)
+        x = Transformer(c.blocks("temporal"), c.dtype, c.remat, name="encoder")(x, mask)
         y = LayerNorm(name="ln_pool" if is_tight else "ln")(x)[:, 0].astype(jnp.float32)
         if is_tight:
             y = ACTIVATIONS["quick_gelu"](nn.Dense(dim, name="pool")(y))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from xclip_jax.models.clip import Transformer, normal
 from xclip_jax.models.config import ModelConfig
+from xclip_jax.models.transformer import Transformer, normal
 from xclip_jax.similarity import AnyArray, FrameMask
 
 Frames = Float[AnyArray, "V F D"]
@@ -22,9 +22,11 @@ class TemporalTransformer(nn.Module):
     @nn.compact
     def __call__(self, frames_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:
         c, (_, num_frames, dim) = self.config, frames_VxFxD.shape
-        positions = self.param("positions", normal(0.3), (c.text.context_length, dim))
+        # As many as CLIP's texts, from which they are initialised, or more.
+        count = max(c.text.context_length, c.max_frames)
+        positions = self.param("positions", normal(0.3), (count, dim))
         x = frames_VxFxD + positions[:num_frames].astype(c.dtype)
-        encoder = Transformer(c, c.temporal.layers, c.temporal.heads, name="encoder")
+        encoder = Transformer(c.blocks("temporal"), c.dtype, c.remat, name="encoder")
         return encoder(x, jnp.asarray(mask_VxF)[:, None, None, :])
 
 

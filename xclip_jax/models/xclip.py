@@ -7,11 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from xclip_jax import similarity
 from xclip_jax.models.clip import CLIP, Ids, normalize_frames
-from xclip_jax.models.config import ModelConfig
+from xclip_jax.models.config import ModelConfig, TextConfig
 from xclip_jax.models.heads import AggregationMatrices, PairTransformer, TokenWeights
 from xclip_jax.models.temporal import Frames, TemporalLSTM, TemporalTransformer
 from xclip_jax.similarity import (
@@ -61,8 +61,8 @@ class XClip(nn.Module):
         weights_TxW = self.word_weights(words_TxWxD) if is_weighted else None
         if self.config.head != "tight_transformer":
             words_TxWxD = normalize(words_TxWxD)
-        end_T = jnp.maximum(jnp.sum(mask_TxW, 1) - 1, 0)
-        sentence_TxD = jnp.take_along_axis(words_TxWxD, end_T[:, None, None], 1)[:, 0]
+        place_T = sentence_position(ids_TxW, self.config.text)
+        sentence_TxD = jnp.take_along_axis(words_TxWxD, place_T[:, None, None], 1)[:, 0]
         return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW, weights_TxW)
 
     def encode_video(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> VideoFeatures:
@@ -101,7 +101,7 @@ class XClip(nn.Module):
         """Returns logits: the mean of the enabled granularities (Eq. 14), scaled."""
         if not self.config.has_granularities:
             masks = self.aosm_words(text.mask), self.aosm_frames(video.mask)
-            return self.pair_encoder(text, video, *masks)
+            return self.pair_encoder(text, video, *masks) + self._bias()
         return self.similarities(text, video)["all"]
 
     def similarities(self, text: TextFeatures, video: VideoFeatures) -> dict[str, Logits]:
@@ -127,7 +127,12 @@ class XClip(nn.Module):
         options |= {"granularities": c.granularities, "aggregation": c.aggregation}
         options |= {"tau": self.tau()}
         similarities = similarity.granular_similarity(text, video, **options)
-        return {name: self.clip.scale() * value for name, value in similarities.items()}
+        scale, bias = self.clip.scale(), self._bias()
+        return {name: scale * value + bias for name, value in similarities.items()}
+
+    def _bias(self) -> Float[Array, ""] | float:
+        """Returns the offset of logits (SigLIP, https://arxiv.org/abs/2303.15343), 0 if none."""
+        return self.logit_bias if self.config.logit_bias else 0.0
 
     def word_frame_attention(
         self, text: TextFeatures, video: VideoFeatures
@@ -143,6 +148,7 @@ class XClip(nn.Module):
         """Returns the mask of the words that take part in AOSM."""
         c = self.config
         options = {"special_tokens": c.words == "all_tokens", "padding": c.padding == "competes"}
+        options["start_token"] = c.text.start_token
         return similarity.aosm_words(mask_TxW, **options)
 
     def aosm_frames(self, mask_VxF: FrameMask) -> FrameMask:
@@ -157,6 +163,17 @@ class XClip(nn.Module):
     def matrices(self) -> dict[str, Array]:
         """Returns the learned matrices by name, or {} if the model has none."""
         return self.aggregation_matrices() if self.config.matrices else {}
+
+
+def sentence_position(ids_TxW: Ids, c: TextConfig) -> Int[Array, " T"]:
+    """Returns the position, from 0, whose vector is the sentence's.
+
+    CLIP takes the largest id, which is the end token, the newer models of transformers the first
+    end token, SigLIP the last position, be it padding or not.
+    """
+    if c.pool == "last":
+        return jnp.full(len(ids_TxW), ids_TxW.shape[1] - 1)
+    return jnp.argmax(ids_TxW if c.pool == "argmax" else ids_TxW == c.end_id, 1)
 
 
 def _masked_sum(frames_VxFxD: Frames, mask_VxF: FrameMask) -> Float[Array, "V D"]:

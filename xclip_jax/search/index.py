@@ -20,7 +20,7 @@ from xclip_jax.cli import InputError, PathLike, explain_no_file
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.preprocess import read_image
+from xclip_jax.data.preprocess import frame_format, read_image
 from xclip_jax.data.text import is_blank
 from xclip_jax.data.video import Limits, VideoReader
 from xclip_jax.inference import copy_to_local_devices
@@ -345,7 +345,7 @@ class Index:
         """Adds the seconds of encoding, and a note if the sentence was truncated."""
         tokenizer, note = self.retriever.tokenizer, None
         if tokenizer is not None and tokenizer.is_truncated(text):
-            note = f"only the first {tokenizer.max_words - 2} tokens of the sentence were used"
+            note = f"only the first {tokenizer.num_words} tokens of the sentence were used"
         seconds = {"encoding": encoding, **answer.seconds}
         return dataclasses.replace(answer, seconds=seconds, note=note)
 
@@ -366,7 +366,7 @@ def _read_example(file: PathLike, config: ModelConfig) -> UInt8[np.ndarray, "F S
     """Returns one frame a second of the start of a video file, within EXAMPLE_LIMITS."""
     reader = VideoReader(file, end=EXAMPLE_SECONDS, limits=EXAMPLE_LIMITS)
     try:
-        frames = [picture.to_square(config.vision.image_size) for _, picture in reader]
+        frames = [picture.to_square(frame_format(config)) for _, picture in reader]
         return np.stack([frames[index] for index in choose_frames(len(frames), config.max_frames)])
     except VideoError as error:
         raise InputError(f"{file}: {error}") from None

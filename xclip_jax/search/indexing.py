@@ -20,8 +20,10 @@ from jaxtyping import UInt8
 
 from xclip_jax.cli import InputError, PathLike, progress
 from xclip_jax.data.extraction import CRASHED, VideoFolder
+from xclip_jax.data.preprocess import frame_format
 from xclip_jax.inference import pad_rows
 from xclip_jax.metrics import hubness_bias
+from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.segments import Segment, SegmentJob, load_frames, read_segments
 from xclip_jax.search.store import FileStamp, Store
@@ -33,6 +35,12 @@ NAME_NOT_UTF8 = "the file name is not UTF-8"
 # Each commit adds a file that readers must open, so commits become rarer as a run gets longer.
 MIN_COMMIT_SECONDS = 5
 COMMIT_FRACTION = 0.02  # minimum time between commits, as a fraction of the run's time so far
+# Fields of a model that the first versions had in these sections, and others that they had not.
+_FORMER_FIELDS = {
+    "vision": ("image_size", "patch_size", "width", "layers", "heads"),
+    "text": ("vocab_size", "context_length", "width", "layers", "heads"),
+}
+_LATER_FIELDS = ("towers", "max_scale")
 
 
 @dataclasses.dataclass
@@ -178,7 +186,7 @@ class _Writer:
         """Indexes all files of `stamps`."""
         about, summary = self.store.about, self.summary
         options = {name: about[name] for name in ("max_frames", "segment_seconds", "shots")}
-        options["image_size"] = self.retriever.model.config.vision.image_size
+        options["format"] = frame_format(self.retriever.model.config)
         # Processes that were killed have left their folders.
         for old in Path(tempfile.gettempdir()).glob("xclip_jax-frames-*"):
             if Path("/proc/self").exists() and not Path("/proc", old.name.split("-")[2]).exists():
@@ -269,14 +277,28 @@ class _Writer:
 
 
 def fingerprint(retriever: Retriever) -> str:
-    """Returns 16 hexadecimal digits computed from everything that determines a model's features."""
+    """Returns 16 hexadecimal digits computed from everything that determines a model's features.
+
+    Fields that the first versions did not have count where they are not the default.
+    """
     ignored = ("step", "selected_on", "remat", "param_dtype")
     config = {name: value for name, value in retriever.config.items() if name not in ignored}
+    defaults = dataclasses.asdict(ModelConfig())
+    config = _drop_defaults(config, {name: defaults[name] for name in _LATER_FIELDS})
+    for section, former in _FORMER_FIELDS.items():
+        if section in config:
+            later = {k: v for k, v in defaults[section].items() if k not in former}
+            config[section] = _drop_defaults(config[section], later)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
     for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _drop_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that have no default, or another value."""
+    return {k: v for k, v in fields.items() if k not in defaults or v != defaults[k]}
 
 
 def is_below(path: str, videos: Iterable[PathLike]) -> bool:

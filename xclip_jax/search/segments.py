@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from xclip_jax.cli import explain_no_file
 from xclip_jax.data.container import AccessError, VideoError, open_film
 from xclip_jax.data.pipeline import choose_frames
+from xclip_jax.data.preprocess import FrameFormat
 from xclip_jax.data.video import Picture, VideoReader
 from xclip_jax.search.digests import sample_file
 
@@ -28,7 +29,7 @@ class SegmentJob:
 
     path: str
     frames_file: Path  # the file that the frames are written to
-    image_size: int  # of the model
+    format: FrameFormat  # of the model
     max_frames: int  # of the model
     segment_seconds: int  # length of a segment
     shots: bool = False  # True: cut at shot changes as well
@@ -61,7 +62,7 @@ def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
         sample = sample_file(job.path) if explain_no_file(job.path) is None else 0
     try:
         changes, note = detect_shot_changes(job.path) if job.shots else ([], None)
-        pieces = _cut(reader, job.image_size, job.segment_seconds, changes)
+        pieces = _cut(reader, job.format, job.segment_seconds, changes)
         with job.frames_file.open("wb") as file:
             for start, end, first_second, frames in pieces:
                 chosen = choose_frames(len(frames), job.max_frames)
@@ -102,12 +103,16 @@ def load_frames(job: SegmentJob, segments: Sequence[Segment]) -> Iterator[np.nda
     """Yields the frames of each segment, uint8 F x S x S x 3, from the job's `frames_file`."""
     with job.frames_file.open("rb") as file:
         for segment in segments:
-            shape = (len(segment.times), job.image_size, job.image_size, 3)
+            side = job.format.image_size
+            shape = (len(segment.times), side, side, 3)
             yield np.fromfile(file, np.uint8, count=np.prod(shape)).reshape(shape)
 
 
 def _cut(
-    pictures: Iterable[tuple[float, Picture]], image_size: int, length: int, changes: list[float]
+    pictures: Iterable[tuple[float, Picture]],
+    format: FrameFormat,
+    length: int,
+    changes: list[float],
 ) -> Iterator[tuple[float, float | None, int, list[SampledFrame]]]:
     """Yields (start, end, second of the first frame, frames) of every segment.
 
@@ -124,7 +129,7 @@ def _cut(
             start, first_second, frames = change, second, []
         offset = len(frames) % length
         thumbnail = picture.encode_thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
-        frames.append((picture.to_square(image_size), thumbnail))
+        frames.append((picture.to_square(format), thumbnail))
         if 2 * len(frames) >= 3 * length and len(frames) > length:
             end = float(first_second + length)
             yield start, end, first_second, frames[:length]

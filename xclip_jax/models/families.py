@@ -1,0 +1,78 @@
+"""Settings of encoder families that their checkpoints do not store: dotted fields of ModelConfig.
+
+What the shapes of the weights tell (widths, layers, class token, biases, pools) is read from them.
+"""
+
+import re
+from typing import Any
+
+Fields = dict[str, Any]
+
+CLIP: Fields = {"activation": "quick_gelu"}
+# SigLIP (Zhai et al., 2023, https://arxiv.org/abs/2303.15343) and SigLIP 2 (Tschannen et al., 2025,
+# https://arxiv.org/abs/2502.14786), as in big_vision and transformers.
+SIGLIP: Fields = {
+    "activation": "gelu_tanh",
+    "vision.epsilon": 1e-6,
+    "text.epsilon": 1e-6,
+    "text.causal": False,
+    "text.start_token": False,
+    "text.pool": "last",
+    "max_scale": 0.0,
+}
+# Perception Encoder, PE-Core (Bolya et al., 2025, https://arxiv.org/abs/2504.13181).
+PE: Fields = {
+    "activation": "gelu",
+    "vision.rotary": "columns_first",
+    "vision.pool_heads": 8,
+    "vision.position_resize": "bilinear",
+}
+SQUASHED = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": "squash"}
+PE_PREPROCESS: Fields = SQUASHED | {"interpolation": "bilinear"}
+SIGLIP_PREPROCESS: Fields = SQUASHED
+# EVA-02-CLIP (Sun et al., 2023, https://arxiv.org/abs/2303.15389; Fang et al., 2023,
+# https://arxiv.org/abs/2303.11331).
+EVA02: Fields = {
+    "vision.activation": "silu",
+    "vision.epsilon": 1e-6,
+    "vision.rotary": "rows_first",
+    "vision.rotary_grid": 16,
+}
+_GELU, _HUGE = {"vision.activation": "gelu"}, {"vision.heads": 16}
+_SIGLIP_GELU = _GELU | {"vision.epsilon": 1e-6}
+_SIGLIP_TANH = {"vision.activation": "gelu_tanh", "vision.epsilon": 1e-6}
+_PE = {"vision." + k.removeprefix("vision."): v for k, v in PE.items()}
+# timm's image towers (https://github.com/huggingface/pytorch-image-models) by their names. Heads
+# are 64 wide where they are not stated.
+_TIMM: dict[str, Fields] = {
+    r"vit_(base|large)_patch\d+_siglip_\d+": _SIGLIP_GELU,
+    r"vit_so400m_patch14_siglip_\d+": _SIGLIP_GELU | _HUGE,
+    r"vit_(so400m|giantopt)_patch16_siglip_\d+": _SIGLIP_TANH | _HUGE,
+    r"vit_pe_core_(tiny|small|base|large)_patch\d+_\d+": _PE,
+    r"vit_pe_core_gigantic_patch\d+_\d+": _PE | _HUGE,
+    r"eva02_(base|large)_patch\d+_clip_\d+": EVA02,
+    r"vit_(base|large)_patch\d+_clip_\d+": _GELU,
+    r"vit_(huge|giant|gigantic)_patch\d+_clip_\d+": _GELU | _HUGE,
+    r"vit_(base|large)_patch\d+_clip_quickgelu_\d+": {"vision.activation": "quick_gelu"},
+    r"vit_(huge|gigantic)_patch\d+_clip_quickgelu_\d+": {"vision.activation": "quick_gelu"} | _HUGE,
+}
+
+# Words of config files -> (model on the Hugging Face hub, positions of a text).
+PUBLISHED = {
+    "siglip2_b16": ("google/siglip2-base-patch16-224", 64),
+    "siglip2_l16": ("google/siglip2-large-patch16-256", 64),
+    "pe_b16": ("facebook/PE-Core-B16-224", 32),
+    "pe_l14": ("facebook/PE-Core-L14-336", 32),
+}
+
+
+def timm_tower(name: str) -> Fields | None:
+    """Returns the settings of an image tower by timm's name, None if it is unknown."""
+    stem = name.partition(".")[0]
+    found = (fields for pattern, fields in _TIMM.items() if re.fullmatch(pattern, stem))
+    fields = next(found, None)
+    if fields and fields.get("vision.rotary") == "columns_first":
+        # Where PE's own code counts patches at any size, timm scales to the grid of its name.
+        patch, side = map(int, re.findall(r"\d+", stem)[-2:])
+        fields = fields | {"vision.rotary_grid": side // patch}
+    return fields

@@ -1,0 +1,138 @@
+"""The pre-norm Transformer of all towers, temporal encoders and heads.
+
+Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, with the options of later encoders. Layers
+are stacked along a leading axis and scanned. Parameters are float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from xclip_jax.models.config import BlockConfig
+from xclip_jax.similarity import AnyArray
+
+Tokens = Float[AnyArray, "B L E"]
+Mask = Bool[AnyArray, "#B #N #L #L"]  # of attention, from position to position, True = attends
+Angles = Float[AnyArray, "L H"]  # of rotary positions, for the H pairs of a head's values
+# What the backward pass keeps of a layer: nothing, or the results of its matrix products.
+REMAT = {
+    "layers": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+# Layers of a transformer that is compiled without a loop: half the time of the demo's gradients on
+# CPU. Deeper ones would take long to compile.
+MAX_UNROLLED = 4
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+normal = nn.initializers.normal
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation computed in float32, returned in the type of its input."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[AnyArray, "*B E"]) -> Float[Array, "*B E"]:
+        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name="norm")
+        return norm(x).astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention to the positions whose mask is True."""
+
+    config: BlockConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Tokens, mask: Mask | None, angles: Angles | None = None) -> Tokens:
+        c, width = self.config, x.shape[-1]
+        shape, init = (3, c.heads, width // c.heads), normal(width**-0.5)
+        qkv = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        if c.inner_norms:
+            y = LayerNorm(c.epsilon, name="ln")(y.reshape(x.shape)).reshape(y.shape)
+        init = normal(width**-0.5 * _residual_scale(c))
+        return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block in the form of a scan's body: (x, ...) -> (x, None)."""
+
+    config: BlockConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Tokens, mask: Mask | None, angles: Angles | None) -> tuple[Tokens, None]:
+        c = self.config
+        attention = SelfAttention(c, self.dtype, name="attention")
+        x = x + attention(LayerNorm(c.epsilon, name="ln_1")(x), mask, angles)
+        y = LayerNorm(c.epsilon, name="ln_2")(x)
+        return x + apply_mlp(c, self.dtype, y, _residual_scale(c)), None
+
+
+def apply_mlp(
+    c: BlockConfig, dtype: str, x: Float[AnyArray, "*B E"], scale: float = 1.0
+) -> Float[Array, "*B E"]:
+    """Applies the MLP of a block, as layers of the module that calls it.
+
+    `scale` is a factor of the initial output weights.
+    """
+    width, hidden = x.shape[-1], c.mlp_width or 4 * x.shape[-1]
+    options = {"dtype": dtype, "kernel_init": normal((2 * width) ** -0.5)}
+    y, activate = nn.Dense(hidden, name="fc", **options)(x), ACTIVATIONS[c.activation or ""]
+    # Gated linear units: Shazeer, 2020, https://arxiv.org/abs/2002.05202.
+    y = activate(nn.Dense(hidden, name="gate", **options)(x)) * y if c.gated else activate(y)
+    if c.inner_norms:
+        y = LayerNorm(c.epsilon, name="ln_inner")(y)
+    options["kernel_init"] = normal(width**-0.5 * scale)
+    return nn.Dense(width, name="proj", **options)(y)
+
+
+def _residual_scale(c: BlockConfig) -> float:
+    """Returns the factor that keeps the initial scale of the residual stream, as in CLIP."""
+    return (2 * c.layers) ** -0.5
+
+
+class Transformer(nn.Module):
+    """Scanned blocks. `remat` is a key of REMAT, or "none"."""
+
+    config: BlockConfig
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Tokens, mask: Mask | None = None, angles: Angles | None = None) -> Tokens:
+        layers, block = self.config.layers, Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            length=layers,
+            unroll=layers if layers <= MAX_UNROLLED else 1,
+        )
+        return blocks(self.config, self.dtype, name="blocks")(jnp.asarray(x), mask, angles)[0]
+
+
+def rotate(x: Float[Array, "B L N K"], angles_LxH: Angles) -> Float[Array, "B L N K"]:
+    """Rotates pairs of adjacent values, K = 2 H, by the angles of their positions.
+
+    Rotary position embedding: Su et al., 2021, https://arxiv.org/abs/2104.09864, Eq. 34.
+    """
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    first, second, angles = pairs[..., 0], pairs[..., 1], jnp.asarray(angles_LxH)[:, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
