@@ -13,8 +13,9 @@ frames for them and name them:
     python -m xclip_jax.main --config=configs/captions.py:siglip2_b16 --config.data.path=data/mine
 
 Names: vit_b32, vit_b16 (OpenAI's CLIP in models/clip_b32, models/clip_b16), siglip2_b16,
-siglip2_l16, pe_b16, pe_l14 (in models/NAME). Training starts at their zero-shot accuracy with
-X-CLIP's similarity: there is no temporal encoder, which few clips could not train.
+siglip2_l16, pe_b16, pe_l14 (in models/NAME), or own, for any other (--config.init.clip=DIR).
+Training starts at their zero-shot accuracy with X-CLIP's similarity: there is no temporal encoder,
+which a few clips could not train.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ from xclip_jax import config
 from xclip_jax.cli import InputError
 from xclip_jax.models.families import PUBLISHED
 
-ENCODERS = (*config.BACKBONES, *PUBLISHED)
+ENCODERS = (*config.BACKBONES, *PUBLISHED, "own")
 
 
 def get_config(encoders: str = "") -> Any:
@@ -37,7 +38,10 @@ def get_config(encoders: str = "") -> Any:
     c.loss.same_video = "ignore"  # with few videos, a batch often has two captions of one
     if encoders:
         c.name += f"_{encoders}"
-        config.set_encoders(c, encoders)
+        if encoders == "own":
+            c.init.clip = "models/own"
+        else:
+            config.set_encoders(c, encoders)
         c.model.temporal.type = "none"  # starts at the encoders' own accuracy
         c.train.epochs = 10
         c.optimizer.update(lr=1e-4, encoder_lr=1e-6)

@@ -6,6 +6,7 @@ code are in families_test, which needs files.
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import families
 import ml_dtypes
@@ -16,11 +17,12 @@ from families import Family, Image, Text, publish
 from safetensors.numpy import save_file
 
 from xclip_jax.cli import InputError
+from xclip_jax.convert.architecture import infer
 from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert, import_model
 from xclip_jax.convert.mapping import to_tensors
-from xclip_jax.convert.reading import Options
-from xclip_jax.convert.torch_archive import write_archive
+from xclip_jax.convert.reading import Options, classify
+from xclip_jax.convert.torch_archive import Archive, write_archive
 from xclip_jax.models import XClip
 
 MAP = {"class_token": False, "patch_bias": True, "pre_norm": False, "projection": "none"}
@@ -199,16 +201,16 @@ def test_published_layouts_match_plain_numpy(tmp_path, case):
 
 
 @pytest.mark.parametrize("half", ["vision", "text"])
-def test_halves_match_plain_numpy(tmp_path, half):
-    tensors = families.draw(CLIP_END)
-    source = write_hugging_face(tmp_path / "half", CLIP_END, tensors, half=half)
-    imported = import_model(source)
+@pytest.mark.parametrize("family", [CLIP_END, SIGLIP], ids=["clip", "siglip"])
+def test_halves_match_plain_numpy(tmp_path, family, half):
+    tensors = families.draw(family)
+    imported = import_model(write_hugging_face(tmp_path / "half", family, tensors, half=half))
     assert imported.config.towers == half
-    ids, images = draw_inputs(CLIP_END)
+    ids, images = draw_inputs(family)
     if half == "vision":
-        inputs, expected = images, families.encode_images(CLIP_END, tensors, images)
+        inputs, expected = images, families.encode_images(family, tensors, images)
     else:
-        inputs, expected = ids, families.encode_texts(CLIP_END, tensors, ids)[0]
+        inputs, expected = ids, families.encode_texts(family, tensors, ids)[0]
     found = tiny.apply(XClip(imported.config), imported.params, inputs, method=HALVES[half])
     assert_close(found, expected, half)
 
@@ -271,6 +273,36 @@ def test_exported_encoders_are_imported_unchanged(tmp_path, case):
         np.testing.assert_array_equal(found[name], array)
 
 
+@pytest.mark.parametrize("case", ["clip, first end token", "siglip"])
+def test_exported_encoders_match_transformers(tmp_path, case):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    family, tensors, source = prepare(tmp_path, case)
+    convert(source, tmp_path / "converted")
+    export(tmp_path / "converted", tmp_path / "out")
+    kind = "Siglip" if case == "siglip" else "CLIP"
+    encoder = getattr(transformers, f"{kind}Model")
+    model = encoder.from_pretrained(tmp_path / "out" / kind.lower()).eval()
+    ids, images = draw_inputs(family)
+    inputs = {"input_ids": ids.astype(np.int64), "pixel_values": images.transpose(0, 3, 1, 2)}
+    with torch.no_grad():
+        found = model(**{name: torch.tensor(x) for name, x in inputs.items()}).logits_per_text
+    vectors = families.encode_images(family, tensors, images)
+    sentences = families.encode_texts(family, tensors, ids)[1]
+    assert_close(found.numpy(), families.compute_logits(tensors, sentences, vectors), "logits")
+
+
+def test_heads_of_the_largest_pe_are_known():
+    """Takes the sizes of PE-Core-G14-448, with a layer each, and no memory for its numbers."""
+    image = replace(PE_G.image, width=1536, heads=16, mlp=8960, pool_mlp=6144)
+    largest = Family(image, Text(width=1280, heads=20, layers=1, context=72), dim=1280)
+    shapes = families.family_shapes(largest)
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    config = infer(classify(Archive(tensors), Path("PE-Core-G14-448.pt"), Options()))
+    assert (config.vision.heads, config.vision.pool_heads, config.text.heads) == (16, 8, 20)
+
+
 TOWER = "vit_large_patch14_clip_224"
 
 
@@ -288,7 +320,7 @@ TOWER = "vit_large_patch14_clip_224"
             "timm_model_kwargs.global_pool is 'avg'",
         ),
         (TOWER, {"text": {"hf_model_name": "roberta-base"}}, "hf_model_name is 'roberta-base'"),
-        (TOWER, {"model": {"multimodal_cfg": {"layers": 2}}}, "multimodal_cfg is {'layers': 2}"),
+        (TOWER, {"model": {"multimodal_cfg": {"layers": 2}}}, "multimodal_cfg.* supported"),
         (None, {"vision": {"layers": [3, 4, 6, 3]}}, r"layers is \[3, 4, 6, 3\], supported is one"),
     ],
 )

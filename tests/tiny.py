@@ -19,14 +19,16 @@ SIDE = 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (90,) * 3}
 
 
-def make_dataset(path, splits=("train", "val"), num_frames=3):
+def make_dataset(path, splits=("train", "val"), num_frames=3, settings=None):
     """Writes a clip for each of the 12 ordered pairs of colours, returns `path`."""
+    settings = settings or DatasetSettings(image_size=SIDE)
+    side = settings.image_size
     pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
     captions = [[f"{a} and then {b}", f"first {a}, then {b}"] for a, b in pairs]
 
     def record(number):
         shown = [COLOURS[pairs[number][i > 0]] for i in range(num_frames)]
-        frames = [encode_jpeg(np.full((SIDE, SIDE, 3), colour, np.uint8)) for colour in shown]
+        frames = [encode_jpeg(np.full((side, side, 3), colour, np.uint8)) for colour in shown]
         times = np.arange(num_frames, dtype=np.float32)
         return {
             "id": f"clip{number}",
@@ -39,7 +41,7 @@ def make_dataset(path, splits=("train", "val"), num_frames=3):
         PendingRecord(functools.partial(record, n), 2, f"{num_frames} {n}")
         for n in range(len(pairs))
     ]
-    write_dataset(path, dict.fromkeys(splits, clips), DatasetSettings(image_size=SIDE))
+    write_dataset(path, dict.fromkeys(splits, clips), settings)
     learn_tokenizer(c for cs in captions for c in cs).save(f"{path}/tokenizer")
     return path
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from xclip_jax.checkpoint import load_model, model_folder, read_config
 from xclip_jax.cli import InputError
-from xclip_jax.config import get_config
+from xclip_jax.config import get_config, validate
 from xclip_jax.models import ModelConfig
 from xclip_jax.models.clip import resize_positions
 from xclip_jax.models.families import PUBLISHED
@@ -41,8 +41,9 @@ def adopt_encoders(config: Any) -> None:
     """Sets the fields of `config.model` that are at their defaults to those of `config.init.clip`.
 
     A model without a tokenizer, or no model at all, is left to `train` to report. Raises InputError
-    if model.json is corrupted.
+    if model.json is corrupted, or the config is not valid before or after.
     """
+    validate(config)
     folder = model_folder(config.init.clip)
     if not config.init.clip or not (folder / "model.json").is_file():
         return
@@ -56,6 +57,7 @@ def adopt_encoders(config: Any) -> None:
     if theirs.text.pool == "last" and config.model.max_words == defaults.max_words:
         changes["model.max_words"] = theirs.text.context_length
     config.update_from_flattened_dict(changes)
+    validate(config)
 
 
 def start_from_clip(

@@ -26,7 +26,6 @@ from xclip_jax.cli import (
     parse_with_config,
     run_command,
 )
-from xclip_jax.config import validate
 from xclip_jax.initialization import adopt_encoders
 from xclip_jax.workdir import ignored_settings
 
@@ -44,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--topology", default="", help="with --compile_only: a TPU slice, v6e:2x4 (needs libtpu)")
     with one_line_errors():
         arguments, config, _ = parse_with_config(parser, argv)
-        validate(config)
         adopt_encoders(config)
-        validate(config)
         if arguments.compile_only:
             compile_only.compile_only(config, arguments.topology)
             return

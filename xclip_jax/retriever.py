@@ -75,7 +75,7 @@ class Retriever:
             InputError: `texts` is empty or a single string, a text shows nothing (see `is_blank`),
                 `size` is below 1, or the model has no tokenizer of its length.
         """
-        self._require("text", "encode_text")
+        self.require("text", "encode_text")
         tokenizer, max_words = self.get_tokenizer(), self.model.config.max_words
         texts = _to_list("encode_text: texts", texts, "str", (str,))
         if blank := [text for text in texts if is_blank(text)]:
@@ -103,7 +103,7 @@ class Retriever:
             InputError: `videos` is empty or a single path, a file cannot be read, or an array has
                 the wrong type, shape or values.
         """
-        self._require("vision", "encode_video")
+        self.require("vision", "encode_video")
         videos = _to_list("encode_video: videos", videos, *_VIDEOS)
 
         def encode_batches() -> Iterator[VideoFeatures]:
@@ -137,7 +137,7 @@ class Retriever:
 
         return inference.concatenate_features(encode_batches(), total)
 
-    def _require(self, tower: str, what: str) -> None:
+    def require(self, tower: str, what: str) -> None:
         """Raises InputError if the model, a half of one, lacks the tower "text" or "vision"."""
         if (towers := self.model.config.towers) not in ("both", tower):
             raise InputError(f"{what}: the model has a {towers} tower only")

@@ -12,6 +12,7 @@ from xclip_jax.convert.reading import FLAGS, Source
 from xclip_jax.models import ModelConfig
 from xclip_jax.models.config import PreprocessConfig, TemporalConfig, TextConfig, VisionConfig
 
+MAX_FRAMES = 2**16
 MAX_IMAGE_SIZE = 4096  # in pixels, far above any CLIP: limits what a corrupted file allocates
 _MATRICES = {
     "max_words": ("word_logit_weight", "word_mat_weight", "word_mat_weight2"),
@@ -39,9 +40,11 @@ def infer(source: Source) -> ModelConfig:
     fields = {k: v for k, v in stated.items() if v is not None} | dict(source.settings.fields)
     towers, sizes = fields.get("towers", "both"), {}
     if towers != "text":
-        sizes |= _infer_vision(tensors, fields)
+        stated_side = source.settings.sizes.get("vision.image_size")
+        sizes |= _infer_vision(tensors, fields, stated_side)
     if towers != "vision":
         sizes |= _infer_text(tensors, fields)
+    _compare(source, fields, sizes)
     if "activation" not in fields:
         allowed = "--activation=quick_gelu (OpenAI) or --activation=gelu (most of open_clip)"
         raise InputError(f"the weights do not state their activation: set {allowed}")
@@ -78,6 +81,16 @@ def infer(source: Source) -> ModelConfig:
     ).resolve()
 
 
+def _compare(source: Source, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Raises InputError if the weights have other sizes than a file beside them states."""
+    stated = {**{k: v for k, v in fields.items() if k in sizes}, **source.settings.sizes}
+    for field, value in stated.items():
+        if field in sizes and sizes[field] != value:
+            origin = source.settings.source or "the options"
+            problem = f"{origin} states {field} = {value!r:.99}"
+            raise InputError(f"{problem}, the weights have {sizes[field]!r}")
+
+
 def _scale(tensors: Mapping[str, np.ndarray]) -> float:
     """Returns the factor from cosines to logits, 0 if there is none."""
     log_scale = tensors.get("clip.logit_scale")
@@ -99,8 +112,13 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str, dimensions: int) -> tup
     return array.shape
 
 
-def _infer_vision(tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the image tower that its tensors tell, and embed_dim."""
+def _infer_vision(
+    tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any], stated_side: Any
+) -> dict[str, Any]:
+    """Returns the fields of the image tower that its tensors tell, and embed_dim.
+
+    `stated_side` is the size of images, if known, that patches need not cover.
+    """
     prefix = "clip.visual."
     width, _, patch, _ = _shape(tensors, "visual.conv1.weight", 4)
     has_token = f"{prefix}class_embedding" in tensors
@@ -110,8 +128,12 @@ def _infer_vision(tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) 
         raise InputError(f"image size {side}: must be from 1 to {MAX_IMAGE_SIZE} px")
     pools, projects = f"{prefix}attn_pool.probe" in tensors, f"{prefix}proj" in tensors
     bias = "bias" if f"{prefix}proj_bias" in tensors else "linear"
+    # A convolution with patches of 14 ignores 6 of 384 pixels.
+    uncovered = stated_side - side if type(stated_side) is int else 0
+    uncovered = uncovered if 0 < uncovered < patch else 0
     found = {
-        "vision.image_size": side,
+        "vision.image_size": side + uncovered,
+        "vision.uncovered": uncovered,
         "vision.patch_size": patch,
         "vision.class_token": has_token,
         "vision.patch_bias": f"{prefix}conv1.bias" in tensors,
@@ -176,8 +198,10 @@ def _fit_lengths(source: Source, text: TextConfig) -> dict[str, Any]:
     lengths, is_tight = {}, any(name.startswith("cross.") for name in tensors)
     for option, (minimum, default) in limits.items():
         fixed = len(tensors.get(_MATRICES[option][0], ()))
-        # The tight head has a position for the sentence, too.
-        maximum = context - (is_tight and option == "max_frames")
+        maximum = context
+        if option == "max_frames":  # plain CLIP has no positions of frames
+            # The tight head has a position for the sentence, too.
+            maximum = context - is_tight if official else MAX_FRAMES
         lengths[option] = length = getattr(options, option) or fixed or min(default, maximum)
         if fixed and (length > fixed or (length < fixed and not options.crop_matrices)):
             hint = "; --crop_matrices crops them" if length < fixed else ""
@@ -186,7 +210,8 @@ def _fit_lengths(source: Source, text: TextConfig) -> dict[str, Any]:
         if option == "max_words" and text.pool == "last" and length != context:
             raise InputError(f"--{option}={length}: must be {context}, which texts are padded to")
         if not minimum <= length <= maximum:
-            allowed = f"from {minimum} to {maximum}, by the text tower's {context} positions"
+            allowed = f"from {minimum} to {maximum}"
+            allowed += f", by the text tower's {context} positions" * (maximum != MAX_FRAMES)
             raise InputError(f"--{option}={length}: must be {allowed}")
         for name in tensors.keys() & set(_MATRICES[option] if length < fixed else ()):
             tensors[name] = tensors[name][:length, :length]

@@ -12,9 +12,11 @@ from xclip_jax.cli import InputError
 from xclip_jax.convert.layouts import to_hugging_face
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
+from xclip_jax.data.text import PieceTokenizer
 from xclip_jax.models.config import BlockConfig, ModelConfig
 from xclip_jax.models.families import SIGLIP
 
+_LARGEST = 2  # as eos_token_id: transformers takes the largest id, as OpenAI's code does
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # of Pillow
 # Fields of encoders that transformers' CLIPModel and SiglipModel have as constants.
 _CLIP = {
@@ -82,12 +84,18 @@ def _write_hugging_face(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     siglip = folder.name == "siglip"
     end = config.text.vocab_size - 1
-    special = (end - 1, end) if tokenizer is None else (tokenizer.start, tokenizer.end)
+    special = (end - 1, _LARGEST) if tokenizer is None else (tokenizer.start, tokenizer.end)
     described = siglip_config(config) if siglip else clip_config(config, *special)
     _write_json(folder / "config.json", described)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(config, siglip=siglip))
     if tokenizer is not None:
         tokenizer.save(folder)
+    if isinstance(tokenizer, PieceTokenizer):
+        names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+        options = {"model_max_length": tokenizer.max_words, "padding_side": "right"}
+        options |= {"add_bos_token": False, "add_eos_token": True}
+        described = {"tokenizer_class": "Siglip2Tokenizer"} | names | options
+        _write_json(folder / "tokenizer_config.json", described)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -151,7 +159,7 @@ def clip_config(config: ModelConfig, start: int, end: int) -> dict[str, Any]:
     if config.text.pool == "end":
         end = config.text.end_id
     elif end != config.text.vocab_size - 1:
-        end = 2  # transformers then takes the largest id, as OpenAI's code does
+        end = _LARGEST
     text |= {"vocab_size": config.text.vocab_size, "bos_token_id": start, "eos_token_id": end}
     text["max_position_embeddings"] = config.text.context_length
     for tower in (vision, text):
@@ -166,6 +174,7 @@ def siglip_config(config: ModelConfig) -> dict[str, Any]:
     vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
     text |= {"vocab_size": config.text.vocab_size, "projection_size": config.embed_dim}
     text["max_position_embeddings"] = config.text.context_length
+    text |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # as in Gemma's vocabulary
     towers = {"vision_config": vision, "text_config": text}
     return {"architectures": ["SiglipModel"], "model_type": "siglip"} | towers
 

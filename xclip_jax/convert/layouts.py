@@ -109,6 +109,9 @@ def to_hugging_face(tensors: Tensors, *, siglip: bool = False) -> dict[str, np.n
     """Returns the encoders under official names as a `CLIPModel` or `SiglipModel` state dict."""
     known = HUGGING_FACE | (_SIGLIP_TENSORS if siglip else {})
     names, renamed = {official: name for name, official in known.items()}, {}
+    if siglip:
+        scalars = {"clip.logit_scale", "logit_bias"}  # of shape (1,) in SiglipModel
+        tensors = {n: x.reshape(1) if n in scalars else x for n, x in tensors.items()}
     for official, array in join_pool(tensors).items():
         name = translate(official, names)
         if ".qkv_proj." in name:

@@ -179,7 +179,8 @@ def _perception_encoder(tensors: Mapping[str, np.ndarray]) -> Settings:
     """Returns the settings of PE-Core, whose heads are 96 wide in G, which has no class token."""
     head_width = 64 if "visual.class_embedding" in tensors else 96
     heads = {"vision.heads": max(1, len(tensors["visual.conv1.weight"]) // head_width)}
-    return Settings(PE | heads, PreprocessConfig(**PE_PREPROCESS), source="PE-Core")
+    heads["text.heads"] = max(1, len(tensors.get("ln_final.weight", ())) // 64)
+    return Settings(PE | heads, preprocess=PreprocessConfig(**PE_PREPROCESS), source="PE-Core")
 
 
 def _read_folder(folder: Path, options: Options) -> Source:
@@ -192,6 +193,9 @@ def _read_folder(folder: Path, options: Options) -> Source:
             return classify(_load(folder / name), folder / name, options)
     if not (folder / "config.json").exists() and (archives := sorted(folder.glob("PE-*.pt"))):
         return classify(_load(archives[0]), archives[0], options)
+    others = sorted(folder.glob("*.pt"))
+    if others and not (folder / "config.json").exists():
+        raise InputError(f"{folder} is not a Hugging Face model: pass the file, {others[0].name}")
     read_hugging_face(folder)  # an error in it comes before one of the weights
     return _complete_hugging_face(folder, _strip_prefixes(_load_shards(folder)), options)
 
@@ -201,6 +205,8 @@ def _complete_hugging_face(
 ) -> Source:
     settings = read_hugging_face(folder)
     model = "SigLIP" if settings.fields.keys() >= SIGLIP.keys() else "CLIP"
+    if model == "SigLIP" and not options.vocab and (folder / "tokenizer_config.json").is_file():
+        raise InputError(f"{folder}: tokenizer.json is missing, download it beside the other files")
     tensors = layouts.from_hugging_face(tensors)
     return _complete(f"Hugging Face {model}", False, tensors, options, settings)
 

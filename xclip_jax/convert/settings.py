@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from xclip_jax.models.families import SIGLIP, SIGLIP_PREPROCESS, timm_tower
 # Settings of open_clip_config.json that change what the same weights compute, with the only
 # supported values, which are open_clip's defaults.
 _OPEN_CLIP = {
-    "": {"multimodal_cfg": None},
     "vision_cfg": {
         "pool_type": "tok",
         "pos_embed_type": "learnable",
@@ -32,9 +32,23 @@ _OPEN_CLIP = {
     },
     "text_cfg": {"hf_model_name": None, "embed_cls": False, "final_ln_after_pool": False},
 }
+# Settings that are read below, that the weights tell, or that only training uses.
+_COMMON = "width layers mlp_ratio act_kwargs norm_kwargs output_tokens"
+_OPEN_CLIP_READ = {
+    "vision_cfg": f"{_COMMON} head_width patch_size image_size patch_dropout timm_model_name "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path "
+    "timm_model_kwargs".split(),
+    "text_cfg": f"{_COMMON} heads context_length vocab_size hf_tokenizer_name tokenizer_kwargs "
+    "no_causal_mask pool_type proj_type proj_bias pad_id".split(),
+}
 # Options of timm's towers that the weights or the fields of ModelConfig hold.
 _TIMM_OPTIONS = ("img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_heads")
 _TIMM_OPTIONS += ("ref_feat_shape", "class_token")
+_VISION_SIZES = {f"vision.{n}": n for n in ("layers", "image_size", "patch_size")}
+_TEXT_SIZES = {f"text.{n}": n for n in ("layers", "width", "context_length", "vocab_size")}
+_HF_SIZES = {"layers": "num_hidden_layers", "width": "hidden_size"}
+_HF_VISION = {"image_size": "image_size", "patch_size": "patch_size"}
+_HF_TEXT = {"context_length": "max_position_embeddings", "vocab_size": "vocab_size"}
 _HF_TOWERS = {"vision": "vision_config", "text": "text_config"}
 _HF_KINDS = {  # model_type -> (family, towers)
     **{"clip": ("clip", "both"), "siglip": ("siglip", "both")},
@@ -58,6 +72,7 @@ class Settings:
     """Settings of a checkpoint that its weights do not store."""
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of ModelConfig, dotted
+    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those that weights tell
     preprocess: PreprocessConfig | None = None
     vision_width: int | None = None  # of the image tower
     source: str = ""  # the file that states them, or what tells them
@@ -83,12 +98,15 @@ def read_open_clip(folder: Path) -> Settings | None:
     config = read_object(path)
     model = _section(path, config, "model_cfg") or config
     vision, text = (_section(path, model, f"{tower}_cfg") for tower in ("vision", "text"))
+    if model.get("multimodal_cfg"):
+        problem = "multimodal_cfg: a CoCa, which also writes captions"
+        raise InputError(f"{path}: {problem}, is not supported")
     for group, allowed in _OPEN_CLIP.items():
-        section = _section(path, model, group) if group else model
+        section = _section(path, model, group)
         for name, value in allowed.items():
             stated = section.get(name)
-            label = f"{group}.{name}".lstrip(".")
-            _check(path, label, stated, stated in (None, value), repr(value))
+            _check(path, f"{group}.{name}", stated, stated in (None, value), repr(value))
+        _refuse_unknown(path, group, section, {*allowed, *_OPEN_CLIP_READ[group]})
     quick = [model.get(name) or False for name in ("quick_gelu", "force_quick_gelu")]
     if not all(isinstance(value, bool) for value in quick):
         raise InputError(f"{path}: quick_gelu is {quick[0]!r:.99}, must be true or false")
@@ -100,10 +118,37 @@ def read_open_clip(folder: Path) -> Settings | None:
     fields |= {"vision.activation": fields["activation"]} | tower | _read_text(path, text)
     if fields["vision.activation"] == fields["activation"]:
         del fields["vision.activation"]
-    tokenizer = _section(path, text, "tokenizer_kwargs")
-    clean = "canonicalize" if tokenizer.get("clean") == "canonicalize" else None
+    if any(quick) and text.get("act_kwargs"):
+        raise InputError(f"{path}: quick_gelu and text_cfg.act_kwargs contradict each other")
+    clean = _section(path, text, "tokenizer_kwargs").get("clean")
+    known = clean in (None, "lower", "canonicalize")
+    _check(path, "text_cfg.tokenizer_kwargs.clean", clean, known, "lower or canonicalize")
     preprocess = _read_transform(path, _section(path, config, "preprocess_cfg"))
-    return Settings(fields, preprocess, width, path.name, clean)
+    sizes = _read_sizes(model, {"embed_dim": "embed_dim"})
+    sizes |= _read_sizes(vision, _VISION_SIZES) | _read_sizes(text, _TEXT_SIZES)
+    options = _section(path, vision, "timm_model_kwargs")
+    names = {"vision.layers": "depth", "vision.image_size": "img_size", "vision.width": "embed_dim"}
+    sizes |= _read_sizes(options, names | {"vision.class_token": "class_token"})
+    if isinstance(bias := text.get("proj_bias"), bool):
+        sizes["text.projection"] = "bias" if bias else "linear"
+    return Settings(fields, sizes, preprocess, width, path.name, clean)
+
+
+def _read_sizes(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Returns the sizes that a section states, by their fields."""
+    stated = {
+        field: section[name] for field, name in names.items() if section.get(name) is not None
+    }
+    # A square may be stated by both sides.
+    return {k: v[0] if isinstance(v, list) and v == v[:1] * 2 else v for k, v in stated.items()}
+
+
+def _refuse_unknown(path: Path, group: str, section: dict[str, Any], known: set[str]) -> None:
+    """Raises InputError if a section has a setting that is not known, and that it turns on."""
+    for name in sorted(section.keys() - known):
+        if section[name] not in (None, False, 0, "", {}, []):
+            value = f"{section[name]!r:.99}"
+            raise InputError(f"{path}: {group}.{name} is {value}, a setting that is not supported")
 
 
 def _read_vit(path: Path, vision: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -121,25 +166,25 @@ def _read_vit(path: Path, vision: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 def _read_timm(path: Path, name: Any, vision: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of timm's image tower."""
-    fields = timm_tower(name) if isinstance(name, str) else None
-    if fields is None:
-        families = "SigLIP, PE-Core, EVA-02-CLIP and plain ViT-CLIP towers"
-        _check(path, "vision_cfg.timm_model_name", name, False, families)
-    fields = dict(fields or {})
-    pool = vision.get("timm_pool")
-    _check(path, "vision_cfg.timm_pool", pool, pool in (None, "", "map", "token"), "map or token")
-    projection = vision.get("timm_proj")
-    supported = projection in (None, "", "none", "linear")
+    fields = dict(timm_tower(str(name)) or {})
+    families = "SigLIP, PE-Core, EVA-02-CLIP and plain ViT-CLIP towers"
+    _check(path, "vision_cfg.timm_model_name", name, bool(fields), families)
+    pool = vision.get("timm_pool", "avg")  # open_clip's default
+    _check(path, "vision_cfg.timm_pool", pool, pool in ("", "map", "token"), "map or token")
+    projection = vision.get("timm_proj", "linear")  # open_clip's default
+    supported = projection in (None, "", "none")
     _check(path, "vision_cfg.timm_proj", projection, supported, "none or null")
+    if pool not in ("", "map" if fields["vision.pool"] == "attention" else "token"):
+        raise InputError(f"{path}: vision_cfg.timm_pool is {pool!r}, not that of {name}")
     options = _section(path, vision, "timm_model_kwargs")
-    if unknown := sorted(options.keys() - set(_TIMM_OPTIONS)):
-        _check(path, f"vision_cfg.timm_model_kwargs.{unknown[0]}", options[unknown[0]], False, "no")
+    _refuse_unknown(path, "vision_cfg.timm_model_kwargs", options, set(_TIMM_OPTIONS))
     if (heads := options.get("num_heads")) is not None:
         _check_positive(path, "vision_cfg.timm_model_kwargs.num_heads", heads)
         fields["vision.heads"] = heads
     grid = options.get("ref_feat_shape")
     if grid is not None:
-        square = isinstance(grid, list) and len(grid) == 2 and grid[0] == grid[1]
+        square = isinstance(grid, list) and len(grid) == 2 and type(grid[0]) is int
+        square = square and grid[0] == grid[1]
         _check(path, "vision_cfg.timm_model_kwargs.ref_feat_shape", grid, square, "a square")
         fields["vision.rotary_grid"] = grid[0]
     return fields
@@ -150,10 +195,8 @@ def _read_text(path: Path, text: dict[str, Any]) -> dict[str, Any]:
     heads = text.get("heads", 8)
     _check_positive(path, "text_cfg.heads", heads)
     fields = {"text.heads": heads, "text.causal": not text.get("no_causal_mask")}
-    pools = {"argmax": "argmax", "last": "last"}
-    pool = text.get("pool_type", "argmax")
-    _check(path, "text_cfg.pool_type", pool, pool in pools, "argmax or last")
-    fields["text.pool"] = pools[pool]
+    fields["text.pool"] = pool = text.get("pool_type", "argmax")
+    _check(path, "text_cfg.pool_type", pool, pool in ("argmax", "last"), "argmax or last")
     kind = text.get("proj_type", "linear")
     _check(path, "text_cfg.proj_type", kind, kind == "linear", "linear")
     norm, act = (_section(path, text, name) for name in ("norm_kwargs", "act_kwargs"))
@@ -165,8 +208,8 @@ def _read_text(path: Path, text: dict[str, Any]) -> dict[str, Any]:
     _check(path, "text_cfg.act_kwargs", act, act in ({}, tanh), f"{{}} or {tanh}")
     if act:
         fields["activation"] = "gelu_tanh"
-    # CLIP's own tokenizer adds start tokens, that of SigLIP does not.
-    fields["text.start_token"] = text.get("hf_tokenizer_name") is None
+    if "siglip" in str(text.get("hf_tokenizer_name")).lower():  # it adds no start tokens
+        fields["text.start_token"] = False
     return fields
 
 
@@ -176,6 +219,8 @@ def _read_transform(path: Path, stated: dict[str, Any]) -> PreprocessConfig | No
         return None
     allowed = {"resize_mode": {"shortest": "crop", "squash": "squash"}}
     allowed["interpolation"] = {"bicubic": "bicubic", "bilinear": "bilinear"}
+    mode = stated.get("mode", "RGB")
+    _check(path, "preprocess_cfg.mode", mode, mode == "RGB", "RGB")
     values = {name: stated.get(name, next(iter(names))) for name, names in allowed.items()}
     for name, value in values.items():
         supported = isinstance(value, str) and value in allowed[name]
@@ -201,21 +246,27 @@ def read_hugging_face(folder: Path) -> Settings:
         advice = "take a model of fixed size, such as google/siglip2-base-patch16-224"
         raise InputError(f"{path}: {problem}, which is not supported: {advice}")
     if kind not in _HF_KINDS:
-        supported = f"{', '.join(map(repr, list(_HF_KINDS)[:1]))} or 'siglip'"
-        raise InputError(f"{path}: model_type is {kind!r:.99}, must be {supported}")
+        needed = "'clip' or 'siglip', or of a half, such as 'clip_text_model'"
+        raise InputError(f"{path}: model_type is {kind!r:.99}, must be {needed}")
     family, towers = _HF_KINDS[kind]
     halves = [name for name in _HF_TOWERS if towers in ("both", name)]
     whole = {tower: _tower(path, config, tower, family) for tower in halves}
     if towers != "both":
         whole = {towers: config}
     fields = _hf_fields(path, whole, family) | {"towers": towers}
-    preprocess = _read_preprocessor(folder) if "vision" in whole else None
+    preprocess = _read_preprocessor(folder, family) if "vision" in whole else None
+    head = whole.get("vision", {}).get("vision_use_head", True)
+    _check(path, "vision_use_head", head, head is True, "true")
     if family == "siglip":
         preprocess = preprocess or PreprocessConfig(**SIGLIP_PREPROCESS)
     vision = whole.get("vision", {})
     width = vision.get("hidden_size", _HF_DEFAULTS[family]["hidden_size"][0])
     _check_positive(path, "vision_config.hidden_size", width)
-    return Settings(fields, preprocess, width if vision else None, path.name)
+    sizes = {}
+    for tower, section in whole.items():
+        names = _HF_SIZES | (_HF_VISION if tower == "vision" else _HF_TEXT)
+        sizes |= _read_sizes(section, {f"{tower}.{field}": name for field, name in names.items()})
+    return Settings(fields, sizes, preprocess, width if vision else None, path.name)
 
 
 def _hf_fields(path: Path, towers: dict[str, dict[str, Any]], family: str) -> dict[str, Any]:
@@ -262,14 +313,23 @@ def _tower(path: Path, config: dict[str, Any], tower: str, family: str) -> dict[
     return values | defaults | {"num_attention_heads": heads} | old
 
 
-def _read_preprocessor(folder: Path) -> PreprocessConfig | None:
-    """Reads preprocessor_config.json, or returns None if there is none."""
+def _read_preprocessor(folder: Path, family: str) -> PreprocessConfig | None:
+    """Reads preprocessor_config.json, or returns None if there is none.
+
+    What it does not state is as in transformers' image processor of the family.
+    """
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return None
     config = read_object(path)
-    size = config.get("size", 224)
-    squash = isinstance(size, dict) and "height" in size and not config.get("do_center_crop")
+    kind, crops = config.get("image_processor_type", "CLIP"), config.get("do_center_crop")
+    known = isinstance(kind, str) and re.match(r"CLIP|Siglip(?!2)", kind) is not None
+    _check(path, "image_processor_type", kind, known, "that of CLIP or of SigLIP")
+    for name in ("do_pad", "max_num_patches"):
+        _check(path, name, config.get(name), not config.get(name), "its absence")
+    square = {"height": 224, "width": 224}
+    size = config.get("size", square if family == "siglip" else 224)
+    squash = isinstance(size, dict) and "height" in size and not crops
     if squash:
         square = size.get("height") == size.get("width") and type(size["height"]) is int
         _check(path, "size", size, square, "a square or the shortest edge")
@@ -291,7 +351,8 @@ def _read_preprocessor(folder: Path) -> PreprocessConfig | None:
     resample = config.get("resample", 3)
     known = type(resample) is int and resample in _FILTERS
     _check(path, "resample", resample, known, "2, bilinear, or 3, bicubic")
-    rgb = {"mean": config.get("image_mean"), "std": config.get("image_std")}
+    half = [0.5] * 3 if family == "siglip" else None
+    rgb = {"mean": config.get("image_mean", half), "std": config.get("image_std", half)}
     if config.get("do_normalize") is False:
         rgb = {"mean": [0.0] * 3, "std": [1.0] * 3}
     resize = "squash" if squash else "crop"

@@ -239,7 +239,7 @@ def _archive(root: Any, torchscript: bool, read: Read) -> Archive:
     """Returns the Archive of an unpickled file, whose storages are read by calling `read`."""
     if not (isinstance(root, _Object) and root.name.startswith(_MODULE if torchscript else _DICT)):
         raise InputError("holds no dict of tensors or TorchScript module")
-    inner: Any = root.get("state_dict")
+    inner: Any = root.get("state_dict", root.get("weights"))
     nested = isinstance(inner, _Object) and not torchscript
     values = _module_tensors(root) if torchscript else (inner if nested else root)
     for name, value in values.items():

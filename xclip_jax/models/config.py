@@ -77,6 +77,7 @@ class VisionConfig(BlockConfig):
 
     image_size: Size = 224  # S, side of a frame in pixels
     patch_size: Positive = 32  # side of a patch in pixels
+    uncovered: Natural = 0  # pixels at the right and the bottom that no patch covers
     width: Size = 768
     heads: Positive = 12
     class_token: bool = True
@@ -227,7 +228,10 @@ def check_types(config: Any, section: Any, prefix: str = "") -> Checks:
 def check_sizes(m: ModelConfig) -> Checks:
     """Checks fields that depend on others, once all have their declared types."""
     side = m.vision.image_size
-    yield "vision.patch_size", side % m.vision.patch_size == 0, f"a divisor of {side}"
+    covered = side - m.vision.uncovered
+    yield "vision.uncovered", m.vision.uncovered < m.vision.patch_size, "below vision.patch_size"
+    fits = covered > 0 and covered % m.vision.patch_size == 0
+    yield "vision.patch_size", fits, f"a divisor of {covered}"
     towers = [("vision", m.vision, m.vision.width), ("text", m.text, m.text.width)]
     if m.temporal.type == "transformer" or not m.has_granularities:
         towers.append(("temporal", m.temporal, m.embed_dim))

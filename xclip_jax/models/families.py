@@ -37,26 +37,35 @@ EVA02: Fields = {
     "vision.epsilon": 1e-6,
     "vision.rotary": "rows_first",
     "vision.rotary_grid": 16,
+    "vision.gated": True,
+    "vision.inner_norms": True,
 }
-_GELU, _HUGE = {"vision.activation": "gelu"}, {"vision.heads": 16}
-_SIGLIP_GELU = _GELU | {"vision.epsilon": 1e-6}
-_SIGLIP_TANH = {"vision.activation": "gelu_tanh", "vision.epsilon": 1e-6}
+_TOKEN = {"vision.class_token": True, "vision.pool": "class_token"}
+_POOL = {"vision.class_token": False, "vision.pool": "attention", "vision.gated": False}
+_GELU = _TOKEN | {"vision.activation": "gelu", "vision.pre_norm": True, "vision.gated": False}
+_QUICK, _HUGE = _GELU | {"vision.activation": "quick_gelu"}, {"vision.heads": 16}
+_SIGLIP = _POOL | {"vision.activation": "gelu", "vision.pre_norm": False, "vision.epsilon": 1e-6}
+_SIGLIP_TANH = _SIGLIP | {"vision.activation": "gelu_tanh"}
 _PE = {"vision." + k.removeprefix("vision."): v for k, v in PE.items()}
+_PE |= {"vision.class_token": True, "vision.pool": "attention", "vision.pre_norm": True}
 # timm's image towers (https://github.com/huggingface/pytorch-image-models) by their names. Heads
 # are 64 wide where they are not stated.
 _TIMM: dict[str, Fields] = {
-    r"vit_(base|large)_patch\d+_siglip_\d+": _SIGLIP_GELU,
-    r"vit_so400m_patch14_siglip_\d+": _SIGLIP_GELU | _HUGE,
-    r"vit_(so400m|giantopt)_patch16_siglip_\d+": _SIGLIP_TANH | _HUGE,
-    r"vit_pe_core_(tiny|small|base|large)_patch\d+_\d+": _PE,
-    r"vit_pe_core_gigantic_patch\d+_\d+": _PE | _HUGE,
-    r"eva02_(base|large)_patch\d+_clip_\d+": EVA02,
-    r"vit_(base|large)_patch\d+_clip_\d+": _GELU,
-    r"vit_(huge|giant|gigantic)_patch\d+_clip_\d+": _GELU | _HUGE,
-    r"vit_(base|large)_patch\d+_clip_quickgelu_\d+": {"vision.activation": "quick_gelu"},
-    r"vit_(huge|gigantic)_patch\d+_clip_quickgelu_\d+": {"vision.activation": "quick_gelu"} | _HUGE,
+    r"vit_base_patch16_siglip_(224|256|384|512)": _SIGLIP,
+    r"vit_large_patch16_siglip_(256|384)": _SIGLIP,
+    r"vit_base_patch32_siglip_256|vit_large_patch16_siglip_512": _SIGLIP_TANH,
+    r"vit_so400m_patch14_siglip_(224|378|384)": _SIGLIP | _HUGE,
+    r"vit_so400m_patch16_siglip_(256|384|512)": _SIGLIP_TANH | _HUGE,
+    r"vit_giantopt_patch16_siglip_(256|384)": _SIGLIP_TANH | _HUGE,
+    r"vit_pe_core_(tiny|small)_patch16_384|vit_pe_core_base_patch16_224": _PE,
+    r"vit_pe_core_large_patch14_336": _PE,
+    r"vit_pe_core_gigantic_patch14_448": _PE | _HUGE | {"vision.class_token": False},
+    r"eva02_base_patch16_clip_224|eva02_large_patch14_clip_(224|336)": _TOKEN | EVA02,
+    r"vit_(base_patch(16|32)|large_patch14)_clip_\d+": _GELU,
+    r"vit_(huge|giant|gigantic)_patch14_clip_\d+": _GELU | _HUGE,
+    r"vit_(base_patch(16|32)|large_patch14)_clip_quickgelu_\d+": _QUICK,
+    r"vit_(huge|gigantic)_patch14_clip_quickgelu_\d+": _QUICK | _HUGE,
 }
-
 # Words of config files -> (model on the Hugging Face hub, positions of a text).
 PUBLISHED = {
     "siglip2_b16": ("google/siglip2-base-patch16-224", 64),

@@ -113,6 +113,7 @@ class Index:
         if precision not in PRECISIONS:
             raise InputError(f"precision = {precision!r}: must be {' or '.join(PRECISIONS)}")
         retriever, path = load(model), os.path.abspath(model_folder(model))
+        retriever.require("vision", "search index")
         config = retriever.model.config
         about = {"model": path, "fingerprint": fingerprint(retriever)}
         about |= {"max_frames": config.max_frames, "embed_dim": config.embed_dim}

@@ -28,8 +28,8 @@ from xclip_jax.cli import (
     parse_with_config,
     run_command,
 )
-from xclip_jax.config import validate
 from xclip_jax.distributed import PREEMPTED
+from xclip_jax.initialization import adopt_encoders
 from xclip_jax.study import load_studies
 from xclip_jax.study.report import write_study
 from xclip_jax.study.runs import Run, execute_runs, plan_runs
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments, base, overrides = parse_with_config(_parser(), argv)
         if arguments.seeds < 1:
             raise InputError(f"--seeds={arguments.seeds}: must be at least 1")
-        validate(base)
+        adopt_encoders(base)
         if not (arguments.report_only or arguments.print_commands):
             prepare.render_if_missing(base)
         studies = load_studies(arguments.study, base)
