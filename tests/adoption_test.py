@@ -55,7 +55,7 @@ def write_pe(folder):
 
 @pytest.fixture(scope="module", params=[write_siglip, write_pe], ids=["siglip", "pe"])
 def encoders(request, tmp_path_factory):
-    """Returns (model directory, head mean_pooling; data set in its format)."""
+    """Returns (model directory with head mean_pooling, data set in its format)."""
     folder = tmp_path_factory.mktemp("encoders")
     checkpoint, vocab = request.param(folder)
     convert(checkpoint, folder / "model", Options(vocab=vocab))
@@ -100,7 +100,7 @@ def test_field_with_another_value_is_an_error_that_names_both(encoders, tmp_path
         train.train(c, tmp_path / "run")
 
 
-def test_training_starts_at_the_converted_similarity_and_improves(encoders, tmp_path, capsys):
+def test_training_starts_at_the_converted_similarity_and_improves(encoders, tmp_path):
     c, _ = adopt(encoders)
     train.train(c, tmp_path / "start")
     started = xclip_jax.load(tmp_path / "start")

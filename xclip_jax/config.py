@@ -8,7 +8,6 @@ MSR-VTT with ViT-B/32 (https://arxiv.org/abs/2207.07285, Sec. 4).
 import dataclasses
 import importlib.util
 import itertools
-import math
 import operator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,6 +21,7 @@ from xclip_jax.models.config import (
     PRESETS,
     Checks,
     Natural,
+    NonNegativeFloat,
     Positive,
     PositiveFloat,
     Rule,
@@ -34,7 +34,6 @@ from xclip_jax.models.families import PUBLISHED
 # Sections and fields that do not affect training: a run may be resumed with other values.
 FREE_FIELDS = ("mode", "mesh", "log", "report", "eval", "data.path", "train.micro_batch")
 FREE_FIELDS += ("train.checkpoint_every", "loss.block_cells", "model.remat")
-NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
 BankSize = Annotated[
     int,
     Rule(

@@ -23,7 +23,7 @@ Natural = Annotated[int, Rule(lambda x: x >= 0, "a whole number of at least 0")]
 Positive = Annotated[int, Rule(lambda x: x >= 1, "a whole number of at least 1")]
 # Rejects sizes that fit no memory before anything is allocated.
 Size = Annotated[int, Rule(lambda x: 1 <= x <= 2**16, "a whole number from 1 to 65536")]
-AtLeast0 = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
+NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
 PositiveFloat = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
 Head = Literal["xclip", "mean_pooling", "seq_lstm", "seq_transformer", "tight_transformer"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
@@ -139,7 +139,7 @@ class ModelConfig:
     towers: Literal["both", "vision", "text"] = "both"  # one: a half of a model, see convert
     embed_dim: Size = 512  # D, width of the joint embedding space
     activation: Activation = "quick_gelu"  # of every transformer that states no other
-    max_scale: AtLeast0 = 100.0  # limit of the factor from cosines to logits; 0: none
+    max_scale: NonNegativeFloat = 100.0  # limit of the factor from cosines to logits; 0: none
     max_words: int = 32  # W, tokens of a text, start and end included; longer texts are truncated
     max_frames: Size = 12  # F, frames of a video; longer videos are sampled uniformly
     granularities: Granularities = GRANULARITIES  # similarities that are averaged (Table 6)
@@ -181,7 +181,7 @@ class ModelConfig:
         """
         t = self.temporal
         options = {"layers": t.layers, "heads": t.heads, "epsilon": self.text.epsilon}
-        encoder = BlockConfig(width=self.embed_dim, mlp_width=0, **options)
+        encoder = BlockConfig(width=self.embed_dim, **options)
         blocks = {"vision": self.vision, "text": self.text, "temporal": encoder}[part]
         return dataclasses.replace(blocks, activation=blocks.activation or self.activation)
 
