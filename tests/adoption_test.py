@@ -15,7 +15,7 @@ import transformers
 from tokenizers import processors
 
 import xclip_jax
-from xclip_jax import train
+from xclip_jax import compile_only, train
 from xclip_jax.cli import InputError
 from xclip_jax.config import get_config
 from xclip_jax.convert.exporting import export
@@ -24,6 +24,7 @@ from xclip_jax.convert.reading import Options
 from xclip_jax.data.builder import DatasetSettings
 from xclip_jax.data.text import PieceTokenizer, learn_tokenizer
 from xclip_jax.initialization import adopt_encoders
+from xclip_jax.main import main
 
 CAPTIONS = ["red and then green", "first blue, then grey"]
 
@@ -42,27 +43,33 @@ def write_siglip(folder):
     return checkpoint, None
 
 
-def write_pe(folder):
-    """Writes a small PE-Core, for texts of 9 tokens."""
+def write_case(folder, case):
+    """Writes a small model of layouts_test whose ids are those of CLIP's tokenizer."""
     tokenizer = learn_tokenizer(CAPTIONS * 9)
     tokenizer.save(folder / "vocab")
-    family = layouts_test.PE._replace(
-        text=replace(layouts_test.PE.text, vocab=tokenizer.vocab_size)
-    )
-    tensors = families.draw(family)
-    return layouts_test.write_pt(folder / "pt", tensors, "PE-Core-T8-24.pt"), folder / "vocab"
+    family, write = layouts_test.CASES[case]
+    vocab = tokenizer.vocab_size
+    end = vocab - 1 if family.text.pool == "end" else 0
+    family = family._replace(text=replace(family.text, vocab=vocab, end=end))
+    return write(folder / "model", family, families.draw(family)), folder / "vocab"
 
 
-@pytest.fixture(scope="module", params=[write_siglip, write_pe], ids=["siglip", "pe"])
+OTHER_LAYOUTS = {"siglip of timm", "siglip so400m of timm", "pe of timm", "pe g of timm"}
+OTHER_LAYOUTS |= {"clip in bfloat16 and shards"}
+FAMILIES = sorted(layouts_test.CASES.keys() - OTHER_LAYOUTS)
+
+
+@pytest.fixture(scope="module", params=["siglip", "pe"])
 def encoders(request, tmp_path_factory):
     """Returns (model directory with head mean_pooling, data set in its format)."""
     folder = tmp_path_factory.mktemp("encoders")
-    checkpoint, vocab = request.param(folder)
-    convert(checkpoint, folder / "model", Options(vocab=vocab))
-    p = json.loads((folder / "model/model.json").read_text())["preprocess"]
+    case = request.param
+    checkpoint, vocab = write_siglip(folder) if case == "siglip" else write_case(folder, case)
+    convert(checkpoint, folder / "converted", Options(vocab=vocab))
+    p = json.loads((folder / "converted/model.json").read_text())["preprocess"]
     names = ("image_size", "resize", "interpolation")
     settings = DatasetSettings(**{name: p[name] for name in names})
-    return folder / "model", tiny.make_dataset(folder / "data", ("train",), settings=settings)
+    return folder / "converted", tiny.make_dataset(folder / "data", ("train",), settings=settings)
 
 
 def adopt(encoders, **fields):
@@ -70,7 +77,7 @@ def adopt(encoders, **fields):
     c = get_config()
     c.init.clip, c.data.path = map(str, encoders)
     described = json.loads((encoders[0] / "model.json").read_text())
-    c.model.update(max_words=min(32, described["text"]["context_length"]), max_frames=4)
+    c.model.max_frames = 4
     c.model.temporal.type = "none"
     c.train.update(batch_size=8, epochs=0)
     c.optimizer.update(lr=3e-3, encoder_lr=3e-3, weight_decay=0.0)
@@ -78,7 +85,7 @@ def adopt(encoders, **fields):
     c.log.update(every=1, tensorboard=False)
     c.report.attention_pairs = 0
     c.update_from_flattened_dict(fields)
-    adopt_encoders(c)
+    adopt_encoders(c, fields)
     return c, described
 
 
@@ -91,6 +98,29 @@ def test_fields_at_their_defaults_become_those_of_the_encoders(encoders):
         assert list(c.model.preprocess[name]) == described["preprocess"][name]
     assert c.model.preprocess.resize == "squash"
     assert (c.model.embed_dim, c.model.head) == (described["embed_dim"], "xclip")
+    assert c.model.max_words == {"last": 24, "argmax": 9}[described["text"]["pool"]]
+
+
+def test_texts_are_cut_to_fewer_words_unless_the_encoders_pad_all(encoders):
+    """SigLIP's sentence is the last position: texts of another length have another vector."""
+    pool = json.loads((encoders[0] / "model.json").read_text())["text"]["pool"]
+    if pool == "last":
+        with pytest.raises(InputError, match=r"max_words = 5: must be .* = 24"):
+            adopt(encoders, **{"model.max_words": 5})
+    else:
+        assert adopt(encoders, **{"model.max_words": 5})[0].model.max_words == 5
+
+
+def test_field_that_the_command_sets_to_its_default_is_kept(encoders, monkeypatch):
+    seen, side = [], get_config().model.vision.image_size
+    monkeypatch.setattr(compile_only, "compile_only", lambda config, _: seen.append(config.model))
+    arguments = ["--config=configs/captions.py:own", f"--config.init.clip={encoders[0]}"]
+    main([*arguments, f"--config.model.vision.image_size={side}", "--compile_only"])
+    main([*arguments, "--compile_only"])
+    kept, adopted = seen
+    assert kept.vision.image_size == side != adopted.vision.image_size
+    kept.vision.image_size = adopted.vision.image_size
+    assert kept == adopted
 
 
 def test_field_with_another_value_is_an_error_that_names_both(encoders, tmp_path):
@@ -100,6 +130,7 @@ def test_field_with_another_value_is_an_error_that_names_both(encoders, tmp_path
         train.train(c, tmp_path / "run")
 
 
+@pytest.mark.parametrize("encoders", FAMILIES, indirect=True)
 def test_training_starts_at_the_converted_similarity_and_improves(encoders, tmp_path):
     c, _ = adopt(encoders)
     train.train(c, tmp_path / "start")

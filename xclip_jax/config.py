@@ -256,11 +256,6 @@ def set_encoders(c: Any, word: str) -> None:
         c.model.vision.patch_size = BACKBONES[word]
     else:
         c.init.clip = f"models/{word}"
-        context = PUBLISHED[word][1]
-        # SigLIP pads all texts to its positions; the others truncate.
-        c.model.max_words = (
-            context if word.startswith("siglip") else min(c.model.max_words, context)
-        )
 
 
 def benchmark(

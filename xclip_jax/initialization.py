@@ -6,6 +6,7 @@ blocks of CLIP's text tower, and its positions are the text positions.
 
 import dataclasses
 import operator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ def encoder_fields(config: ModelConfig) -> list[str]:
     return names
 
 
-def adopt_encoders(config: Any) -> None:
-    """Sets the fields of `config.model` that are at their defaults to those of `config.init.clip`.
+def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
+    """Sets fields of `config.model` to those of the encoders in `config.init.clip`.
 
+    Fields that are not at their defaults stay as they are, and so do those in `chosen`, dotted
+    names such as "model.max_words", which the command line sets. Only `model.max_words` becomes
+    what the encoders read, whatever it is: all positions if they pad texts to these, else no more.
     A model without a tokenizer, or no model at all, is left to `train` to report. Raises InputError
     if model.json is corrupted, or the config is not valid before or after.
     """
@@ -54,8 +58,9 @@ def adopt_encoders(config: Any) -> None:
         ours, default, value = get(config.model), get(defaults), get(theirs)
         if ours == default != value:
             changes[f"model.{field}"] = value
-    if theirs.text.pool == "last" and config.model.max_words == defaults.max_words:
-        changes["model.max_words"] = theirs.text.context_length
+    words, positions = config.model.max_words, theirs.text.context_length
+    changes["model.max_words"] = positions if theirs.text.pool == "last" else min(words, positions)
+    changes = {field: value for field, value in changes.items() if field not in chosen}
     config.update_from_flattened_dict(changes)
     validate(config)
 
@@ -108,8 +113,7 @@ def start_from_clip(
 def how_to_convert(directory: str, patch_size: int) -> str:
     """Returns instructions for downloading encoders and converting them to a model directory."""
     if (word := Path(directory).name) in PUBLISHED:
-        name = PUBLISHED[word][0]
-        command = f"python -m xclip_jax.convert --input={name} --output={directory}"
+        command = f"python -m xclip_jax.convert --input={PUBLISHED[word]} --output={directory}"
         if not word.startswith("siglip"):
             command += f" --vocab={Path(_VOCABULARY).name} (from {_VOCABULARY})"
         advice = "without a network, download its files first and pass their folder"

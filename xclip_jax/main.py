@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--compile_only", action="store_true", help=text)
     add("--topology", default="", help="with --compile_only: a TPU slice, v6e:2x4 (needs libtpu)")
     with one_line_errors():
-        arguments, config, _ = parse_with_config(parser, argv)
-        adopt_encoders(config)
+        arguments, config, fields = parse_with_config(parser, argv)
+        adopt_encoders(config, fields)
         if arguments.compile_only:
             compile_only.compile_only(config, arguments.topology)
             return

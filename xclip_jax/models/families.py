@@ -66,12 +66,12 @@ _TIMM: dict[str, Fields] = {
     r"vit_(base_patch(16|32)|large_patch14)_clip_quickgelu_\d+": _QUICK,
     r"vit_(huge|gigantic)_patch14_clip_quickgelu_\d+": _QUICK | _HUGE,
 }
-# Words of config files -> (model on the Hugging Face hub, positions of a text).
+# Words of config files -> model on the Hugging Face hub.
 PUBLISHED = {
-    "siglip2_b16": ("google/siglip2-base-patch16-224", 64),
-    "siglip2_l16": ("google/siglip2-large-patch16-256", 64),
-    "pe_b16": ("facebook/PE-Core-B16-224", 32),
-    "pe_l14": ("facebook/PE-Core-L14-336", 32),
+    "siglip2_b16": "google/siglip2-base-patch16-224",
+    "siglip2_l16": "google/siglip2-large-patch16-256",
+    "pe_b16": "facebook/PE-Core-B16-224",
+    "pe_l14": "facebook/PE-Core-L14-336",
 }
 
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments, base, overrides = parse_with_config(_parser(), argv)
         if arguments.seeds < 1:
             raise InputError(f"--seeds={arguments.seeds}: must be at least 1")
-        adopt_encoders(base)
+        adopt_encoders(base, overrides)
         if not (arguments.report_only or arguments.print_commands):
             prepare.render_if_missing(base)
         studies = load_studies(arguments.study, base)
