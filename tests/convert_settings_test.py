@@ -42,7 +42,9 @@ def test_open_clip_config_beside_the_weights_is_read(tmp_path, name, quick):
     stated = {"mean": [0.5, 0.25, 0.5], "std": [0.25, 0.5, 0.25], "interpolation": "bicubic"}
     path = write_open_clip(tmp_path, name=name, model={"quick_gelu": quick}, preprocess_cfg=stated)
     for source in (path, tmp_path):
-        with pytest.raises(InputError, match=r"^--image_mean, --image_std: the file beside"):
+        with pytest.raises(
+            InputError, match=r"^--image_mean, --image_std: the model takes mean .*: omit"
+        ):
             import_model(source, Options(preprocess=PreprocessConfig()))
         c = import_model(source).config
         assert c.activation == ("quick_gelu" if quick else "gelu")
@@ -200,6 +202,8 @@ def test_model_that_does_not_normalise_takes_pixels_from_0_to_1(tmp_path):
             "size is .*height.*, supported is a square or the shortest edge",
         ),
         ({"size": {"longest_edge": 16}}, "size is .*longest_edge.*, supported is the shortest"),
+        ({"size": 224}, "size is 224, but config.json has image_size 16"),
+        ({"size": {"height": 20, "width": 20}}, "size is 20, but config.json has image_size 16"),
         ({"size": 256, "crop_size": 224}, "crop_size is 224, supported is 256"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True, supported is false"),
         ({"image_mean": [122, 116, 104]}, "mean is .122, 116, 104.: must be three numbers, 0 to 1"),

@@ -3,11 +3,13 @@ r"""Converts a PyTorch checkpoint to a model directory, or a model directory to 
     python -m xclip_jax.convert --input=ViT-B-32.pt --output=models/clip_b32 \
         --vocab=bpe_simple_vocab_16e6.txt.gz
     python -m xclip_jax.convert --input=openai/clip-vit-base-patch32 --output=models/clip_b32
+    python -m xclip_jax.convert --input=google/siglip2-base-patch16-224 --output=models/siglip2_b16
     python -m xclip_jax.convert --input=pytorch_model.bin.4 --output=models/xclip --vocab=...
     python -m xclip_jax.convert --to=pytorch --input=models/xclip --output=exported
 
-Reads OpenAI's .pt archives, state dicts, Hugging Face CLIP folders and hub ids, open_clip
-checkpoints, and the official X-CLIP and CLIP4Clip pytorch_model.bin.N. Needs no PyTorch.
+Reads OpenAI's .pt archives, CLIP and SigLIP of Hugging Face, PE-Core, Long-CLIP, models of
+open_clip with ViT, SigLIP, PE-Core or EVA-02 towers, as files, folders or hub ids, and the official
+X-CLIP and CLIP4Clip pytorch_model.bin.N: see docs/encoders.md. Needs no PyTorch.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = CommandParser(prog="python -m xclip_jax.convert", description=__doc__)
     add = parser.add_argument
-    text = "checkpoint, Hugging Face folder or hub id; with --to=pytorch a model directory"
+    text = "checkpoint, folder or hub id; with --to=pytorch a model directory"
     add("--input", required=True, help=text)
     add("--output", required=True, help="folder to write; must not exist yet")
     add("--to", choices=["jax", "pytorch"], default="jax", help="direction (default jax)")

@@ -101,9 +101,9 @@ def _describe(model: Imported) -> list[str]:
         f"  activation   {', '.join(sorted(activations))}",
         f"  images       {p.resize}, {p.interpolation}; mean {mean}; standard deviation {std}",
         f"  image tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, "
-        f"{v.layers} layers, {v.heads} heads",
+        f"{v.layers} layers, heads of width {v.width // v.heads}",
         f"  text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, "
-        f"{t.layers} layers, {t.heads} heads",
+        f"{t.layers} layers, heads of width {t.width // t.heads}",
         f"  head         {config.head} (preset {config.preset}; temporal encoder {temporal}"
         f"{layers})",
         f"  lengths      {config.max_words} words, {config.max_frames} frames",

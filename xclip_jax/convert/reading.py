@@ -13,15 +13,20 @@ from safetensors.numpy import load_file
 
 from xclip_jax.cli import InputError, first_line
 from xclip_jax.convert import layouts
-from xclip_jax.convert.settings import Settings, read_hugging_face, read_object, read_open_clip
+from xclip_jax.convert.hugging_face import read_hugging_face
+from xclip_jax.convert.open_clip import read_open_clip
+from xclip_jax.convert.settings import Settings, read_object
 from xclip_jax.convert.torch_archive import Archive, read_archive
 from xclip_jax.data import text
 from xclip_jax.models.config import PreprocessConfig
 from xclip_jax.models.families import CLIP, PE, PE_PREPROCESS, SIGLIP
 
-HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors"]
-HUB_FILES += ["model.safetensors.index.json", "open_clip_config.json"]
-HUB_FILES += ["open_clip_model.safetensors", "PE-*.pt", *text.HUB_FILES]
+# What is taken from a repository of the hub: settings and tokenizer, then the weights of one kind,
+# as many hold several, in the first of these formats that there is.
+HUB_FILES = ["config.json", "preprocessor_config.json", "open_clip_config.json", *text.HUB_FILES]
+HUGGING_FACE_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*"])
+OTHER_FILES = (["open_clip_model.safetensors"], ["open_clip_pytorch_model.bin"])
+OTHER_FILES += (["PE-*.pt"], ["longclip*.pt"])
 _HUB_ID = r"[\w.-]+/[\w.-]+"  # how the hub names models
 _PREFIXES = ("module.", "model.")  # before the names of wrapped models
 OPENAI = "OpenAI's CLIP"  # also in the official models
@@ -75,7 +80,7 @@ def is_importable(source: str | Path) -> bool:
         if (path / "checkpoints").is_dir() or (path / "train.lock").exists():
             return False
         names = ("config.json", *OPEN_CLIP_FILES)
-        return any((path / n).is_file() for n in names) or any(path.glob("PE-*.pt"))
+        return any((path / n).is_file() for n in names) or any(path.glob("*.pt"))
     return path.is_file() or re.fullmatch(_HUB_ID, str(source)) is not None
 
 
@@ -92,13 +97,29 @@ def locate(source: str | Path) -> Path:
     if not re.fullmatch(_HUB_ID, str(source)):
         raise InputError(f"{source}: no such file or folder")
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        return _download(str(source))
     except Exception as error:  # many types, from no network to no such repository
         raise InputError(
             f"{source}: no such file or folder, nor on the Hugging Face hub "
             f"({first_line(error)}). Download config.json, model.safetensors and the tokenizer's "
             f"files from https://huggingface.co/{source} into a folder and pass that"
         ) from None
+
+
+def _download(hub_id: str) -> Path:
+    """Downloads what is needed of a repository, returns the folder."""
+    folder = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    for patterns in HUGGING_FACE_FILES if _is_hugging_face(folder) else OTHER_FILES:
+        snapshot_download(hub_id, allow_patterns=patterns)
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            break
+    return folder
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    """Returns True if config.json is of a model of transformers."""
+    path = folder / "config.json"
+    return path.exists() and "model_type" in read_object(path)
 
 
 def read_source(path: str | Path, options: Options = Options()) -> Source:
@@ -188,14 +209,13 @@ def _read_folder(folder: Path, options: Options) -> Source:
     names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
     has_tokenizer = any((folder / name).is_file() for name in names)
     options = replace(options, vocab=options.vocab or (folder if has_tokenizer else None))
-    for name in OPEN_CLIP_FILES:
-        if (folder / name).is_file() and not (folder / "config.json").exists():
-            return classify(_load(folder / name), folder / name, options)
-    if not (folder / "config.json").exists() and (archives := sorted(folder.glob("PE-*.pt"))):
-        return classify(_load(archives[0]), archives[0], options)
-    others = sorted(folder.glob("*.pt"))
-    if others and not (folder / "config.json").exists():
-        raise InputError(f"{folder} is not a Hugging Face model: pass the file, {others[0].name}")
+    if not _is_hugging_face(folder):
+        files = [folder / name for name in OPEN_CLIP_FILES] + sorted(folder.glob("*.pt"))
+        if files := [file for file in files if file.is_file()]:
+            if files[0].suffix == ".pt" and len(files) > 1:
+                names = ", ".join(file.name for file in files)
+                raise InputError(f"{folder} holds several models: pass a file, one of {names:.300}")
+            return classify(_load(files[0]), files[0], options)
     read_hugging_face(folder)  # an error in it comes before one of the weights
     return _complete_hugging_face(folder, _strip_prefixes(_load_shards(folder)), options)
 
@@ -224,7 +244,8 @@ def _complete(
         if None not in (value, stated) and value != stated:
             raise InputError(f"--{flag}={value}: {settings.source} has {stated}: omit it")
     if settings.preprocess and options.preprocess not in (None, settings.preprocess):
-        raise InputError("--image_mean, --image_std: the file beside the weights has others")
+        known = f"mean {settings.preprocess.mean} and deviation {settings.preprocess.std}"
+        raise InputError(f"--image_mean, --image_std: the model takes {known}: omit them")
     options = replace(options, preprocess=settings.preprocess or options.preprocess)
     return Source(kind, official, tensors, options, settings)
 
