@@ -4,9 +4,12 @@
 
     python benchmarks/similarity.py --memory=4917 --texts=128 --words=64 --frames=64
 
+    python benchmarks/similarity.py --torch --count=4917 --words=64 --frames=64 --repeats=1
+
 Computes all four granularities. The second line measures only memory, for a slice of the texts of
-ActivityNet's test set. PyTorch computes torch_xclip.similarity in blocks of 40 x 40, alternating
-with JAX in one process. Peak memory excludes the features and the result.
+ActivityNet's test set; the third, for a GPU, only times. PyTorch computes torch_xclip.similarity in
+blocks of 40 x 40, on a GPU 128 x 128, alternating with JAX in one process. Peak memory excludes the
+features and the result.
 """
 
 import argparse
@@ -48,13 +51,15 @@ def make_features(
     return text, VideoFeatures(make_unit(count), make_unit(count, num_frames), frames)
 
 
-def torch_similarity(text: TextFeatures, video: VideoFeatures, block: int = 40) -> np.ndarray:
+def torch_similarity(text: TextFeatures, video: VideoFeatures) -> np.ndarray:
     """Returns the T x V similarities that torch_xclip.py computes block by block."""
     import torch
     import torch_xclip
 
+    device, block = ("cuda", 128) if torch.cuda.is_available() else ("cpu", 40)
+
     def split(*arrays: np.ndarray) -> list[list[torch.Tensor]]:
-        tensors = [torch.from_numpy(x) for x in arrays]
+        tensors = [torch.from_numpy(x).to(device) for x in arrays]
         return [[x[i : i + block] for x in tensors] for i in range(0, len(arrays[0]), block)]
 
     texts = split(text.sentence, text.words, text.mask)
@@ -64,16 +69,20 @@ def torch_similarity(text: TextFeatures, video: VideoFeatures, block: int = 40) 
             torch.cat([torch_xclip.similarity(s, w, v, f, sw, vf) for v, f, vf in videos], 1)
             for s, w, sw in texts
         ]
-    return torch.cat(rows).numpy()
+    return torch.cat(rows).cpu().numpy()
 
 
-def compare(count: int, *, repeats: int, with_torch: bool) -> list[results.Row]:
+def compare(
+    count: int, *, words: int, frames: int, repeats: int, with_torch: bool
+) -> list[results.Row]:
     """Returns the seconds of each side and of the word-frame product, the medians last."""
-    text, video = make_features(count)
-    multiply = jax.jit(lambda a, b: a[: len(a) // 4] @ b.T)  # a quarter, to save memory
+    text, video = make_features(count, num_words=words, num_frames=frames)
+    left, right = text.words.reshape(-1, DIM), jnp.asarray(video.frames.reshape(-1, DIM))
+    some = jnp.asarray(left[: 2**26 // len(right)])  # to save memory
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision="highest"))
     sides = {
         "ours": lambda: Retriever({}, MODEL, PARAMS).similarity(text, video),
-        "product": lambda: multiply(text.words.reshape(-1, DIM), video.frames.reshape(-1, DIM)),
+        "product": lambda: multiply(some, right),
     }
     if with_torch:
         sides["torch"] = lambda: torch_similarity(text, video)
@@ -83,7 +92,7 @@ def compare(count: int, *, repeats: int, with_torch: bool) -> list[results.Row]:
     rows = []
     for _ in range(repeats):
         row = {name: results.measure_seconds(run)[0] for name, run in sides.items()}
-        row["product"] *= 4
+        row["product"] *= len(left) / len(some)
         rows.append(row | ({"ratio": row["ours"] / row["torch"]} if with_torch else {}))
     rows.append({name: statistics.median(row[name] for row in rows) for name in rows[0]})
     print(results.format_table(rows))
@@ -115,8 +124,10 @@ def main() -> None:
         texts = args.texts or args.memory
         print(measure_memory(args.memory, texts, words=args.words, frames=args.frames))
         return
-    rows = compare(args.count, repeats=args.repeats, with_torch=args.torch)
-    for count in (args.count, 4 * args.count):
+    lengths = {"words": args.words, "frames": args.frames}
+    rows = compare(args.count, **lengths, repeats=args.repeats, with_torch=args.torch)
+    on_host = jax.default_backend() == "cpu"  # whose memory can be measured
+    for count in (args.count, 4 * args.count) if on_host else ():
         command = [sys.executable, __file__, f"--memory={count}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         rows.append({"texts": count, "videos": count, "peak_mib": json.loads(done.stdout)})

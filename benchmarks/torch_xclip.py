@@ -212,6 +212,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, betas=betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
+        if self.device.type == "cuda":
+            self.model.compile()
         self.half = dtype == "bfloat16" and self.device.type == "cuda"
 
     def loss(self) -> Tensor:

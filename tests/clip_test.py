@@ -18,7 +18,13 @@ from xclip_jax.models.config import (
     TextConfig,
     VisionConfig,
 )
-from xclip_jax.models.transformer import ACTIVATIONS, REMAT, SelfAttention, Transformer
+from xclip_jax.models.transformer import (
+    ACTIVATIONS,
+    REMAT,
+    SelfAttention,
+    Transformer,
+    attention_kernel,
+)
 
 # No size is a power of two: 3 x 3 patches of 5 pixels, heads of widths 8 and 9.
 EMBED_DIM = 10
@@ -157,6 +163,25 @@ def test_remat_changes_neither_value_nor_gradient(params, remat):
     found, expected = gradients(remat), gradients("none")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "length", "masked", "kernel"),
+    [
+        ("gpu", jnp.bfloat16, 50, False, "cudnn"),
+        ("gpu", jnp.float32, 50, False, "xla"),  # cuDNN has 16 bits only
+        ("gpu", jnp.bfloat16, 197, False, "xla"),  # gradients of an odd length
+        ("gpu", jnp.bfloat16, 50, True, "xla"),
+        ("cpu", jnp.bfloat16, 50, False, "xla"),
+        ("tpu", jnp.bfloat16, 50, False, "xla"),
+    ],
+)
+def test_kernel_of_attention_is_one_that_the_device_has(
+    monkeypatch, backend, dtype, length, masked, kernel
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    query, mask = jnp.zeros((1, length, 1, 8), dtype), jnp.ones((1, 1, length, length), bool)
+    assert attention_kernel(query, mask if masked else None) == kernel
 
 
 def test_word_depends_on_tokens_up_to_it_only(params):

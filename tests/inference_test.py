@@ -150,6 +150,13 @@ def test_blocks_stay_within_their_budget(params, features, sizes):
     assert 1 <= texts * videos <= 12
 
 
+def test_device_is_given_the_next_item_before_the_last_is_taken():
+    made = []
+    items = inference.one_ahead(made.append(n) or n for n in range(3))
+    assert [(item, len(made)) for item in items] == [(0, 2), (1, 3), (2, 3)]
+    assert list(inference.one_ahead([])) == []
+
+
 def test_block_shape_uses_the_budget():
     for cells_a_pair in (1, 18, 144, 384, 4096):
         for block_cells in (1, 100, 4096, 100_000, 1 << 20, 1 << 26):

@@ -1,5 +1,6 @@
 """Runs models on batches that are padded to a few sizes, so each is compiled only a few times."""
 
+import collections
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from xclip_jax.models import XClip
 
 PyTree = Any
 Tree = TypeVar("Tree")
+T = TypeVar("T")
 
 
 def copy_to_local_devices(params: PyTree) -> PyTree:
@@ -32,10 +34,10 @@ def copy_to_local_devices(params: PyTree) -> PyTree:
 
 
 def split_like(tree: Tree, params: PyTree) -> Tree:
-    """Splits a batch over the parameters' devices, or replicates it if it does not divide."""
+    """Copies a batch to the parameters' devices, split over them if it divides, else whole."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return tree
+        return jax.device_put(tree)
     mesh, size = sharding.mesh, len(jax.tree.leaves(tree)[0])
     spec = PartitionSpec(mesh.axis_names) if size % mesh.size == 0 else PartitionSpec()
     return jax.device_put(tree, NamedSharding(mesh, spec))
@@ -69,6 +71,16 @@ def concatenate_features(parts: Iterable[Tree], total: int) -> Tree:
     if result is None or end != total:
         raise ValueError(f"{end} rows of features, expected {total}")
     return result
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yields items one late: a device computes the next while the host copies the last."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def slice_rows(tree: Tree, start: int, count: int = 1) -> Tree:

@@ -132,10 +132,10 @@ class Retriever:
         def encode_batches() -> Iterator[Any]:
             for start, count in inference.split_counts(total, size):
                 rows = inference.slice_rows(inputs, start, count)
-                features = self._apply(method, *inference.split_like(rows, self.params))
-                yield jax.tree.map(np.asarray, features)
+                yield self._apply(method, *inference.split_like(rows, self.params))
 
-        return inference.concatenate_features(encode_batches(), total)
+        batches = inference.one_ahead(encode_batches())
+        return inference.concatenate_features((jax.device_get(one) for one in batches), total)
 
     def require(self, tower: str, what: str) -> None:
         """Raises InputError if the model, a half of one, lacks the tower "text" or "vision"."""
@@ -226,20 +226,22 @@ class Retriever:
         height, width = map(min, shape, sizes)
         shape = num_texts, num_videos
         sims: dict[str, np.ndarray] = defaultdict(functools.partial(np.empty, shape, np.float32))
-        for j in range(0, num_videos, width):
-            columns = inference.pad_rows(inference.slice_rows(video, j, width), width)
-            columns = inference.split_like(columns, self.params)
-            for i in range(0, num_texts, height):
-                rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
-                blocks = self._apply(method, rows, columns)
-                num_rows, num_columns = min(height, num_texts - i), min(width, num_videos - j)
-                for name, block in (
-                    blocks if isinstance(blocks, dict) else {"all": blocks}
-                ).items():
-                    part = np.asarray(block)[:num_rows, :num_columns]
-                    sims[name][i : i + height, j : j + width] = part
-                if bar is not None:
-                    bar.update(num_rows * num_columns)
+
+        def compute_blocks() -> Iterator[tuple[int, int, Any]]:
+            for j in range(0, num_videos, width):
+                columns = inference.pad_rows(inference.slice_rows(video, j, width), width)
+                columns = inference.split_like(columns, self.params)
+                for i in range(0, num_texts, height):
+                    rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
+                    yield i, j, self._apply(method, rows, columns)
+
+        for i, j, blocks in inference.one_ahead(compute_blocks()):
+            num_rows, num_columns = min(height, num_texts - i), min(width, num_videos - j)
+            for name, block in (blocks if isinstance(blocks, dict) else {"all": blocks}).items():
+                part = np.asarray(block)[:num_rows, :num_columns]
+                sims[name][i : i + height, j : j + width] = part
+            if bar is not None:
+                bar.update(num_rows * num_columns)
         return sims
 
     def search(

@@ -4,6 +4,8 @@ Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, with the options of late
 are stacked along a leading axis and scanned. Parameters are float32.
 """
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,11 +60,21 @@ class SelfAttention(nn.Module):
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        kind = attention_kernel(query, mask)
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kind)
         if c.inner_norms:
             y = LayerNorm(c.epsilon, name="ln")(y.reshape(x.shape)).reshape(y.shape)
         init = normal(width**-0.5 * _residual_scale(c))
         return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
+
+
+def attention_kernel(query: Float[Array, "B L N K"], mask: Mask | None) -> Literal["xla", "cudnn"]:
+    """Returns the kernel of attention: cuDNN's on a GPU, which stores no L x L scores.
+
+    It needs 16 bits, and an even L for gradients; it would store a mask in place of the scores.
+    """
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
+    return "cudnn" if fits and mask is None and jax.default_backend() == "gpu" else "xla"
 
 
 class Block(nn.Module):
