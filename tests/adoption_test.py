@@ -15,11 +15,11 @@ import transformers
 from tokenizers import processors
 
 import xclip_jax
-from xclip_jax import compile_only, train
+from xclip_jax import compile_only, prepare, train
 from xclip_jax.cli import InputError
 from xclip_jax.config import get_config
 from xclip_jax.convert.exporting import export
-from xclip_jax.convert.importing import convert
+from xclip_jax.convert.importing import convert, import_model
 from xclip_jax.convert.reading import Options
 from xclip_jax.data.builder import DatasetSettings
 from xclip_jax.data.text import PieceTokenizer, learn_tokenizer
@@ -123,11 +123,34 @@ def test_field_that_the_command_sets_to_its_default_is_kept(encoders, monkeypatc
     assert kept == adopted
 
 
-def test_field_with_another_value_is_an_error_that_names_both(encoders, tmp_path):
-    c, described = adopt(encoders, **{"model.text.layers": 5})
-    layers = described["text"]["layers"]
-    with pytest.raises(InputError, match=rf"text.layers = 5: must be {layers}"):
+@pytest.mark.parametrize(
+    "field", [("text", "layers", 5), ("text", "heads", 7), ("vision", "pool", "class_token")]
+)
+def test_field_with_another_value_is_an_error_that_names_both(encoders, field):
+    section, name, value = field
+    described = json.loads((encoders[0] / "model.json").read_text())[section][name]
+    message = rf"model.{section}.{name} = {value!r}: must be {described!r}"
+    with pytest.raises(InputError, match=message):
+        adopt(encoders, **{f"model.{section}.{name}": value})
+
+
+def test_encoders_that_are_not_converted_or_a_half_are_named(encoders, tmp_path, capsys):
+    source = layouts_test.prepare(tmp_path, "clip, largest id")[2]
+    c, _ = adopt(encoders)
+    c.init.clip = str(source)
+    with pytest.raises(InputError, match=r"no model there; it is not converted: run .*convert"):
         train.train(c, tmp_path / "run")
+    family = layouts_test.CLIP
+    half = layouts_test.write_hugging_face(
+        tmp_path / "half", family, families.draw(family), half="text"
+    )
+    convert(half, tmp_path / "text_only")
+    with pytest.raises(InputError, match=r"init.clip = .*text_only: it has a text tower only"):
+        adopt((tmp_path / "text_only", encoders[1]))
+    paths = [f"--{name}={tmp_path}" for name in ("videos", "annotations", "output")]
+    with pytest.raises(SystemExit):
+        prepare.main(["--dataset=captions", *paths, f"--model={tmp_path / 'text_only'}"])
+    assert "has a text tower only, which takes no frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoders", FAMILIES, indirect=True)
@@ -175,6 +198,18 @@ def test_exported_tokenizer_has_the_same_ids_in_transformers(encoders, tmp_path)
     texts, options = ["A Dog", "red dog"], {"padding": "max_length", "truncation": True}
     ids = exported(texts, max_length=tokenizer.max_words, **options)["input_ids"]
     np.testing.assert_array_equal(ids, tokenizer(texts)[0])
+
+
+def test_sigmoid_bias_is_exported_as_0_after_training_without_one(encoders, tmp_path):
+    c, described = adopt(encoders)
+    if described["text"]["pool"] != "last":
+        pytest.skip("transformers has no PE-Core")
+    train.train(c, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    again = import_model(tmp_path / "out/siglip")
+    assert float(again.params["logit_bias"]) == 0
+    trained = xclip_jax.load(tmp_path / "run").params["clip"]
+    jax.tree.map(np.testing.assert_array_equal, again.params["clip"], trained)
 
 
 def test_words_of_aosm_are_neither_the_end_token_nor_padding(encoders):

@@ -128,9 +128,14 @@ def test_selection_on_test_is_stated_in_results(prepared, tmp_path, monkeypatch,
         ("msrvtt.py:7k", {}, r"holds msrvtt 9k, the config requires msrvtt 7k; .*--split=7k"),
         (
             "msrvtt.py",
-            {"init.clip": "models/none"},
-            r"no tokenizer in models/none/tokenizer; download https://openaipublic.*ViT-B-16.pt "
-            r"and .*xclip_jax.convert --input=ViT-B-16.pt --output=models/none --vocab=bpe_simple",
+            {"init.clip": "none/clip_b16"},
+            r"none/clip_b16: no model there; download https://openaipublic.*ViT-B-16.pt and .*"
+            r"xclip_jax.convert --input=ViT-B-16.pt --output=none/clip_b16 --vocab=bpe_simple",
+        ),
+        (
+            "msrvtt.py",
+            {"init.clip": "none/other"},
+            r"no model there; run .*convert --input=CHECKPOINT --output=none/other, with a check",
         ),
         (
             "didemo.py:vit_b16",

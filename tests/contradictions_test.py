@@ -1,14 +1,19 @@
 """Tests that files which contradict the weights beside them are errors that name both."""
 
 import json
+from dataclasses import replace
 
+import families
 import layouts_test
 import numpy as np
 import pytest
 import tiny
 
+import xclip_jax
 from xclip_jax.cli import InputError
 from xclip_jax.convert.importing import import_model
+from xclip_jax.convert.reading import Options
+from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.models import XClip
 from xclip_jax.models.families import timm_tower
 
@@ -50,6 +55,8 @@ def test_hugging_face_config_that_contradicts_the_weights(tmp_path, entry, value
     ("entry", "value", "message"),
     [
         ("vision_cfg.timm_model_kwargs.depth", 1, "states vision.layers = 1, the weights have 2"),
+        ("vision_cfg.timm_model_kwargs.patch_size", 16, "patch_size = 16, the weights have 8"),
+        ("vision_cfg.image_size", 48, "image_size = 48, its timm_model_kwargs 24"),
         ("vision_cfg.timm_pool", "token", "timm_pool is 'token', not that of vit_base_patch16_sig"),
         ("vision_cfg.timm_model_name", "vit_base_patch16_clip_224", "timm_pool is 'map', not tha"),
         ("vision_cfg.timm_model_name", "vit_pe_core_base_patch16_224", "class_token = True, the w"),
@@ -95,6 +102,24 @@ def test_siglip_without_its_tokenizer_is_an_error(tmp_path):
         import_model(folder)
 
 
+def test_end_token_of_another_tokenizer_is_refused(tmp_path):
+    """A text without the end token would have the vector of its first position, as all others."""
+    learn_tokenizer(["a dog"]).save(tmp_path / "vocab")
+    text = replace(layouts_test.CLIP_END.text, vocab=600, end=5)
+    family = layouts_test.CLIP_END._replace(text=text)
+    folder = layouts_test.write_hugging_face(tmp_path / "a", family, families.draw(family))
+    with pytest.raises(InputError, match=r"vocab ends texts by the id \d+, but .*eos_token_id 5"):
+        import_model(folder, Options(vocab=tmp_path / "vocab"))
+
+
+def test_missing_shard_is_named(tmp_path):
+    folder = layouts_test.prepare(tmp_path, "clip in bfloat16 and shards")[2]
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(InputError, match=f"^{shard} is missing"):
+        xclip_jax.load(folder)
+
+
 def test_square_may_be_stated_by_both_sides(tmp_path):
     folder = layouts_test.prepare(tmp_path, "siglip of timm")[2]
     folder = folder if folder.is_dir() else folder.parent
@@ -105,7 +130,7 @@ def test_square_may_be_stated_by_both_sides(tmp_path):
     change(
         folder, "open_clip_config.json", "model_cfg.vision_cfg.timm_model_kwargs.img_size", [24, 48]
     )
-    with pytest.raises(InputError, match=r"image_size = \[24, 48\], the weights have 24"):
+    with pytest.raises(InputError, match=r"image_size = 24, its timm_model_kwargs \[24, 48\]"):
         import_model(folder)
 
 

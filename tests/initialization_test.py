@@ -147,5 +147,5 @@ def test_clip_without_a_tokenizer_is_refused(clip, tmp_path):
     write_archive(tmp_path / "clip.pt", clip[1])
     convert(tmp_path / "clip.pt", tmp_path / "model", checkpoints.QUICK)
     config = make_config(tmp_path / "model", tiny.make_dataset(tmp_path / "data"))
-    with pytest.raises(InputError, match=r"no tokenizer in .*; download .*--vocab"):
+    with pytest.raises(InputError, match=r"no tokenizer in .*; convert it again with --vocab"):
         train.train(config, tmp_path / "run")

@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from xclip_jax import sharding
+from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError, first_line
 from xclip_jax.config import RunConfig
 from xclip_jax.models import XClip
@@ -75,6 +76,9 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
         "matrix products, FLOP a step": f"{matrix_flops(traced.jaxpr.jaxpr):.3g}, all devices",
         "collectives in the program": collectives,
     }
+    clip = config.init.clip
+    if clip and not (model_folder(clip) / "model.json").is_file():
+        figures["encoders"] = f"as the config says: there is no model in {clip}"
     if not vocabulary:
         figures["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's; training takes the tokenizer's"
     print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {config.train.batch_size}")

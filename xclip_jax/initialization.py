@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from xclip_jax.checkpoint import load_model, model_folder, read_config
 from xclip_jax.cli import InputError
 from xclip_jax.config import get_config, validate
+from xclip_jax.convert.reading import is_importable
 from xclip_jax.models import ModelConfig
 from xclip_jax.models.clip import resize_positions
 from xclip_jax.models.families import PUBLISHED
@@ -45,11 +46,12 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
     names such as "model.max_words", which the command line sets. Only `model.max_words` becomes
     what the encoders read, whatever it is: all positions if they pad texts to these, else no more.
     A model without a tokenizer, or no model at all, is left to `train` to report. Raises InputError
-    if model.json is corrupted, or the config is not valid before or after.
+    if model.json is corrupted, the encoders are others than fields that are set, or a half, or the
+    config is not valid then.
     """
-    validate(config)
     folder = model_folder(config.init.clip)
     if not config.init.clip or not (folder / "model.json").is_file():
+        validate(config)
         return
     (_, theirs), defaults = read_config(folder), get_config().model
     changes = {}
@@ -61,8 +63,23 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
     words, positions = config.model.max_words, theirs.text.context_length
     changes["model.max_words"] = positions if theirs.text.pool == "last" else min(words, positions)
     changes = {field: value for field, value in changes.items() if field not in chosen}
+    problems = _half(theirs)
+    for field in encoder_fields(theirs):
+        get, name = operator.attrgetter(field), f"model.{field}"
+        ours, value = get(config.model), get(theirs)
+        is_set = name in chosen or ours != get(defaults)
+        free = field == "vision.image_size" or (field == "text.vocab_size" and not ours)
+        if is_set and ours != value and not free:
+            problems.append(f"config.{name} = {ours!r}: must be {value!r}")
+    if problems:
+        raise InputError(f"config.init.clip = {config.init.clip}: {'; '.join(problems)}")
     config.update_from_flattened_dict(changes)
     validate(config)
+
+
+def _half(config: ModelConfig) -> list[str]:
+    """Returns what is wrong with a model of one tower, of which no training can start."""
+    return [] if config.towers == "both" else [f"it has a {config.towers} tower only"]
 
 
 def start_from_clip(
@@ -86,8 +103,7 @@ def start_from_clip(
         ours, theirs = map(operator.attrgetter(field), (config, model.config))
         if ours != theirs and field != "vision.image_size":
             problems.append(f"config.model.{field} = {ours!r}: must be {theirs!r}")
-    if model.config.towers != "both":
-        problems.append(f"it has a {model.config.towers} tower only")
+    problems += _half(model.config)
     if problems:
         raise InputError(f"config.init.clip = {directory}: {'; '.join(problems)}")
     clip, sources = dict(source["clip"]), dict.fromkeys(source["clip"], "CLIP")
@@ -112,15 +128,24 @@ def start_from_clip(
 
 def how_to_convert(directory: str, patch_size: int) -> str:
     """Returns instructions for downloading encoders and converting them to a model directory."""
+    path = Path(directory)
+    if (model_folder(directory) / "model.json").is_file():
+        return "convert it again with --vocab"
+    if path.is_dir() and is_importable(path):
+        output = f"models/{path.resolve().name}"
+        command = f"python -m xclip_jax.convert --input={directory} --output={output}"
+        return f"it is not converted: run {command} and pass {output}"
     if (word := Path(directory).name) in PUBLISHED:
         command = f"python -m xclip_jax.convert --input={PUBLISHED[word]} --output={directory}"
         if not word.startswith("siglip"):
             command += f" --vocab={Path(_VOCABULARY).name} (from {_VOCABULARY})"
         advice = "without a network, download its files first and pass their folder"
         return f"run {command}; {advice}"
+    if path.name not in ("clip_b32", "clip_b16"):
+        command = f"python -m xclip_jax.convert --input=CHECKPOINT --output={directory}"
+        return f"run {command}, with a checkpoint or hub id of docs/encoders.md"
     file = _FILES.get(patch_size, "CHECKPOINT")
-    files = "a CLIP checkpoint and its vocabulary"
-    files = f"{_OPENAI}/{file} and {_VOCABULARY}" if patch_size in _FILES else files
+    files = f"{_OPENAI}/{file} and {_VOCABULARY}"
     flags = f"--input={Path(file).name} --output={directory} --vocab={Path(_VOCABULARY).name}"
     return f"download {files}, then run python -m xclip_jax.convert {flags}"
 

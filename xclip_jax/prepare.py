@@ -176,6 +176,8 @@ def _choose_format(model: Path | None, given: dict[str, Any]) -> FrameFormat:
     from xclip_jax.checkpoint import model_folder, read_config  # imports JAX, which takes seconds
 
     _, config = read_config(model_folder(model))
+    if config.towers == "text":
+        raise InputError(f"--model={model} has a text tower only, which takes no frames")
     format = frame_format(config)
     print(f"frames of {model}: {format}")
     return format

@@ -69,7 +69,7 @@ class Retriever:
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) sentence T x D
-            and words T x W x D, mask T x W (True: real token, start and end included).
+            and words T x W x D, mask T x W (True: real token, special ones included).
 
         Raises:
             InputError: `texts` is empty or a single string, a text shows nothing (see `is_blank`),
@@ -92,8 +92,8 @@ class Retriever:
 
         Args:
             videos: paths, or frames as arrays F x H x W x 3: uint8 RGB, preprocessed
-                unless it has the model's image size, or float, normalised (with CLIP's mean and
-                deviation from -1.8 to 2.2), of the model's image size.
+                unless it has the model's image size, or float, of the model's image size and
+                normalised with its mean and deviation (CLIP: -1.8 to 2.2, SigLIP: -1 to 1).
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) video V x D and

@@ -235,7 +235,9 @@ class Setup:
         folder = (checkpoint.model_folder(clip) if clip else Path(data.path)) / "tokenizer"
         if clip and not folder.is_dir():
             advice = how_to_convert(clip, config.model.vision.patch_size)
-            raise InputError(f"config.init.clip = {clip}: no tokenizer in {folder}; {advice}")
+            has_model = (folder.parent / "model.json").is_file()
+            lacks = f"no tokenizer in {folder}" if has_model else "no model there"
+            raise InputError(f"config.init.clip = {clip}: {lacks}; {advice}")
         self.tokenizer = load_tokenizer(folder, config.model.max_words)
         self.model = XClip(configure_model(config, self.tokenizer.vocab_size))
         check_frames(self.dataset, self.model.config)

@@ -40,22 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--to", choices=["jax", "pytorch"], default="jax", help="direction (default jax)")
     add("--vocab", help="tokenizer: OpenAI's bpe_simple_vocab_16e6.txt.gz, a folder or a hub id")
     text = (
-        "head for plain CLIP: mean_pooling (default) scores averaged frames as CLIP scores an "
-        "image; xclip also compares words and frames, without a temporal encoder"
+        "head for encoders without one: mean_pooling (default) scores averaged frames as CLIP "
+        "scores an image; xclip also compares words and frames, without a temporal encoder"
     )
     add("--head", choices=["mean_pooling", "xclip"], help=text)
     text = "required where neither the weights nor a file beside them states it"
     add("--activation", choices=["quick_gelu", "gelu"], help=text)
-    add(
-        "--vision_heads",
-        type=int,
-        help="attention heads of the image tower (if not stated: width / 64)",
-    )
-    add("--text_heads", type=int, help="attention heads of the text tower")
-    text = "mean and standard deviation of RGB in [0, 1] in training, as in 0.5,0.5,0.5 (CLIP's)"
+    text = "attention heads of the image tower (if not stated: width / 64, up to a width of 1024)"
+    add("--vision_heads", type=int, help=text)
+    add("--text_heads", type=int, help="the same of the text tower")
+    text = "mean and deviation of RGB in [0, 1] in training, as in 0.5,0.5,0.5 (default: CLIP's)"
     add("--image_mean", type=_parse_rgb, help=text)
     add("--image_std", type=_parse_rgb, help="see --image_mean")
-    add("--max_words", type=int, help="tokens per text, including start and end")
+    add("--max_words", type=int, help="tokens per text, special ones included")
     add("--max_frames", type=int, help="frames per video (default 12)")
     text = "cut learned matrices to --max_words and --max_frames"
     add("--crop_matrices", action="store_true", help=text)

@@ -5,6 +5,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
@@ -27,7 +28,7 @@ _CLIP = {
 _SIGLIP = {
     **{"vision.class_token": False, "vision.patch_bias": True, "vision.pre_norm": False},
     **{"vision.pool": "attention", "vision.projection": "none", "text.projection": "bias"},
-    **{"vision.pool_heads": 0, "vision.pool_mlp_width": 0, "logit_bias": True},
+    **{"vision.pool_heads": 0, "vision.pool_mlp_width": 0},
     **{name: SIGLIP[name] for name in ("text.causal", "text.pool", "text.start_token")},
 }
 _BOTH = {
@@ -64,15 +65,19 @@ def export(directory: str | Path, output: str | Path) -> None:
     if not problem:
         encoders = {"clip": params["clip"]}
         if family == "siglip":
-            encoders["logit_bias"] = params["logit_bias"]
+            # The default loss has no bias, and one changes no ranking.
+            encoders["logit_bias"] = params.get("logit_bias", np.float32(0))
         tensors = to_hugging_face(to_tensors(encoders), siglip=family == "siglip")
         _write_hugging_face(partial / family, config, tensors, tokenizer)
     partial.rename(output)
     if not problem:
         name = {"clip": "CLIPModel", "siglip": "SiglipModel"}[family]
         print(f"{output / family}: the encoders, for transformers.{name}.from_pretrained")
+    if isinstance(tokenizer, PieceTokenizer) and tokenizer.clean == "canonicalize":
+        rule = "lower-case texts and remove their punctuation first, as open_clip does"
+        print(f"note: transformers' tokenizer keeps punctuation: {rule}")
     state = f"{output / 'pytorch_model.bin'}: official state dict, for torch.load"
-    missing = f"no official state dict: the official code does not support {unsupported}"
+    missing = f"no official state dict: X-CLIP's and CLIP4Clip's code has no {unsupported}"
     print(missing if unsupported else state)
 
 

@@ -52,6 +52,9 @@ def import_model(source: str | Path, options: Options = Options()) -> Imported:
         tokenizer, size = load(vocab, config.max_words), config.text.vocab_size
         if (ids := tokenizer.vocab_size) > size:
             raise InputError(f"{vocab} has {ids} ids, but the text tower has {size}")
+        if config.text.pool == "end" and tokenizer.end != (end := config.text.end_id):
+            problem = f"{vocab} ends texts by the id {tokenizer.end}"
+            raise InputError(f"{problem}, but config.json has eos_token_id {end}")
     model = {"config": config, "params": params, "tokenizer": tokenizer}
     return Imported(kind=read.kind, **model, unread=unread, skipped=skipped)
 

@@ -46,6 +46,9 @@ _OPEN_CLIP_READ = {
 _TIMM_OPTIONS = ("img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_heads")
 _TIMM_OPTIONS += ("ref_feat_shape", "class_token")
 _VISION_SIZES = {f"vision.{n}": n for n in ("layers", "image_size", "patch_size")}
+_TIMM_SIZES = {"vision.layers": "depth", "vision.image_size": "img_size"}
+_TIMM_SIZES |= {"vision.patch_size": "patch_size", "vision.width": "embed_dim"}
+_TIMM_SIZES |= {"vision.class_token": "class_token"}
 _TEXT_SIZES = {f"text.{n}": n for n in ("layers", "width", "context_length", "vocab_size")}
 
 
@@ -89,8 +92,10 @@ def read_open_clip(folder: Path) -> Settings | None:
     sizes = read_sizes(model, {"embed_dim": "embed_dim"})
     sizes |= read_sizes(vision, _VISION_SIZES) | read_sizes(text, _TEXT_SIZES)
     options = section_of(path, vision, "timm_model_kwargs")
-    names = {"vision.layers": "depth", "vision.image_size": "img_size", "vision.width": "embed_dim"}
-    sizes |= read_sizes(options, names | {"vision.class_token": "class_token"})
+    for field, value in read_sizes(options, _TIMM_SIZES).items():
+        if sizes.setdefault(field, value) != value:
+            problem = f"vision_cfg states {field} = {sizes[field]!r:.99}"
+            raise InputError(f"{path}: {problem}, its timm_model_kwargs {value!r:.99}")
     if isinstance(bias := text.get("proj_bias"), bool):
         sizes["text.projection"] = "bias" if bias else "linear"
     return Settings(fields, sizes, preprocess, width, path.name, clean)

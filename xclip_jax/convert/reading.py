@@ -101,8 +101,8 @@ def locate(source: str | Path) -> Path:
     except Exception as error:  # many types, from no network to no such repository
         raise InputError(
             f"{source}: no such file or folder, nor on the Hugging Face hub "
-            f"({first_line(error)}). Download config.json, model.safetensors and the tokenizer's "
-            f"files from https://huggingface.co/{source} into a folder and pass that"
+            f"({first_line(error)}). Download its settings, weights and tokenizer "
+            f"from https://huggingface.co/{source} into a folder and pass that"
         ) from None
 
 
@@ -134,6 +134,8 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
 
 
 def _load(path: Path) -> Archive:
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
     if path.suffix != ".safetensors":
         return read_archive(path)
     try:

@@ -111,7 +111,7 @@ class TextConfig(BlockConfig):
     vocab_size: Natural = 49408  # CLIP's byte-level BPE; 0: size of the data set's tokenizer
     context_length: Size = 77  # positions of the text tower and of the temporal encoder
     causal: bool = True  # a position attends to earlier ones only, else to all, padding included
-    # Position of the sentence: the largest id, the first id `end_id`, or the last of W.
+    # Position of the sentence: the largest id, the first that is `end_id`, or the last of W.
     pool: Literal["argmax", "end", "last"] = "argmax"
     end_id: Natural = 0
     start_token: bool = True  # texts begin with a start token
