@@ -1,6 +1,6 @@
 """Measures how many frames a second encode_video takes from host memory, as search indexes them.
 
-python benchmarks/encoding.py --model=b32,b16 --dtype=bfloat16
+    python benchmarks/encoding.py --model=b32,b16 --dtype=bfloat16
 
 Random weights and random uint8 frames, which lie in memory: decoding is not measured.
 """

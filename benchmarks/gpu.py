@@ -1,6 +1,6 @@
 """Measures training, similarity and encoding on one GPU, in less than eight minutes.
 
-python benchmarks/gpu.py
+    python benchmarks/gpu.py
 
 Each line of COMMANDS is a program of its own, so that memory is free again for the next, and one
 that fails does not stop the others. Needs the extras `cuda13` and `torch`. Results are written to

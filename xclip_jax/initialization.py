@@ -54,23 +54,19 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
         validate(config)
         return
     (_, theirs), defaults = read_config(folder), get_config().model
-    changes = {}
-    for field in encoder_fields(theirs):
-        get = operator.attrgetter(field)
-        ours, default, value = get(config.model), get(defaults), get(theirs)
-        if ours == default != value:
-            changes[f"model.{field}"] = value
-    words, positions = config.model.max_words, theirs.text.context_length
-    changes["model.max_words"] = positions if theirs.text.pool == "last" else min(words, positions)
-    changes = {field: value for field, value in changes.items() if field not in chosen}
-    problems = _half(theirs)
+    changes, problems = {}, _half(theirs)
     for field in encoder_fields(theirs):
         get, name = operator.attrgetter(field), f"model.{field}"
-        ours, value = get(config.model), get(theirs)
-        is_set = name in chosen or ours != get(defaults)
-        free = field == "vision.image_size" or (field == "text.vocab_size" and not ours)
-        if is_set and ours != value and not free:
+        ours, default, value = get(config.model), get(defaults), get(theirs)
+        may_differ = field == "vision.image_size" or (field == "text.vocab_size" and not ours)
+        if ours == default and name not in chosen:
+            changes[name] = value
+        elif ours != value and not may_differ:
             problems.append(f"config.{name} = {ours!r}: must be {value!r}")
+    if "model.max_words" not in chosen:
+        words, positions = config.model.max_words, theirs.text.context_length
+        pads_all = theirs.text.pool == "last"
+        changes["model.max_words"] = positions if pads_all else min(words, positions)
     if problems:
         raise InputError(f"config.init.clip = {config.init.clip}: {'; '.join(problems)}")
     config.update_from_flattened_dict(changes)
