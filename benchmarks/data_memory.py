@@ -20,6 +20,7 @@ import results
 from xclip_jax.data import rendered
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
+from xclip_jax.data.preprocess import FrameFormat
 from xclip_jax.data.text import load_tokenizer
 
 
@@ -45,7 +46,7 @@ def read_batches(folder: str) -> None:
     dataset = Dataset(folder)
     tokenizer = load_tokenizer(dataset.path / "tokenizer", 24)
     pairs = TrainingPairs(dataset, "train", "all")
-    batches = training_batches(pairs, tokenizer, 16, 6, 224, seed=0)
+    batches = training_batches(pairs, tokenizer, 16, 6, FrameFormat(), seed=0)
     for _ in range(300):
         next(batches)
     print(results.peak_mib())

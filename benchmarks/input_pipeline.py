@@ -21,8 +21,9 @@ import results
 
 from xclip_jax.data.builder import Dataset, DatasetSettings, PendingRecord, write_dataset
 from xclip_jax.data.pipeline import TrainingPairs, training_batches
-from xclip_jax.data.preprocess import decode_jpeg, encode_jpeg
-from xclip_jax.data.text import Tokenizer, learn_tokenizer
+from xclip_jax.data.preprocess import FrameFormat, decode_jpeg, encode_jpeg
+from xclip_jax.data.text import learn_tokenizer
+from xclip_jax.data.tokenizer import Tokenizer
 
 CLIPS, FRAMES, BATCH, THREADS, SIDE = 200, 12, 20, 4, 224
 
@@ -58,7 +59,7 @@ def read_pipeline(dataset: Dataset, tokenizer: Tokenizer, batches: int) -> Calla
     pairs = TrainingPairs(dataset, "train", "all")
 
     def read() -> None:
-        iterator = training_batches(pairs, tokenizer, BATCH, FRAMES, SIDE, seed=0)
+        iterator = training_batches(pairs, tokenizer, BATCH, FRAMES, FrameFormat(SIDE), seed=0)
         for _ in range(batches):
             next(iterator)
 

@@ -22,7 +22,8 @@ from xclip_jax.convert.exporting import export
 from xclip_jax.convert.importing import convert, import_model
 from xclip_jax.convert.reading import Options
 from xclip_jax.data.builder import DatasetSettings
-from xclip_jax.data.text import PieceTokenizer, learn_tokenizer
+from xclip_jax.data.pieces import PieceTokenizer
+from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.initialization import adopt_encoders
 from xclip_jax.main import main
 

@@ -123,8 +123,10 @@ def test_format_is_recorded_with_the_frames(tmp_path):
     dataset = write(tmp_path, resize="squash", interpolation="bilinear")
     assert dataset.format == FrameFormat(32, "squash", "bilinear")
     metadata = json.loads((dataset_folder(tmp_path) / "metadata.json").read_text())
-    recorded = {name: metadata[name] for name in FrameFormat._fields}
+    recorded = {name: metadata[name] for name in FrameFormat._fields if name in metadata}
     assert recorded == {"image_size": 32, "resize": "squash", "interpolation": "bilinear"}
+    spread = write(tmp_path / "spread", resize="squash", interpolation="lanczos", spread=8)
+    assert spread.format == FrameFormat(32, "squash", "lanczos", 8)
 
 
 def test_metadata_of_the_default_format_is_that_of_earlier_versions(tmp_path):

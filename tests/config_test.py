@@ -26,7 +26,7 @@ MISTAKES = {
     "mode": ("trian", "", None),
     "model.preset": ("offical",),
     "model.head": ("meanP",),
-    "model.activation": ("relu",),
+    "model.activation": ("tanh",),
     "model.aggregation": ("max", "max_max"),
     "model.dtype": ("float16", "int8"),
     "model.temporal.type": ("gru",),

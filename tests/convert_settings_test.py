@@ -171,7 +171,7 @@ def test_preprocessor_config_changes_the_features(tmp_path):
         features.append(xclip_jax.load(tmp_path / f"model_{name}").encode_video(frames).video)
     assert not np.allclose(*features, atol=1e-3)
     stored = json.loads((tmp_path / "model_b" / "model.json").read_text())["preprocess"]
-    common = {"resize": "crop", "interpolation": "bicubic", "image_size": 16}
+    common = {"resize": "crop", "interpolation": "bicubic", "spread": False, "image_size": 16}
     assert stored == {"mean": [0.5] * 3, "std": [0.25] * 3} | common
     normalised = (np.asarray(frames, np.float32) / 255 - 0.5) / 0.25
     retriever = xclip_jax.load(tmp_path / "model_b")

@@ -80,7 +80,7 @@ def run(name, pixels=None, ids=None, loss=None):
         if pixels is not None:
             inputs = frames_of(pixels)
             video = model.apply({"params": params}, *inputs, method="encode_video")
-            frames, state = model.apply(
+            (_, frames), state = model.apply(
                 {"params": params}, *inputs, method="encode_frames", **options
             )
             kept |= state["intermediates"]["clip"]["visual"]

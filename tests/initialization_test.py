@@ -18,8 +18,8 @@ from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.initialization import start_from_clip
 from xclip_jax.models import XClip
-from xclip_jax.models.clip import resize_positions
 from xclip_jax.models.config import VisionConfig
+from xclip_jax.models.towers import resize_positions
 from xclip_jax.train import configure_model
 
 

@@ -175,7 +175,7 @@ def compute(model, ids, images):
     mask = np.ones((len(images), 1), bool)
     text = model.encode_text(ids, np.ones(ids.shape, bool))
     video = model.encode_video(images[:, None], mask)
-    frames = model.encode_frames(images[:, None], mask)[:, 0]
+    frames = model.encode_frames(images[:, None], mask)[1][:, 0]
     return frames, model.clip.textual(ids), model.similarity(text, video)
 
 

@@ -112,7 +112,7 @@ def inputs(golden):
 def outputs(model, ids, mask_TxW, frames, mask_VxF):
     """Returns the features, similarities and inner frame vectors of a batch, by one program."""
     text, video = model.encode_text(ids, mask_TxW), model.encode_video(frames, mask_VxF)
-    clip_VxFxD = model.encode_frames(frames, mask_VxF)
+    _, clip_VxFxD = model.encode_frames(frames, mask_VxF)
     found = {"text": text, "video": video, "similarity": model.similarity(text, video)}
     found |= {"clip": clip_VxFxD, "temporal": model.relate_frames(clip_VxFxD, mask_VxF)}
     if model.config.has_granularities:

@@ -11,13 +11,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 from transformers import Siglip2Tokenizer
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.text import (
-    ClipTokenizer,
-    PieceTokenizer,
-    canonicalize,
-    learn_tokenizer,
-    load_tokenizer,
-)
+from xclip_jax.data.pieces import PieceTokenizer
+from xclip_jax.data.text import ClipTokenizer, learn_tokenizer, load_tokenizer
+from xclip_jax.data.tokenizer import canonicalize
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDENS = SHARED / "goldens_encoders"

@@ -16,7 +16,7 @@ from xclip_jax.data.pipeline import (
     steps_per_epoch,
     training_batches,
 )
-from xclip_jax.data.preprocess import encode_jpeg
+from xclip_jax.data.preprocess import FrameFormat, encode_jpeg
 from xclip_jax.data.text import learn_tokenizer
 
 SIDE, MAX_FRAMES = 16, 4
@@ -69,7 +69,7 @@ def batches(count, captions="all", batch_size=4, seed=0, start_step=0, process=(
         TOKENIZER,
         batch_size,
         MAX_FRAMES,
-        SIDE,
+        FrameFormat(SIDE),
         seed=seed,
         start_step=start_step,
         process=process,
@@ -114,7 +114,7 @@ def test_chosen_frames_are_uniform(num_frames, max_frames, chosen):
 
 @pytest.mark.parametrize("video", range(len(COUNTS)))
 def test_frames_are_decoded_and_padded(video):
-    frames, mask = load_frames(DATASET.clips("train")[video], MAX_FRAMES, SIDE)
+    frames, mask = load_frames(DATASET.clips("train")[video], MAX_FRAMES, FrameFormat(SIDE))
     assert (frames.shape, frames.dtype) == ((MAX_FRAMES, SIDE, SIDE, 3), np.uint8)
     assert (mask.shape, mask.dtype) == ((MAX_FRAMES,), np.bool_)
     chosen = choose_frames(NUM_FRAMES[video], MAX_FRAMES)
@@ -144,7 +144,9 @@ def test_captions_and_frames_belong_to_the_video(captions):
     frames = np.concatenate([batch["frames"] for batch in found])
     masks = np.concatenate([batch["frame_mask"] for batch in found])
     for (video, _), clip, mask in zip(rows, frames, masks, strict=True):
-        expected, expected_mask = load_frames(DATASET.clips("train")[video], MAX_FRAMES, SIDE)
+        expected, expected_mask = load_frames(
+            DATASET.clips("train")[video], MAX_FRAMES, FrameFormat(SIDE)
+        )
         np.testing.assert_array_equal(clip, expected)
         np.testing.assert_array_equal(mask, expected_mask)
 
@@ -244,7 +246,7 @@ def test_batch_larger_than_the_data_is_an_error():
 @pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4, 3]), (11, [11]), (64, [11])])
 def test_evaluation_is_complete_and_in_order(batch_size, sizes):
     clips = DATASET.clips("train")
-    found = list(evaluation_batches(clips, batch_size, MAX_FRAMES, SIDE, slice(None)))
+    found = list(evaluation_batches(clips, batch_size, MAX_FRAMES, FrameFormat(SIDE), slice(None)))
     assert [len(frames) for frames, *_ in found] == sizes
     frames, masks, captions, ids = (
         [x for batch in found for x in batch[field]] for field in range(4)
@@ -252,6 +254,6 @@ def test_evaluation_is_complete_and_in_order(batch_size, sizes):
     assert ids == list(LETTERS)
     assert captions == [[caption(v, n) for n in range(COUNTS[v])] for v in range(len(COUNTS))]
     for clip, got, mask in zip(DATASET.clips("train"), frames, masks, strict=True):
-        expected, expected_mask = load_frames(clip, MAX_FRAMES, SIDE)
+        expected, expected_mask = load_frames(clip, MAX_FRAMES, FrameFormat(SIDE))
         np.testing.assert_array_equal(got, expected)
         np.testing.assert_array_equal(mask, expected_mask)

@@ -12,7 +12,8 @@ from tokenizers import models
 
 from xclip_jax.cli import InputError
 from xclip_jax.data import text as text_module
-from xclip_jax.data.text import END, START, clean, is_blank, learn_tokenizer, load_tokenizer
+from xclip_jax.data.text import END, START, learn_tokenizer, load_tokenizer
+from xclip_jax.data.tokenizer import clean, is_blank
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "shared" / "clip_bpe"
 CORPUS = [

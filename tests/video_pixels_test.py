@@ -116,6 +116,8 @@ def test_picture_caches_a_frame_of_each_format():
 def test_format_is_readable():
     assert str(FrameFormat()) == "224 px, crop, bicubic"
     assert str(FrameFormat(256, "squash", "bilinear")) == "256 px, squash, bilinear"
+    spread = FrameFormat(288, "squash", "lanczos", 16)
+    assert str(spread) == "288 px, squash, lanczos, 16 spread over the whole video"
 
 
 COEFFICIENTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 2: (0.299, 0.114), 9: (0.2627, 0.0593)}

@@ -28,7 +28,8 @@ from safetensors.numpy import save_file
 from xclip_jax import integrity
 from xclip_jax.checkpoint_handler import WatchedHandler, WatchedRestore, WatchedSave
 from xclip_jax.cli import InputError, check_local, first_line, read_json, write_atomically
-from xclip_jax.data.text import Tokenizer, load_tokenizer
+from xclip_jax.data.text import load_tokenizer
+from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.distributed import gather_objects, is_first_process, wait_for_all
 from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.models.config import check_model

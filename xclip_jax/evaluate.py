@@ -131,8 +131,8 @@ def evaluate_split(
     names, captions = [], []  # of each clip
 
     def encode(bar: tqdm) -> Iterator[VideoFeatures]:
-        frames_shape = retriever.model.config.max_frames, dataset.image_size
-        batches = evaluation_batches(clips, size, *frames_shape, slice(start, end))
+        frames = retriever.model.config.max_frames, dataset.format
+        batches = evaluation_batches(clips, size, *frames, slice(start, end))
         for frames, masks, batch_captions, batch_names in batches:
             yield retriever.encode("encode_video", (frames, masks), size)
             captions.extend(batch_captions)
@@ -252,7 +252,7 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
     c = e.retriever.model.config
 
     def read_frames(video: int) -> UInt8[np.ndarray, "F S S 3"]:
-        frames, mask_F = load_frames(e.clips[video], c.max_frames, c.vision.image_size)
+        frames, mask_F = load_frames(e.clips[video], c.max_frames, frame_format(c))
         return frames[mask_F]
 
     def attend(text: int) -> WordFrameAttention:
@@ -261,10 +261,11 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
         pair = inference.slice_rows(e.text, text), inference.slice_rows(e.video, video)
         words, weights_WxF = e.retriever.attention(e.captions[text], *pair)
         times = np.asarray(e.clips[video]["times"])
+        chosen = choose_frames(len(times), c.max_frames, spread=c.preprocess.spread)
         return WordFrameAttention(
             words=words,
             weights_WxF=weights_WxF,
-            times=times[choose_frames(len(times), c.max_frames)].tolist(),
+            times=times[chosen].tolist(),
             caption=e.captions[text],
             frames_FxSxSx3=read_frames(video),
             clip=e.clip_names[video],
@@ -308,8 +309,11 @@ def _write(e: Evaluation, workdir: Path, results: dict[str, Any], counts: dict[s
 
 def check_frames(dataset: Dataset, model_config: ModelConfig) -> None:
     """Raises InputError if the data set's frames do not have the model's format."""
-    format = frame_format(model_config)
-    if dataset.format == format:
+    format, spread = frame_format(model_config), dataset.format.spread
+    if dataset.format == format or (
+        # Of more frames than the model takes, a part is used.
+        spread > format.spread > 0 and dataset.format._replace(spread=format.spread) == format
+    ):
         return
     options = zip(format._fields, format.key, strict=False)
     flags = " ".join(f"--{name}={value}" for name, value in options)
@@ -318,8 +322,12 @@ def check_frames(dataset: Dataset, model_config: ModelConfig) -> None:
         needed = f"{dataset.image_size}, the size of the frames in {dataset.path}"
         field = f"config.model.vision.image_size = {format.image_size}"
         raise InputError(f"{field}: must be {needed} (or {advice})")
-    names = ("vision.image_size", "preprocess.resize", "preprocess.interpolation")
-    triples = zip(names, format, dataset.format, strict=True)
+    names = ["vision.image_size", "preprocess.resize", "preprocess.interpolation", "max_frames"]
+    needed, actual = list(format), list(dataset.format)
+    if 0 in (spread, format.spread):  # else both are numbers of frames
+        names[-1] = "preprocess.spread"
+        needed[-1], actual[-1] = format.spread > 0, spread > 0
+    triples = zip(names, needed, actual, strict=True)
     wrong = [triple for triple in triples if triple[1] != triple[2]]
     fields = ", ".join(f"config.model.{name} = {needed!r}" for name, needed, _ in wrong)
     values = ", ".join(repr(actual) for *_, actual in wrong)

@@ -18,8 +18,8 @@ from xclip_jax.cli import InputError
 from xclip_jax.config import get_config, validate
 from xclip_jax.convert.reading import is_importable
 from xclip_jax.models import ModelConfig
-from xclip_jax.models.clip import resize_positions
 from xclip_jax.models.families import PUBLISHED
+from xclip_jax.models.towers import resize_positions
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _FILES = {  # patch size -> OpenAI's weights of width 768
@@ -43,8 +43,9 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
     """Sets fields of `config.model` to those of the encoders in `config.init.clip`.
 
     Fields that are not at their defaults stay as they are, and so do those in `chosen`, dotted
-    names such as "model.max_words", which the command line sets. Only `model.max_words` becomes
-    what the encoders read, whatever it is: all positions if they pad texts to these, else no more.
+    names such as "model.max_words", which the command line sets. Only the lengths become what the
+    encoders read, whatever they are: `model.max_words` all positions if they pad texts to these,
+    else no more, and `model.max_frames` the frames of a video tower.
     A model without a tokenizer, or no model at all, is left to `train` to report. Raises InputError
     if model.json is corrupted, the encoders are others than fields that are set, or a half, or the
     config is not valid then.
@@ -67,6 +68,8 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
         words, positions = config.model.max_words, theirs.text.context_length
         pads_all = theirs.text.pool == "last"
         changes["model.max_words"] = positions if pads_all else min(words, positions)
+    if theirs.vision.num_frames and "model.max_frames" not in chosen:
+        changes["model.max_frames"] = theirs.vision.num_frames
     if problems:
         raise InputError(f"config.init.clip = {config.init.clip}: {'; '.join(problems)}")
     config.update_from_flattened_dict(changes)
@@ -157,7 +160,7 @@ def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
         return fresh, "random: CLIP's text tower has blocks of another size, or fewer"
     result = {**fresh, "encoder": {"blocks": first}}
     source = f"the first {layers} blocks of CLIP's text tower"
-    if "positions" in fresh:
+    if "positions" in fresh and "positions" in textual:
         positions, count = textual["positions"], len(fresh["positions"])
         result["positions"] = positions
         source += " and its positions"
@@ -165,5 +168,5 @@ def _take_text_blocks(fresh: PyTree, textual: PyTree) -> tuple[PyTree, str]:
             shape = count, positions.shape[1]
             result["positions"] = jax.image.resize(positions, shape, "linear", antialias=False)
             source += f", interpolated from {len(positions)} to {count}"
-    others = sorted(fresh.keys() - {"encoder", "positions"})
+    others = sorted(fresh.keys() - {"encoder", *(textual.keys() & {"positions"})})
     return result, source + (f"; {', '.join(others)} random" if others else "")

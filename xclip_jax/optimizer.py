@@ -21,13 +21,9 @@ from ml_collections import ConfigDict
 
 from xclip_jax.config import OptimizerConfig
 
-TOP = {
-    "ln_final",
-    "ln_post",
-    "pool",
-    "projection",
-    "logit_scale",
-}  # of the towers, above the blocks
+# Parts of the towers above all blocks, or between those of a video tower.
+TOP = {"ln_final", "ln_post", "ln_temporal", "pool", "projection", "logit_scale"}
+STACKS = ("encoder", "temporal", "joint")  # of a tower's blocks, from the lowest
 TENSOR_NORM = 1.0  # largest norm of a tensor's gradient with bert_adam, whatever clip_norm is
 
 
@@ -100,28 +96,38 @@ def scale_encoders(ratio: float | Array, layer_decay: float) -> optax.GradientTr
     """Scales the updates of CLIP's towers by `ratio`, and lower layers by `layer_decay` besides.
 
     Layer l of L (from 1) is scaled by layer_decay^(L + 1 - l), the embeddings as layer 0, and the
-    last norm, the pool, the projection and the logit scale as layer L + 1 (layer-wise learning rate
-    decay, Clark et al., 2020, https://arxiv.org/abs/2003.10555, Sec. 3.1; Bao et al., 2022).
+    parts in TOP as layer L + 1 (layer-wise learning rate decay, Clark et al., 2020,
+    https://arxiv.org/abs/2003.10555, Sec. 3.1; Bao et al., 2022).
     """
 
     def scale(updates: Any, params: Any) -> Any:
-        depths = {
-            tower: len(jax.tree.leaves(params["clip"][tower]["encoder"]["blocks"])[0])
-            for tower in ("visual", "textual")
-        }
+        below = _count_below(params)
 
         def factor(path: Any, x: Array) -> Array:
             names = _names(path)
             if not TOP.isdisjoint(names):
                 return x * ratio
-            above = depths[names[1]] + 1
+            above = below[names[1], "top"] + 1
             if "blocks" in names:
-                above -= np.arange(1, above).reshape(-1, *[1] * (x.ndim - 1))
+                above -= below[names[1], names[2]] + 1
+                above = above - np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
             return x * (ratio * layer_decay**above)
 
         return tree_map_with_path(factor, updates)
 
     return optax.stateless(scale) if layer_decay < 1 else optax.scale(ratio)
+
+
+def _count_below(params: Any) -> dict[tuple[str, str], int]:
+    """Returns the number of blocks below each stack of a tower, and below its "top"."""
+    counts = {}
+    for tower in ("visual", "textual"):
+        total, parts = 0, params["clip"][tower]
+        for stack in (name for name in STACKS if name in parts):
+            counts[tower, stack] = total
+            total += len(jax.tree.leaves(parts[stack]["blocks"])[0])
+        counts[tower, "top"] = total
+    return counts
 
 
 def clip_global(gradients: Any, max_norm: float) -> Any:
@@ -214,11 +220,13 @@ def trainable_mask(params: Any, layers: int) -> Any:
     scale are trained. Everything outside `clip` is trained. The mask is a bool, or L x 1 x ... for
     arrays stacked over L blocks.
     """
+    below = _count_below(params)
 
     def mask(path: Any, x: Any) -> Any:
         names = _names(path)
         if names[0] == "clip" and "blocks" in names:
-            return np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)) >= layers
+            number = below[names[1], names[2]] + np.arange(len(x))
+            return number.reshape(-1, *[1] * (x.ndim - 1)) >= layers
         return names[0] != "clip" or not TOP.isdisjoint(names)
 
     return tree_map_with_path(mask, params)

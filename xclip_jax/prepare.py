@@ -155,7 +155,8 @@ def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
     except (ValueError, TypeError) as error:
         advice = f"choose another --output or delete {output}"
         raise InputError(f"{path} is corrupted ({first_line(error)}): {advice}") from None
-    before = {"resize": "crop", "interpolation": "bicubic"} | before  # earlier versions made these
+    # Earlier versions made these.
+    before = {"resize": "crop", "interpolation": "bicubic", "spread": 0} | before
     if changed := [name for name, value in request.items() if before.get(name) != value]:
         problem = f"{output} holds a data set prepared with other {', '.join(changed)}"
         raise InputError(f"{problem}; choose another --output or delete it")
@@ -169,6 +170,8 @@ def _choose_format(model: Path | None, given: dict[str, Any]) -> FrameFormat:
     if model is None:
         if not 1 <= (side := given.get("image_size", 224)) <= 4096:
             raise InputError(f"--image_size={side}: must be from 1 to 4096")
+        if not 1 <= (number := given.get("spread", 1)) <= 1024:
+            raise InputError(f"--spread={number}: must be from 1 to 1024")
         return FrameFormat(**given)
     if given:
         flags = ", ".join(f"--{name}" for name in given)
@@ -194,13 +197,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", required=True, type=Path, help="folder to write the data set to")
     variants = (f"{name}: {', '.join(d.variants)}" for name, d in DATASETS.items() if d.variants)
     add("--split", default="", help=f"which split ({'; '.join(variants)}; default: the first)")
-    frames = "model directory for whose format frames are made, in place of the next three options"
+    frames = "model directory for whose format frames are made, in place of the next four options"
     add("--model", type=Path, help=frames)
     add("--image_size", type=int, help="side of the frames in pixels (default 224)")
     frames = "centre crop after the short side was resized, or both sides resized (default crop)"
     add("--resize", choices=["crop", "squash"], help=frames)
     frames = "interpolation of the resize (default bicubic)"
-    add("--interpolation", choices=["bicubic", "bilinear"], help=frames)
+    add("--interpolation", choices=["bicubic", "bilinear", "lanczos"], help=frames)
+    frames = "number of frames, spread over the whole clip (default: one frame a second)"
+    add("--spread", type=int, help=frames)
     failures = "fraction of the clips that may be unreadable, 0 to 1 (default 0.05)"
     add("--max_failures", type=float, default=0.05, help=failures)
     add("--max_seconds", type=float, help="second up to which clips are read (DiDeMo: 31)")

@@ -22,7 +22,7 @@ from xclip_jax.convert.reading import is_importable
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.preprocess import frame_format, preprocess
-from xclip_jax.data.text import Tokenizer, is_blank
+from xclip_jax.data.tokenizer import Tokenizer, is_blank
 from xclip_jax.data.video import read_frames
 from xclip_jax.models import XClip
 from xclip_jax.models.config import PreprocessConfig
@@ -90,6 +90,8 @@ class Retriever:
     def encode_video(self, videos: Iterable[Video]) -> VideoFeatures:
         """Encodes V videos, of each at most max_frames uniformly spaced frames.
 
+        With preprocess.spread (VideoPrism) it is max_frames of each, spread over the whole video.
+
         Args:
             videos: paths, or frames as arrays F x H x W x 3: uint8 RGB, preprocessed
                 unless it has the model's image size, or float, of the model's image size and
@@ -156,8 +158,9 @@ class Retriever:
         weights, mask_W = self._apply("word_frame_attention", text, video), np.asarray(text.mask[0])
         words_W = np.asarray(self.model.aosm_words(text.mask)[0]) & mask_W
         tokenizer, count = self.get_tokenizer(), mask_W.sum()
-        starts = ["start"] * tokenizer.special_tokens[0]
-        tokens = [*starts, *tokenizer.tokens(caption)[: count - len(starts) - 1], "end"]
+        num_starts, num_ends = tokenizer.special_tokens
+        words = tokenizer.tokens(caption)[: count - num_starts - num_ends]
+        tokens = [*["start"] * num_starts, *words, *["end"] * num_ends]
         words = list(itertools.compress(tokens, words_W))
         return words, np.asarray(weights)[0, words_W][:, np.asarray(video.mask[0])]
 
@@ -269,7 +272,7 @@ class Retriever:
     def _read(self, video: Video) -> tuple[Shaped[np.ndarray, "F S S 3"], Bool[np.ndarray, " F"]]:
         """Returns max_frames preprocessed frames of a video, zero-padded, and their mask."""
         format, max_frames = frame_format(self.model.config), self.model.config.max_frames
-        side = format.image_size
+        side, spread = format.image_size, format.spread > 0
         if isinstance(video, str | os.PathLike):
             try:
                 images = read_frames(video, format).frames
@@ -282,7 +285,8 @@ class Retriever:
                 raise InputError(f"frames of shape {images.shape}: {allowed}")
             if images.dtype != np.uint8:
                 images = _check_normalised(images, side, self.model.config.preprocess)
-        chosen = [images[index] for index in choose_frames(len(images), max_frames)]
+        indices = choose_frames(len(images), max_frames, spread=spread)
+        chosen = [images[index] for index in indices]
         if chosen[0].shape[:2] != (side, side):
             chosen = [preprocess(image, format) for image in chosen]
         frames = np.zeros((max_frames, side, side, 3), chosen[0].dtype)

@@ -69,6 +69,7 @@ def aosm_words(
     special_tokens: bool = False,
     padding: bool = False,
     start_token: bool = True,
+    end_token: bool = True,
 ) -> TextMask:
     """Returns a mask of the positions that take part in AOSM as words, True = takes part.
 
@@ -77,11 +78,13 @@ def aosm_words(
         special_tokens: include the start and end tokens; the paper uses words only (Sec. 3.1).
         padding: include padded positions, as the PyTorch release does.
         start_token: texts begin with a start token.
+        end_token: texts end with an end token.
     """
     words_TxW = mask_TxW = jnp.asarray(mask_TxW)
     if not special_tokens:
-        has_successor = jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
-        words_TxW = (mask_TxW & has_successor).at[:, : int(start_token)].set(False)
+        if end_token:
+            words_TxW = mask_TxW & jnp.roll(mask_TxW, -1, axis=1).at[:, -1].set(False)
+        words_TxW = words_TxW.at[:, : int(start_token)].set(False)
     return words_TxW | ~mask_TxW if padding else words_TxW
 
 

@@ -252,7 +252,7 @@ class Setup:
         """Returns endless batches of this process, see training_batches."""
         seed, process = self.config.seed, (jax.process_index(), jax.process_count())
         size, max_frames = self.config.train.batch_size, self.model.config.max_frames
-        shapes = size, max_frames, self.dataset.image_size
+        shapes = size, max_frames, self.dataset.format
         options = {"seed": seed, "start_step": start_step, "process": process}
         return training_batches(self.pairs, self.tokenizer, *shapes, **options)
 

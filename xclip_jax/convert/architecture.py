@@ -74,7 +74,7 @@ def infer(source: Source) -> ModelConfig:
         max_scale=values.get("max_scale", 100.0),
         logit_bias=has_bias,
         preprocess=options.preprocess or PreprocessConfig(),
-        **_fit_lengths(source, words),
+        **_fit_lengths(source, words, vision.get("num_frames") or 12),
         vision=VisionConfig(**vision),
         text=words,
         temporal=TemporalConfig(temporal, layers or 1, max(1, sizes["embed_dim"] // 64)),
@@ -127,6 +127,7 @@ def _infer_vision(
     if not 0 < side <= MAX_IMAGE_SIZE:
         raise InputError(f"image size {side}: must be from 1 to {MAX_IMAGE_SIZE} px")
     pools, projects = f"{prefix}attn_pool.probe" in tensors, f"{prefix}proj" in tensors
+    pool = "attention" if pools else "class_token"
     bias = "bias" if f"{prefix}proj_bias" in tensors else "linear"
     # A convolution with patches of 14 ignores 6 of 384 pixels.
     uncovered = stated_side - side if type(stated_side) is int else 0
@@ -138,7 +139,10 @@ def _infer_vision(
         "vision.class_token": has_token,
         "vision.patch_bias": f"{prefix}conv1.bias" in tensors,
         "vision.pre_norm": f"{prefix}ln_pre.weight" in tensors,
-        "vision.pool": "attention" if pools else "class_token",
+        "vision.pool": "scaled_attention" if f"{prefix}attn_pool.scale" in tensors else pool,
+        "vision.num_frames": len(tensors.get(f"{prefix}frame_positional_embedding", ())),
+        "vision.temporal_layers": _count(tensors, f"{prefix}temporal"),
+        "vision.joint_layers": _count(tensors, f"{prefix}joint"),
         "vision.projection": bias if projects else "none",
         "embed_dim": _shape(tensors, "visual.proj", 2)[1] if projects else width,
     }
@@ -156,13 +160,14 @@ def _infer_vision(
 
 def _infer_text(tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of the text tower that its tensors tell, and embed_dim."""
-    width, embed_dim = _shape(tensors, "text_projection", 2)
-    found = {
-        "text.vocab_size": _shape(tensors, "token_embedding.weight", 2)[0],
-        "text.context_length": _shape(tensors, "positional_embedding", 2)[0],
-        "text.projection": "bias" if "clip.text_projection_bias" in tensors else "linear",
-        "embed_dim": embed_dim,
-    }
+    vocab_size, width = _shape(tensors, "token_embedding.weight", 2)
+    found: dict[str, Any] = {"text.vocab_size": vocab_size}
+    if fields.get("text.projection") != "none":
+        projection = "bias" if "clip.text_projection_bias" in tensors else "linear"
+        width, embed_dim = _shape(tensors, "text_projection", 2)
+        found |= {"text.projection": projection, "embed_dim": embed_dim}
+    if fields.get("text.pool") != "class_token":  # else sinusoidal
+        found["text.context_length"] = _shape(tensors, "positional_embedding", 2)[0]
     return found | _infer_blocks("text", tensors, width, fields)
 
 
@@ -190,11 +195,15 @@ def _infer_blocks(
     return {f"{tower}.{name}": value for name, value in names.items()}
 
 
-def _fit_lengths(source: Source, text: TextConfig) -> dict[str, Any]:
-    """Returns max_words and max_frames, and crops the learned matrices to them if allowed."""
+def _fit_lengths(source: Source, text: TextConfig, num_frames: int) -> dict[str, Any]:
+    """Returns max_words and max_frames, and crops the learned matrices to them if allowed.
+
+    `num_frames` is the default of max_frames.
+    """
     official, tensors, options = source.official, source.tensors, source.options
     context = text.context_length
-    limits = {"max_words": (3, 32 if official else context), "max_frames": (1, 12)}  # the release's
+    limits = {"max_words": (3, 32 if official else context)}  # the release's
+    limits["max_frames"] = 1, num_frames
     lengths, is_tight = {}, any(name.startswith("cross.") for name in tensors)
     for option, (minimum, default) in limits.items():
         fixed = len(tensors.get(_MATRICES[option][0], ()))

@@ -13,7 +13,7 @@ from xclip_jax.cli import InputError
 from xclip_jax.convert.layouts import to_hugging_face
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
-from xclip_jax.data.text import PieceTokenizer
+from xclip_jax.data.pieces import PieceTokenizer
 from xclip_jax.models.config import BlockConfig, ModelConfig
 from xclip_jax.models.families import SIGLIP
 

@@ -1,5 +1,6 @@
 """Imports PyTorch checkpoints of any supported kind into model directories, without PyTorch."""
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from xclip_jax.convert.architecture import infer
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, to_params
 from xclip_jax.convert.reading import Options, read_source
 from xclip_jax.data import text
+from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.models import ModelConfig, XClip
 from xclip_jax.models.config import check_model
 
@@ -26,7 +28,7 @@ class Imported:
     kind: str  # a description of the checkpoint to print
     config: ModelConfig
     params: Any
-    tokenizer: text.Tokenizer | None
+    tokenizer: Tokenizer | None
     unread: dict[str, np.ndarray]  # weights that the release saves and never uses
     skipped: list[str]  # tensors that are no weights
 
@@ -52,6 +54,13 @@ def import_model(source: str | Path, options: Options = Options()) -> Imported:
         tokenizer, size = load(vocab, config.max_words), config.text.vocab_size
         if (ids := tokenizer.vocab_size) > size:
             raise InputError(f"{vocab} has {ids} ids, but the text tower has {size}")
+        ends, start = bool(tokenizer.special_tokens[1]), bool(tokenizer.special_tokens[0])
+        if ends != config.text.end_token:
+            problem = f"{vocab} ends texts with {'an' if ends else 'no'} end token"
+            raise InputError(f"{problem}, unlike the model: set --vocab to its own tokenizer")
+        if config.text.pool == "class_token":  # which does not tell
+            words = dataclasses.replace(config.text, start_token=start)
+            config = dataclasses.replace(config, text=words)
         if config.text.pool == "end" and tokenizer.end != (end := config.text.end_id):
             problem = f"{vocab} ends texts by the id {tokenizer.end}"
             raise InputError(f"{problem}, but config.json has eos_token_id {end}")

@@ -17,6 +17,7 @@ from xclip_jax.convert.hugging_face import read_hugging_face
 from xclip_jax.convert.open_clip import read_open_clip
 from xclip_jax.convert.settings import Settings, read_object
 from xclip_jax.convert.torch_archive import Archive, read_archive
+from xclip_jax.convert.videoprism import read_videoprism
 from xclip_jax.data import text
 from xclip_jax.models.config import PreprocessConfig
 from xclip_jax.models.families import CLIP, PE, PE_PREPROCESS, SIGLIP
@@ -26,7 +27,7 @@ from xclip_jax.models.families import CLIP, PE, PE_PREPROCESS, SIGLIP
 HUB_FILES = ["config.json", "preprocessor_config.json", "open_clip_config.json", *text.HUB_FILES]
 HUGGING_FACE_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*"])
 OTHER_FILES = (["open_clip_model.safetensors"], ["open_clip_pytorch_model.bin"])
-OTHER_FILES += (["PE-*.pt"], ["longclip*.pt"])
+OTHER_FILES += (["PE-*.pt"], ["longclip*.pt"], ["flax_*.npz"])
 _HUB_ID = r"[\w.-]+/[\w.-]+"  # how the hub names models
 _PREFIXES = ("module.", "model.")  # before the names of wrapped models
 OPENAI = "OpenAI's CLIP"  # also in the official models
@@ -80,7 +81,7 @@ def is_importable(source: str | Path) -> bool:
         if (path / "checkpoints").is_dir() or (path / "train.lock").exists():
             return False
         names = ("config.json", *OPEN_CLIP_FILES)
-        return any((path / n).is_file() for n in names) or any(path.glob("*.pt"))
+        return any((path / n).is_file() for n in names) or bool(_single_files(path))
     return path.is_file() or re.fullmatch(_HUB_ID, str(source)) is not None
 
 
@@ -130,7 +131,22 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
     location = locate(path)
     if location.is_dir():
         return _read_folder(location, options)
-    return classify(_load(location), location, options)
+    return _read_file(location, options)
+
+
+def _single_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder that may each hold a model of PE-Core, CLIP or VideoPrism."""
+    return sorted(file for pattern in ("*.pt", "flax_*.npz") for file in folder.glob(pattern))
+
+
+def _read_file(path: Path, options: Options) -> Source:
+    """Returns the Source of a single file, of VideoPrism with the tokenizer beside it."""
+    if path.suffix != ".npz":
+        return classify(_load(path), path, options)
+    tensors, settings = read_videoprism(path)
+    vocab = path.with_name(text.SENTENCEPIECE)
+    options = replace(options, vocab=options.vocab or (vocab if vocab.is_file() else None))
+    return _complete("VideoPrism-LvT npz", False, tensors, options, settings)
 
 
 def _load(path: Path) -> Archive:
@@ -212,12 +228,12 @@ def _read_folder(folder: Path, options: Options) -> Source:
     has_tokenizer = any((folder / name).is_file() for name in names)
     options = replace(options, vocab=options.vocab or (folder if has_tokenizer else None))
     if not _is_hugging_face(folder):
-        files = [folder / name for name in OPEN_CLIP_FILES] + sorted(folder.glob("*.pt"))
+        files = [folder / name for name in OPEN_CLIP_FILES] + _single_files(folder)
         if files := [file for file in files if file.is_file()]:
-            if files[0].suffix == ".pt" and len(files) > 1:
+            if files[0].suffix in (".pt", ".npz") and len(files) > 1:
                 names = ", ".join(file.name for file in files)
                 raise InputError(f"{folder} holds several models: pass a file, one of {names:.300}")
-            return classify(_load(files[0]), files[0], options)
+            return _read_file(files[0], options)
     read_hugging_face(folder)  # an error in it comes before one of the weights
     return _complete_hugging_face(folder, _strip_prefixes(_load_shards(folder)), options)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from xclip_jax.cli import InputError, PathLike, check_file, first_line
-from xclip_jax.data.text import is_blank
+from xclip_jax.data.tokenizer import is_blank
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -43,9 +43,10 @@ class DatasetSettings:
     dataset: str = "captions"  # prepare's --dataset
     variant: str = ""  # its --split, if it has any
     image_size: int = 224  # S, side of the stored frames in pixels
-    # As in FrameFormat. Not in the metadata where these two are the default.
+    # As in FrameFormat. Not in the metadata where these three are the default.
     resize: Literal["crop", "squash"] = "crop"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    spread: int = 0
     paragraphs: bool = False  # True if all captions of a video were joined into one text
     max_seconds: float | None = None  # the last second read of each clip; None: all were read
     # {split: expected number of clips}, the paper's for a benchmark; None: the number of records.
@@ -54,7 +55,7 @@ class DatasetSettings:
     @property
     def format(self) -> FrameFormat:
         """The format of the stored frames."""
-        return FrameFormat(self.image_size, self.resize, self.interpolation)
+        return FrameFormat(self.image_size, self.resize, self.interpolation, self.spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def write_dataset(
         builder=tfds.core.DatasetIdentity(
             name=NAME, version=tfds.core.Version(VERSION), data_dir=str(work), module_name=__name__
         ),
-        description="Video clips, one frame a second, with captions.",
+        description="Video clips, as frames, with captions.",
         features=_features(),
         metadata=tfds.core.MetadataDict(metadata),
         disable_shuffling=True,  # keeps the order, as captions_per_clip requires

@@ -13,27 +13,38 @@ from jaxtyping import Bool, Int, UInt8
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset
-from xclip_jax.data.preprocess import decode_jpeg
-from xclip_jax.data.text import Tokenizer
+from xclip_jax.data.preprocess import FrameFormat, decode_jpeg
+from xclip_jax.data.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]  # see data.builder.PendingRecord, with bytes in place of str
 Pair = tuple[Record, int, int | None]  # record, video, caption: None until one is drawn
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
-def choose_frames(num_frames: int, max_frames: int) -> Int[np.ndarray, " F"]:
-    """Returns the indices of all frames, or of `max_frames` uniformly spaced from first to last."""
+def choose_frames(
+    num_frames: int, max_frames: int, *, spread: bool = False
+) -> Int[np.ndarray, " F"]:
+    """Returns the indices of all frames, or of `max_frames` uniformly spaced from first to last.
+
+    With `spread` always of `max_frames`, at the start of as many equal parts, as in VideoPrism's
+    code: some repeatedly if there are fewer.
+    """
+    if spread:
+        return np.arange(max_frames) * num_frames // max_frames
     if num_frames <= max_frames:
         return np.arange(num_frames)
     return np.linspace(0, num_frames - 1, max_frames).astype(int)
 
 
 def load_frames(
-    record: Record, max_frames: int, image_size: int
+    record: Record, max_frames: int, format: FrameFormat
 ) -> tuple[UInt8[np.ndarray, "F S S 3"], Bool[np.ndarray, " F"]]:
-    """Returns a record's frames, padded to F = `max_frames` with 0, and their mask, True = real."""
-    chosen = choose_frames(len(record["frames"]), max_frames)
-    frames_FxSxSx3 = np.zeros((max_frames, image_size, image_size, 3), np.uint8)
+    """Returns a record's frames, padded to F = `max_frames` with 0, and their mask, True = real.
+
+    `format` is that of the data set.
+    """
+    chosen = choose_frames(len(record["frames"]), max_frames, spread=format.spread > 0)
+    frames_FxSxSx3 = np.zeros((max_frames, format.image_size, format.image_size, 3), np.uint8)
     for position, index in enumerate(chosen):
         frames_FxSxSx3[position] = decode_jpeg(record["frames"][index])
     return frames_FxSxSx3, np.arange(max_frames) < len(chosen)
@@ -79,7 +90,7 @@ def training_batches(
     tokenizer: Tokenizer,
     batch_size: int,
     max_frames: int,
-    image_size: int,
+    format: FrameFormat,
     *,
     seed: int,
     start_step: int = 0,
@@ -102,7 +113,7 @@ def training_batches(
             caption = int(rng.integers(len(record["captions"])))
         text = record["captions"][caption].decode()
         (ids_W,), (mask_W,) = tokenizer([text])
-        frames, frame_mask = load_frames(record, max_frames, image_size)
+        frames, frame_mask = load_frames(record, max_frames, format)
         is_truncated = np.bool_(tokenizer.is_truncated(text))
         fields = {"ids": ids_W, "text_mask": mask_W, "truncated": is_truncated}
         return fields | {"frames": frames, "frame_mask": frame_mask, "video": np.int32(video)}
@@ -115,7 +126,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    clips: Sequence[Record], batch_size: int, max_frames: int, image_size: int, part: slice
+    clips: Sequence[Record], batch_size: int, max_frames: int, format: FrameFormat, part: slice
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[list[str]], list[str]]]:
     """Yields the clips in `part` of a split in order, in batches (the last may be smaller).
 
@@ -124,7 +135,7 @@ def evaluation_batches(
 
     def make_example(record: Record) -> tuple[Any, ...]:
         captions = [caption.decode() for caption in record["captions"]]
-        return *load_frames(record, max_frames, image_size), captions, record["id"].decode()
+        return *load_frames(record, max_frames, format), captions, record["id"].decode()
 
     def make_batch(examples: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
         frames, masks, captions, ids = zip(*examples, strict=True)

@@ -21,7 +21,7 @@ MAX_ASPECT = 16  # long side / short side up to which the whole picture is resiz
 MAX_SCANS = 100  # of a progressive JPEG, which is decoded as often
 MAX_IMAGE_PIXELS = 2**25  # 33 million: 100 MB as RGB
 ONE = Fraction(1)
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos")}
 
 
 class FrameFormat(NamedTuple):
@@ -30,25 +30,29 @@ class FrameFormat(NamedTuple):
     image_size: int = 224  # S, side of a frame in pixels
     # crop: the short side becomes S, then the centre is taken. squash: both sides become S.
     resize: Literal["crop", "squash"] = "crop"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    spread: int = 0  # number of frames, spread over the whole video; 0: one frame a second
 
     def __str__(self) -> str:
-        return f"{self.image_size} px, {self.resize}, {self.interpolation}"
+        times = f", {self.spread} spread over the whole video" if self.spread else ""
+        return f"{self.image_size} px, {self.resize}, {self.interpolation}{times}"
 
     @property
     def key(self) -> tuple[int | str, ...]:
-        """The fields that identify the format: `image_size` alone for a bicubic crop.
+        """The fields that identify the format, as earlier versions hashed them.
 
-        Earlier versions had no other format, and hashed the size only.
+        First there was `image_size` alone, later all but `spread`. Others are left out at their
+        defaults.
         """
-        is_default = self == FrameFormat(self.image_size)
-        return (self.image_size,) if is_default else tuple(self)
+        if self == FrameFormat(self.image_size):
+            return (self.image_size,)
+        return tuple(self) if self.spread else tuple(self)[:3]
 
 
 def frame_format(config: ModelConfig) -> FrameFormat:
     """Returns the format of the frames that a model is given."""
-    p = config.preprocess
-    return FrameFormat(config.vision.image_size, p.resize, p.interpolation)
+    p, spread = config.preprocess, config.max_frames if config.preprocess.spread else 0
+    return FrameFormat(config.vision.image_size, p.resize, p.interpolation, spread)
 
 
 def preprocess(

@@ -1,9 +1,10 @@
-"""Reads one upright, square RGB frame per second from a video file, in a model's format.
+"""Reads upright, square RGB frames from a video file, in a model's format: one a second, or spread.
 
 Files are decoded sequentially from the start, and frames are chosen by presentation time: on real
 files (variable rates, broken indices, wrong headers) seeking and counting frames are inexact.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -45,6 +46,7 @@ _BT2020 = 9
 _HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
 _TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
 _UNREAD = 0.1  # fraction of a file, or of its length, that may follow its last picture and sound
+MAX_RATE = 32  # pictures per second
 Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
@@ -61,8 +63,9 @@ class Limits:
 class Frames:
     """One or more frames of a video, RGB in [0, 255].
 
-    A frame shown for more than a second occurs repeatedly, as the same array. `times` are seconds
-    after the file's first frame, `note` is the reason why only a part of it was read, or None.
+    A frame shown at several of the chosen times occurs repeatedly, as the same array. `times` are
+    seconds after the file's first frame, `note` is the reason why only a part of it was read, or
+    None.
     """
 
     frames: list[UInt8[np.ndarray, "S S 3"]]
@@ -75,27 +78,51 @@ def read_frames(
 ) -> Frames:
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
+    If `format` spreads F frames, it is the last one shown by start + k (end - start) / F, k < F.
     Times are seconds after the file's first frame. `start` is 0 by default; start + k is at most
-    `end`, by default the time of the last frame. Frames are upright and
+    `end`, by default the time of the last frame (spread: the end of it). Frames are upright and
     preprocessed to `format`, see `preprocess`. Raises VideoError if there is none.
     """
-    reader = VideoReader(path, start=start, end=end)
+    options: dict[str, Any] = {"start": start, "end": end}
+    reader = VideoReader(path, **options)
+    if format.spread:  # the file is decoded twice, but the pictures of the first time are not used
+        scout = VideoReader(path, **options, period=math.inf)
+        collections.deque(scout, maxlen=0)
+        span = scout.until_exactly - max(exact_seconds(start or 0.0), 0)
+        number = format.spread
+        reader = VideoReader(path, **options, period=span / number, max_pictures=number)
     pairs = [(picture.to_square(format), time) for time, picture in reader]
     return Frames([frame for frame, _ in pairs], [time for _, time in pairs], reader.note)
+
+
+def choose_rate(path: PathLike, seconds: float, format: FrameFormat) -> int:
+    """Returns how many pictures to read per second of a file that is cut into parts of `seconds`.
+
+    1, or more if `format` spreads more frames over a part, or over the whole file if it is shorter
+    by its header. Raises VideoError if the file is no video.
+    """
+    if not format.spread:
+        return 1
+    with open_film(path) as film:
+        duration = (film.container.duration or 0) / 1e6 or seconds
+    return min(MAX_RATE, max(1, math.ceil(format.spread / min(seconds, duration))))
 
 
 class VideoReader:
     """An iterator over the pictures of `read_frames`, as (presentation time, Picture).
 
-    A picture shown for more than a second occurs repeatedly, as the same object. Iteration raises
-    VideoError if no frame can be read. After the last picture, `note` is the reason why only a part
-    of the file was read, or None, `count` the number of decoded frames, `end` the seconds from the
-    file's first frame to the end of its last, and `offset` the seconds from the start of the film,
-    such as its sound, to its first frame.
+    There is one every `period` seconds until the last frame, or `max_pictures`, as if the last one
+    was shown for ever. A picture shown for longer than a period occurs repeatedly, as the same
+    object. Iteration raises VideoError if no frame can be read. After the last picture, `note` is
+    the reason why only a part of the file was read, or None, `count` the number of decoded frames,
+    `end` the seconds from the file's first frame to the end of its last, `until_exactly` the same
+    or the end of the part to read, and `offset` the seconds from the start of the film, such as its
+    sound, to its first frame.
     """
 
     note: str | None = None
     count, end, offset = 0, 0.0, 0.0
+    until_exactly: Fraction | float = 0.0
     _undecoded, _discarded = 0, 0  # packets that cannot be decoded, that an edit list cuts away
     _error: Exception | None = None
     _packets: PacketReader
@@ -106,9 +133,12 @@ class VideoReader:
         *,
         start: Seconds = None,
         end: Seconds = None,
+        period: Fraction | float = ONE,
+        max_pictures: int | None = None,
         limits: Limits = Limits(),
     ) -> None:
         self.path, self.start, self.until, self.limits = path, start, end, limits
+        self.period, self.max_pictures = period, max_pictures
 
     def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
         self.count = self._undecoded = self._discarded = 0
@@ -118,7 +148,9 @@ class VideoReader:
         with open_film(self.path, max_pixels=self.limits.pixels) as film:
             clock, second, shown, picture = film.clock(), film.second, None, None
             frames = self._decode(film, clock)
-            for ticks, frame in _choose_each_second(frames, first * second, last * second, second):
+            start, end, step = (time * second for time in (first, last, self.period))
+            chosen = _choose_periodically(frames, start, end, step, self.max_pictures)
+            for ticks, frame in chosen:
                 if picture is None or frame is not shown:
                     shown, picture = frame, _to_picture(frame, film.stream.sample_aspect_ratio)
                 yield float(ticks / second), picture
@@ -127,7 +159,8 @@ class VideoReader:
             if picture is None:
                 until = "its end" if self.until is None else f"{self.until} s"
                 raise VideoError(f"no frame between {self.start or 0} s and {until}")
-            self.end = float((clock.now + clock.period) / second)
+            end = (clock.now + clock.period) / second
+            self.end, self.until_exactly = float(end), min(end, last)
             self.note = self._describe_missing(film)
 
     def _decode(self, film: Film, clock: Clock) -> Iterator[Stamped]:
@@ -264,21 +297,28 @@ def _decode_packets(film: Film, packets: list[Packet]) -> Iterator[VideoFrame]:
             yield from film.stream.codec_context.decode(packet)
 
 
-def _choose_each_second(
-    frames: Iterable[Stamped], start: Fraction, end: Fraction | float, second: Fraction
+def _choose_periodically(
+    frames: Iterable[Stamped],
+    start: Fraction,
+    end: Fraction | float,
+    step: Fraction | float,
+    count: int | None,
 ) -> Iterator[Stamped]:
-    """Yields the last frame shown by start, start + second, ... until `end` or the last frame."""
-    target, shown = start, None
+    """Yields the last frame shown by start, start + step, ... until `end` or the last frame.
+
+    With `count`, so many times are until `end`, where the last frame counts as shown.
+    """
+    target, shown, left = start, None, math.inf if count is None else count
     for now, frame in frames:
-        while shown and target < now and target <= end:
+        while shown and target < now and target <= end and left:
             yield shown
-            target += second
+            target, left = target + step, left - 1
         if now > end:
-            return
+            break
         shown = now, frame
-    while shown and target <= min(shown[0], end):
+    while shown and left and (count or target <= min(shown[0], end)):
         yield shown
-        target += second
+        target, left = target + step, left - 1
 
 
 def _map_tones(frame: VideoFrame) -> Image.Image:

@@ -26,7 +26,7 @@ Size = Annotated[int, Rule(lambda x: 1 <= x <= 2**16, "a whole number from 1 to 
 NonNegativeFloat = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number of at least 0")]
 PositiveFloat = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
 Head = Literal["xclip", "mean_pooling", "seq_lstm", "seq_transformer", "tight_transformer"]
-Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu", "relu"]
 Granularities = Annotated[
     tuple[Granularity, ...],
     Rule(
@@ -54,7 +54,8 @@ class PreprocessConfig:
     std: PositiveRgb = (0.26862954, 0.26130258, 0.27577711)
     # crop: the short side becomes S, then the centre is taken. squash: both sides become S.
     resize: Literal["crop", "squash"] = "crop"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    spread: bool = False  # max_frames frames, spread over the whole video; else one a second
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,12 @@ class BlockConfig:
     epsilon: PositiveFloat = 1e-5  # of the layer norms
     gated: bool = False  # MLPs with a gate (SwiGLU with the activation silu)
     inner_norms: bool = False  # also normalise attention and MLP before their last products
+    logit_cap: NonNegativeFloat = 0.0  # c of c tanh(x / c) of attention logits x; 0: no cap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(BlockConfig):
-    """The image tower, by default CLIP's B/32. Other families: models/families.py."""
+    """The image or video tower, by default CLIP's B/32. Other families: models/families.py."""
 
     image_size: Size = 224  # S, side of a frame in pixels
     patch_size: Positive = 32  # side of a patch in pixels
@@ -83,15 +85,22 @@ class VisionConfig(BlockConfig):
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True  # a layer norm before the blocks
-    # Of the last block's vectors: that of the class token, or an attention pool.
-    pool: Literal["class_token", "attention"] = "class_token"
+    # Of the last block's vectors: that of the class token, or an attention pool. A video tower has
+    # a pool of scaled attention (models/videoprism.py).
+    pool: Literal["class_token", "attention", "scaled_attention"] = "class_token"
     pool_heads: Natural = 0  # of the attention pool; 0: heads
     pool_mlp_width: Natural = 0  # of the attention pool; 0: mlp_width
     projection: Literal["none", "linear", "bias"] = "linear"  # to D; bias: linear with a bias
     # Rotary positions of patches besides the learned ones: which coordinate has the first angles.
     rotary: Literal["none", "rows_first", "columns_first"] = "none"
     rotary_grid: Natural = 0  # scale coordinates as if there were so many rows; 0: do not
-    position_resize: Literal["bicubic", "bilinear"] = "bicubic"  # at another image_size
+    # At another image_size; antialias: bilinear with antialiasing.
+    position_resize: Literal["bicubic", "bilinear", "antialias"] = "bicubic"
+    # A video tower (models/videoprism.py): learned positions of so many frames, layers over the
+    # frames at each patch's place, then over all patches of all frames. 0: an image tower.
+    num_frames: Natural = 0
+    temporal_layers: Natural = 0
+    joint_layers: Natural = 0
 
     @property
     def grid(self) -> int:
@@ -111,11 +120,13 @@ class TextConfig(BlockConfig):
     vocab_size: Natural = 49408  # CLIP's byte-level BPE; 0: size of the data set's tokenizer
     context_length: Size = 77  # positions of the text tower and of the temporal encoder
     causal: bool = True  # a position attends to earlier ones only, else to all, padding included
-    # Position of the sentence: the largest id, the first that is `end_id`, or the last of W.
-    pool: Literal["argmax", "end", "last"] = "argmax"
+    # Position of the sentence: the largest id, the first that is `end_id`, the last of W, or that
+    # of a class token after them (models/videoprism.py).
+    pool: Literal["argmax", "end", "last", "class_token"] = "argmax"
     end_id: Natural = 0
     start_token: bool = True  # texts begin with a start token
-    projection: Literal["linear", "bias"] = "linear"  # to D; bias: linear with a bias
+    end_token: bool = True  # texts end with an end token
+    projection: Literal["none", "linear", "bias"] = "linear"  # to D; bias: linear with a bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +191,8 @@ class ModelConfig:
         Those of `temporal` are also the blocks of Transformers over pairs.
         """
         t = self.temporal
-        options = {"layers": t.layers, "heads": t.heads, "epsilon": self.text.epsilon}
-        encoder = BlockConfig(width=self.embed_dim, **options)
+        options: Any = {"epsilon": self.text.epsilon, "logit_cap": self.text.logit_cap}
+        encoder = BlockConfig(width=self.embed_dim, layers=t.layers, heads=t.heads, **options)
         blocks = {"vision": self.vision, "text": self.text, "temporal": encoder}[part]
         return dataclasses.replace(blocks, activation=blocks.activation or self.activation)
 
@@ -240,11 +251,18 @@ def check_sizes(m: ModelConfig) -> Checks:
     v, t = m.vision, m.text
     pools = v.width % (v.pool_heads or v.heads) == 0
     yield "vision.pool_heads", pools, f"a divisor of the width {v.width}"
-    yield "vision.pool", v.class_token or v.pool == "attention", "attention without a class token"
+    pools = ("scaled_attention",) if v.num_frames else ("attention",)
+    pools += ("class_token",) if v.class_token and not v.num_frames else ()
+    yield "vision.pool", v.pool in pools, f"{' or '.join(pools)} in this tower"
+    layered = bool(v.temporal_layers) == bool(v.num_frames)
+    yield "vision.temporal_layers", layered, "above 0 if and only if vision.num_frames is"
+    yield "vision.joint_layers", v.num_frames or not v.joint_layers, "0 without vision.num_frames"
     turns = v.rotary == "none" or v.width // v.heads % 4 == 0
     yield "vision.rotary", turns, "none where a head is not a multiple of 4 wide"
-    fits = v.projection != "none" or v.width == m.embed_dim
-    yield "vision.projection", fits, f"linear or bias to project width {v.width} to {m.embed_dim}"
+    for name, tower in (("vision", v), ("text", t)):
+        fits = tower.projection != "none" or tower.width == m.embed_dim
+        allowed = f"linear or bias to project width {tower.width} to {m.embed_dim}"
+        yield f"{name}.projection", fits, allowed
     is_id = not t.vocab_size or t.end_id < t.vocab_size
     yield "text.end_id", is_id, f"below text.vocab_size = {t.vocab_size}"
     whole = m.towers == "both" or (m.head == "mean_pooling" and m.fusion == "mean")

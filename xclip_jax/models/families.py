@@ -30,6 +30,21 @@ PE: Fields = {
 SQUASHED = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": "squash"}
 PE_PREPROCESS: Fields = SQUASHED | {"interpolation": "bilinear"}
 SIGLIP_PREPROCESS: Fields = SQUASHED
+# VideoPrism-LvT (Zhao et al., 2024, https://arxiv.org/abs/2402.13217).
+VIDEOPRISM: Fields = {
+    "activation": "relu",
+    "vision.activation": "gelu",
+    "vision.position_resize": "antialias",
+    "text.context_length": 64,
+    "text.pool": "class_token",
+    "text.start_token": False,
+    "text.end_token": False,
+    "text.projection": "none",
+}
+VIDEOPRISM |= {f"{tower}.epsilon": 1e-6 for tower in ("vision", "text")}
+VIDEOPRISM |= {f"{tower}.logit_cap": 50.0 for tower in ("vision", "text")}
+VIDEOPRISM_PREPROCESS: Fields = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "resize": "squash"}
+VIDEOPRISM_PREPROCESS |= {"interpolation": "lanczos", "spread": True}
 # EVA-02-CLIP (Sun et al., 2023, https://arxiv.org/abs/2303.15389; Fang et al., 2023,
 # https://arxiv.org/abs/2303.11331).
 EVA02: Fields = {
@@ -72,6 +87,8 @@ PUBLISHED = {
     "siglip2_l16": "google/siglip2-large-patch16-256",
     "pe_b16": "facebook/PE-Core-B16-224",
     "pe_l14": "facebook/PE-Core-L14-336",
+    "videoprism_b": "google/videoprism-lvt-base-f16r288",
+    "videoprism_l": "google/videoprism-lvt-large-f8r288",
 }
 
 

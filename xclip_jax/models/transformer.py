@@ -30,7 +30,10 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
+
+MAX_SCORES = 2**26  # attention scores in memory at once where their logits are capped: 256 MiB
 
 normal = nn.initializers.normal
 
@@ -60,8 +63,11 @@ class SelfAttention(nn.Module):
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
-        kind = attention_kernel(query, mask)
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kind)
+        if c.logit_cap:
+            y = capped_attention(query, key, value, mask, c.logit_cap)
+        else:
+            kind = attention_kernel(query, mask)
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kind)
         if c.inner_norms:
             y = LayerNorm(c.epsilon, name="ln")(y.reshape(x.shape)).reshape(y.shape)
         init = normal(width**-0.5 * _residual_scale(c))
@@ -75,6 +81,37 @@ def attention_kernel(query: Float[Array, "B L N K"], mask: Mask | None) -> Liter
     """
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
     return "cudnn" if fits and mask is None and jax.default_backend() == "gpu" else "xla"
+
+
+def capped_attention(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B M N K"],
+    value: Float[Array, "B M N K"],
+    mask: Mask | None,
+    cap: float,
+) -> Float[Array, "B L N K"]:
+    """Returns attention with the logits cap * tanh(q k / sqrt(K) / cap).
+
+    Queries are processed in blocks of at most MAX_SCORES scores, which the backward pass computes
+    again.
+    """
+    (batch, length, heads, width), keys = query.shape, key.shape[1]
+
+    def attend(query_BxNxK: Array, mask: Array | None) -> Array:
+        scores_BxNxM = jnp.einsum("bnk,bmnk->bnm", query_BxNxK, key).astype(jnp.float32)
+        scores_BxNxM = cap * jnp.tanh(scores_BxNxM * (width**-0.5 / cap))
+        if mask is not None:
+            scores_BxNxM = jnp.where(mask, scores_BxNxM, -1e30)
+        weights_BxNxM = jax.nn.softmax(scores_BxNxM).astype(value.dtype)
+        return jnp.einsum("bnm,bmnk->bnk", weights_BxNxM, value)
+
+    if mask is not None:  # one row for each query
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
+    if (size := max(1, MAX_SCORES // (batch * heads * keys))) >= length:
+        return jax.vmap(attend, (1, None if mask is None else 2), 1)(query, mask)
+    rows = jnp.moveaxis(query, 1, 0), None if mask is None else jnp.moveaxis(mask, 2, 0)
+    attend = jax.checkpoint(attend)
+    return jnp.moveaxis(jax.lax.map(lambda row: attend(*row), rows, batch_size=size), 0, 1)
 
 
 class Block(nn.Module):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from xclip_jax import similarity
-from xclip_jax.models.clip import CLIP, Ids, normalize_frames
+from xclip_jax.models.clip import CLIP, normalize_frames
 from xclip_jax.models.config import ModelConfig, TextConfig
 from xclip_jax.models.heads import AggregationMatrices, PairTransformer, TokenWeights
 from xclip_jax.models.temporal import Frames, TemporalLSTM, TemporalTransformer
+from xclip_jax.models.towers import Ids
 from xclip_jax.similarity import (
     AnyArray,
     FrameMask,
@@ -56,18 +57,21 @@ class XClip(nn.Module):
 
     def encode_text(self, ids_TxW: Ids, mask_TxW: TextMask) -> TextFeatures:
         """Returns the features of texts, whose mask is True from the start to the end token."""
-        words_TxWxD = self.clip.textual(ids_TxW).astype(jnp.float32)
+        num_words, has_token = ids_TxW.shape[1], self.config.text.pool == "class_token"
+        tower: Any = self.clip.textual
+        tokens = tower(ids_TxW, mask_TxW) if has_token else tower(ids_TxW)
+        tokens = tokens.astype(jnp.float32)
         is_weighted = self.config.aggregation == "weighted"
-        weights_TxW = self.word_weights(words_TxWxD) if is_weighted else None
+        weights_TxW = self.word_weights(tokens[:, :num_words]) if is_weighted else None
         if self.config.head != "tight_transformer":
-            words_TxWxD = normalize(words_TxWxD)
+            tokens = normalize(tokens)
         place_T = sentence_position(ids_TxW, self.config.text)
-        sentence_TxD = jnp.take_along_axis(words_TxWxD, place_T[:, None, None], 1)[:, 0]
-        return TextFeatures(sentence_TxD, words_TxWxD, mask_TxW, weights_TxW)
+        sentence_TxD = jnp.take_along_axis(tokens, place_T[:, None, None], 1)[:, 0]
+        return TextFeatures(sentence_TxD, tokens[:, :num_words], mask_TxW, weights_TxW)
 
     def encode_video(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> VideoFeatures:
         """Returns the features of videos: uint8 raw RGB, or float already normalised."""
-        clip_VxFxD = self.encode_frames(frames_VxFxSxSx3, mask_VxF)
+        own_VxD, clip_VxFxD = self.encode_frames(frames_VxFxSxSx3, mask_VxF)
         if self.config.head == "tight_transformer":
             clip_VxFxD = clip_VxFxD.astype(jnp.float32)
             count_Vx1 = jnp.maximum(jnp.sum(mask_VxF, 1, keepdims=True), 1)
@@ -76,7 +80,10 @@ class XClip(nn.Module):
         related_VxFxD = self.relate_frames(clip_VxFxD, mask_VxF)
         temporal_VxFxD = normalize(related_VxFxD)
         # Eq. 2: the result is normalised, so the sum serves as the mean.
-        video_VxD = normalize(_masked_sum(temporal_VxFxD, mask_VxF))
+        video_VxD = _masked_sum(temporal_VxFxD, mask_VxF)
+        if own_VxD is not None and self.config.temporal.type == "none":
+            video_VxD = own_VxD
+        video_VxD = normalize(video_VxD)
         from_clip, weights_VxF = self.config.frame_features == "clip", None
         if self.config.aggregation == "weighted":
             raw_VxFxD = clip_VxFxD if from_clip else related_VxFxD
@@ -84,11 +91,16 @@ class XClip(nn.Module):
         frames_VxFxD = normalize(clip_VxFxD) if from_clip else temporal_VxFxD
         return VideoFeatures(video_VxD, frames_VxFxD, mask_VxF, weights_VxF)
 
-    def encode_frames(self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask) -> Frames:
-        """Returns CLIP's vectors of frames, not normalised."""
+    def encode_frames(
+        self, frames_VxFxSxSx3: AnyArray, mask_VxF: FrameMask
+    ) -> tuple[Float[Array, "V D"] | None, Frames]:
+        """Returns the encoder's vectors, not normalised, of videos (a video tower) and frames."""
         images = normalize_frames(frames_VxFxSxSx3, mask_VxF, self.config.preprocess)
-        flat_VFxD = self.clip.visual(jax.lax.collapse(images, 0, 2))
-        return flat_VFxD.reshape(*mask_VxF.shape, -1)
+        tower: Any = self.clip.visual
+        if self.config.vision.num_frames:
+            return tower(images, mask_VxF)
+        flat_VFxD = tower(jax.lax.collapse(images, 0, 2))
+        return None, flat_VFxD.reshape(*mask_VxF.shape, -1)
 
     def relate_frames(self, clip_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:
         """Returns the temporal encoder's output (Eq. 1), with or without the release's residual."""
@@ -148,7 +160,7 @@ class XClip(nn.Module):
         """Returns the mask of the words that take part in AOSM."""
         c = self.config
         options = {"special_tokens": c.words == "all_tokens", "padding": c.padding == "competes"}
-        options["start_token"] = c.text.start_token
+        options |= {"start_token": c.text.start_token, "end_token": c.text.end_token}
         return similarity.aosm_words(mask_TxW, **options)
 
     def aosm_frames(self, mask_VxF: FrameMask) -> FrameMask:
@@ -169,10 +181,10 @@ def sentence_position(ids_TxW: Ids, c: TextConfig) -> Int[Array, " T"]:
     """Returns the position, from 0, whose vector is the sentence's.
 
     CLIP takes the largest id, which is the end token, the newer models of transformers the first
-    end token, SigLIP the last position, be it padding or not.
+    end token, SigLIP the last position, be it padding or not. A class token is at position W.
     """
-    if c.pool == "last":
-        return jnp.full(len(ids_TxW), ids_TxW.shape[1] - 1)
+    if c.pool in ("last", "class_token"):
+        return jnp.full(len(ids_TxW), ids_TxW.shape[1] - (c.pool == "last"))
     return jnp.argmax(ids_TxW if c.pool == "argmax" else ids_TxW == c.end_id, 1)
 
 

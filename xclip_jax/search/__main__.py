@@ -18,7 +18,7 @@ from typing import Any
 
 from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.data.annotations import read_text
-from xclip_jax.data.text import is_blank
+from xclip_jax.data.tokenizer import is_blank
 from xclip_jax.search import indexing, output
 from xclip_jax.search.bank import check_bank, digest_bank
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index

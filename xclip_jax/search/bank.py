@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 
 from xclip_jax.cli import InputError
-from xclip_jax.data.text import is_blank
+from xclip_jax.data.tokenizer import is_blank
 from xclip_jax.metrics import MAX_CAPTIONS, MIN_CAPTIONS
 
 

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -21,8 +22,8 @@ from xclip_jax.data.container import VideoError
 from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.preprocess import frame_format, read_image
-from xclip_jax.data.text import is_blank
-from xclip_jax.data.video import Limits, VideoReader
+from xclip_jax.data.tokenizer import is_blank
+from xclip_jax.data.video import Limits, VideoReader, choose_rate
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever, load
@@ -364,11 +365,14 @@ def _check_filters(filters: Filters) -> None:
 
 
 def _read_example(file: PathLike, config: ModelConfig) -> UInt8[np.ndarray, "F S S 3"]:
-    """Returns one frame a second of the start of a video file, within EXAMPLE_LIMITS."""
-    reader = VideoReader(file, end=EXAMPLE_SECONDS, limits=EXAMPLE_LIMITS)
+    """Returns frames of the start of a video file, as of a segment, within EXAMPLE_LIMITS."""
+    format = frame_format(config)
     try:
-        frames = [picture.to_square(frame_format(config)) for _, picture in reader]
-        return np.stack([frames[index] for index in choose_frames(len(frames), config.max_frames)])
+        rate = Fraction(1, choose_rate(file, EXAMPLE_SECONDS, format))
+        reader = VideoReader(file, end=EXAMPLE_SECONDS, period=rate, limits=EXAMPLE_LIMITS)
+        frames = [picture.to_square(format) for _, picture in reader]
+        chosen = choose_frames(len(frames), config.max_frames, spread=format.spread > 0)
+        return np.stack([frames[index] for index in chosen])
     except VideoError as error:
         raise InputError(f"{file}: {error}") from None
 
