@@ -26,7 +26,7 @@ and computes the same numbers as xclip_jax, in float32. For example, with transf
 
 In masks, True or 1 is a real token or frame. docs/pytorch.md of xclip_jax has the names of tensors.
 Letters of shapes: T texts, V videos, W words, F frames, S side of a frame, D width of the joint
-embedding space; B items, L positions, E width and N heads of a Transformer.
+embedding space; of a Transformer B items, L positions, E width, N heads.
 """
 
 import json
@@ -51,8 +51,8 @@ ACTIVATIONS = {
 # preset, which other fields spell out, dtype, param_dtype, remat and how frames are resized.
 BLOCK = "width layers heads mlp_width epsilon activation gated inner_norms"
 FIELDS = {
-    "": """head=xclip|mean_pooling|seq_lstm|seq_transformer|tight_transformer towers=both|vision|text
-        embed_dim activation max_scale max_words max_frames tau tau_learned logit_bias matrices
+    "": """head=xclip|mean_pooling|seq_lstm|seq_transformer|tight_transformer embed_dim activation
+        towers=both|vision|text max_scale max_words max_frames tau tau_learned logit_bias matrices
         granularities=video_sentence|video_word|frame_sentence|frame_word
         aggregation=attention|max-max|mean-mean|mean-max|max-mean|weighted|maxsim
         fusion=mean|transformer frame_features=temporal|clip words=word_tokens|all_tokens
@@ -82,19 +82,20 @@ def read_config(path: Path) -> Config:
         known = dict(name.partition("=")[::2] for name in names.split())
         fields = model[section] if section else model
         if unknown := fields.keys() ^ known.keys():
-            raise ValueError(f"{path}: {section} has unknown fields or lacks some: {unknown}")
+            names = f"{section} {', '.join(sorted(unknown))}".strip()
+            raise ValueError(f"{path}: {names}: missing, or unknown to this xclip_torch.py")
         for name in filter(known.get, known):
             values = fields[name] if isinstance(fields[name], list) else [fields[name]]
             if not set(values) <= set(known[name].split("|")):
                 raise ValueError(f"{path}: {section} {name} = {values}: must be {known[name]}")
+    # The blocks of the temporal encoder, and of Transformers over pairs, are plain ones.
+    model["temporal"] |= dict.fromkeys(("activation", "mlp_width", "gated", "inner_norms"))
+    model["temporal"] |= {"width": model["embed_dim"], "epsilon": model["text"]["epsilon"]}
+    for name in ("vision", "text", "temporal"):
+        model[name]["activation"] = model[name]["activation"] or model["activation"]
+        if model[name]["activation"] not in ACTIVATIONS:
+            raise ValueError(f"{path}: an activation is not one of {', '.join(ACTIVATIONS)}")
     return Config(**model | {name: Config(**model[name]) for name in FIELDS if name})
-
-
-def blocks(config: Config, part: str) -> Config:
-    """Returns the fields of the blocks of "vision", "text" or "temporal"."""
-    c = {"width": config.embed_dim, "mlp_width": 0, "epsilon": config.text.epsilon}
-    c |= {"activation": None, "gated": False, "inner_norms": False} | vars(getattr(config, part))
-    return Config(**c | {"activation": c["activation"] or config.activation})
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -178,34 +179,26 @@ class Transformer(nn.Module):
         return x
 
 
-class AttentionPool(nn.Module):
-    """Pooling by the attention of one learned query, then an MLP (SigLIP, PE)."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        plain = {"heads": c.pool_heads or c.heads, "mlp_width": c.pool_mlp_width or c.mlp_width}
-        c = Config(**vars(c) | plain | {"gated": False, "inner_norms": False})
-        self.probe, self.layernorm = empty(1, 1, c.width), norm(c)
-        self.attn, self.mlp = Attention(c), MLP(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.attn(self.probe.expand(len(x), -1, -1), x, None, None)[:, 0]
-        return y + self.mlp(self.layernorm(y))
-
-
 class VisionTower(nn.Module):
     """Vision Transformer of B x S x S x 3 normalised images."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        c, dim = blocks(config, "vision"), config.embed_dim
+        c, dim = config.vision, config.embed_dim
         self.conv1 = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=c.patch_bias)
         self.class_embedding = empty(c.width) if c.class_token else None
         count = (c.image_size // c.patch_size) ** 2 + c.class_token
         self.positional_embedding = empty(count, c.width)
         self.ln_pre, self.ln_post = norm(c, exists=c.pre_norm), norm(c)
         self.transformer = Transformer(c)
-        self.attn_pool = AttentionPool(c) if c.pool == "attention" else None
+        self.attn_pool = None
+        if c.pool == "attention":  # of one learned query, then an MLP (SigLIP, PE)
+            heads, hidden = c.pool_heads or c.heads, c.pool_mlp_width or c.mlp_width
+            plain = {"heads": heads, "mlp_width": hidden, "gated": False, "inner_norms": False}
+            p = Config(**vars(c) | plain)
+            parts = {"attn": Attention(p), "layernorm": norm(p), "mlp": MLP(p)}
+            self.attn_pool = nn.ModuleDict(parts)
+            self.attn_pool.probe = empty(1, 1, c.width)
         self.proj = None if c.projection == "none" else empty(c.width, dim)
         self.proj_bias = empty(dim) if c.projection == "bias" else None
         angles = None if c.rotary == "none" else rotary_angles(c)
@@ -217,7 +210,11 @@ class VisionTower(nn.Module):
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.ln_pre(x + self.positional_embedding)
         x = self.ln_post(self.transformer(x, angles=self.angles))
-        x = self.attn_pool(x) if self.attn_pool else x[:, 0]
+        if pool := self.attn_pool:
+            y = pool["attn"](pool.probe.expand(len(x), -1, -1), x, None, None)[:, 0]
+            x = y + pool["mlp"](pool["layernorm"](y))
+        else:
+            x = x[:, 0]
         return x if self.proj is None else F.linear(x, self.proj.T, self.proj_bias)
 
 
@@ -226,7 +223,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        c, dim = blocks(config, "text"), config.embed_dim
+        c, dim = config.text, config.embed_dim
         self.logit_scale, self.causal = empty(), c.causal
         if config.towers != "text":
             self.visual = VisionTower(config)
@@ -252,7 +249,7 @@ class Features(NamedTuple):
     whole: Tensor  # B x D, of the sentence or the video
     parts: Tensor  # B x L x D, of the words or the frames
     mask: Tensor  # B x L, True from the start to the end token, or at the real frames
-    weights: Maybe = None  # B x L logits, of the aggregation weighted
+    weights: Maybe = None  # T x 1 x W or 1 x V x F logits, of the aggregation weighted
 
 
 class PairTransformer(nn.Module):
@@ -262,45 +259,38 @@ class PairTransformer(nn.Module):
         super().__init__()
         dim, self.is_tight = config.embed_dim, config.fusion == "mean"
         positions = max(config.text.context_length, config.max_frames + 1)
-        self.name = "position_embeddings" if self.is_tight else "kind_embeddings"
+        self.name = "position_embeddings" if self.is_tight else "token_type_embeddings"
         table = nn.Embedding(positions if self.is_tight else 4, dim)
         self.embeddings = nn.ModuleDict({self.name: table})
-        self.transformer = Transformer(blocks(config, "temporal"))
+        self.transformer = Transformer(config.temporal)
         self.pooler = nn.ModuleDict({"ln_pool": nn.LayerNorm(dim)})
         if self.is_tight:
             self.pooler["dense"] = nn.Linear(dim, dim)
 
     def forward(self, text: Features, video: Features, words: Tensor, frames: Tensor) -> Tensor:
         """Returns T x V x D vectors. Only words and frames where these masks are True take part."""
-        texts, videos = text.whole[:, None], video.parts
-        if self.is_tight:
-            words, frames, kinds = words[:, :0], video.mask, list(range(1 + videos.shape[1]))
-        else:
-            kinds = [0] + [1] * words.shape[1] + [2] + [3] * frames.shape[1]
-            texts = torch.cat([texts, text.parts], 1)
-            videos = torch.cat([video.whole[:, None], videos], 1)
-            frames = F.pad(frames, (1, 0), value=True)
-        mask = join_pairs(F.pad(words, (1, 0), value=True), frames)
-        x = join_pairs(texts, videos) + self.embeddings[self.name].weight[kinds]
-        x = self.transformer(x, mask[:, None, None])
-        x = self.pooler["ln_pool"](x[:, 0])
+        parts = [text.whole[:, None, None], text.parts[:, None]]
+        parts += [video.whole[None, :, None], video.parts[None]]
+        always, shape = words.new_ones(1, 1, 1), (len(words), len(frames), -1)
+        masks = [always, words[:, None], always, frames[None]]
+        if self.is_tight:  # the sentence and the frames, numbered
+            parts, masks = parts[::3], [always, video.mask[None]]
+        x = torch.cat([part.expand(*shape, -1) for part in parts], 2).flatten(0, 1)
+        mask = torch.cat([mask.expand(shape) for mask in masks], 2).flatten(0, 1)
+        types = [number for number, part in enumerate(parts) for _ in range(part.shape[2])]
+        rows = list(range(len(types))) if self.is_tight else types
+        x = x + self.embeddings[self.name].weight[rows]
+        x = self.pooler["ln_pool"](self.transformer(x, mask[:, None, None])[:, 0])
         if self.is_tight:
             x = ACTIVATIONS["quick_gelu"](self.pooler["dense"](x))
-        return x.unflatten(0, (len(text.mask), len(video.mask)))
+        return x.unflatten(0, shape[:2])
 
 
-def join_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Joins T x A x ... and V x B x ... of all pairs to TV x (A + B) x ..."""
-    a, b = a[:, None].expand(-1, len(b), *a.shape[1:]), b.expand(len(a), *b.shape)
-    return torch.cat([a, b], 2).flatten(0, 1)
-
-
-def check_shape(x: Tensor, mask: Tensor, limit: int, fixed: bool) -> None:
-    """Raises ValueError if words or frames are not masked, too many, or not padded to `limit`."""
-    length = mask.shape[1]
-    if x.shape[:2] != mask.shape or not limit * fixed <= length <= limit:
-        allowed = f"{'just' if fixed else 'at most'} {limit} words or frames"
-        raise ValueError(f"shapes {tuple(x.shape)} and {tuple(mask.shape)}: must have {allowed}")
+def check_shape(x: Tensor, mask: Tensor, limit: int, fixed: bool, rest: tuple = ()) -> None:
+    """Raises ValueError if words or frames have another shape, or are too many or not padded."""
+    if x.shape != (*mask.shape, *rest) or not limit * fixed <= mask.shape[1] <= limit:
+        needed = f"B x {'' if fixed else 'at most '}{limit}{''.join(f' x {n}' for n in rest)}"
+        raise ValueError(f"shape {tuple(x.shape)}, mask {tuple(mask.shape)}: must be {needed}")
 
 
 class XClip(nn.Module):
@@ -310,12 +300,10 @@ class XClip(nn.Module):
         super().__init__()
         c, dim = config, config.embed_dim
         self.config, self.clip = c, CLIP(c)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(vars(c.preprocess)[name]), persistent=False)
         if c.temporal.type == "transformer":
             count = max(c.text.context_length, c.max_frames)
             self.frame_position_embeddings = nn.Embedding(count, dim)
-            self.transformerClip = Transformer(blocks(c, "temporal"))
+            self.transformerClip = Transformer(c.temporal)
         elif c.temporal.type == "lstm":
             self.lstm_visual = nn.LSTM(dim, dim, batch_first=True)
         for name in ("text_weight_fc", "video_weight_fc") if c.aggregation == "weighted" else ():
@@ -342,7 +330,7 @@ class XClip(nn.Module):
         c, mask = self.config, mask.bool()
         check_shape(ids, mask, c.max_words, c.padding == "competes" or not c.text.causal)
         words, kind = self.clip.encode_words(ids), c.text.pool
-        weights = self.text_weight_fc(words) if c.aggregation == "weighted" else None
+        weights = self.text_weight_fc(words)[:, None] if c.aggregation == "weighted" else None
         words = words if c.head == "tight_transformer" else F.normalize(words, dim=-1)
         place = (ids if kind == "argmax" else (ids == c.text.end_id).int()).argmax(1)
         place = torch.full_like(place, ids.shape[1] - 1) if kind == "last" else place
@@ -351,36 +339,31 @@ class XClip(nn.Module):
     def encode_video(self, frames: Tensor, mask: Tensor) -> Features:
         """Encodes V x F x S x S x 3 RGB: raw uint8, or floats that are already normalised."""
         c, mask, side = self.config, mask.bool(), self.config.vision.image_size
-        check_shape(frames, mask, c.max_frames, c.padding == "competes")
-        is_raw, real = frames.dtype == torch.uint8, mask[..., None]
-        if frames.shape[2:] != (side, side, 3) or not (is_raw or frames.is_floating_point()):
-            found, needed = (
-                (frames.dtype, *frames.shape),
-                f"uint8 or float, V, F, {side}, {side}, 3",
-            )
-            raise ValueError(f"frames {found}: must be {needed}")
-        frames = (frames.float() / 255 - self.mean) / self.std if is_raw else frames
+        check_shape(frames, mask, c.max_frames, c.padding == "competes", (side, side, 3))
+        real = mask[..., None]
+        if frames.dtype == torch.uint8:
+            mean, std = frames.new_tensor([c.preprocess.mean, c.preprocess.std], dtype=torch.float)
+            frames = (frames / 255 - mean) / std
+        elif not frames.is_floating_point():
+            raise ValueError(f"frames are {frames.dtype}: must be uint8 or normalised floats")
         frames = frames.masked_fill(~real[..., None, None], 0)
         clip = self.clip.visual(frames.flatten(0, 1)).unflatten(0, mask.shape)
         if c.head == "tight_transformer":
             mean = (clip * real).sum(1) / real.sum(1).clamp(min=1)
             return Features(mean, clip, mask)
-        related = self.relate_frames(clip, mask)
-        video = F.normalize((F.normalize(related, dim=-1) * real).sum(1), dim=-1)  # Eq. 2
-        compared = clip if c.frame_features == "clip" else related
-        weights = self.video_weight_fc(compared) if c.aggregation == "weighted" else None
-        return Features(video, F.normalize(compared, dim=-1), mask, weights)
-
-    def relate_frames(self, clip: Tensor, mask: Tensor) -> Tensor:
-        """Returns the V x F x D output of the temporal encoder (Eq. 1)."""
-        c, encoded = self.config.temporal, clip
-        if c.type == "lstm":
-            encoded = self.lstm_visual(clip)[0] * mask[..., None]
-        elif c.type == "transformer":
+        related = clip  # Eq. 1
+        if c.temporal.type == "lstm":
+            related = self.lstm_visual(clip)[0] * real
+        elif c.temporal.type == "transformer":
             x = clip + self.frame_position_embeddings.weight[: clip.shape[1]]
             bias = (~mask[:, None, None]).float() * -1e30  # uniform attention if none is real
-            encoded = self.transformerClip(x, bias)
-        return encoded + clip if c.residual and c.type != "none" else encoded
+            related = self.transformerClip(x, bias)
+        if c.temporal.type != "none" and c.temporal.residual:
+            related = related + clip
+        video = F.normalize((F.normalize(related, dim=-1) * real).sum(1), dim=-1)  # Eq. 2
+        compared = clip if c.frame_features == "clip" else related
+        weights = self.video_weight_fc(compared)[None] if c.aggregation == "weighted" else None
+        return Features(video, F.normalize(compared, dim=-1), mask, weights)
 
     def similarity(self, text: Features, video: Features) -> Tensor:
         """Returns T x V logits. Needs memory for T x V x W x F numbers: pass parts of many."""
@@ -398,16 +381,13 @@ class XClip(nn.Module):
             logits = scale * sum(similarities) / len(similarities)  # Eq. 14
         return logits if self.logit_bias is None else logits + self.logit_bias
 
-    def compare(
-        self, text: Features, video: Features, words: Tensor, frames: Tensor
-    ) -> list[Tensor]:
+    def compare(self, text: Features, video: Features, words: Tensor, frames: Tensor) -> list:
         """Returns T x V similarities, not scaled, of each granularity (Eq. 3-13)."""
         names, kind, parts = self.config.granularities, self.config.aggregation, []
         operations = {"weighted": "weighted-max", "maxsim": "mean-max"}.get(kind, kind).split("-")
         outer, inner = operations[0], operations[-1]
         words, frames = words[:, None], frames[None]  # T x 1 x W, 1 x V x F
-        a = None if text.weights is None else text.weights[:, None]
-        b = None if video.weights is None else video.weights[None]
+        a, b = text.weights, video.weights
         if "video_sentence" in names:
             parts.append(self.transform(text.whole, "global_mat_weight") @ video.whole.T)
         if "video_word" in names:
@@ -433,16 +413,14 @@ class XClip(nn.Module):
         matrix = getattr(self, name)
         return x if matrix is None else x @ matrix
 
-    def reduce(
-        self, scores: Tensor, mask: Tensor, operation: str, name: str, logits: Maybe = None
-    ) -> Tensor:
-        """Reduces the last axis, where `mask` is True, by an operation (Eq. 7, 8); to 0 if never."""
-        if operation == "max":
-            return scores.masked_fill(~mask, -1e9).amax(-1) * mask.any(-1)
-        if operation == "mean":
-            return (scores * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    def reduce(self, x: Tensor, mask: Tensor, how: str, name: str, logits: Maybe = None) -> Tensor:
+        """Reduces the last axis where `mask` is True (Eq. 7, 8), to 0 where it never is."""
+        if how == "max":
+            return x.masked_fill(~mask, -1e9).amax(-1) * mask.any(-1)
+        if how == "mean":
+            return (x * mask).sum(-1) / mask.sum(-1).clamp(min=1)
         tau = self.config.tau if self.log_tau is None else self.log_tau.exp()
-        logits, tau = (scores, tau) if operation == "attention" else (logits, 1.0)
+        logits, tau = (x, tau) if how == "attention" else (logits, 1.0)
         logits = logits.masked_fill(~mask, -1e9)
         weights = ((logits - logits.amax(-1, keepdim=True)) / tau).softmax(-1) * mask
-        return (self.transform(weights, name) * mask * scores).sum(-1)
+        return (self.transform(weights, name) * mask * x).sum(-1)

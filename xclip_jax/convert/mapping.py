@@ -74,7 +74,7 @@ _PARAMETERS = {
     "temporal_encoder/hidden_bias": "lstm_visual.bias_hh_l0",
     "pair_encoder/positions": "cross.embeddings.position_embeddings.weight",
     "pair_encoder/ln_pool": "cross.pooler.ln_pool",
-    "pair_encoder/kinds": "cross.embeddings.kind_embeddings.weight",  # of the fusion, as `ln`
+    "pair_encoder/kinds": "cross.embeddings.token_type_embeddings.weight",
     "pair_encoder/ln": "cross.pooler.ln_pool",
     "pair_encoder/pool": "cross.pooler.dense",
     "pair_encoder/score": "similarity_dense",
