@@ -11,9 +11,8 @@ and computes the same numbers as xclip_jax, in float32. For example, with transf
     from transformers import AutoTokenizer
     from xclip_torch import XClip
 
-    model = XClip.load("exported")
+    model, tokenizer = XClip.load("exported"), AutoTokenizer.from_pretrained("exported/tokenizer")
     c, side = model.config, model.config.vision.image_size
-    tokenizer = AutoTokenizer.from_pretrained("exported/tokenizer")
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     batch = tokenizer(["a red dog", "a blue cat"], max_length=c.max_words, **options)
     mask = batch["attention_mask"]
@@ -49,14 +48,16 @@ ACTIVATIONS = {
 # All fields of model.json by section, with the values that are implemented where a field names a
 # choice. Others are refused: what is added to xclip_jax must be added here, too. Without effect are
 # preset, which other fields spell out, dtype, param_dtype, remat and how frames are resized.
-BLOCK = "width layers heads mlp_width epsilon activation gated inner_norms"
+NAMES = "|".join(ACTIVATIONS)
+BLOCK = f"width layers heads mlp_width epsilon activation=None|{NAMES} gated inner_norms"
 FIELDS = {
-    "": """head=xclip|mean_pooling|seq_lstm|seq_transformer|tight_transformer embed_dim activation
-        towers=both|vision|text max_scale max_words max_frames tau tau_learned logit_bias matrices
+    "": f"""head=xclip|mean_pooling|seq_lstm|seq_transformer|tight_transformer activation={NAMES}
+        embed_dim towers=both|vision|text max_scale max_words max_frames tau tau_learned logit_bias
         granularities=video_sentence|video_word|frame_sentence|frame_word
         aggregation=attention|max-max|mean-mean|mean-max|max-mean|weighted|maxsim
         fusion=mean|transformer frame_features=temporal|clip words=word_tokens|all_tokens
-        padding=masked|competes preset dtype param_dtype remat vision text temporal preprocess""",
+        padding=masked|competes matrices preset dtype param_dtype remat vision text temporal
+        preprocess""",
     "vision": f"""{BLOCK} image_size patch_size uncovered class_token patch_bias pre_norm
         pool=class_token|attention pool_heads pool_mlp_width projection=none|linear|bias
         rotary=none|rows_first|columns_first rotary_grid position_resize""",
@@ -65,13 +66,12 @@ FIELDS = {
     "temporal": "type=none|transformer|lstm layers heads residual",
     "preprocess": "mean std image_size resize interpolation",
 }
-MATRICES = {  # learned matrices of the release: the granularity and the field of their size
-    "global_mat_weight": ("video_sentence", "embed_dim"),
-    "word_logit_weight": ("video_word", "max_words"),
-    "frame_logit_weight": ("frame_sentence", "max_frames"),
-    "local_mat_weight": ("frame_word", "embed_dim"),
-    **dict.fromkeys(("word_mat_weight", "word_mat_weight2"), ("frame_word", "max_words")),
-    **dict.fromkeys(("frame_mat_weight", "frame_mat_weight2"), ("frame_word", "max_frames")),
+MATRICES = {  # the learned matrices of the release for each granularity
+    "video_sentence": "global_mat_weight",
+    "video_word": "word_logit_weight",
+    "frame_sentence": "frame_logit_weight",
+    "frame_word": "local_mat_weight word_mat_weight word_mat_weight2 frame_mat_weight "
+    "frame_mat_weight2",
 }
 
 
@@ -86,15 +86,13 @@ def read_config(path: Path) -> Config:
             raise ValueError(f"{path}: {names}: missing, or unknown to this xclip_torch.py")
         for name in filter(known.get, known):
             values = fields[name] if isinstance(fields[name], list) else [fields[name]]
-            if not set(values) <= set(known[name].split("|")):
+            if not set(map(str, values)) <= set(known[name].split("|")):
                 raise ValueError(f"{path}: {section} {name} = {values}: must be {known[name]}")
     # The blocks of the temporal encoder, and of Transformers over pairs, are plain ones.
     model["temporal"] |= dict.fromkeys(("activation", "mlp_width", "gated", "inner_norms"))
     model["temporal"] |= {"width": model["embed_dim"], "epsilon": model["text"]["epsilon"]}
     for name in ("vision", "text", "temporal"):
         model[name]["activation"] = model[name]["activation"] or model["activation"]
-        if model[name]["activation"] not in ACTIVATIONS:
-            raise ValueError(f"{path}: an activation is not one of {', '.join(ACTIVATIONS)}")
     return Config(**model | {name: Config(**model[name]) for name in FIELDS if name})
 
 
@@ -127,7 +125,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of B x L x E vectors to others."""
+    """Multi-head attention of B x L x E vectors `x` to vectors `y`."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -135,10 +133,10 @@ class Attention(nn.Module):
         self.in_proj_weight, self.in_proj_bias = empty(3 * c.width, c.width), empty(3 * c.width)
         self.ln = norm(c, exists=c.inner_norms)
 
-    def forward(self, x: Tensor, others: Tensor, mask: Maybe, angles: Maybe) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, mask: Maybe = None, angles: Maybe = None) -> Tensor:
         thirds = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        parts = map(F.linear, (x, others, others), *thirds)
-        query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
+        parts = map(F.linear, (x, y, y), *thirds)
+        query, key, value = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
         y = F.scaled_dot_product_attention(query, key, value, mask)
@@ -211,7 +209,7 @@ class VisionTower(nn.Module):
         x = self.ln_pre(x + self.positional_embedding)
         x = self.ln_post(self.transformer(x, angles=self.angles))
         if pool := self.attn_pool:
-            y = pool["attn"](pool.probe.expand(len(x), -1, -1), x, None, None)[:, 0]
+            y = pool["attn"](pool.probe.expand(len(x), -1, -1), x)[:, 0]
             x = y + pool["mlp"](pool["layernorm"](y))
         else:
             x = x[:, 0]
@@ -219,7 +217,7 @@ class VisionTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The image tower, the parts of the text tower, or both, and the logit scale."""
+    """The logit scale, the image tower `visual` and the text tower, called with T x W ids."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -234,8 +232,7 @@ class CLIP(nn.Module):
             self.text_projection = empty(c.width, dim)
             self.text_projection_bias = empty(dim) if c.projection == "bias" else None
 
-    def encode_words(self, ids: Tensor) -> Tensor:
-        """Returns T x W x D vectors, not normalised."""
+    def forward(self, ids: Tensor) -> Tensor:
         x, count = self.token_embedding(ids), ids.shape[1]
         mask = torch.ones(count, count, dtype=torch.bool, device=x.device)
         mask = mask.tril() if self.causal else mask
@@ -258,10 +255,9 @@ class PairTransformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         dim, self.is_tight = config.embed_dim, config.fusion == "mean"
-        positions = max(config.text.context_length, config.max_frames + 1)
+        count = max(config.text.context_length, config.max_frames + 1) if self.is_tight else 4
         self.name = "position_embeddings" if self.is_tight else "token_type_embeddings"
-        table = nn.Embedding(positions if self.is_tight else 4, dim)
-        self.embeddings = nn.ModuleDict({self.name: table})
+        self.embeddings = nn.ModuleDict({self.name: nn.Embedding(count, dim)})
         self.transformer = Transformer(config.temporal)
         self.pooler = nn.ModuleDict({"ln_pool": nn.LayerNorm(dim)})
         if self.is_tight:
@@ -273,13 +269,14 @@ class PairTransformer(nn.Module):
         parts += [video.whole[None, :, None], video.parts[None]]
         always, shape = words.new_ones(1, 1, 1), (len(words), len(frames), -1)
         masks = [always, words[:, None], always, frames[None]]
-        if self.is_tight:  # the sentence and the frames, numbered
-            parts, masks = parts[::3], [always, video.mask[None]]
+        table = self.embeddings[self.name].weight
+        if self.is_tight:  # positions of the sentence and of the frames
+            parts = [parts[0] + table[0], parts[3] + table[1 : frames.shape[1] + 1]]
+            masks = [always, video.mask[None]]
+        else:
+            parts = [part + row for part, row in zip(parts, table, strict=True)]
         x = torch.cat([part.expand(*shape, -1) for part in parts], 2).flatten(0, 1)
         mask = torch.cat([mask.expand(shape) for mask in masks], 2).flatten(0, 1)
-        types = [number for number, part in enumerate(parts) for _ in range(part.shape[2])]
-        rows = list(range(len(types))) if self.is_tight else types
-        x = x + self.embeddings[self.name].weight[rows]
         x = self.pooler["ln_pool"](self.transformer(x, mask[:, None, None])[:, 0])
         if self.is_tight:
             x = ACTIVATIONS["quick_gelu"](self.pooler["dense"](x))
@@ -301,8 +298,8 @@ class XClip(nn.Module):
         c, dim = config, config.embed_dim
         self.config, self.clip = c, CLIP(c)
         if c.temporal.type == "transformer":
-            count = max(c.text.context_length, c.max_frames)
-            self.frame_position_embeddings = nn.Embedding(count, dim)
+            positions = max(c.text.context_length, c.max_frames)
+            self.frame_position_embeddings = nn.Embedding(positions, dim)
             self.transformerClip = Transformer(c.temporal)
         elif c.temporal.type == "lstm":
             self.lstm_visual = nn.LSTM(dim, dim, batch_first=True)
@@ -314,9 +311,12 @@ class XClip(nn.Module):
         self.has_pairs = c.fusion == "transformer" or c.head == "tight_transformer"
         if self.has_pairs:
             self.cross, self.similarity_dense = PairTransformer(c), nn.Linear(dim, 1)
-        for name, (granularity, size) in MATRICES.items():
+        sizes = {"word": c.max_words, "frame": c.max_frames, "global": dim, "local": dim}
+        for granularity, names in MATRICES.items():
             learned = c.matrices and not self.has_pairs and granularity in c.granularities
-            self.register_parameter(name, empty(*[vars(c)[size]] * 2) if learned else None)
+            for name in names.split():
+                size = sizes[name.partition("_")[0]]
+                self.register_parameter(name, empty(size, size) if learned else None)
 
     @classmethod
     def load(cls, folder: str | Path) -> "XClip":
@@ -329,7 +329,7 @@ class XClip(nn.Module):
         """Encodes T x W token ids, padded as by the tokenizer of xclip_jax."""
         c, mask = self.config, mask.bool()
         check_shape(ids, mask, c.max_words, c.padding == "competes" or not c.text.causal)
-        words, kind = self.clip.encode_words(ids), c.text.pool
+        words, kind = self.clip(ids), c.text.pool
         weights = self.text_weight_fc(words)[:, None] if c.aggregation == "weighted" else None
         words = words if c.head == "tight_transformer" else F.normalize(words, dim=-1)
         place = (ids if kind == "argmax" else (ids == c.text.end_id).int()).argmax(1)
