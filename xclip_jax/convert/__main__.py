@@ -6,16 +6,19 @@ r"""Converts a PyTorch checkpoint to a model directory, or a model directory to 
     python -m xclip_jax.convert --input=google/siglip2-base-patch16-224 --output=models/siglip2_b16
     python -m xclip_jax.convert --input=pytorch_model.bin.4 --output=models/xclip --vocab=...
     python -m xclip_jax.convert --to=pytorch --input=models/xclip --output=exported
+    python -m xclip_jax.convert --to=safetensors --input=runs/demo --output=exported
 
 Reads OpenAI's .pt archives, CLIP and SigLIP of Hugging Face, PE-Core, Long-CLIP, models of
 open_clip with ViT, SigLIP, PE-Core or EVA-02 towers, as files, folders or hub ids, and the official
-X-CLIP and CLIP4Clip pytorch_model.bin.N: see docs/encoders.md. Needs no PyTorch.
+X-CLIP and CLIP4Clip pytorch_model.bin.N: see docs/encoders.md. --to=pytorch writes the files that
+the original code and transformers read, if they support the model; --to=safetensors writes any
+model, for examples/xclip_torch.py (docs/pytorch.md). Needs no PyTorch.
 """
 
 from collections.abc import Sequence
 
 from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
-from xclip_jax.convert.exporting import export
+from xclip_jax.convert.exporting import export, export_safetensors
 from xclip_jax.convert.importing import convert
 from xclip_jax.convert.reading import Options
 from xclip_jax.convert.settings import is_rgb
@@ -34,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = CommandParser(prog="python -m xclip_jax.convert", description=__doc__)
     add = parser.add_argument
-    text = "checkpoint, folder or hub id; with --to=pytorch a model directory"
+    text = "checkpoint, folder or hub id; to export: a model or work directory"
     add("--input", required=True, help=text)
     add("--output", required=True, help="folder to write; must not exist yet")
-    add("--to", choices=["jax", "pytorch"], default="jax", help="direction (default jax)")
+    text = "jax (default): a model directory; the others: an export of one, see above"
+    add("--to", choices=["jax", "pytorch", "safetensors"], default="jax", help=text)
     add("--vocab", help="tokenizer: OpenAI's bpe_simple_vocab_16e6.txt.gz, a folder or a hub id")
     text = (
         "head for encoders without one: mean_pooling (default) scores averaged frames as CLIP "
@@ -71,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if to == "jax":
             return convert(source, output, Options(**options))
         if names := [f"--{name}" for name, value in options.items() if value not in (None, False)]:
-            raise InputError(f"{', '.join(names)} cannot be used with --to=pytorch")
-        export(source, output)
+            raise InputError(f"{', '.join(names)} cannot be used with --to={to}")
+        (export if to == "pytorch" else export_safetensors)(source, output)
 
 
 if __name__ == "__main__":

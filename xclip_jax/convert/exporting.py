@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from xclip_jax.checkpoint import UNREAD_FILE, load_model, model_folder, partial_folder
+from xclip_jax.checkpoint import (
+    UNREAD_FILE,
+    describe_model,
+    load_model,
+    model_folder,
+    partial_folder,
+)
 from xclip_jax.cli import InputError
-from xclip_jax.convert.layouts import to_hugging_face
+from xclip_jax.convert.layouts import join_pool, to_hugging_face
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.convert.torch_archive import write_archive
 from xclip_jax.data.pieces import PieceTokenizer
+from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.models.config import BlockConfig, ModelConfig
 from xclip_jax.models.families import SIGLIP
 
@@ -33,6 +40,9 @@ _SIGLIP = {
 }
 _BOTH = {
     "vision.rotary": "none",
+    "vision.num_frames": 0,
+    "text.end_token": True,
+    **{f"{tower}.logit_cap": 0.0 for tower in ("vision", "text")},
     **{
         f"{tower}.{name}": False
         for tower in ("vision", "text")
@@ -81,6 +91,26 @@ def export(directory: str | Path, output: str | Path) -> None:
     print(missing if unsupported else state)
 
 
+def export_safetensors(directory: str | Path, output: str | Path) -> None:
+    """Writes any model as model.safetensors, model.json and the tokenizer, atomically.
+
+    The names of its tensors are described in docs/pytorch.md. examples/xclip_torch.py reads it.
+
+    Raises:
+        InputError: `directory` holds no model.
+    """
+    output = Path(output)
+    _, model, params, tokenizer = load_model(model_folder(directory))
+    tensors = join_pool(to_tensors(params))
+    partial = partial_folder(output)
+    save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+    _write_json(partial / "model.json", describe_model(model.config))
+    if tokenizer is not None:
+        _write_tokenizer(tokenizer, partial / "tokenizer")
+    partial.rename(output)
+    print(f"{output}: {len(tensors)} tensors, for XClip.load of examples/xclip_torch.py")
+
+
 def _write_hugging_face(
     folder: Path, config: ModelConfig, tensors: dict[str, Any], tokenizer: Any
 ) -> None:
@@ -94,7 +124,12 @@ def _write_hugging_face(
     _write_json(folder / "config.json", described)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(config, siglip=siglip))
     if tokenizer is not None:
-        tokenizer.save(folder)
+        _write_tokenizer(tokenizer, folder)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer for transformers' AutoTokenizer."""
+    tokenizer.save(folder)
     if isinstance(tokenizer, PieceTokenizer):
         names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
         options = {"model_max_length": tokenizer.max_words, "padding_side": "right"}
@@ -109,6 +144,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _first_difference(config: ModelConfig, needed: dict[str, Any]) -> str | None:
     """Returns the first field with another value than needed, None if there is none."""
+    if config.text.pool == "class_token":
+        return "model.text.pool = class_token"
     for field, value in needed.items():
         if (actual := operator.attrgetter(field)(config)) != value:
             return f"model.{field} = {actual} (must be {value})"

@@ -1,8 +1,9 @@
 """Maps parameters to PyTorch names and layouts and back, bit for bit.
 
-The official names are those of the X-CLIP and CLIP4Clip checkpoints; plain CLIP has the same names
-without `clip.`. In a name, {} stands for the layer: parameters are stacked over layers along a
-leading axis. Kernels are input x output. Other layouts: `layouts`.
+The official names are those of the X-CLIP and CLIP4Clip checkpoints, with names of our own for what
+these lack (docs/pytorch.md); plain CLIP has the same names without `clip.`. In a name, {} stands
+for the layer: parameters are stacked over layers along a leading axis. Kernels are input x output.
+Other layouts: `layouts`.
 """
 
 import re
@@ -79,6 +80,8 @@ _PARAMETERS = {
     "temporal_encoder/hidden_bias": "lstm_visual.bias_hh_l0",
     "pair_encoder/positions": "cross.embeddings.position_embeddings.weight",
     "pair_encoder/ln_pool": "cross.pooler.ln_pool",
+    "pair_encoder/kinds": "cross.embeddings.token_type_embeddings.weight",
+    "pair_encoder/ln": "cross.pooler.ln_pool",
     "pair_encoder/pool": "cross.pooler.dense",
     "pair_encoder/score": "similarity_dense",
     "aggregation_matrices/video_sentence": "global_mat_weight",
@@ -89,6 +92,11 @@ _PARAMETERS = {
     "aggregation_matrices/frame_word_frames": "frame_mat_weight",
     "aggregation_matrices/frame_word_words_2": "word_mat_weight2",
     "aggregation_matrices/frame_word_frames_2": "frame_mat_weight2",
+    "word_weights/hidden": "text_weight_fc.0",
+    "word_weights/score": "text_weight_fc.2",
+    "frame_weights/hidden": "video_weight_fc.0",
+    "frame_weights/score": "video_weight_fc.2",
+    "log_tau": "log_tau",
 }
 _LEAVES = {"/kernel": ".weight", "/bias": ".bias", "/norm/scale": ".weight", "/norm/bias": ".bias"}
 OFFICIAL = expand(_PARAMETERS, _STACKS, _BLOCK, _LEAVES)
@@ -149,12 +157,12 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
 def torch_views(params: Any) -> dict[str, np.ndarray]:
     """Returns views of NumPy parameters in PyTorch's layout, by official name.
 
-    Raises InputError if the official code has no such parameters.
+    Raises InputError if a parameter has no such name.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
     if unknown := [name for name in named if name not in OFFICIAL]:
-        raise InputError(f"the official code has no counterpart of {', '.join(unknown)}")
+        raise InputError(f"no name in PyTorch is known for {', '.join(unknown)}")
     views = {}
     for name, array in named.items():
         for index, layer in enumerate(array if "{}" in OFFICIAL[name] else [array]):

@@ -129,6 +129,12 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
     Raises InputError if the checkpoint is missing, cannot be read or is of an unknown kind.
     """
     location = locate(path)
+    folder = location if location.is_dir() else location.parent
+    if (folder / "model.json").is_file() and (
+        location == folder or location.suffix == ".safetensors"
+    ):
+        problem = "a model directory or an export of one, as it has a model.json"
+        raise InputError(f"{path}: {problem}: pass the checkpoint that it was converted from")
     if location.is_dir():
         return _read_folder(location, options)
     return _read_file(location, options)

@@ -148,7 +148,7 @@ class VideoReader:
         with open_film(self.path, max_pixels=self.limits.pixels) as film:
             clock, second, shown, picture = film.clock(), film.second, None, None
             frames = self._decode(film, clock)
-            start, end, step = (time * second for time in (first, last, self.period))
+            start, end, step = first * second, last * second, self.period * second
             chosen = _choose_periodically(frames, start, end, step, self.max_pictures)
             for ticks, frame in chosen:
                 if picture is None or frame is not shown:
