@@ -62,6 +62,7 @@ setup(
         "search": SEARCH,
         "shots": SHOTS,
         "wandb": ["wandb>=0.31"],  # logs to Weights & Biases (config.log.wandb); see .ci/wandb
+        "mteb": ["mteb>=2.26,<3"],  # runs its public retrieval tasks (docs/mteb.md); see .ci/mteb
         "beam": ["apache-beam>=2.77"],  # prepares data on many machines; see .ci/beam
         "torch": ["torch>=2.4"],  # only for tests and benchmarks that compare with PyTorch
         "cuda12": ["jax[cuda12]"],
