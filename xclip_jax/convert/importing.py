@@ -107,19 +107,23 @@ def _describe(model: Imported) -> list[str]:
     ids = ids if tokenizer is None else f"{tokenizer.vocab_size} ids"
     total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     mean, std = (", ".join(f"{x:.3g}" for x in vars(p)[name]) for name in ("mean", "std"))
+    kind = "video" if v.num_frames else "image"
+    relating = f" + {v.temporal_layers} over time + {v.joint_layers} over space and time"
+    relating *= bool(v.num_frames)
     activations = {tower.activation or config.activation for tower in (v, t)}
     lines = [
         f"{model.kind}: {total / 1e6:.1f} M parameters",
         f"  activation   {', '.join(sorted(activations))}",
         f"  images       {p.resize}, {p.interpolation}; mean {mean}; standard deviation {std}",
-        f"  image tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, "
-        f"{v.layers} layers, heads of width {v.width // v.heads}",
+        f"  {kind} tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, "
+        f"{v.layers} layers{relating}, heads of width {v.width // v.heads}",
         f"  text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, "
         f"{t.layers} layers, heads of width {t.width // t.heads}",
         f"  head         {config.head} (preset {config.preset}; temporal encoder {temporal}"
         f"{layers})",
-        f"  lengths      {config.max_words} words, {config.max_frames} frames",
+        f"  lengths      {config.max_words} words, {config.max_frames} frames"
+        + ", spread over the whole video" * p.spread,
         f"  tokenizer    {ids}",
     ]
-    absent = {"vision": "text tower", "text": "image tower"}.get(config.towers)
+    absent = {"vision": "text tower", "text": f"{kind} tower"}.get(config.towers)
     return [line for line in lines if not absent or not line.strip().startswith(absent)]
