@@ -12,7 +12,7 @@ REQUIRES = [
     "importlib_resources",  # imported by tensorflow-datasets, which does not require it
     "array-record>=0.8",  # the file format that TFDS writes and grain reads without TensorFlow
     "transformers>=5.0,<6",
-    "huggingface_hub>=1.0",  # comes with transformers: downloads models and tokenizers
+    "huggingface_hub>=1.0",  # comes with transformers: models, tokenizers and cards of the hub
     "safetensors>=0.6",  # comes with transformers: its weight files
     "ml_dtypes",  # comes with jax: bfloat16 in NumPy
     "ml_collections>=1.1,<2",
