@@ -13,7 +13,7 @@ REQUIRES = [
     "array-record>=0.8",  # the file format that TFDS writes and grain reads without TensorFlow
     "transformers>=5.0,<6",
     "sentencepiece>=0.2",  # the tokenizer of VideoPrism, by its authors: same ids for certain
-    "huggingface_hub>=1.0",  # comes with transformers: downloads models and tokenizers
+    "huggingface_hub>=1.0",  # comes with transformers: models, tokenizers and cards of the hub
     "safetensors>=0.6",  # comes with transformers: its weight files
     "ml_dtypes",  # comes with jax: bfloat16 in NumPy
     "ml_collections>=1.1,<2",

@@ -19,8 +19,8 @@ def hub(tmp_path, monkeypatch):
     """Returns (folder of the files on the hub, list of the files downloaded)."""
     remote, local, taken = tmp_path / "remote", tmp_path / "local", []
 
-    def snapshot_download(hub_id, allow_patterns):
-        assert hub_id == HUB_ID
+    def snapshot_download(hub_id, allow_patterns, **options):
+        assert (hub_id, options) == (HUB_ID, {"revision": None, "token": None})
         local.mkdir(exist_ok=True)
         for file in sorted(remote.iterdir()):
             if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):

@@ -41,7 +41,7 @@ def test_console_script_runs_outside_the_clone(wheel, tmp_path):
     command = [tmp_path / "bin" / "xclip-jax", "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("train", "prepare", "convert", "search", "study", "runs"):
+    for name in ("train", "prepare", "convert", "search", "study", "push", "runs"):
         assert name in done.stdout
 
 

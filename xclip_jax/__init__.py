@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xclip_jax.cli import InputError
     from xclip_jax.data.text import load_tokenizer
-    from xclip_jax.retriever import Retriever, TextFeatures, VideoFeatures, load
+    from xclip_jax.push import push_to_hub
+    from xclip_jax.retriever import Retriever, TextFeatures, VideoFeatures, from_pretrained, load
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Retriever", "TextFeatures", "VideoFeatures", "load", "load_tokenizer"]
+__all__ = ["InputError", "Retriever", "TextFeatures", "VideoFeatures", "from_pretrained", "load"]
+__all__ += ["load_tokenizer", "push_to_hub"]
+_MODULES = {"InputError": "cli", "load_tokenizer": "data.text", "push_to_hub": "push"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports public names on first use, so the workers of `prepare` start without JAX."""
     if name not in __all__:
         raise AttributeError(f"module 'xclip_jax' has no attribute {name!r}")
-    module = {"InputError": "cli", "load_tokenizer": "data.text"}.get(name, "retriever")
-    return getattr(importlib.import_module(f"xclip_jax.{module}"), name)
+    module = importlib.import_module(f"xclip_jax.{_MODULES.get(name, 'retriever')}")
+    return getattr(module, name)

@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": ("xclip_jax.convert.__main__", "convert PyTorch checkpoints, in both directions"),
     "search": ("xclip_jax.search.__main__", "index, query and serve a collection of videos"),
     "study": ("xclip_jax.study.__main__", "train variants of a config and compare them"),
+    "push": ("xclip_jax.push", "write a model to the Hugging Face hub, with a model card"),
     "runs": ("xclip_jax.runs", "compare the results and curves of all runs on one page"),
 }
 

@@ -36,6 +36,8 @@ from xclip_jax.models.config import check_model
 
 UNSCORED = -1.0  # score of a checkpoint without validation: below every recall
 UNREAD_FILE = "unread.safetensors"
+# Patterns of all files of a model directory; * also matches slashes.
+MODEL_FILES = ("model.json", integrity.DIGESTS, UNREAD_FILE, "params/*", "tokenizer/*")
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # changed when a step gets its name; not needed
 PyTree = Any
 

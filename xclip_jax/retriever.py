@@ -347,12 +347,19 @@ def _check_normalised(
     return images.astype(np.float32)
 
 
-def load(source: str | os.PathLike) -> Retriever:
+def load(
+    source: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+) -> Retriever:
     """Loads a model directory, a work directory, or whatever `convert` takes.
 
     That is a PyTorch checkpoint, a Hugging Face folder or a hub id. It is converted once, to a
     folder in $XCLIP_JAX_CACHE or ~/.cache/xclip_jax; without options, which only
-    `python -m xclip_jax.convert` has.
+    `python -m xclip_jax.convert` has. What `push_to_hub` wrote needs no conversion.
+
+    Args:
+        source: path or hub id; `from_pretrained` is another name of this function.
+        revision: branch, tag or commit of a hub id (default: its main branch).
+        token: token of the hub (default: HF_TOKEN, or that of `hf auth login`).
 
     Raises:
         InputError: there is no model, or it is corrupted.
@@ -360,10 +367,15 @@ def load(source: str | os.PathLike) -> Retriever:
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"load: {source!r:.99}: must be a path or a hub id")
     directory, source = model_folder(source), os.fspath(source)
+    if revision is not None and directory.exists():
+        raise InputError(f"load: revision = {revision!r}: {source} is a path, not a hub id")
     if is_importable(source) and not (directory / "model.json").is_file():
         try:
-            directory = convert_once(source)
+            directory = convert_once(source, revision, token)
         except InputError as error:
             advice = "; options are those of python -m xclip_jax.convert"
             raise InputError(f"{error}{advice * ('--' in str(error))}") from None
     return Retriever(*load_model(directory))
+
+
+from_pretrained = load

@@ -18,13 +18,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XCLIP_JAX_CACHE") or Path.home() / ".cache" / "xclip_jax")
 
 
-def convert_once(source: str | Path) -> Path:
+def convert_once(
+    source: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> Path:
     """Returns the model directory of a checkpoint file, a Hugging Face folder or a hub id.
 
-    It is converted, with a summary on stdout, unless it was before with the same files. Raises
-    InputError as `convert`, or if the cache cannot be written.
+    It is converted, with a summary on stdout, unless it was before with the same files, or is a
+    model directory on the hub. Raises InputError as `convert`, or if the cache cannot be written.
     """
-    location = locate(source)
+    location = locate(source, revision, token)
+    if (location / "model.json").is_file():
+        return location
     folder = cache_folder() / f"{_readable(str(source))}-{_digest(location)}"
     if not (folder / "model.json").is_file():
         try:

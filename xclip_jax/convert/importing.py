@@ -88,9 +88,12 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     """
     model = import_model(source, options)
     config = model.config
-    extra = {"tokenizer": model.tokenizer, "unread": model.unread, "extra": {"step": 0}}
-    save_model(output, config, model.params, **extra)
-    print("\n".join(_describe(model)))
+    extra = {"step": 0} if Path(source).exists() else {"step": 0, "base_model": str(source)}
+    others = {"tokenizer": model.tokenizer, "unread": model.unread, "extra": extra}
+    save_model(output, config, model.params, **others)
+    parts = describe(config, model.params, model.tokenizer)
+    print(f"{model.kind}: {parts.pop('parameters')} parameters")
+    print("\n".join(f"  {name:13}{text}" for name, text in parts.items()))
     if model.unread:
         print(f"  kept unread  {', '.join(model.unread)} (saved by the release, never used)")
     if model.skipped:
@@ -98,32 +101,29 @@ def convert(source: str | Path, output: str | Path, options: Options = Options()
     print(f"wrote {output}")
 
 
-def _describe(model: Imported) -> list[str]:
-    """Returns lines about a model for the terminal."""
-    config, tokenizer = model.config, model.tokenizer
+def describe(config: ModelConfig, params: Any, tokenizer: text.Tokenizer | None) -> dict[str, str]:
+    """Returns descriptions of the parts of a model by their names, to be shown."""
     v, t, temporal, p = config.vision, config.text, config.temporal.type, config.preprocess
     layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
     ids = "none: texts cannot be encoded; convert again with --vocab"
-    ids = ids if tokenizer is None else f"{tokenizer.vocab_size} ids"
-    total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
     mean, std = (", ".join(f"{x:.3g}" for x in vars(p)[name]) for name in ("mean", "std"))
     kind = "video" if v.num_frames else "image"
     relating = f" + {v.temporal_layers} over time + {v.joint_layers} over space and time"
     relating *= bool(v.num_frames)
     activations = {tower.activation or config.activation for tower in (v, t)}
-    lines = [
-        f"{model.kind}: {total / 1e6:.1f} M parameters",
-        f"  activation   {', '.join(sorted(activations))}",
-        f"  images       {p.resize}, {p.interpolation}; mean {mean}; standard deviation {std}",
-        f"  {kind} tower  {v.image_size} px, patch {v.patch_size}, width {v.width}, "
+    spread = ", spread over the whole video" * p.spread
+    parts = {
+        "parameters": f"{total / 1e6:.1f} M",
+        "activation": ", ".join(sorted(activations)),
+        "images": f"{p.resize}, {p.interpolation}; mean {mean}; standard deviation {std}",
+        f"{kind} tower": f"{v.image_size} px, patch {v.patch_size}, width {v.width}, "
         f"{v.layers} layers{relating}, heads of width {v.width // v.heads}",
-        f"  text tower   {t.vocab_size} ids, {t.context_length} positions, width {t.width}, "
+        "text tower": f"{t.vocab_size} ids, {t.context_length} positions, width {t.width}, "
         f"{t.layers} layers, heads of width {t.width // t.heads}",
-        f"  head         {config.head} (preset {config.preset}; temporal encoder {temporal}"
-        f"{layers})",
-        f"  lengths      {config.max_words} words, {config.max_frames} frames"
-        + ", spread over the whole video" * p.spread,
-        f"  tokenizer    {ids}",
-    ]
+        "head": f"{config.head} (preset {config.preset}; temporal encoder {temporal}{layers})",
+        "lengths": f"{config.max_words} words, {config.max_frames} frames{spread}",
+        "tokenizer": ids if tokenizer is None else f"{tokenizer.vocab_size} ids",
+    }
     absent = {"vision": "text tower", "text": f"{kind} tower"}.get(config.towers)
-    return [line for line in lines if not absent or not line.strip().startswith(absent)]
+    return {name: text for name, text in parts.items() if name != absent}

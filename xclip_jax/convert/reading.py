@@ -1,5 +1,6 @@
 """Reads checkpoint files, folders and hub ids of any supported kind, without PyTorch."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from huggingface_hub import snapshot_download
+from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from xclip_jax.cli import InputError, first_line
+from xclip_jax.checkpoint import MODEL_FILES
+from xclip_jax.cli import InputError
 from xclip_jax.convert import layouts
 from xclip_jax.convert.hugging_face import read_hugging_face
 from xclip_jax.convert.open_clip import read_open_clip
@@ -28,7 +30,7 @@ HUB_FILES = ["config.json", "preprocessor_config.json", "open_clip_config.json",
 HUGGING_FACE_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*"])
 OTHER_FILES = (["open_clip_model.safetensors"], ["open_clip_pytorch_model.bin"])
 OTHER_FILES += (["PE-*.pt"], ["longclip*.pt"], ["flax_*.npz"])
-_HUB_ID = r"[\w.-]+/[\w.-]+"  # how the hub names models
+HUB_ID = r"[\w.-]+/[\w.-]+"  # how the hub names models
 _PREFIXES = ("module.", "model.")  # before the names of wrapped models
 OPENAI = "OpenAI's CLIP"  # also in the official models
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -82,36 +84,56 @@ def is_importable(source: str | Path) -> bool:
             return False
         names = ("config.json", *OPEN_CLIP_FILES)
         return any((path / n).is_file() for n in names) or bool(_single_files(path))
-    return path.is_file() or re.fullmatch(_HUB_ID, str(source)) is not None
+    return path.is_file() or re.fullmatch(HUB_ID, str(source)) is not None
 
 
-def locate(source: str | Path) -> Path:
-    """Returns the file or folder of a checkpoint, which a hub id is downloaded to.
+def locate(
+    source: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Returns the file or folder of a checkpoint or model, which a hub id is downloaded to.
 
-    Raises InputError if there is none.
+    `revision` and `token` are as in huggingface_hub. Raises InputError if there is none.
     """
     location = Path(source)
     if not str(source).strip():
         raise InputError("--input is empty")
     if location.exists():
         return location
-    if not re.fullmatch(_HUB_ID, str(source)):
+    if not re.fullmatch(HUB_ID, str(source)):
         raise InputError(f"{source}: no such file or folder")
     try:
-        return _download(str(source))
+        return _download(str(source), revision, token)
     except Exception as error:  # many types, from no network to no such repository
         raise InputError(
             f"{source}: no such file or folder, nor on the Hugging Face hub "
-            f"({first_line(error)}). Download its settings, weights and tokenizer "
+            f"({explain(error)}). Download its settings, weights and tokenizer "
             f"from https://huggingface.co/{source} into a folder and pass that"
         ) from None
 
 
-def _download(hub_id: str) -> Path:
+def explain(error: Exception) -> str:
+    """Returns why a request to the Hugging Face hub failed, in one line."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return "access has to be requested on its page there"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one that the token does not open"
+    if status in (401, 403):
+        reason = {401: "is not valid", 403: "does not allow this"}[status]
+        return f"the token {reason}: see https://huggingface.co/settings/tokens"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _download(hub_id: str, revision: str | None, token: str | bool | None) -> Path:
     """Downloads what is needed of a repository, returns the folder."""
-    folder = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    fetch = functools.partial(snapshot_download, hub_id, revision=revision, token=token)
+    folder = Path(fetch(allow_patterns=["model.json", *HUB_FILES]))
+    if (folder / "model.json").is_file():
+        return Path(fetch(allow_patterns=list(MODEL_FILES)))
     for patterns in HUGGING_FACE_FILES if _is_hugging_face(folder) else OTHER_FILES:
-        snapshot_download(hub_id, allow_patterns=patterns)
+        fetch(allow_patterns=patterns)
         if any(any(folder.glob(pattern)) for pattern in patterns):
             break
     return folder
@@ -129,15 +151,24 @@ def read_source(path: str | Path, options: Options = Options()) -> Source:
     Raises InputError if the checkpoint is missing, cannot be read or is of an unknown kind.
     """
     location = locate(path)
-    folder = location if location.is_dir() else location.parent
-    if (folder / "model.json").is_file() and (
-        location == folder or location.suffix == ".safetensors"
-    ):
-        problem = "a model directory or an export of one, as it has a model.json"
-        raise InputError(f"{path}: {problem}: pass the checkpoint that it was converted from")
+    _refuse_model(path, location)
     if location.is_dir():
         return _read_folder(location, options)
     return _read_file(location, options)
+
+
+def _refuse_model(path: str | Path, location: Path) -> None:
+    """Raises InputError if the files are of this package: a model directory or an export of one."""
+    if not (location / "model.json").is_file():
+        is_export = location.suffix == ".safetensors" and location.with_name("model.json").is_file()
+    elif (location / "params").is_dir():
+        advice = "use it as it is (hf download HUB_ID --local-dir=DIR copies one of the hub)"
+        raise InputError(f"{path}: is a model directory already: {advice}")
+    else:
+        is_export = True
+    if is_export:
+        advice = "pass the checkpoint that the model was converted from"
+        raise InputError(f"{path}: is an export to PyTorch, as it has a model.json: {advice}")
 
 
 def _single_files(folder: Path) -> list[Path]:

@@ -72,7 +72,7 @@ def write_report(
         figures.draw_attention(directory / f"attention_{k}.png", attention)
     page = render(
         "report.html",
-        facts=_list_facts(results),
+        facts=list_facts(results),
         results=results,
         metrics=METRICS,
         directions=DIRECTIONS,
@@ -201,7 +201,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     *rows, _ = _metric_rows(results)  # without chance
     width = max(len(label) for label, _, _ in rows)
     note = [f"note: {results['note']}"] if results.get("note") else []
-    lines = [", ".join(_list_facts(results)), *note]
+    lines = [", ".join(list_facts(results)), *note]
     lines.append(" " * width + "".join(f"{name:>8}" for name in METRICS))
     for label, metrics, _ in rows:
         values = [metrics.get(name) for name in METRICS]
@@ -210,7 +210,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _list_facts(results: Mapping[str, Any]) -> list[str]:
+def list_facts(results: Mapping[str, Any]) -> list[str]:
     """Returns short texts on the data, the protocol and the weights of an evaluation."""
     dataset, selected_on = results["dataset"], results["selected_on"]
     selection = {None: "", "last step": " (the last)"}
