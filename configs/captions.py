@@ -13,7 +13,8 @@ frames for them and name them:
     python -m xclip_jax.main --config=configs/captions.py:siglip2_b16 --config.data.path=data/mine
 
 Names: vit_b32, vit_b16 (OpenAI's CLIP in models/clip_b32, models/clip_b16), siglip2_b16,
-siglip2_l16, pe_b16, pe_l14 (in models/NAME), or own, for any other (--config.init.clip=DIR).
+siglip2_l16, pe_b16, pe_l14, videoprism_b, videoprism_l (in models/NAME), or own, for any other
+(--config.init.clip=DIR).
 Training starts at their zero-shot accuracy with X-CLIP's similarity: there is no temporal encoder,
 which a few clips could not train.
 """

@@ -28,7 +28,7 @@ def one_model(tmp_path_factory):
         ("max_words", 0, "max_words = 0: must be from 3 to"),
         ("tau", 0.0, "tau = 0.0: must be a number above 0"),
         ("tau", "0.1", "tau = '0.1': must be a number"),
-        ("activation", "relu", "activation = 'relu': must be one of quick_gelu, gelu"),
+        ("activation", "tanh", "activation = 'tanh': must be one of quick_gelu, gelu"),
         ("granularities", [], "granularities = .*: must be one or more"),
         ("dtype", "float16", "dtype = 'float16': must be one of"),
         ("preprocess.std", [0, 0, 0], "preprocess.std = .*: must be three numbers above 0"),

@@ -488,3 +488,18 @@ def test_data_of_another_sampling_is_refused(directory, tmp_path):
     every_second = dataclasses.replace(model.preprocess, spread=False)
     with pytest.raises(InputError, match=r"preprocess.spread = False: .* with True"):
         check_frames(dataset, dataclasses.replace(model, preprocess=every_second))
+
+
+def test_model_without_a_vocabulary_says_where_it_is(arrays, tmp_path, capsys):
+    folder = videoprism_files.write(tmp_path / "small", arrays)
+    (folder / "sentencepiece.model").unlink()
+    convert(folder, tmp_path / "model")
+    assert "--vocab=sentencepiece.model, from https://" in capsys.readouterr().out
+    assert xclip_jax.load(tmp_path / "model").tokenizer is None
+
+
+def test_file_beside_the_port_of_transformers_is_used(arrays, tmp_path):
+    folder = videoprism_files.write(tmp_path / "small", arrays)
+    (folder / "config.json").write_text(json.dumps({"model_type": "videoprism_clip"}))
+    (folder / "model.safetensors").write_bytes(b"")
+    assert import_model(folder).kind == "VideoPrism-LvT npz"

@@ -17,6 +17,7 @@ from xclip_jax.checkpoint import load_model, model_folder, read_config
 from xclip_jax.cli import InputError
 from xclip_jax.config import get_config, validate
 from xclip_jax.convert.reading import is_importable
+from xclip_jax.convert.videoprism import SENTENCEPIECE_URL
 from xclip_jax.models import ModelConfig
 from xclip_jax.models.families import PUBLISHED
 from xclip_jax.models.towers import resize_positions
@@ -27,6 +28,7 @@ _FILES = {  # patch size -> OpenAI's weights of width 768
     16: "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
 }
 _VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+_VOCABULARIES = {"pe": _VOCABULARY, "videoprism": SENTENCEPIECE_URL}  # by family of PUBLISHED
 PyTree = Any
 
 
@@ -136,8 +138,8 @@ def how_to_convert(directory: str, patch_size: int) -> str:
         return f"it is not converted: run {command} and pass {output}"
     if (word := Path(directory).name) in PUBLISHED:
         command = f"python -m xclip_jax.convert --input={PUBLISHED[word]} --output={directory}"
-        if not word.startswith("siglip"):
-            command += f" --vocab={Path(_VOCABULARY).name} (from {_VOCABULARY})"
+        if vocabulary := _VOCABULARIES.get(word.partition("_")[0]):
+            command += f" --vocab={Path(vocabulary).name} (from {vocabulary})"
         advice = "without a network, download its files first and pass their folder"
         return f"run {command}; {advice}"
     if path.name not in ("clip_b32", "clip_b16"):

@@ -15,6 +15,7 @@ from xclip_jax.cli import InputError, list_some
 from xclip_jax.convert.architecture import infer
 from xclip_jax.convert.mapping import BUFFERS, UNREAD, to_params
 from xclip_jax.convert.reading import Options, read_source
+from xclip_jax.convert.videoprism import SENTENCEPIECE_URL
 from xclip_jax.data import text
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.models import ModelConfig, XClip
@@ -106,6 +107,7 @@ def describe(config: ModelConfig, params: Any, tokenizer: text.Tokenizer | None)
     v, t, temporal, p = config.vision, config.text, config.temporal.type, config.preprocess
     layers = f", {config.temporal.layers} layers" if temporal == "transformer" else ""
     ids = "none: texts cannot be encoded; convert again with --vocab"
+    ids += f"=sentencepiece.model, from {SENTENCEPIECE_URL}" * (t.pool == "class_token")
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     mean, std = (", ".join(f"{x:.3g}" for x in vars(p)[name]) for name in ("mean", "std"))
     kind = "video" if v.num_frames else "image"

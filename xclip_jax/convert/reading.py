@@ -140,9 +140,13 @@ def _download(hub_id: str, revision: str | None, token: str | bool | None) -> Pa
 
 
 def _is_hugging_face(folder: Path) -> bool:
-    """Returns True if config.json is of a model of transformers."""
+    """Returns True if config.json is of a model of transformers, and not of its VideoPrism.
+
+    That is beside the original file, and computes other vectors of texts.
+    """
     path = folder / "config.json"
-    return path.exists() and "model_type" in read_object(path)
+    kind = read_object(path).get("model_type") if path.exists() else None
+    return kind is not None and not str(kind).startswith("videoprism")
 
 
 def read_source(path: str | Path, options: Options = Options()) -> Source:

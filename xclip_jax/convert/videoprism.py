@@ -14,6 +14,9 @@ from xclip_jax.convert.settings import Settings
 from xclip_jax.models.config import PreprocessConfig
 from xclip_jax.models.families import VIDEOPRISM, VIDEOPRISM_PREPROCESS
 
+SENTENCEPIECE_URL = (  # "c4_en" of the original code
+    "https://storage.googleapis.com/t5-data/vocabs/cc_en.32000/sentencepiece.model"
+)
 _TEMPERATURE = 0.01  # of the cosines, not in the file: that of the original's demo
 _SOURCE = "VideoPrism-LvT"
 _STACKS = {
