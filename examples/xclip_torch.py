@@ -1,7 +1,7 @@
 """Inference in PyTorch with models that xclip_jax trained or converted.
 
-Needs PyTorch and safetensors, nothing of xclip_jax: copy this file into your project. It reads the
-folder written by
+Needs PyTorch and safetensors, nothing of xclip_jax: copy this file and xclip_torch_encoders.py into
+a folder of your project. It reads the folder written by
 
     python -m xclip_jax.convert --to=safetensors --input=runs/demo --output=exported
 
@@ -25,31 +25,25 @@ and computes the same numbers as xclip_jax, in float32. For example, with transf
 
 In masks, True or 1 is a real token or frame. docs/pytorch.md of xclip_jax has the names of tensors.
 Letters of shapes: T texts, V videos, W words, F frames, S side of a frame, D width of the joint
-embedding space; of a Transformer B items, L positions, E width, N heads.
+embedding space.
 """
 
 import json
 from pathlib import Path
-from types import SimpleNamespace as Config
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from xclip_torch_encoders import ACTIVATIONS, CLIP, Config, Maybe, Transformer, empty
 
-Maybe = Tensor | None
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 # All fields of model.json by section, with the values that are implemented where a field names a
 # choice. Others are refused: what is added to xclip_jax must be added here, too. Without effect are
-# preset, which other fields spell out, dtype, param_dtype, remat and how frames are resized.
+# preset, which other fields spell out, dtype, param_dtype, remat, and how frames are chosen and
+# resized.
 NAMES = "|".join(ACTIVATIONS)
-BLOCK = f"width layers heads mlp_width epsilon activation=None|{NAMES} gated inner_norms"
+BLOCK = f"width layers heads mlp_width epsilon activation=None|{NAMES} gated inner_norms logit_cap"
 FIELDS = {
     "": f"""head=xclip|mean_pooling|seq_lstm|seq_transformer|tight_transformer activation={NAMES}
         embed_dim towers=both|vision|text max_scale max_words max_frames tau tau_learned logit_bias
@@ -59,12 +53,13 @@ FIELDS = {
         padding=masked|competes matrices preset dtype param_dtype remat vision text temporal
         preprocess""",
     "vision": f"""{BLOCK} image_size patch_size uncovered class_token patch_bias pre_norm
-        pool=class_token|attention pool_heads pool_mlp_width projection=none|linear|bias
-        rotary=none|rows_first|columns_first rotary_grid position_resize""",
-    "text": f"""{BLOCK} vocab_size context_length causal start_token end_id
-        pool=argmax|end|last projection=linear|bias""",
+        pool=class_token|attention|scaled_attention pool_heads pool_mlp_width
+        projection=none|linear|bias rotary=none|rows_first|columns_first rotary_grid
+        position_resize num_frames temporal_layers joint_layers""",
+    "text": f"""{BLOCK} vocab_size context_length causal start_token end_token end_id
+        pool=argmax|end|last|class_token projection=none|linear|bias""",
     "temporal": "type=none|transformer|lstm layers heads residual",
-    "preprocess": "mean std image_size resize interpolation",
+    "preprocess": "mean std image_size resize interpolation spread",
 }
 MATRICES = {  # the learned matrices of the release for each granularity
     "video_sentence": "global_mat_weight",
@@ -90,154 +85,11 @@ def read_config(path: Path) -> Config:
                 raise ValueError(f"{path}: {section} {name} = {values}: must be {known[name]}")
     # The blocks of the temporal encoder, and of Transformers over pairs, are plain ones.
     model["temporal"] |= dict.fromkeys(("activation", "mlp_width", "gated", "inner_norms"))
-    model["temporal"] |= {"width": model["embed_dim"], "epsilon": model["text"]["epsilon"]}
+    model["temporal"] |= {name: model["text"][name] for name in ("epsilon", "logit_cap")}
+    model["temporal"]["width"] = model["embed_dim"]
     for name in ("vision", "text", "temporal"):
         model[name]["activation"] = model[name]["activation"] or model["activation"]
     return Config(**model | {name: Config(**model[name]) for name in FIELDS if name})
-
-
-def empty(*shape: int) -> nn.Parameter:
-    """Returns a parameter that the file of weights will fill."""
-    return nn.Parameter(torch.empty(shape))
-
-
-def norm(c: Config, width: int = 0, exists: bool = True) -> nn.Module:
-    """Returns a layer norm, or a module without effect."""
-    return nn.LayerNorm(width or c.width, c.epsilon) if exists else nn.Identity()
-
-
-def rotary_angles(c: Config) -> Tensor:
-    """Returns L x H angles of a grid of patches: a half for columns, the other for rows."""
-    grid, count = c.image_size // c.patch_size, c.width // c.heads // 4
-    start = int(c.rotary == "columns_first" and c.class_token)
-    places = (torch.arange(grid).double() + start) * (c.rotary_grid / grid if c.rotary_grid else 1)
-    parts = [places.repeat_interleave(grid), places.repeat(grid)]
-    parts = parts[::-1] if c.rotary == "columns_first" else parts
-    frequencies = 10000 ** (-torch.arange(count).double() / count)
-    angles = torch.cat([part[:, None] * frequencies for part in parts], 1)
-    return F.pad(angles, (0, 0, int(c.class_token), 0)).float()  # 0 for the class token
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotates pairs of adjacent values of B x N x L x 2H by L x H angles."""
-    first, second, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of B x L x E vectors `x` to vectors `y`."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.heads, self.out_proj = c.heads, nn.Linear(c.width, c.width)
-        self.in_proj_weight, self.in_proj_bias = empty(3 * c.width, c.width), empty(3 * c.width)
-        self.ln = norm(c, exists=c.inner_norms)
-
-    def forward(self, x: Tensor, y: Tensor, mask: Maybe = None, angles: Maybe = None) -> Tensor:
-        thirds = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        parts = map(F.linear, (x, y, y), *thirds)
-        query, key, value = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
-        y = F.scaled_dot_product_attention(query, key, value, mask)
-        return self.out_proj(self.ln(y.transpose(1, 2).flatten(2)))
-
-
-class MLP(nn.Module):
-    """The MLP of a block, gated or not."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        hidden, self.activate = c.mlp_width or 4 * c.width, ACTIVATIONS[c.activation]
-        self.c_fc, self.c_proj = nn.Linear(c.width, hidden), nn.Linear(hidden, c.width)
-        self.gate = nn.Linear(c.width, hidden) if c.gated else None
-        self.ln = norm(c, hidden, exists=c.inner_norms)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.c_fc(x)
-        y = self.activate(self.gate(x)) * y if self.gate else self.activate(y)
-        return self.c_proj(self.ln(y))
-
-
-class Transformer(nn.Module):
-    """Pre-norm blocks, without a norm after the last."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList()
-        for _ in range(c.layers):
-            parts = {"ln_1": norm(c), "attn": Attention(c), "ln_2": norm(c), "mlp": MLP(c)}
-            self.resblocks.append(nn.ModuleDict(parts))
-
-    def forward(self, x: Tensor, mask: Maybe = None, angles: Maybe = None) -> Tensor:
-        for block in self.resblocks:
-            y = block["ln_1"](x)
-            x = x + block["attn"](y, y, mask, angles)
-            x = x + block["mlp"](block["ln_2"](x))
-        return x
-
-
-class VisionTower(nn.Module):
-    """Vision Transformer of B x S x S x 3 normalised images."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        c, dim = config.vision, config.embed_dim
-        self.conv1 = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=c.patch_bias)
-        self.class_embedding = empty(c.width) if c.class_token else None
-        count = (c.image_size // c.patch_size) ** 2 + c.class_token
-        self.positional_embedding = empty(count, c.width)
-        self.ln_pre, self.ln_post = norm(c, exists=c.pre_norm), norm(c)
-        self.transformer = Transformer(c)
-        self.attn_pool = None
-        if c.pool == "attention":  # of one learned query, then an MLP (SigLIP, PE)
-            heads, hidden = c.pool_heads or c.heads, c.pool_mlp_width or c.mlp_width
-            plain = {"heads": heads, "mlp_width": hidden, "gated": False, "inner_norms": False}
-            p = Config(**vars(c) | plain)
-            parts = {"attn": Attention(p), "layernorm": norm(p), "mlp": MLP(p)}
-            self.attn_pool = nn.ModuleDict(parts)
-            self.attn_pool.probe = empty(1, 1, c.width)
-        self.proj = None if c.projection == "none" else empty(c.width, dim)
-        self.proj_bias = empty(dim) if c.projection == "bias" else None
-        angles = None if c.rotary == "none" else rotary_angles(c)
-        self.register_buffer("angles", angles, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv1(images.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        x = self.ln_pre(x + self.positional_embedding)
-        x = self.ln_post(self.transformer(x, angles=self.angles))
-        if pool := self.attn_pool:
-            y = pool["attn"](pool.probe.expand(len(x), -1, -1), x)[:, 0]
-            x = y + pool["mlp"](pool["layernorm"](y))
-        else:
-            x = x[:, 0]
-        return x if self.proj is None else F.linear(x, self.proj.T, self.proj_bias)
-
-
-class CLIP(nn.Module):
-    """The logit scale, the image tower `visual` and the text tower, called with T x W ids."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        c, dim = config.text, config.embed_dim
-        self.logit_scale, self.causal = empty(), c.causal
-        if config.towers != "text":
-            self.visual = VisionTower(config)
-        if config.towers != "vision":
-            self.token_embedding = nn.Embedding(c.vocab_size, c.width)
-            self.positional_embedding = empty(c.context_length, c.width)
-            self.transformer, self.ln_final = Transformer(c), norm(c)
-            self.text_projection = empty(c.width, dim)
-            self.text_projection_bias = empty(dim) if c.projection == "bias" else None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x, count = self.token_embedding(ids), ids.shape[1]
-        mask = torch.ones(count, count, dtype=torch.bool, device=x.device)
-        mask = mask.tril() if self.causal else mask
-        x = self.transformer(x + self.positional_embedding[:count], mask)
-        return F.linear(self.ln_final(x), self.text_projection.T, self.text_projection_bias)
 
 
 class Features(NamedTuple):
@@ -329,25 +181,31 @@ class XClip(nn.Module):
         """Encodes T x W token ids, padded as by the tokenizer of xclip_jax."""
         c, mask = self.config, mask.bool()
         check_shape(ids, mask, c.max_words, c.padding == "competes" or not c.text.causal)
-        words, kind = self.clip(ids), c.text.pool
-        weights = self.text_weight_fc(words)[:, None] if c.aggregation == "weighted" else None
-        words = words if c.head == "tight_transformer" else F.normalize(words, dim=-1)
+        x, kind, count = self.clip(ids, mask), c.text.pool, ids.shape[1]
+        is_weighted = c.aggregation == "weighted"
+        weights = self.text_weight_fc(x[:, :count])[:, None] if is_weighted else None
+        x = x if c.head == "tight_transformer" else F.normalize(x, dim=-1)
         place = (ids if kind == "argmax" else (ids == c.text.end_id).int()).argmax(1)
-        place = torch.full_like(place, ids.shape[1] - 1) if kind == "last" else place
-        return Features(words[torch.arange(len(ids)), place], words, mask, weights)
+        is_last = kind in ("last", "class_token")  # a class token comes after the words
+        place = torch.full_like(place, x.shape[1] - 1) if is_last else place
+        return Features(x[torch.arange(len(ids)), place], x[:, :count], mask, weights)
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> Features:
         """Encodes V x F x S x S x 3 RGB: raw uint8, or floats that are already normalised."""
         c, mask, side = self.config, mask.bool(), self.config.vision.image_size
-        check_shape(frames, mask, c.max_frames, c.padding == "competes", (side, side, 3))
-        real = mask[..., None]
+        fixed = c.padding == "competes" or c.vision.num_frames > 0
+        check_shape(frames, mask, c.max_frames, fixed, (side, side, 3))
+        real, own = mask[..., None], None
         if frames.dtype == torch.uint8:
             mean, std = frames.new_tensor([c.preprocess.mean, c.preprocess.std], dtype=torch.float)
             frames = (frames / 255 - mean) / std
         elif not frames.is_floating_point():
             raise ValueError(f"frames are {frames.dtype}: must be uint8 or normalised floats")
         frames = frames.masked_fill(~real[..., None, None], 0)
-        clip = self.clip.visual(frames.flatten(0, 1)).unflatten(0, mask.shape)
+        if c.vision.num_frames:
+            own, clip = self.clip.visual(frames, mask)
+        else:
+            clip = self.clip.visual(frames.flatten(0, 1)).unflatten(0, mask.shape)
         if c.head == "tight_transformer":
             mean = (clip * real).sum(1) / real.sum(1).clamp(min=1)
             return Features(mean, clip, mask)
@@ -356,20 +214,23 @@ class XClip(nn.Module):
             related = self.lstm_visual(clip)[0] * real
         elif c.temporal.type == "transformer":
             x = clip + self.frame_position_embeddings.weight[: clip.shape[1]]
-            bias = (~mask[:, None, None]).float() * -1e30  # uniform attention if none is real
-            related = self.transformerClip(x, bias)
+            related = self.transformerClip(x, mask[:, None, None])
         if c.temporal.type != "none" and c.temporal.residual:
             related = related + clip
-        video = F.normalize((F.normalize(related, dim=-1) * real).sum(1), dim=-1)  # Eq. 2
+        video = (F.normalize(related, dim=-1) * real).sum(1)  # Eq. 2
+        if own is not None and c.temporal.type == "none":
+            video = own
         compared = clip if c.frame_features == "clip" else related
         weights = self.video_weight_fc(compared)[None] if c.aggregation == "weighted" else None
-        return Features(video, F.normalize(compared, dim=-1), mask, weights)
+        frames = F.normalize(compared, dim=-1)
+        return Features(F.normalize(video, dim=-1), frames, mask, weights)
 
     def similarity(self, text: Features, video: Features) -> Tensor:
         """Returns T x V logits. Needs memory for T x V x W x F numbers: pass parts of many."""
-        c, words, frames = self.config, text.mask, video.mask
+        c, words, frames = self.config, text.mask.clone(), video.mask
         if c.words == "word_tokens":
-            words = words & F.pad(words[:, 1:], (0, 1), value=False)  # not the end token
+            if c.text.end_token:
+                words &= F.pad(words[:, 1:], (0, 1), value=False)
             words[:, : int(c.text.start_token)] = False
         if c.padding == "competes":
             words, frames = words | ~text.mask, torch.ones_like(frames)
