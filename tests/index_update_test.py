@@ -109,7 +109,7 @@ def test_prune_keeps_files_of_an_emptied_folder(copied, videos, tmp_path):
 
 
 def test_full_disk_is_not_recorded_as_an_unreadable_video(copied, one_clip, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("xclip_jax.search.segments.choose_frames", full)

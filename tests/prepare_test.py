@@ -162,7 +162,8 @@ def test_rendered_data_has_the_format_of_the_options(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: calls.append(options))
     prepare.main(["--dataset=rendered", f"--output={tmp_path}", "--image_size=48", *SQUASHED])
-    assert calls == [{"image_size": 48, "resize": "squash", "interpolation": "bilinear"}]
+    format = {"image_size": 48, "resize": "squash", "interpolation": "bilinear", "spread": 0}
+    assert calls == [format]
 
 
 def test_model_excludes_the_options_that_it_sets(squashing_model, tmp_path, capsys):

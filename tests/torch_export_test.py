@@ -172,7 +172,9 @@ def test_torch_computes_the_same_numbers(name, tmp_path):
         assert (found[side].weights is None) == (expected[side].weights is None)
     if "logits" in found:
         assert np.ptp(expected["logits"]) > 0.1
-        assert_close(found["logits"], expected["logits"], 1e-5 * np.abs(expected["logits"]).max())
+        # Rounding of the deeper video towers is larger: relative to the largest logit.
+        largest = np.abs(expected["logits"]).max() if model.config.vision.num_frames else 1.0
+        assert_close(found["logits"], expected["logits"], 1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -122,7 +122,7 @@ def _count_below(params: Any) -> dict[tuple[str, str], int]:
     """Returns the number of blocks below each stack of a tower, and below its "top"."""
     counts = {}
     for tower in ("visual", "textual"):
-        total, parts = 0, params["clip"][tower]
+        total, parts = 0, params["clip"].get(tower, {})
         for stack in (name for name in STACKS if name in parts):
             counts[tower, stack] = total
             total += len(jax.tree.leaves(parts[stack]["blocks"])[0])

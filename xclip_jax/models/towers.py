@@ -61,7 +61,7 @@ class VisionTower(nn.Module):
             x = AttentionPool(self.config, name="pool")(norm(x))
         else:
             x = norm(x[:, 0])
-        return x if c.projection == "none" else project(self.config, c.projection, x)
+        return project(self.config, c.projection, x)
 
     def encode_patches(self, images: Images) -> Tokens:
         """Returns the blocks' output for the class token, if any, and every patch."""
@@ -123,7 +123,9 @@ class TextTower(nn.Module):
 
 
 def project(config: ModelConfig, kind: str, x: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
-    """Maps vectors to the joint embedding space, as a layer of the module that calls it."""
+    """Maps vectors to the joint embedding space, as a layer of the module that calls it, if any."""
+    if kind == "none":
+        return x
     options: Any = {"dtype": config.dtype, "kernel_init": normal(x.shape[-1] ** -0.5)}
     return nn.Dense(config.embed_dim, use_bias=kind == "bias", name="projection", **options)(x)
 

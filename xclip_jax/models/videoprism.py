@@ -110,8 +110,7 @@ class ClassTokenTextTower(nn.Module):
         mask = mask & jnp.tril(jnp.ones((num_words + 1, num_words + 1), bool))
         blocks = self.config.blocks("text")
         x = Transformer(blocks, dtype, self.config.remat, name="encoder")(x, mask)
-        x = LayerNorm(c.epsilon, name="ln_final")(x)
-        return x if c.projection == "none" else project(self.config, c.projection, x)
+        return project(self.config, c.projection, LayerNorm(c.epsilon, name="ln_final")(x))
 
 
 def sinusoidal_positions(length: int, width: int) -> Float[np.ndarray, "L E"]:
