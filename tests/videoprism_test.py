@@ -477,6 +477,18 @@ def test_temporal_encoder_starts_from_the_text_blocks(directory, tmp_path, capsy
     jax.tree.map(np.testing.assert_array_equal, *blocks)
 
 
+def test_number_of_frames_is_that_of_the_model_directory(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "two", Options(max_frames=2))
+    config = get_config()
+    config.init.clip = str(tmp_path / "two")
+    config.model.temporal.type = "none"
+    adopt_encoders(config)
+    assert (config.model.max_frames, config.model.vision.num_frames) == (2, 3)
+    config.model.max_frames = 4
+    adopt_encoders(config, ["model.max_frames"])
+    assert config.model.max_frames == 4
+
+
 def test_data_of_another_sampling_is_refused(directory, tmp_path):
     (tmp_path / "videos").mkdir()
     data = prepare_clips(tmp_path / "videos", directory)

@@ -47,7 +47,7 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
     Fields that are not at their defaults stay as they are, and so do those in `chosen`, dotted
     names such as "model.max_words", which the command line sets. Only the lengths become what the
     encoders read, whatever they are: `model.max_words` all positions if they pad texts to these,
-    else no more, and `model.max_frames` the frames of a video tower.
+    else no more, and `model.max_frames` that of a model with a video tower.
     A model without a tokenizer, or no model at all, is left to `train` to report. Raises InputError
     if model.json is corrupted, the encoders are others than fields that are set, or a half, or the
     config is not valid then.
@@ -71,7 +71,7 @@ def adopt_encoders(config: Any, chosen: Collection[str] = ()) -> None:
         pads_all = theirs.text.pool == "last"
         changes["model.max_words"] = positions if pads_all else min(words, positions)
     if theirs.vision.num_frames and "model.max_frames" not in chosen:
-        changes["model.max_frames"] = theirs.vision.num_frames
+        changes["model.max_frames"] = theirs.max_frames
     if problems:
         raise InputError(f"config.init.clip = {config.init.clip}: {'; '.join(problems)}")
     config.update_from_flattened_dict(changes)

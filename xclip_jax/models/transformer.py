@@ -4,7 +4,7 @@ Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, with the options of late
 are stacked along a leading axis and scanned. Parameters are float32.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -98,7 +98,8 @@ def capped_attention(
     (batch, length, heads, width), keys = query.shape, key.shape[1]
 
     def attend(query_BxNxK: Array, mask: Array | None) -> Array:
-        scores_BxNxM = jnp.einsum("bnk,bmnk->bnm", query_BxNxK, key).astype(jnp.float32)
+        options: Any = {"preferred_element_type": jnp.float32}
+        scores_BxNxM = jnp.einsum("bnk,bmnk->bnm", query_BxNxK, key, **options)
         scores_BxNxM = cap * jnp.tanh(scores_BxNxM * (width**-0.5 / cap))
         if mask is not None:
             scores_BxNxM = jnp.where(mask, scores_BxNxM, -1e30)
