@@ -154,7 +154,7 @@ def test_card_states_results_and_training(hub, workdir):
     assert "ranks 600 videos for each" in body
     assert "1,200 texts, 600 videos" in body
     assert "| length | 5 epochs in batches of 7 pairs |" in body
-    assert "| initial weights | encoders of clip_b32, the rest at random |" in body
+    assert "| initial weights | converted encoders |" in body
     assert f'xclip_jax.load("{REPO}")' in body
     assert "/home/" not in text
     assert not {"None", "Undefined"} & set(body.split())

@@ -113,8 +113,7 @@ def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
             yield from ((float(second), picture) for second in range(9))
 
     cut = [
-        (start, len(p))
-        for start, *_, p in _cut(Reader(), FrameFormat(8), 30, 1, [3.5, 4.2, 5.0, 7.1])
+        (start, len(p)) for start, *_, p in _cut(Reader(), FrameFormat(8), 30, [3.5, 4.2, 5.0, 7.1])
     ]
     assert cut == [(0.0, 4), (3.5, 4), (7.1, 1)]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from xclip_jax.evaluate import check_frames
 from xclip_jax.initialization import adopt_encoders
 from xclip_jax.models import XClip, transformer
 from xclip_jax.models.xclip import normalize
+from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens_encoders"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("videoprism_*/expected.npz"))
@@ -330,10 +332,25 @@ def test_spread_frames_of_a_part_lie_within_it(tmp_path):
     assert video_files.numbers(single) == [10, 10, 10]
 
 
-def test_period_gives_as_many_pictures_a_second(tmp_path):
+def test_times_past_the_end_show_the_last_picture(tmp_path):
     path = video_files.write(tmp_path / "a.mp4", video_files.at_rate(10, 20))
-    times = [time for time, _ in VideoReader(path, period=0.5)]
-    assert times == pytest.approx([0, 0.5, 1, 1.5])
+    times = [Fraction(1, 2), Fraction(1, 2), Fraction(19, 10), Fraction(9)]
+    seen = [time for time, _ in VideoReader(path, times=times)]
+    assert seen == pytest.approx([0.5, 0.5, 1.9, 1.9])
+
+
+def test_segments_have_the_frames_that_a_model_is_given_of_their_part(tmp_path):
+    path = video_files.write(tmp_path / "a.mp4", video_files.at_rate(25, 44))
+    job = SegmentJob(str(path), tmp_path / "frames", FrameFormat(32, spread=4), 4, 1)
+    cut, note, _ = read_segments(job)
+    assert note is None
+    assert [(s.start, s.end) for s in cut] == [(0, 1), (1, pytest.approx(1.76))]
+    for segment, frames in zip(cut, load_frames(job, cut), strict=True):
+        one = read_frames(path, job.format, start=segment.start, end=segment.end)
+        np.testing.assert_array_equal(frames, one.frames)
+        length = segment.end - segment.start
+        starts = [segment.start + k * length / 4 for k in range(4)]
+        assert segment.times == pytest.approx(starts)
 
 
 BAD = {
@@ -344,6 +361,10 @@ BAD = {
     "NaN": (
         lambda a: a | {"params/text_encoder/cls_emb": np.full((1, 1, 16), np.nan, "f4")},
         "NaN",
+    ),
+    "patches": (
+        lambda a: a | {"params/vision_encoder/patch_projection/linear/kernel": np.zeros((47, 16))},
+        "patch_projection has 47 rows",
     ),
     "shape": (
         lambda a: a | {"params/text_encoder/unimodal_ln/scale": np.zeros(3, "f4")},
@@ -358,6 +379,22 @@ def test_file_of_another_kind_is_refused(arrays, tmp_path, case):
     folder = videoprism_files.write(tmp_path / "bad", change(arrays))
     with pytest.raises(InputError, match=message):
         import_model(folder)
+
+
+def test_vocabulary_of_another_size_is_refused(arrays, tmp_path):
+    folder = videoprism_files.write(tmp_path / "small", arrays)
+    for content, message in (
+        (videoprism_files.learn_vocabulary(39), "has 39 pieces, but the text tower has 42"),
+        (b"", "the file is empty"),
+    ):
+        (folder / "sentencepiece.model").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            import_model(folder)
+
+
+def test_option_that_the_model_contradicts_is_refused(checkpoint):
+    with pytest.raises(InputError, match="--activation=gelu: VideoPrism-LvT has relu: omit it"):
+        import_model(checkpoint, Options(activation="gelu"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"no archive at all"])

@@ -9,9 +9,9 @@ r"""Samples frames from videos once and writes a data set for training and evalu
     python -m xclip_jax.main --config=configs/msrvtt.py
 
 docs/data.md says what to download for each benchmark. Frames are by default those of CLIP; for
-other models pass --model, or set --image_size, --resize and --interpolation. A run that was killed
-resumes when started again. OUTPUT/failures.jsonl lists the clips that could not be read, with
-reasons, and OUTPUT/findings.jsonl the inconsistencies in annotations and files.
+other models pass --model, or set --image_size, --resize, --interpolation and --spread. A run that
+was killed resumes when started again. OUTPUT/failures.jsonl lists the clips that could not be read,
+with reasons, and OUTPUT/findings.jsonl the inconsistencies in annotations and files.
 """
 
 import dataclasses

@@ -190,8 +190,8 @@ def _describe_training(
     results: dict[str, Any], settings: dict[str, Any], data_name: str
 ) -> dict[str, str]:
     """Returns labelled texts on the training, without commands, which may name private folders."""
-    encoders, epochs = Path(settings["init.clip"]).name, settings["train.epochs"]
-    start = f"encoders of {encoders}, the rest at random" if encoders else "random"
+    start = "converted encoders" if settings["init.clip"] else "random"
+    epochs = settings["train.epochs"]
     passes = f"{epochs} epoch{'s' * (epochs != 1)}"
     length = f"{passes} in batches of {settings['train.batch_size']} pairs"
     rows = {"data": data_name, "initial weights": start, "length": length}

@@ -90,12 +90,14 @@ class Retriever:
     def encode_video(self, videos: Iterable[Video]) -> VideoFeatures:
         """Encodes V videos, of each at most max_frames uniformly spaced frames.
 
-        With preprocess.spread (VideoPrism) it is max_frames of each, spread over the whole video.
+        With preprocess.spread (VideoPrism) it is max_frames of each, spread over the whole video,
+        some of them repeatedly if there are fewer.
 
         Args:
             videos: paths, or frames as arrays F x H x W x 3: uint8 RGB, preprocessed
                 unless it has the model's image size, or float, of the model's image size and
-                normalised with its mean and deviation (CLIP: -1.8 to 2.2, SigLIP: -1 to 1).
+                normalised with its mean and deviation (CLIP: -1.8 to 2.2, SigLIP: -1 to 1,
+                VideoPrism: 0 to 1).
 
         Returns:
             NumPy arrays: L2-normalised (except under the `tight_transformer` head) video V x D and

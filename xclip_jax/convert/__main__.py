@@ -8,11 +8,11 @@ r"""Converts a PyTorch checkpoint to a model directory, or a model directory to 
     python -m xclip_jax.convert --to=pytorch --input=models/xclip --output=exported
     python -m xclip_jax.convert --to=safetensors --input=runs/demo --output=exported
 
-Reads OpenAI's .pt archives, CLIP and SigLIP of Hugging Face, PE-Core, Long-CLIP, models of
-open_clip with ViT, SigLIP, PE-Core or EVA-02 towers, as files, folders or hub ids, and the official
-X-CLIP and CLIP4Clip pytorch_model.bin.N: see docs/encoders.md. --to=pytorch writes the files that
-the original code and transformers read, if they support the model; --to=safetensors writes any
-model, for examples/xclip_torch.py (docs/pytorch.md). Needs no PyTorch.
+Reads VideoPrism's .npz, OpenAI's .pt archives, CLIP and SigLIP of Hugging Face, PE-Core, Long-CLIP,
+models of open_clip with ViT, SigLIP, PE-Core or EVA-02 towers, as files, folders or hub ids, and
+the official X-CLIP and CLIP4Clip pytorch_model.bin.N: see docs/encoders.md. --to=pytorch writes the
+files that the original code and transformers read, if they support the model; --to=safetensors
+writes any model, for examples/xclip_torch.py (docs/pytorch.md). Needs no PyTorch.
 """
 
 from collections.abc import Sequence

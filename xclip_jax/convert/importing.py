@@ -59,6 +59,9 @@ def import_model(source: str | Path, options: Options = Options()) -> Imported:
         if ends != config.text.end_token:
             problem = f"{vocab} ends texts with {'an' if ends else 'no'} end token"
             raise InputError(f"{problem}, unlike the model: set --vocab to its own tokenizer")
+        if config.text.pool == "class_token" and ids != size:  # a truncated file may be valid
+            problem = f"{vocab} has {ids} pieces, but the text tower has {size}"
+            raise InputError(f"{problem}: download sentencepiece.model from {SENTENCEPIECE_URL}")
         if config.text.pool == "class_token":  # which does not tell
             words = dataclasses.replace(config.text, start_token=start)
             config = dataclasses.replace(config, text=words)

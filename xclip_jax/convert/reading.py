@@ -177,7 +177,8 @@ def _refuse_model(path: str | Path, location: Path) -> None:
 
 def _single_files(folder: Path) -> list[Path]:
     """Returns the files of a folder that may each hold a model of PE-Core, CLIP or VideoPrism."""
-    return sorted(file for pattern in ("*.pt", "flax_*.npz") for file in folder.glob(pattern))
+    arrays = list(folder.glob("flax_*.npz")) or list(folder.glob("*.npz"))
+    return sorted([*folder.glob("*.pt"), *arrays])
 
 
 def _read_file(path: Path, options: Options) -> Source:

@@ -48,6 +48,8 @@ def read_videoprism(path: Path) -> tuple[Tensors, Settings]:
     Raises InputError if the file is no VideoPrism-LvT.
     """
     try:
+        if not zipfile.is_zipfile(path):  # NumPy's error would advise to load it unsafely
+            raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name.removeprefix("params/"): file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -64,7 +66,8 @@ def read_videoprism(path: Path) -> tuple[Tensors, Settings]:
         raise InputError(f"{path}: not {_SOURCE}: {first_line(error)}") from None
     tensors["logit_scale"] = np.array(-math.log(_TEMPERATURE), np.float32)
     fields = VIDEOPRISM | {f"{tower}.heads": number for tower, number in heads.items()}
-    settings = Settings(fields, preprocess=PreprocessConfig(**VIDEOPRISM_PREPROCESS))
+    preprocess = PreprocessConfig(**VIDEOPRISM_PREPROCESS)
+    settings = Settings(fields, preprocess=preprocess, source=_SOURCE)
     named = {f"clip.{name}": array for name, array in tensors.items()}
     return named | arrays, settings  # the other arrays are reported as unknown
 
@@ -81,7 +84,8 @@ def _rename(take: Take) -> tuple[Tensors, dict[str, int]]:
         tensors |= _rename_norm(take, source, target)
     tensors |= {target: take(source) for source, target in _OTHERS.items()}
     patches = take("vision_encoder/patch_projection/linear/kernel")  # rows, columns, RGB
-    side = math.isqrt(len(patches) // 3)
+    if len(patches) != 3 * (side := math.isqrt(len(patches) // 3)) ** 2:
+        raise ValueError(f"patch_projection has {len(patches)} rows, must be 3 times a square")
     tensors["visual.conv1.weight"] = patches.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
     tensors["class_embedding"] = take("text_encoder/cls_emb").reshape(-1)
     return tensors | _rename_pool(take), heads
@@ -119,19 +123,16 @@ def _rename_blocks(take: Take, prefix: str) -> tuple[Tensors, int]:
 def _rename_pool(take: Take) -> Tensors:
     """Returns the pool, without its norm."""
     width = (probe := take("contrastive_vision_pooler/pooling_attention_query")).shape[-1]
-    pair = [
-        np.concatenate([take(f"{_POOL}/{name}/{kind}").reshape(rows, -1) for name in names], 1)
-        for kind, rows in (("w", width), ("b", 1))
-        for names in (("query",), ("key", "value"))
-    ]
-    query, key_value, query_bias, key_value_bias = pair
+    names = ("query", "key", "value")
+    weights = {name: take(f"{_POOL}/{name}/w").reshape(width, -1).T for name in names}
+    biases = {name: take(f"{_POOL}/{name}/b").reshape(-1) for name in names}
     return {
         "visual.attn_pool.probe": probe[None],
         "visual.attn_pool.scale": take(f"{_POOL}/per_dim_scale/per_dim_scale"),
-        "visual.attn_pool.query.weight": query.T,
-        "visual.attn_pool.query.bias": query_bias[0],
-        "visual.attn_pool.key_value.weight": key_value.T,
-        "visual.attn_pool.key_value.bias": key_value_bias[0],
+        "visual.attn_pool.query.weight": weights["query"],
+        "visual.attn_pool.query.bias": biases["query"],
+        "visual.attn_pool.key_value.weight": np.concatenate([weights["key"], weights["value"]]),
+        "visual.attn_pool.key_value.bias": np.concatenate([biases["key"], biases["value"]]),
         "visual.attn_pool.attn.out_proj.weight": take(f"{_POOL}/post/w").reshape(width, -1),
         "visual.attn_pool.attn.out_proj.bias": take(f"{_POOL}/post/b"),
     }

@@ -111,6 +111,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor: Any = SentencePieceProcessor(model_proto=serialized)
         except RuntimeError:
             raise InputError("the file is corrupted or no model of SentencePiece") from None
+        if not self._processor.vocab_size():
+            raise InputError("the file is empty: no model of SentencePiece")
         self._serialized, self.max_words = serialized, max_words
         self.vocab_size, self.start = self._processor.vocab_size(), self._processor.bos_id()
         self.special_tokens = (int(self.start >= 0), 0)

@@ -7,10 +7,11 @@ files (variable rates, broken indices, wrong headers) seeking and counting frame
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -46,7 +47,6 @@ _BT2020 = 9
 _HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
 _TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
 _UNREAD = 0.1  # fraction of a file, or of its length, that may follow its last picture and sound
-MAX_RATE = 32  # pictures per second
 Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
 
@@ -74,7 +74,12 @@ class Frames:
 
 
 def read_frames(
-    path: PathLike, format: FrameFormat, *, start: Seconds = None, end: Seconds = None
+    path: PathLike,
+    format: FrameFormat,
+    *,
+    start: Seconds = None,
+    end: Seconds = None,
+    limits: Limits = Limits(),
 ) -> Frames:
     """Reads one frame per second: for k = 0, 1, ... the last frame shown by start + k seconds.
 
@@ -83,46 +88,37 @@ def read_frames(
     `end`, by default the time of the last frame (spread: the end of it). Frames are upright and
     preprocessed to `format`, see `preprocess`. Raises VideoError if there is none.
     """
-    options: dict[str, Any] = {"start": start, "end": end}
+    options: dict[str, Any] = {"start": start, "end": end, "limits": limits}
     reader = VideoReader(path, **options)
-    if format.spread:  # the file is decoded twice, but the pictures of the first time are not used
-        scout = VideoReader(path, **options, period=math.inf)
+    if format.spread:  # decoded twice: its header may state another length
+        first = max(exact_seconds(start or 0.0), Fraction(0))
+        scout = VideoReader(path, **options, times=[first])
         collections.deque(scout, maxlen=0)
-        span = scout.until_exactly - max(exact_seconds(start or 0.0), 0)
-        number = format.spread
-        reader = VideoReader(path, **options, period=span / number, max_pictures=number)
+        reader = VideoReader(path, **options, times=spread_times(first, scout.until, format.spread))
     pairs = [(picture.to_square(format), time) for time, picture in reader]
     return Frames([frame for frame, _ in pairs], [time for _, time in pairs], reader.note)
 
 
-def choose_rate(path: PathLike, seconds: float, format: FrameFormat) -> int:
-    """Returns how many pictures to read per second of a file that is cut into parts of `seconds`.
-
-    1, or more if `format` spreads more frames over a part, or over the whole file if it is shorter
-    by its header. Raises VideoError if the file is no video.
-    """
-    if not format.spread:
-        return 1
-    with open_film(path) as film:
-        duration = (film.container.duration or 0) / 1e6 or seconds
-    return min(MAX_RATE, max(1, math.ceil(format.spread / min(seconds, duration))))
+def spread_times(start: Fraction, end: Fraction, count: int) -> list[Fraction]:
+    """Returns the starts of `count` equal parts of the time from `start` to `end`, in seconds."""
+    return [start + k * (end - start) / count for k in range(count)]
 
 
 class VideoReader:
     """An iterator over the pictures of `read_frames`, as (presentation time, Picture).
 
-    There is one every `period` seconds until the last frame, or `max_pictures`, as if the last one
-    was shown for ever. A picture shown for longer than a period occurs repeatedly, as the same
-    object. Iteration raises VideoError if no frame can be read. After the last picture, `note` is
-    the reason why only a part of the file was read, or None, `count` the number of decoded frames,
-    `end` the seconds from the file's first frame to the end of its last, `until_exactly` the same
-    or the end of the part to read, and `offset` the seconds from the start of the film, such as its
-    sound, to its first frame.
+    There is one every second until the last one, or one at each of `times`, in ascending seconds,
+    as if the last one was shown for ever. A picture shown at several times occurs repeatedly, as
+    the same object. Iteration raises VideoError if no frame can be read. After the last picture,
+    `note` is the reason why only a part of the file was read, or None, `count` the number of
+    decoded frames, `end` the seconds from the file's first frame to the end of its last, `until`
+    the same or the end that was asked for, if it is less, and `offset` the seconds from the start
+    of the film, such as its sound, to its first frame.
     """
 
     note: str | None = None
     count, end, offset = 0, 0.0, 0.0
-    until_exactly: Fraction | float = 0.0
+    until = Fraction(0)
     _undecoded, _discarded = 0, 0  # packets that cannot be decoded, that an edit list cuts away
     _error: Exception | None = None
     _packets: PacketReader
@@ -133,23 +129,23 @@ class VideoReader:
         *,
         start: Seconds = None,
         end: Seconds = None,
-        period: Fraction | float = ONE,
-        max_pictures: int | None = None,
+        times: Sequence[Fraction] | None = None,
         limits: Limits = Limits(),
     ) -> None:
-        self.path, self.start, self.until, self.limits = path, start, end, limits
-        self.period, self.max_pictures = period, max_pictures
+        self.path, self.start, self.stop, self.limits = path, start, end, limits
+        self.times = times
 
     def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
         self.count = self._undecoded = self._discarded = 0
         self._error = None
         first = max(exact_seconds(self.start or 0.0), 0)
-        last = math.inf if self.until is None else exact_seconds(self.until)
+        last = math.inf if self.stop is None else exact_seconds(self.stop)
         with open_film(self.path, max_pixels=self.limits.pixels) as film:
             clock, second, shown, picture = film.clock(), film.second, None, None
             frames = self._decode(film, clock)
-            start, end, step = first * second, last * second, self.period * second
-            chosen = _choose_periodically(frames, start, end, step, self.max_pictures)
+            times = (first + k for k in itertools.count()) if self.times is None else self.times
+            targets, holds_last = (time * second for time in times), self.times is not None
+            chosen = _choose(frames, targets, last * second, holds_last=holds_last)
             for ticks, frame in chosen:
                 if picture is None or frame is not shown:
                     shown, picture = frame, _to_picture(frame, film.stream.sample_aspect_ratio)
@@ -157,10 +153,10 @@ class VideoReader:
             if not self.count:
                 raise VideoError(f"no frame could be decoded: {reason(self._error)}")
             if picture is None:
-                until = "its end" if self.until is None else f"{self.until} s"
+                until = "its end" if self.stop is None else f"{self.stop} s"
                 raise VideoError(f"no frame between {self.start or 0} s and {until}")
             end = (clock.now + clock.period) / second
-            self.end, self.until_exactly = float(end), min(end, last)
+            self.end, self.until = float(end), Fraction(min(end, last))
             self.note = self._describe_missing(film)
 
     def _decode(self, film: Film, clock: Clock) -> Iterator[Stamped]:
@@ -197,15 +193,15 @@ class VideoReader:
             return f"decoder stopped at frame {self.count}: {reason(self._error)}"
         if self._undecoded:
             return f"{self._undecoded} packets of {film.container.format.name} cannot be decoded"
-        if self.until is None and self._packets.unread > _UNREAD:
+        if self.stop is None and self._packets.unread > _UNREAD:
             rest = f"the last {self._packets.unread:.0%} of the file"
             return f"{rest} is another recording with other tracks, not read"
-        if self.until is None and self._packets.missing > _UNREAD:
+        if self.stop is None and self._packets.missing > _UNREAD:
             return f"by its header, the last {self._packets.missing:.0%} of the film are missing"
         count = self.count
         if film.container.format.name == "avi" and film.stream.average_rate:
             count = round(self.end * film.stream.average_rate)  # one of 0 bytes repeats the last
-        if self.until is None and count < 0.9 * expected:
+        if self.stop is None and count < 0.9 * expected:
             counts = f"{count} of {expected}"
             return f"far fewer frames than the header states ({counts})"
         return None
@@ -297,28 +293,28 @@ def _decode_packets(film: Film, packets: list[Packet]) -> Iterator[VideoFrame]:
             yield from film.stream.codec_context.decode(packet)
 
 
-def _choose_periodically(
+def _choose(
     frames: Iterable[Stamped],
-    start: Fraction,
+    targets: Iterator[Fraction],
     end: Fraction | float,
-    step: Fraction | float,
-    count: int | None,
+    *,
+    holds_last: bool,
 ) -> Iterator[Stamped]:
-    """Yields the last frame shown by start, start + step, ... until `end` or the last frame.
+    """Yields the last frame shown by each of the ascending targets, until `end`.
 
-    With `count`, so many times are until `end`, where the last frame counts as shown.
+    Targets after the last frame are left out, or with `holds_last` it is shown for ever.
     """
-    target, shown, left = start, None, math.inf if count is None else count
+    target, shown = next(targets, None), None
     for now, frame in frames:
-        while shown and target < now and target <= end and left:
+        while shown and target is not None and target < now and target <= end:
             yield shown
-            target, left = target + step, left - 1
+            target = next(targets, None)
         if now > end:
             break
         shown = now, frame
-    while shown and left and (count or target <= min(shown[0], end)):
+    while shown and target is not None and (holds_last or target <= min(shown[0], end)):
         yield shown
-        target, left = target + step, left - 1
+        target = next(targets, None)
 
 
 def _map_tones(frame: VideoFrame) -> Image.Image:

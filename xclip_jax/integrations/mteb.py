@@ -41,8 +41,9 @@ _TEXT_COLUMNS = {PromptType.query: ("text", "instruction"), PromptType.document:
 class XClipSearch:
     """A search model of MTEB (`mteb.SearchProtocol`) that ranks by `Retriever.similarity`.
 
-    It searches videos by text and texts by video. Videos are read from their files at one frame
-    per second, as in this package's own evaluation, not by MTEB's decoder torchcodec.
+    It searches videos by text and texts by video. Videos are read from their files as in this
+    package's own evaluation, one frame per second unless the model takes others, and not by MTEB's
+    decoder torchcodec.
 
     Attributes:
         mteb_model_meta: what MTEB records of the model; replace it by a `model_copy(update={...})`

@@ -8,9 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from xclip_jax.data.extraction import VIDEO_SUFFIXES
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.preprocess import frame_format, read_image
 from xclip_jax.data.tokenizer import is_blank
-from xclip_jax.data.video import Limits, VideoReader, choose_rate
+from xclip_jax.data.video import Limits, read_frames
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever, load
@@ -365,14 +364,11 @@ def _check_filters(filters: Filters) -> None:
 
 
 def _read_example(file: PathLike, config: ModelConfig) -> UInt8[np.ndarray, "F S S 3"]:
-    """Returns frames of the start of a video file, as of a segment, within EXAMPLE_LIMITS."""
-    format = frame_format(config)
+    """Returns frames of the start of a video file, within EXAMPLE_LIMITS."""
+    options: Any = {"end": EXAMPLE_SECONDS, "limits": EXAMPLE_LIMITS}
     try:
-        rate = Fraction(1, choose_rate(file, EXAMPLE_SECONDS, format))
-        reader = VideoReader(file, end=EXAMPLE_SECONDS, period=rate, limits=EXAMPLE_LIMITS)
-        frames = [picture.to_square(format) for _, picture in reader]
-        chosen = choose_frames(len(frames), config.max_frames, spread=format.spread > 0)
-        return np.stack([frames[index] for index in chosen])
+        frames = read_frames(file, frame_format(config), **options).frames
+        return np.stack([frames[index] for index in choose_frames(len(frames), config.max_frames)])
     except VideoError as error:
         raise InputError(f"{file}: {error}") from None
 

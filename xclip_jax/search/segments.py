@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av.logging
@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from xclip_jax.cli import explain_no_file
-from xclip_jax.data.container import AccessError, VideoError, open_film
+from xclip_jax.data.container import AccessError, VideoError, exact_seconds, open_film
 from xclip_jax.data.pipeline import choose_frames
 from xclip_jax.data.preprocess import FrameFormat
-from xclip_jax.data.video import Picture, VideoReader, choose_rate
+from xclip_jax.data.video import Picture, VideoReader, spread_times
 from xclip_jax.search.digests import sample_file
 
 THUMBNAIL_SIDE = 320  # pixels, the longer side
-MIN_SHOT_FRAMES = 2  # at one a second; a shorter shot is merged into the previous one
+MIN_SHOT_FRAMES = 2  # a shorter shot is merged into the previous one
 SampledFrame = tuple[UInt8[np.ndarray, "S S 3"], bytes | None]  # with its JPEG thumbnail, or None
 
 
@@ -51,36 +51,51 @@ class Segment:
 def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
     """Cuts a file, keeping one frame a second and at most `max_frames` of a segment.
 
-    If `format` spreads frames, `max_frames` of every segment are kept, some repeatedly if there are
-    fewer. The frames of all segments are written to `frames_file`, uint8 S x S x 3 each.
+    If `format` spreads frames, `max_frames` are spread over each segment instead. The frames of all
+    segments are written to `frames_file`, uint8 S x S x 3 each.
 
     Returns:
         (segments in order, reason why there are none or the file was only partly read, or None,
         True if the reason may be temporary: the next update reads the file again).
     """
     av.logging.set_level(None)  # errors are returned
-    segments, sample = [], 0
+    reader, segments, sample = VideoReader(job.path), [], 0
     with contextlib.suppress(OSError):  # which the reader reports
         sample = sample_file(job.path) if explain_no_file(job.path) is None else 0
     try:
         changes, note = detect_shot_changes(job.path) if job.shots else ([], None)
-        rate = choose_rate(job.path, job.segment_seconds, job.format)
-        reader = VideoReader(job.path, period=Fraction(1, rate))
-        pieces = _cut(reader, job.format, job.segment_seconds, rate, changes)
+        pieces = _cut(reader, job.format, job.segment_seconds, changes)
         with job.frames_file.open("wb") as file:
-            for start, end, first, frames in pieces:
-                spread = job.format.spread > 0
-                chosen = choose_frames(len(frames), job.max_frames, spread=spread)
+            for start, end, first_second, frames in pieces:
+                chosen = choose_frames(len(frames), job.max_frames)
                 for index in chosen:
                     frames[index][0].tofile(file)
-                times = [float((first + index) / rate) for index in chosen]
+                times = [float(first_second + index) for index in chosen]
                 by_distance = sorted(range(len(frames)), key=lambda k: abs(2 * k + 1 - len(frames)))
                 thumbnail = next(filter(None, (frames[k][1] for k in by_distance)))
                 interval = start, end or reader.end, reader.offset
                 segments.append(Segment(*interval, sample, times, thumbnail))
+        if job.format.spread:
+            segments = _spread_frames(job, segments)
     except VideoError as error:
         return [], str(error), isinstance(error, AccessError)
     return segments, reader.note or note, False
+
+
+def _spread_frames(job: SegmentJob, segments: list[Segment]) -> list[Segment]:
+    """Writes frames at the starts of equal parts of each segment, as `read_frames` chooses them.
+
+    Returns the segments with their times. The file is decoded a second time.
+    """
+    times = [
+        spread_times(exact_seconds(one.start), exact_seconds(one.end), job.max_frames)
+        for one in segments
+    ]
+    with job.frames_file.open("wb") as file:
+        for _, picture in VideoReader(job.path, times=list(itertools.chain(*times))):
+            picture.to_square(job.format).tofile(file)
+    pairs = zip(segments, times, strict=True)
+    return [dataclasses.replace(one, times=list(map(float, starts))) for one, starts in pairs]
 
 
 def detect_shot_changes(path: str) -> tuple[list[float], str | None]:
@@ -116,29 +131,27 @@ def load_frames(job: SegmentJob, segments: Sequence[Segment]) -> Iterator[np.nda
 def _cut(
     pictures: Iterable[tuple[float, Picture]],
     format: FrameFormat,
-    seconds: int,
-    rate: int,
+    length: int,
     changes: list[float],
 ) -> Iterator[tuple[float, float | None, int, list[SampledFrame]]]:
-    """Yields (start, end, index of the first frame, frames) of every segment.
+    """Yields (start, end, second of the first frame, frames) of every segment.
 
-    There are `rate` pictures per second. A segment ends at a shot change, after `seconds`, or with
-    the file (end: None). A remainder shorter than half of `seconds` is merged into the previous
-    segment. Only frames at offsets that are powers of two get a thumbnail: one is near the middle
-    of any segment.
+    A segment ends at a shot change, after `length` seconds, or with the file (end: None). A
+    remainder shorter than half of `length` is merged into the previous segment. Only frames at
+    offsets that are powers of two get a thumbnail: one is near the middle of any segment.
     """
-    start, first, frames, length = 0.0, 0, [], seconds * rate
-    last_change = {math.ceil(change * rate): change for change in changes}  # before each picture
-    for index, (_, picture) in enumerate(pictures):
-        change = last_change.get(index)
-        if change is not None and len(frames) >= MIN_SHOT_FRAMES * rate:
-            yield start, change, first, frames
-            start, first, frames = change, index, []
+    start, first_second, frames = 0.0, 0, []
+    last_change = {math.ceil(change): change for change in changes}  # of each second
+    for second, (_, picture) in enumerate(pictures):
+        change = last_change.get(second)
+        if change is not None and len(frames) >= MIN_SHOT_FRAMES:
+            yield start, change, first_second, frames
+            start, first_second, frames = change, second, []
         offset = len(frames) % length
         thumbnail = picture.encode_thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
         frames.append((picture.to_square(format), thumbnail))
         if 2 * len(frames) >= 3 * length and len(frames) > length:
-            end = (first + length) / rate
-            yield start, end, first, frames[:length]
-            start, first, frames = end, first + length, frames[length:]
-    yield start, None, first, frames
+            end = float(first_second + length)
+            yield start, end, first_second, frames[:length]
+            start, first_second, frames = end, first_second + length, frames[length:]
+    yield start, None, first_second, frames
