@@ -31,6 +31,7 @@ from xclip_jax.data.video import VideoReader, read_frames
 from xclip_jax.evaluate import check_frames
 from xclip_jax.initialization import adopt_encoders
 from xclip_jax.models import XClip, transformer
+from xclip_jax.models.config import check_model
 from xclip_jax.models.xclip import normalize
 from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
 
@@ -171,6 +172,24 @@ def test_conversion_reads_sizes_and_settings(checkpoint):
     assert (t.vocab_size, t.layers, t.mlp_width, t.start_token) == (42, 2, 0, False)
     assert config.preprocess.spread
     assert config.preprocess.interpolation == "lanczos"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vision.pool", "class_token"),
+        ("vision.projection", "linear"),
+        ("vision.temporal_layers", 0),
+        ("vision.num_frames", 0),
+        ("text.causal", False),
+    ],
+)
+def test_fields_that_the_towers_do_not_have_are_refused(checkpoint, field, value):
+    section, name = field.split(".")
+    config = import_model(checkpoint).config
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    with pytest.raises(ValueError, match="must be"):
+        check_model(dataclasses.replace(config, **{section: part}))
 
 
 def test_outputs_match_a_reference_in_numpy(arrays, checkpoint):

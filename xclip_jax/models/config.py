@@ -259,6 +259,9 @@ def check_sizes(m: ModelConfig) -> Checks:
     yield "vision.joint_layers", v.num_frames or not v.joint_layers, "0 without vision.num_frames"
     turns = v.rotary == "none" or v.width // v.heads % 4 == 0
     yield "vision.rotary", turns, "none where a head is not a multiple of 4 wide"
+    projects = v.projection != "none" and v.num_frames
+    yield "vision.projection", not projects, "none in a video tower"
+    yield "text.causal", t.causal or t.pool != "class_token", "True with a class token"
     for name, tower in (("vision", v), ("text", t)):
         fits = tower.projection != "none" or tower.width == m.embed_dim
         allowed = f"linear or bias to project width {tower.width} to {m.embed_dim}"
