@@ -1,12 +1,17 @@
 """Tests of compiling the training step without data and without running it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from collectives import reduced_bytes
 
-from xclip_jax import compile_only
+from xclip_jax import compile_only, sharding
 from xclip_jax.cli import InputError
+from xclip_jax.models import XClip
+from xclip_jax.train import configure_model
 
 
 def test_step_that_does_not_fit_names_settings_that_do(tmp_path, monkeypatch, capsys):
@@ -52,6 +57,25 @@ def test_report_lists_memory_flops_and_collectives(capsys):
     assert "1 x cpu, batch 64" in out
     assert "2 x cpu, batch 64" in out
     assert "temporary memory, a device" in out
+
+
+def test_gradients_are_reduced_once_for_all_micro_batches():
+    config, found, flops = tiny.make_config("no data is read"), {}, {}
+    config.train.batch_size, mesh = 32, sharding.make_mesh(-1, 1)
+    for micro_batch in (0, 16, 2):
+        config.train.micro_batch = micro_batch
+        traced, compiled = compile_only._compile_step(config, mesh)
+        found[micro_batch] = reduced_bytes(compiled.as_text())
+        flops[micro_batch] = compile_only.matrix_flops(traced.jaxpr.jaxpr)
+    outside, inside = zip(*found.values(), strict=True)
+    shapes = jax.tree.leaves(tiny.param_shapes(XClip(configure_model(config, 49408))))
+    gradients = 4 * sum(math.prod(x.shape) for x in shapes)
+    assert inside == (0, 0, 0)
+    assert min(outside) >= gradients
+    assert max(outside) < 1.01 * min(outside)
+    # The towers' forward pass runs twice, of three with the backward pass, on all devices.
+    assert flops[16] == flops[2]
+    assert 1.2 < flops[16] / flops[0] < 1.4
 
 
 @pytest.mark.slow  # tests/loss_test.py compares the memory of a smaller batch

@@ -155,6 +155,8 @@ def matrix_flops(jaxpr: Any) -> int:
             total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
         elif equation.primitive.name == "cond":  # one branch runs
             total += max(inner)
+        elif equation.primitive.name == "shard_map":  # on each device
+            total += sum(inner) * equation.params["mesh"].size
         else:
             total += sum(inner) * equation.params.get("length", 1)  # length of a scan
     return total

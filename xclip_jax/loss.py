@@ -5,6 +5,7 @@ Alternatives and additions of later papers: a sigmoid loss, a loss of each granu
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -156,13 +157,37 @@ def loss_and_grad(
     differentiate = jax.value_and_grad(compare, argnums=(0, 1), has_aux=True)
     result, (by_params, by_features) = differentiate(params, features)
 
-    def add_part(total: Any, part: tuple[Batch, Features]) -> tuple[Any, None]:
-        inputs, cotangents = part
-        _, pull_back = jax.vjp(lambda p: encode(p, inputs), params)
-        return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
-
     cotangents = jax.tree.map(lambda x: _split(x, micro_batch, mesh), by_features)
-    return result, jax.lax.scan(add_part, by_params, (parts, cotangents))[0]
+    by_encoders = _pull_back(encode, params, (parts, cotangents), mesh)
+    return result, jax.tree.map(jnp.add, by_params, by_encoders)
+
+
+def _pull_back(
+    encode: Callable[[Any, Batch], Features],
+    params: Any,
+    parts: tuple[Batch, Features],
+    mesh: Mesh | None,
+) -> Any:
+    """Returns the gradient of the parameters by the cotangents of the features of all parts.
+
+    Each device adds up the gradients of its own pairs, and the devices' sums are reduced once.
+    """
+
+    def add_parts(params: Any, parts: tuple[Batch, Features]) -> Any:
+        def add_part(total: Any, part: tuple[Batch, Features]) -> tuple[Any, None]:
+            inputs, cotangents = part
+            _, pull_back = jax.vjp(lambda p: encode(p, inputs), params)
+            return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
+
+        total = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), parts)[0]
+        return jax.tree.map(lambda x: x[None], total)  # a row for each device
+
+    if mesh is None:
+        return jax.tree.map(lambda x: x[0], add_parts(params, parts))
+    specs = PartitionSpec(), PartitionSpec(None, AXES)
+    options: Any = {"in_specs": specs, "out_specs": PartitionSpec(AXES), "check_vma": False}
+    rows = jax.shard_map(add_parts, mesh=mesh, **options)(params, parts)
+    return jax.tree.map(lambda x: jnp.sum(x, 0), rows)
 
 
 def encode_batch(model: XClip, params: Any, batch: Batch) -> Features:
