@@ -23,7 +23,7 @@ def test_fingerprint_of_a_model_is_that_of_earlier_versions(model):
     sizes = {"width", "layers", "heads"}
     former["vision"] = {k: former["vision"][k] for k in sizes | {"image_size", "patch_size"}}
     former["text"] = {k: former["text"][k] for k in sizes | {"vocab_size", "context_length"}}
-    del former["towers"], former["max_scale"]
+    del former["towers"], former["max_scale"], former["preprocess"]["spread"]
     digest = hashlib.blake2b(digest_size=8)
     ignored = ("step", "selected_on", "remat", "param_dtype")
     hashed = {name: value for name, value in former.items() if name not in ignored}
@@ -33,9 +33,13 @@ def test_fingerprint_of_a_model_is_that_of_earlier_versions(model):
         digest.update(np.asarray(array).tobytes())
     assert indexing.fingerprint(retriever) == digest.hexdigest()
     assert indexing.fingerprint(dataclasses.replace(retriever, config=former)) == digest.hexdigest()
+    of_hub = {**retriever.config, "base_model": "openai/clip-vit-base-patch32"}
+    assert indexing.fingerprint(dataclasses.replace(retriever, config=of_hub)) == digest.hexdigest()
 
 
-@pytest.mark.parametrize("field", ["preprocess.resize", "vision.pool", "towers"])
+@pytest.mark.parametrize(
+    "field", ["preprocess.resize", "preprocess.spread", "vision.pool", "towers"]
+)
 def test_fingerprint_depends_on_new_fields(model, field):
     retriever = xclip_jax.load(model)
     changed = copy.deepcopy(retriever.config)

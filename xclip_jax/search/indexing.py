@@ -39,6 +39,7 @@ COMMIT_FRACTION = 0.02  # minimum time between commits, as a fraction of the run
 _FORMER_FIELDS = {
     "vision": ("image_size", "patch_size", "width", "layers", "heads"),
     "text": ("vocab_size", "context_length", "width", "layers", "heads"),
+    "preprocess": ("image_size", "mean", "std", "resize", "interpolation"),
 }
 _LATER_FIELDS = ("towers", "max_scale")
 
@@ -281,7 +282,7 @@ def fingerprint(retriever: Retriever) -> str:
 
     Fields that the first versions did not have count where they are not the default.
     """
-    ignored = ("step", "selected_on", "remat", "param_dtype")
+    ignored = ("step", "selected_on", "base_model", "remat", "param_dtype")
     config = {name: value for name, value in retriever.config.items() if name not in ignored}
     defaults = dataclasses.asdict(ModelConfig())
     config = _drop_defaults(config, {name: defaults[name] for name in _LATER_FIELDS})
