@@ -16,7 +16,10 @@ _REPO = r"(?P<repo>[^/]+/[^/]+)"
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; `repos` has {repository: list of its commits}, a commit is {path: bytes}."""
+    """A server that stands in for the hub.
+
+    `repos` has {repository: list of its commits}, a commit is {path: bytes}.
+    """
 
     daemon_threads = True
 

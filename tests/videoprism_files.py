@@ -8,8 +8,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from scipy.special import erf, softmax
 from sentencepiece import SentencePieceTrainer
+
+from xclip_jax.convert.importing import convert
+from xclip_jax.convert.reading import Options
 
 WORDS = "a the red green blue grey square circle moves turns left right up down fast slowly"
 
@@ -29,6 +33,7 @@ class Sizes:
     patch: int = 4
 
 
+TEXTS = ["the red square moves left", "Blue circle!", "a grey circle turns right, slowly"]
 SIZES = Sizes()
 
 
@@ -191,3 +196,21 @@ class Reference:
 
 def gelu(x):
     return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return draw()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(arrays, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("videoprism") / "small", arrays)
+
+
+@pytest.fixture(scope="module")
+def directory(checkpoint, tmp_path_factory):
+    """Returns the converted model, with the head of X-CLIP."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert(checkpoint, folder, Options(head="xclip"))
+    return folder
