@@ -13,12 +13,13 @@ import xclip_jax
 from xclip_jax import prepare, train
 from xclip_jax.cli import InputError
 from xclip_jax.config import get_config
-from xclip_jax.convert.importing import convert
+from xclip_jax.convert.importing import convert, import_model
 from xclip_jax.convert.reading import Options
 from xclip_jax.data.builder import Dataset
 from xclip_jax.evaluate import check_frames
 from xclip_jax.initialization import adopt_encoders
 from xclip_jax.models import XClip
+from xclip_jax.optimizer import scale_encoders
 
 __all__ = ["arrays", "checkpoint", "directory"]  # fixtures
 
@@ -87,6 +88,19 @@ def test_training_starts_at_the_converted_vectors_and_improves(directory, tmp_pa
         ):
             same = np.array([np.array_equal(x, y) for x, y in zip(a, b, strict=True)])
             assert same.tolist() == [layer < frozen for layer in range(len(same))], stack
+
+
+def test_layer_decay_counts_the_blocks_of_all_stacks(checkpoint):
+    params = import_model(checkpoint).params
+    decay = scale_encoders(1.0, 0.5)
+    ones = jax.tree.map(np.ones_like, params)
+    visual = decay.update(ones, decay.init(params), params)[0]["clip"]["visual"]
+    stacks = ("encoder", "temporal", "joint")  # of 2, 1 and 1 layers
+    powers = [np.log2(visual[name]["blocks"]["fc"]["bias"])[:, 0].tolist() for name in stacks]
+    assert powers == [[-4, -3], [-2], [-1]]
+    assert (visual["positions"] == 2**-5).all()
+    assert (visual["frame_positions"] == 2**-5).all()
+    assert (visual["pool"]["scale"] == 1).all()
 
 
 def test_temporal_encoder_starts_from_the_text_blocks(directory, tmp_path, capsys):
