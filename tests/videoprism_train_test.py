@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import video_files
@@ -93,7 +94,7 @@ def test_training_starts_at_the_converted_vectors_and_improves(directory, tmp_pa
 def test_layer_decay_counts_the_blocks_of_all_stacks(checkpoint):
     params = import_model(checkpoint).params
     decay = scale_encoders(1.0, 0.5)
-    ones = jax.tree.map(np.ones_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
     visual = decay.update(ones, decay.init(params), params)[0]["clip"]["visual"]
     stacks = ("encoder", "temporal", "joint")  # of 2, 1 and 1 layers
     powers = [np.log2(visual[name]["blocks"]["fc"]["bias"])[:, 0].tolist() for name in stacks]
