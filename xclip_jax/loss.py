@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from xclip_jax.models import XClip
+from xclip_jax.ring import compare_in_blocks, compare_in_ring
 from xclip_jax.sharding import AXES, constrain, replicated
 from xclip_jax.similarity import (
     AnyArray,
@@ -31,6 +32,8 @@ Batch = dict[str, AnyArray]
 # Sentences, words and their weights, videos, frames and their weights: without masks.
 Features = tuple[Array, Array, Array | None, Array, Array, Array | None]
 CDCR_SCALE = 1e-3  # of CDCR, as in DRL
+# Parameters that compare features, besides the logit scale.
+PAIR_PARAMS = ("aggregation_matrices", "log_tau", "logit_bias", "pair_encoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,29 +241,29 @@ def _similarities(
     options: LossOptions,
     dropout_key: Array | None,
 ) -> Float[Array, "G T V"]:
-    """Returns the logits of all pairs, of each granularity or (G = 1) of their mean, in blocks."""
+    """Returns the logits of all pairs, of each granularity or (G = 1) of their mean.
+
+    If a device cannot hold its part of the word-frame scores, they are computed in blocks: by one
+    device one after the other, by several in a ring.
+    """
     mesh = options.mesh
     method = _each_granularity if options.each_granularity else _mean_granularity
 
-    def compare(text: TextFeatures, key: Array | None) -> Any:
+    def compare(params: Any, text: TextFeatures, video: VideoFeatures, key: Array | None) -> Any:
         rngs = {} if key is None else {"dropout": key}
         return model.apply({"params": params}, text, video, method=method, rngs=rngs)
 
     num_texts, num_words = text.mask.shape
     num_videos, num_frames = video.mask.shape
-    cells_per_text = model.config.cells_per_pair(num_words, num_frames) * num_videos
-    cells_per_text //= mesh.size if mesh else 1  # on each device
-    limit = max(1, (options.block_cells or BLOCK_CELLS) // cells_per_text)
-    rows = max(n for n in range(1, num_texts + 1) if num_texts % n == 0 and n <= limit)
-    if rows == num_texts:
-        return compare(text, dropout_key)
-    text = constrain(text, mesh and replicated(mesh))
-    count = num_texts // rows
-    blocks = jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), text)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, count)
-    compare_block = jax.checkpoint(lambda block: compare(*block))
-    sim_NxGxRxV = jax.lax.map(compare_block, (blocks, keys))
-    return jnp.swapaxes(sim_NxGxRxV, 0, 1).reshape(-1, num_texts, num_videos)
+    devices = mesh.size if mesh else 1
+    cells_per_text = model.config.cells_per_pair(num_words, num_frames) * num_videos // devices
+    limit = max(1, (options.block_cells or BLOCK_CELLS) // cells_per_text)  # texts at once
+    in_blocks = functools.partial(compare_in_blocks, compare, limit)
+    if mesh and devices > 1 and limit < num_texts:
+        clip = {"logit_scale": params["clip"]["logit_scale"]}
+        used = {name: params[name] for name in PAIR_PARAMS if name in params} | {"clip": clip}
+        return compare_in_ring(in_blocks, mesh, (used, text, video, dropout_key))
+    return in_blocks(params, text, video, dropout_key)
 
 
 def _mean_granularity(model: XClip, text: TextFeatures, video: VideoFeatures) -> Array:
