@@ -2,12 +2,13 @@
 
     python benchmarks/loss_memory.py
 
-Nothing is run: the compiler states the memory of each program, and no GPU is needed. The loss and
-its gradient for features of width 512 are split over eight simulated CPU devices. Target: at most
-4 GiB per device in blocks at 8,192 pairs. The B/32 step of 300 videos is on one device. Target:
-micro-batches take at most a quarter of the plain step's memory. With --torch, PyTorch's dense loss
-and the loss in blocks are run on 512 pairs, each in its own process, and their peak memory above
-the features is measured. Writes results/loss_memory_cpu.json.
+Nothing is run: the compiler states the memory and the collectives of each program, and no GPU is
+needed. The loss and its gradient for features of width 512 are split over simulated CPU devices.
+Targets: at most 4 GiB per device in blocks at 8,192 pairs on eight devices; at 32,768 pairs, a
+device of 256 takes at most a third of the memory of a device of 64. The B/32 step of 300 videos is
+on one device. Target: micro-batches take at most a quarter of the plain step's memory. With
+--torch, PyTorch's dense loss and the loss in blocks are run on 512 pairs, each in its own process,
+and their peak memory above the features is measured. Writes results/loss_memory_cpu.json.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,8 +32,12 @@ from xclip_jax.models import XClip, read_model_config
 from xclip_jax.optimizer import make_optimizer
 from xclip_jax.train import compile_training
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from collectives import collective_bytes
+
 DEVICES = 8
 ALL_CELLS = 1 << 62  # as block_cells: everything in one block
+MANY_PAIRS, MANY_DEVICES = 32768, (8, 64, 256)
 PAIRS, STEP_PAIRS, MICRO_BATCHES = (2048, 8192), 300, (0, 60, 30)
 RUN_PAIRS = 512
 SCHEDULE_STEPS = 1000
@@ -44,14 +50,14 @@ def default_model() -> tuple[Any, XClip]:
     return config, XClip(read_model_config(config.model))
 
 
-def measure_loss(pairs: int, block_cells: int) -> results.Row:
-    """Compiles the loss of features and its gradient for the simulated devices."""
+def measure_loss(pairs: int, block_cells: int = 0, devices: int = DEVICES) -> results.Row:
+    """Compiles the loss of features and its gradient for simulated devices."""
     config, model = default_model()
-    mesh = sharding.make_mesh(DEVICES)
+    mesh = sharding.make_mesh(devices)
     gradient = feature_gradient(model, mesh=mesh, block_cells=block_cells)
     compiled = jax.jit(gradient).lower(*loss_shapes(config.model, pairs, mesh)).compile()
     variant = "dense" if block_cells else "in blocks"
-    return memory_row("loss", variant, pairs, devices=DEVICES, compiled=compiled)
+    return memory_row("loss", variant, pairs, devices=devices, compiled=compiled)
 
 
 def feature_gradient(model: XClip, **options: Any) -> Callable:
@@ -65,7 +71,8 @@ def loss_shapes(model: Any, pairs: int, mesh: jax.sharding.Mesh) -> tuple[dict, 
     words, frames, dim = model.max_words, model.max_frames, model.embed_dim
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
     shapes = (pairs, dim), (pairs, words, dim), (pairs, dim), (pairs, frames, dim)
-    features = tuple(struct(shape, jnp.float32) for shape in shapes)
+    sentence, word, video, frame = (struct(shape, jnp.float32) for shape in shapes)
+    features = sentence, word, None, video, frame, None  # without learned weights
     batch = {
         "text_mask": struct((pairs, words), jnp.bool_),
         "frame_mask": struct((pairs, frames), jnp.bool_),
@@ -90,8 +97,13 @@ def measure_step(pairs: int, micro_batch: int) -> results.Row:
 def memory_row(
     program: str, variant: str, pairs: int, *, devices: int, compiled: jax.stages.Compiled
 ) -> results.Row:
-    """Returns the compiler's figures for a program, in GiB per device."""
-    memory = compiled.memory_analysis()
+    """Returns the compiler's figures for a program, in GiB per device.
+
+    Of the collectives: the arrays that they yield.
+    """
+    memory, moved = compiled.memory_analysis(), collective_bytes(compiled.as_text())
+    kinds = {"sent": "collective-permute", "gathered": "all-gather", "reduced": "all-reduce"}
+    kinds |= {"exchanged": "all-to-all", "scattered": "reduce-scatter"}
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "program": program,
@@ -100,6 +112,7 @@ def memory_row(
         "devices": devices,
         "temporary_gib": memory.temp_size_in_bytes / 2**30,
         "held_gib": (held - memory.alias_size_in_bytes) / 2**30,
+        **{f"{name}_gib": moved.get(kind, 0) / 2**30 for name, kind in kinds.items()},
     }
 
 
@@ -161,18 +174,21 @@ def main() -> None:
     parser.add_argument("--run", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_num_cpu_devices", DEVICES if args.run else max(MANY_DEVICES))
     if args.run:
         print(json.dumps(run_side(args.run)))
         return
     rows = [measure_loss(pairs, cells) for pairs in PAIRS for cells in (ALL_CELLS, 0)]
+    many = [measure_loss(MANY_PAIRS, devices=devices) for devices in MANY_DEVICES]
     steps = [measure_step(STEP_PAIRS, micro_batch) for micro_batch in MICRO_BATCHES]
-    print(results.format_table(rows + steps))
+    print(results.format_table(rows + many + steps))
     print(f"in blocks at {PAIRS[-1]}: {rows[-1]['temporary_gib']:.2f} GiB per device (target 4)")
+    ratio = many[-1]["temporary_gib"] / many[-2]["temporary_gib"]
+    print(f"{MANY_PAIRS} pairs: 256 devices take {ratio:.2f} of the memory of 64 (target 0.33)")
     for row in steps[1:]:
         ratio = row["temporary_gib"] / steps[0]["temporary_gib"]
         print(f"{row['variant']}: {ratio:.3f} of the plain step's memory (target 0.25)")
-    rows += steps
+    rows += many + steps
     if args.torch:
         rows += map(run_in_process, ("torch", "ours"))
     arguments = {"pairs": PAIRS, "step_pairs": STEP_PAIRS, "micro_batches": MICRO_BATCHES}

@@ -1,9 +1,32 @@
 """Collectives of compiled programs: their bytes, in and outside of loops."""
 
+import collections
 import math
 import re
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+
+
+def collective_bytes(text):
+    """Returns {collective: bytes that it yields on a device}, with all iterations of loops.
+
+    `text` is HLO. A loop without a known number of iterations counts once.
+    """
+    computations = _computations(text)
+
+    def count(name):
+        total = collections.Counter()
+        for line in computations[name].splitlines():
+            for shapes, kind in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-done)?\(", line):
+                total[kind] += _shape_bytes(shapes)
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for inner in re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", line):
+                for kind, size in count(inner).items():
+                    total[kind] += size * (int(trips[1]) if trips else 1)
+        return total
+
+    return dict(count(re.findall(r"^ENTRY %?([\w.-]+)", text, re.M)[0]))
 
 
 def reduced_bytes(text):
@@ -11,7 +34,7 @@ def reduced_bytes(text):
 
     `text` is HLO. A body counts once, however often it runs.
     """
-    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) .*?\{\n(.*?)^\}", text, re.M | re.S))
+    computations = _computations(text)
     bodies = set(re.findall(r"body=%?([\w.-]+)", text))
     while (
         inner := {
@@ -25,7 +48,16 @@ def reduced_bytes(text):
     sums = {True: 0, False: 0}
     for name, lines in computations.items():
         for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", lines):
-            for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-                count = math.prod(int(n) for n in sizes.split(",") if n)
-                sums[name in bodies] += BYTES[kind] * count
+            sums[name in bodies] += _shape_bytes(shapes)
     return sums[False], sums[True]
+
+
+def _computations(text):
+    return dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+
+
+def _shape_bytes(shapes):
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    return sum(
+        BYTES[kind] * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in found
+    )

@@ -1,7 +1,7 @@
 """Logits of all pairs in parts: in blocks of texts on a device, in a ring over devices.
 
-In the ring each device keeps its own videos, and texts are sent from device to device. Memory and
-communication of a device fall with the number of devices.
+In the ring each device keeps its own texts, and videos are sent from device to device: a video has
+fewer frames than a text has words. A device's memory falls with the number of devices.
 """
 
 import functools
@@ -41,13 +41,13 @@ def compare_in_blocks(compare: Compare, limit: int, *inputs: Any) -> Float[Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def compare_in_ring(compare: Compare, mesh: Mesh, inputs: Inputs) -> Float[Array, "G T V"]:
-    """Returns the logits of all pairs, split over devices along the videos.
+    """Returns the logits of all pairs, split over devices along the texts.
 
-    In each step a device compares the texts it holds with its videos and sends them on. In the
-    backward pass texts go round again, with their gradients. Automatic differentiation would save
-    the texts of all steps, which are all texts, on each device.
+    In each step a device compares its texts with the videos it holds and sends these on. In the
+    backward pass the videos are sent again, with their gradients. Automatic differentiation would
+    save the videos of each step on each device.
     """
-    return _on_each_device(_compare, compare, mesh, (_SPECS, _COLUMNS))(*inputs)
+    return _on_each_device(_compare, compare, mesh, (_SPECS, _ROWS))(*inputs)
 
 
 def _forward(compare: Compare, mesh: Mesh, inputs: Inputs) -> tuple[Array, Inputs]:
@@ -55,7 +55,7 @@ def _forward(compare: Compare, mesh: Mesh, inputs: Inputs) -> tuple[Array, Input
 
 
 def _backward(compare: Compare, mesh: Mesh, inputs: Inputs, by_sim_GxTxV: Array) -> Any:
-    specs = (*_SPECS, _COLUMNS), _SPECS[:3]
+    specs = (*_SPECS, _ROWS), _SPECS[:3]
     gradients = _on_each_device(_differentiate, compare, mesh, specs)(*inputs, by_sim_GxTxV)
     return ((*gradients, None),)
 
@@ -63,7 +63,7 @@ def _backward(compare: Compare, mesh: Mesh, inputs: Inputs, by_sim_GxTxV: Array)
 compare_in_ring.defvjp(_forward, _backward)
 
 _SPECS = PartitionSpec(), PartitionSpec(AXES), PartitionSpec(AXES), PartitionSpec()  # of Inputs
-_COLUMNS = PartitionSpec(None, None, AXES)
+_ROWS = PartitionSpec(None, AXES)
 
 
 def _on_each_device(function: Callable, compare: Compare, mesh: Mesh, specs: Any) -> Callable:
@@ -72,20 +72,20 @@ def _on_each_device(function: Callable, compare: Compare, mesh: Mesh, specs: Any
 
 
 def _compare(compare: Compare, *inputs: Any) -> Float[Array, "G T V"]:
-    """Returns the logits of all texts with a device's videos."""
+    """Returns the logits of a device's texts with all videos."""
     params, text, video, key = inputs
     key = _fold_in(key, jax.lax.axis_index(AXES))
 
     def add_block(carry: Any, source: Array) -> tuple[Any, None]:
-        text, sim_GxTxV = carry
+        video, sim_GxTxV = carry
         block = compare(params, text, video, _fold_in(key, source))
-        start = source * len(text.mask)
-        sim_GxTxV = jax.lax.dynamic_update_slice_in_dim(sim_GxTxV, block, start, 1)
-        return (_send(text), sim_GxTxV), None
+        start = source * len(video.mask)
+        sim_GxTxV = jax.lax.dynamic_update_slice_in_dim(sim_GxTxV, block, start, 2)
+        return (_send(video), sim_GxTxV), None
 
     block = jax.eval_shape(compare, *inputs)
-    empty_GxTxV = jnp.zeros(block.shape, block.dtype).repeat(jax.lax.axis_size(AXES), 1)
-    return jax.lax.scan(add_block, (text, empty_GxTxV), _sources())[0][1]
+    empty_GxTxV = jnp.zeros(block.shape, block.dtype).repeat(jax.lax.axis_size(AXES), 2)
+    return jax.lax.scan(add_block, (video, empty_GxTxV), _sources())[0][1]
 
 
 def _differentiate(compare: Compare, *inputs: Any) -> tuple[Any, TextFeatures, VideoFeatures]:
@@ -94,28 +94,29 @@ def _differentiate(compare: Compare, *inputs: Any) -> tuple[Any, TextFeatures, V
     key = _fold_in(key, jax.lax.axis_index(AXES))
 
     def add_block(carry: Any, source: Array) -> tuple[Any, None]:
-        text, by_text, totals = carry
+        video, by_video, totals = carry
 
-        def compare_held(params: Any, text_floats: Any, video_floats: Any) -> Array:
+        def compare_floats(params: Any, text_floats: Any, video_floats: Any) -> Array:
             features = text_floats.replace(mask=text.mask), video_floats.replace(mask=video.mask)
             return compare(params, *features, _fold_in(key, source))
 
-        rows = source * len(text.mask), len(text.mask)
-        by_block = jax.lax.dynamic_slice_in_dim(by_sim_GxTxV, *rows, 1)
-        _, pull_back = jax.vjp(compare_held, params, *map(_without_mask, (text, video)))
-        by_params, by_held, by_video = pull_back(by_block)
-        # The gradients travel while the block is computed.
-        by_text = _add(_send(by_text), by_held)
-        return (_send(text), by_text, _add(totals, (by_params, by_video))), None
+        columns = source * len(video.mask), len(video.mask)
+        by_block = jax.lax.dynamic_slice_in_dim(by_sim_GxTxV, *columns, 2)
+        _, pull_back = jax.vjp(compare_floats, params, *map(_without_mask, (text, video)))
+        by_params, by_text, by_held = pull_back(by_block)
+        # Gradients are sent before those of this block are added: both can run at the same time.
+        by_video = _add(_send(by_video), by_held)
+        return (_send(video), by_video, _add(totals, (by_params, by_text))), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (params, *map(_without_mask, (text, video))))
-    carry = text, zeros[1], (zeros[0], zeros[2])
-    (_, by_text, (by_params, by_video)), _ = jax.lax.scan(add_block, carry, _sources())
-    return jax.lax.psum(by_params, AXES), _send(by_text), by_video
+    floats = params, *map(_without_mask, (text, video))
+    *totals, by_video = jax.tree.map(jnp.zeros_like, floats)
+    carry, _ = jax.lax.scan(add_block, (video, by_video, tuple(totals)), _sources())
+    _, by_video, (by_params, by_text) = carry
+    return jax.lax.psum(by_params, AXES), by_text, _send(by_video)
 
 
 def _sources() -> Int[Array, " N"]:
-    """Returns the devices from which the texts come that a device holds, one per step."""
+    """Returns the device from which the videos come that this device holds, for each step."""
     size = jax.lax.axis_size(AXES)
     return (jax.lax.axis_index(AXES) - jnp.arange(size)) % size
 
