@@ -135,8 +135,8 @@ def run_side(side: str) -> tuple[float, float]:
     config, model = default_model()
     _, feature_shapes, batch_shapes = loss_shapes(config.model, RUN_PAIRS, sharding.make_mesh(1))
     rng = np.random.default_rng(0)
-    features = [rng.standard_normal(x.shape, np.float32) for x in feature_shapes]
-    features = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in features]
+    features = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), feature_shapes)
+    features = jax.tree.map(lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True), features)
     batch: Batch = {name: np.ones(x.shape, x.dtype) for name, x in batch_shapes.items()}
     batch["video"] = np.arange(RUN_PAIRS, dtype=np.int32)
     before = results.peak_mib()
@@ -144,20 +144,20 @@ def run_side(side: str) -> tuple[float, float]:
     return results.peak_mib() - before, loss
 
 
-def run_jax(model: XClip, features: list[np.ndarray], batch: Batch) -> float:
+def run_jax(model: XClip, features: Any, batch: Batch) -> float:
     """Computes the loss in blocks and its gradient, returns the loss."""
     gradient = jax.jit(feature_gradient(model))
     params = {"clip": {"logit_scale": np.float32(0)}}
-    (loss, _), _ = jax.block_until_ready(gradient(params, tuple(features), batch))
+    (loss, _), _ = jax.block_until_ready(gradient(params, features, batch))
     return float(loss)
 
 
-def run_torch(features: list[np.ndarray], batch: Batch) -> float:
+def run_torch(features: Any, batch: Batch) -> float:
     """Computes PyTorch's dense loss and its gradient, returns the loss."""
     import torch
     import torch_xclip
 
-    tensors = [torch.from_numpy(x).requires_grad_() for x in features]
+    tensors = [torch.from_numpy(x).requires_grad_() for x in jax.tree.leaves(features)]
     masks = [torch.from_numpy(batch[name]) for name in ("text_mask", "frame_mask")]
     sim_TxV = torch_xclip.similarity(*tensors, *masks)
     targets = torch.arange(RUN_PAIRS)
