@@ -75,10 +75,8 @@ def test_report_lists_memory_flops_and_collectives(capsys):
 def test_gradients_are_reduced_once_for_all_micro_batches():
     config, found, flops = tiny.make_config("no data is read"), {}, {}
     config.train.batch_size, mesh = 32, sharding.make_mesh(-1, 1)
-    model, (_, optimizer) = (
-        XClip(configure_model(config, 49408)),
-        make_optimizer(config.optimizer, 9),
-    )
+    model = XClip(configure_model(config, 49408))
+    _, optimizer = make_optimizer(config.optimizer, 9)
     trace = trace_with(model, optimizer, config, mesh)
     for micro_batch in (0, 16, 2):
         traced = trace(Settings("none", micro_batch))

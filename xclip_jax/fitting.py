@@ -146,11 +146,10 @@ def fit_step(
 
 def _choice_file(model: ModelConfig, config: RunConfig, mesh: Mesh, available: float) -> Path:
     """Returns the file of the choice, named by a digest of all that the memory depends on."""
-    gib = round(available / 2**30) if math.isfinite(available) else 0
     train = config.train.batch_size, config.train.micro_batch, config.train.ema
     sections = plain_fields(config.loss), plain_fields(config.optimizer)
     step = model, model.compute_dtype, sections, train
-    devices = mesh.devices.flat[0].device_kind, sorted(mesh.shape.items()), gib
+    devices = mesh.devices.flat[0].device_kind, sorted(mesh.shape.items()), f"{available:.2g}"
     content = repr((step, devices, jax.__version__, xclip_jax.__version__))
     digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
     return cache_folder() / "steps" / f"{digest}.json"

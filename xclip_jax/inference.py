@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def note_compute_dtype(config: ModelConfig) -> None:
-    """Prints once, on stderr, that a model of `dtype=auto` computes in another type than float32."""
+    """Prints once, on stderr, if a model of `dtype=auto` does not compute in float32."""
     if config.dtype == "auto" and config.compute_dtype != "float32" and is_first_process():
         _print_note(f"computing in {config.compute_dtype} on this device: model.dtype=auto")
 
