@@ -182,8 +182,9 @@ def device_memory(mesh: Mesh) -> float:
     JAX may allocate on an accelerator.
     """
     index = jax.process_index()
-    device: Any = next((d for d in mesh.devices.flat if d.process_index == index), None)
-    if device is not None and device.platform == "cpu":
+    local = [d for d in mesh.devices.flat if d.process_index == index]
+    device: Any = (local or list(mesh.devices.flat))[0]
+    if device.platform == "cpu":
         sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
         for path in CGROUPS:
             with contextlib.suppress(OSError, ValueError):  # "max": no limit
