@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import results
 
-from xclip_jax import compile_only, sharding
+from xclip_jax import sharding
 from xclip_jax.config import get_config
 from xclip_jax.loss import LossOptions, loss_of_features
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.optimizer import make_optimizer
-from xclip_jax.train import compile_training
+from xclip_jax.train import batch_shapes, compile_training
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from collectives import collective_bytes
@@ -89,7 +89,7 @@ def measure_step(pairs: int, micro_batch: int) -> results.Row:
     mesh = sharding.make_mesh(1)
     _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
     init, step = compile_training(model, optimizer, config, mesh)
-    compiled = step.lower(init.eval_shape(), compile_only.batch_shapes(config, mesh)).compile()
+    compiled = step.lower(init.eval_shape(), batch_shapes(config, mesh)).compile()
     variant = f"micro-batch {micro_batch}" if micro_batch else "plain"
     return memory_row("step", variant, pairs, devices=1, compiled=compiled)
 

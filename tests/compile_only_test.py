@@ -1,6 +1,7 @@
 """Tests of compiling the training step without data and without running it."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +11,40 @@ from collectives import reduced_bytes
 
 from xclip_jax import compile_only, sharding
 from xclip_jax.cli import InputError
+from xclip_jax.fitting import Settings
 from xclip_jax.models import XClip
-from xclip_jax.train import configure_model
+from xclip_jax.optimizer import make_optimizer
+from xclip_jax.train import configure_model, trace_with
 
 
 def test_step_that_does_not_fit_names_settings_that_do(tmp_path, monkeypatch, capsys):
-    real = compile_only._compile_step
+    real = compile_only.trace_with
 
-    def limited(config, mesh):
-        if config.train.micro_batch not in (4, 8) or config.model.remat != "layers":
+    class TooLarge(NamedTuple):
+        jaxpr: Any
+
+        def lower(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 25G of 15G hbm.\nmore")
-        return real(config, mesh)
 
-    monkeypatch.setattr(compile_only, "_compile_step", limited)
-    config = tiny.make_config(tmp_path, batch_size=16)
+    def limited(*args):
+        def trace(settings):
+            fits = settings.micro_batch in (4, 8) and settings.remat == "layers"
+            traced = real(*args)(settings)
+            return traced if fits else TooLarge(traced.jaxpr)
+
+        return trace
+
+    monkeypatch.setattr(compile_only, "trace_with", limited)
+    config = tiny.make_config(tmp_path, batch_size=16, micro_batch=0)
+    config.model.remat = "none"
     message = r"does not fit: RESOURCE_EXHAUSTED: Used 25G of 15G hbm\.; it fits with .*"
     with pytest.raises(InputError, match=message + r"remat=layers .*micro_batch=8: 0\.\d\d GiB"):
         compile_only.compile_only(config)
 
 
 def test_memory_of_this_machine_is_a_limit(tmp_path, monkeypatch):
-    config = tiny.make_config(tmp_path, batch_size=64)
-    config.mesh.data = 1
+    config = tiny.make_config(tmp_path, batch_size=64, micro_batch=0)
+    config.mesh.data, config.model.remat = 1, "none"
     needed = compile_only.compile_only(config)["peak memory, a device"]
     memory = 0.9 * parse_gib(needed) * 2**30
     monkeypatch.setattr(compile_only, "device_memory", lambda _: memory)
@@ -62,13 +75,15 @@ def test_report_lists_memory_flops_and_collectives(capsys):
 def test_gradients_are_reduced_once_for_all_micro_batches():
     config, found, flops = tiny.make_config("no data is read"), {}, {}
     config.train.batch_size, mesh = 32, sharding.make_mesh(-1, 1)
+    model = XClip(configure_model(config, 49408))
+    _, optimizer = make_optimizer(config.optimizer, 9)
+    trace = trace_with(model, optimizer, config, mesh)
     for micro_batch in (0, 16, 2):
-        config.train.micro_batch = micro_batch
-        traced, compiled = compile_only._compile_step(config, mesh)
-        found[micro_batch] = reduced_bytes(compiled.as_text())
+        traced = trace(Settings("none", micro_batch))
+        found[micro_batch] = reduced_bytes(traced.lower().compile().as_text())
         flops[micro_batch] = compile_only.matrix_flops(traced.jaxpr.jaxpr)
     outside, inside = zip(*found.values(), strict=True)
-    shapes = jax.tree.leaves(tiny.param_shapes(XClip(configure_model(config, 49408))))
+    shapes = jax.tree.leaves(tiny.param_shapes(model))
     gradients = 4 * sum(math.prod(x.shape) for x in shapes)
     assert inside == (0, 0, 0)
     assert min(outside) >= gradients
@@ -82,6 +97,7 @@ def test_gradients_are_reduced_once_for_all_micro_batches():
 def test_micro_batches_take_less_memory():
     config = tiny.make_config("")
     config.train.batch_size = 512
+    config.model.remat, config.train.micro_batch = "none", 0
     plain = compile_only.compile_only(config)["temporary memory, a device"]
     config.train.micro_batch = 64
     cached = compile_only.compile_only(config)["temporary memory, a device"]

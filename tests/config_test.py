@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import xclip_jax.config
-from xclip_jax.cli import InputError
+from xclip_jax.cli import CommandParser, InputError, parse_with_config
 from xclip_jax.config import BEST, FREE_FIELDS, get_config, validate
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.models import read_model_config
@@ -75,6 +75,7 @@ MISTAKES = {
     "model.temporal.heads": (*WHOLE, 7),
     "model.remat": (None, "", "some"),
     "train.batch_size": WHOLE,
+    "train.micro_batch": (-1, 2.5, True, "some", ""),
     "train.epochs": (-1, None, True),
     "data.max_videos": (-1, None, True),
     "train.eval_every": (-1, None),
@@ -248,6 +249,25 @@ def test_optional_fields_are_set_on_the_command_line(monkeypatch):
     model = values.config.model
     assert (model.temporal.residual, model.matrices, model.words) == (True, False, "all_tokens")
     validate(values.config)
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("30", 30), ("0", 0)])
+def test_micro_batch_is_a_number_or_auto(monkeypatch, tmp_path, text, value):
+    argv = ["program", f"--config.train.micro_batch={text}"]
+    monkeypatch.setattr("sys.argv", argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", get_config(), flag_values=values)
+    values(argv)
+    (tmp_path / "c.py").write_text("from xclip_jax.config import get_config\n")
+    line = [f"--config={tmp_path / 'c.py'}", argv[1]]
+    _, parsed, _ = parse_with_config(CommandParser(), line)
+    written = get_config()
+    written.train.micro_batch = value
+    for config in (values.config, parsed, written):
+        assert config.train.micro_batch == value
+        validate(config)
+        config.train.micro_batch = 4  # also over auto
+    assert get_config().train.micro_batch is None
 
 
 def test_model_fields_of_earlier_versions_are_upgraded():

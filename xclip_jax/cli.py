@@ -216,6 +216,7 @@ def _set_field(config: Any, field: str, text: str) -> Any:
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _CONVERTERS: dict[type, Callable[[str], Any]] = {int: int, float: float, str: str}
+_CONVERTERS[object] = lambda text: int(text) if re.fullmatch(r"-?\d+", text) else text
 _CONVERTERS[bool] = lambda text: _BOOLS[text.lower()]
 _CONVERTERS[tuple] = lambda text: tuple(re.findall(r"[^\s,()'\"]+", text))  # ('a', 'b') or a,b
 

@@ -8,14 +8,14 @@ any machine. A model of CLIP's size takes minutes.
 """
 
 import collections
+import dataclasses
 import math
 import os
 import re
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -23,9 +23,18 @@ from xclip_jax import sharding
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError, first_line
 from xclip_jax.config import RunConfig
+from xclip_jax.fitting import (
+    Attempt,
+    Settings,
+    candidates,
+    device_memory,
+    held_bytes,
+    peak_bytes,
+    try_settings,
+)
 from xclip_jax.models import XClip
 from xclip_jax.optimizer import make_optimizer
-from xclip_jax.train import check_batch_sizes, compile_training, configure_model
+from xclip_jax.train import check_batch_sizes, configure_model, trace_with
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
 CLIP_VOCABULARY = 49408
@@ -35,6 +44,8 @@ SCHEDULE_STEPS = 1000  # any number: the program does not depend on it
 def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     """Compiles the training step of a config, prints and returns {quantity: text}.
 
+    Automatic settings are tried until the step fits, in a table of one row each.
+
     Args:
         config: the run's config; its data is not read.
         topology: generation and shape of a TPU slice, such as v4:2x2x2, v5e:2x4, v5p:2x2x1 or
@@ -43,6 +54,36 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
     Raises InputError if the topology does not exist, libtpu is not installed, or the step does not
     fit into the devices' memory: the message has settings with which it does.
     """
+    mesh = _make_mesh(config, topology)
+    check_batch_sizes(config, mesh)
+    vocabulary = config.model.text.vocab_size
+    model = configure_model(config, vocabulary or CLIP_VOCABULARY)
+    if topology and model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="bfloat16")
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    print(f"{devices}, batch {config.train.batch_size}, {model.compute_dtype}")
+    chosen, work = _try_settings(config, XClip(model), mesh)
+    held, peak = held_bytes(chosen.compiled), peak_bytes(chosen.compiled)
+    figures = {
+        "settings": str(chosen.settings),
+        "state and batch, a device": f"{held / 2**30:.2f} GiB",
+        "temporary memory, a device": f"{(peak - held) / 2**30:.2f} GiB",
+        "peak memory, a device": f"{peak / 2**30:.2f} GiB",
+        "matrix products, FLOP a step": f"{work:.3g}, all devices",
+        "collectives in the program": _count_collectives(chosen.compiled),
+    }
+    clip = config.init.clip
+    if clip and not (model_folder(clip) / "model.json").is_file():
+        figures["encoders"] = f"as the config says: there is no model in {clip}"
+    if not vocabulary:
+        figures["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's; training takes the tokenizer's"
+    for name, value in figures.items():
+        print(f"  {name:34}{value}")
+    return figures
+
+
+def _make_mesh(config: RunConfig, topology: str) -> Mesh:
+    """Returns the mesh of a TPU slice, or of this machine's devices."""
     devices = None
     if topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server outside the cloud
@@ -51,92 +92,47 @@ def compile_only(config: RunConfig, topology: str = "") -> dict[str, str]:
         except Exception as error:  # libtpu has no common type
             hint = "such as v6e:2x4" if find_spec("libtpu") else "needs pip install libtpu"
             raise InputError(f"--topology={topology}: {first_line(error)} ({hint})") from None
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    check_batch_sizes(config, mesh)
-    vocabulary = config.model.text.vocab_size
-    try:
-        traced, compiled = _compile_step(config, mesh)
-        if (peak := peak_bytes(compiled)) > (memory := device_memory(mesh)):
-            sizes = f"{peak / 2**30:.2f} GiB a device of {memory / 2**30:.2f} GiB"
-            raise MemoryError(sizes)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        problem = f"the training step does not fit: {first_line(error):.500}"
-        raise InputError(f"{problem}; {_find_fitting_settings(config, mesh)}") from None
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+
+
+def _try_settings(config: RunConfig, model: XClip, mesh: Mesh) -> tuple[Attempt, int]:
+    """Prints the table of settings, returns the one that fits and its FLOP.
+
+    Raises InputError if none does; where other settings than the config's fit, it names them.
+    """
+    size, remat, micro_batch = config.train.batch_size, config.model.remat, config.train.micro_batch
+    _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
+    trace, available = trace_with(model, optimizer, config, mesh), device_memory(mesh)
+    least = matrix_flops(trace(Settings("none", 0)).jaxpr.jaxpr)
+    print(f"  {'recomputation':15}{'micro-batch':13}{'FLOP':>6}  memory")
+
+    def try_all(settings: list[Settings]) -> tuple[Attempt, int]:
+        for attempt in try_settings(trace, settings, size, available):
+            work, (recomputed, pairs) = matrix_flops(attempt.traced.jaxpr.jaxpr), attempt.settings
+            fits = "fits" if attempt.fits else "does not fit"
+            row = f"  {recomputed:15}{pairs or 'whole batch':<13}{work / least:6.2f}"
+            print(f"{row}  {fits}: {attempt.memory}", flush=True)
+        return attempt, work
+
+    chosen, work = try_all(candidates(size, mesh.size, remat, micro_batch))
+    if not chosen.fits and (remat != "auto" or isinstance(micro_batch, int)):
+        problem = f"the training step does not fit: {chosen.memory}"
+        other, _ = try_all(candidates(size, mesh.size))
+        if other.fits:
+            needed = other.memory.partition(" of ")[0]
+            raise InputError(f"{problem}; it fits with {other.settings.flags}: {needed}")
+    chosen.check()
+    return chosen, work
+
+
+def _count_collectives(compiled: Any) -> str:
+    """Returns the number of each kind of collective in the program."""
     try:
         names = re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
-        counts = sorted(collections.Counter(names).items())
-        collectives = ", ".join(f"{count} {name}" for name, count in counts) or "none"
     except jax.errors.JaxRuntimeError:  # XLA cannot print some fused operations of libtpu
-        collectives = "unknown: the compiled program cannot be printed"
-    held = held_bytes(compiled)
-    figures = {
-        "state and batch, a device": f"{held / 2**30:.2f} GiB",
-        "temporary memory, a device": f"{(peak - held) / 2**30:.2f} GiB",
-        "peak memory, a device": f"{peak / 2**30:.2f} GiB",
-        "matrix products, FLOP a step": f"{matrix_flops(traced.jaxpr.jaxpr):.3g}, all devices",
-        "collectives in the program": collectives,
-    }
-    clip = config.init.clip
-    if clip and not (model_folder(clip) / "model.json").is_file():
-        figures["encoders"] = f"as the config says: there is no model in {clip}"
-    if not vocabulary:
-        figures["vocabulary"] = f"{CLIP_VOCABULARY} as CLIP's; training takes the tokenizer's"
-    print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {config.train.batch_size}")
-    for name, value in figures.items():
-        print(f"  {name:34}{value}")
-    return figures
-
-
-def _compile_step(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns the traced and the compiled training step."""
-    vocabulary = config.model.text.vocab_size or CLIP_VOCABULARY
-    model = XClip(configure_model(config, vocabulary))
-    _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
-    init, step = compile_training(model, optimizer, config, mesh)
-    traced = step.trace(init.eval_shape(), batch_shapes(config, mesh))
-    return traced, traced.lower().compile()
-
-
-def _find_fitting_settings(config: RunConfig, mesh: Mesh) -> str:
-    """Returns the first settings of less memory and more time with which the step compiles."""
-    size, fields = config.train.batch_size, cast("Any", config)
-    smaller = fields.copy_and_resolve_references()
-    divisors = [n for n in range(size // 2, 0, -1) if size % n == 0 and n % mesh.size == 0]
-    for micro_batch in (config.train.micro_batch, *divisors):
-        for remat in ("dots", "layers"):
-            smaller.model.remat, smaller.train.micro_batch = remat, micro_batch
-            flags = f"--config.model.remat={remat} --config.train.micro_batch={micro_batch}"
-            print(f"trying {flags}", flush=True)
-            try:
-                _, compiled = _compile_step(smaller, mesh)
-            except jax.errors.JaxRuntimeError:
-                continue
-            if (peak := peak_bytes(compiled)) <= device_memory(mesh):
-                return f"it fits with {flags}: {peak / 2**30:.2f} GiB a device"
-    return "nor does it with smaller micro-batches: use more devices and --config.mesh.fsdp"
-
-
-def held_bytes(compiled: Any) -> int:
-    """Returns the bytes of state and batch on a device."""
-    memory = compiled.memory_analysis()
-    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return sizes - memory.alias_size_in_bytes
-
-
-def peak_bytes(compiled: Any) -> int:
-    """Returns the bytes of state, batch and temporary arrays on a device."""
-    return held_bytes(compiled) + compiled.memory_analysis().temp_size_in_bytes
-
-
-def device_memory(mesh: Mesh) -> float:
-    """Returns the bytes of memory of a device, infinite if unknown."""
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    try:
-        return device.memory_stats()["bytes_limit"]
-    except (AttributeError, KeyError, TypeError, jax.errors.JaxRuntimeError):
-        return math.inf  # of a topology, for which the compiler counts
+        return "unknown: the compiled program cannot be printed"
+    counts = sorted(collections.Counter(names).items())
+    return ", ".join(f"{count} {name}" for name, count in counts) or "none"
 
 
 def matrix_flops(jaxpr: Any) -> int:
@@ -160,18 +156,3 @@ def matrix_flops(jaxpr: Any) -> int:
         else:
             total += sum(inner) * equation.params.get("length", 1)  # length of a scan
     return total
-
-
-def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and shardings of a batch, see `training_batches`."""
-    size, m = config.train.batch_size, config.model
-    side, words, frames = m.vision.image_size, (size, m.max_words), (size, m.max_frames)
-    types = {
-        "ids": (words, jnp.int32),
-        "text_mask": (words, jnp.bool_),
-        "frames": ((*frames, side, side, 3), jnp.uint8),
-        "frame_mask": (frames, jnp.bool_),
-        "video": ((size,), jnp.int32),
-    }
-    placed = sharding.over_batch(mesh)
-    return {k: jax.ShapeDtypeStruct(*shape, sharding=placed) for k, shape in types.items()}

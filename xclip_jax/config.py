@@ -65,7 +65,9 @@ class TrainConfig:
     """Batch size, training length, validation and checkpoints."""
 
     batch_size: Size = 300  # B, pairs per step, over all devices
-    micro_batch: Natural = 0  # pairs encoded at once (gradient caching); 0: the whole batch
+    # Pairs encoded at once (gradient caching); 0: the whole batch; None or auto: as many as fit the
+    # devices (fitting.py).
+    micro_batch: Natural | Literal["auto"] | None = None
     epochs: Natural = 3  # passes over the pairs; 0: the initial weights are evaluated
     # val: best on val_split, or the last without one; last; test: best on test_split, as in the
     # PyTorch release (marked in the results).
@@ -200,8 +202,9 @@ def get_config(section: Any = Config()) -> Any:
         if dataclasses.is_dataclass(value):
             value = get_config(value)
         elif value is None:  # a placeholder keeps the type, which the command line needs
-            kind = get_args(hint)[0]
-            value = config_dict.placeholder(str if get_origin(kind) is Literal else kind)
+            kind, *others = get_args(hint)
+            kind = str if get_origin(kind) is Literal else kind
+            value = config_dict.placeholder(object if len(others) > 1 else kind)
         config[name] = value
     return config.lock()
 
@@ -300,7 +303,7 @@ def benchmark(
     batch_size, epochs = paper
     if preset == "official":
         batch_size, epochs = official_b16 if backbone == "vit_b16" else official
-        c.model.update(preset="official", param_dtype="float16")
+        c.model.update(preset="official", param_dtype="float16", dtype="float32")
         c.optimizer.update(name="bert_adam", freeze_layers=0)
         c.train.select_by = "text_to_video"
     if preset == "best":

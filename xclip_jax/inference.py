@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -10,11 +11,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from xclip_jax.models import XClip
+from xclip_jax.distributed import is_first_process
+from xclip_jax.models import ModelConfig, XClip
 
 PyTree = Any
 Tree = TypeVar("Tree")
 T = TypeVar("T")
+
+
+def note_compute_dtype(config: ModelConfig) -> None:
+    """Prints once, on stderr, if a model of `dtype=auto` does not compute in float32."""
+    if config.dtype == "auto" and config.compute_dtype != "float32" and is_first_process():
+        _print_note(f"computing in {config.compute_dtype} on this device: model.dtype=auto")
+
+
+@functools.cache
+def _print_note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def copy_to_local_devices(params: PyTree) -> PyTree:

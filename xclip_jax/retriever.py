@@ -377,7 +377,9 @@ def load(
         except InputError as error:
             advice = "; options are those of python -m xclip_jax.convert"
             raise InputError(f"{error}{advice * ('--' in str(error))}") from None
-    return Retriever(*load_model(directory))
+    config, model, params, tokenizer = load_model(directory)
+    inference.note_compute_dtype(model.config)
+    return Retriever(config, model, params, tokenizer)
 
 
 from_pretrained = load

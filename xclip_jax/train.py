@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_bat
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.distributed import print_once
 from xclip_jax.evaluate import check_frames, check_queries, evaluate_split
-from xclip_jax.inference import copy_to_local_devices
+from xclip_jax.fitting import Settings, fit_step
+from xclip_jax.inference import copy_to_local_devices, note_compute_dtype
 from xclip_jax.initialization import how_to_convert, start_from_clip
 from xclip_jax.loss import LOSS_SCALES, Batch, LossOptions, loss_and_grad
 from xclip_jax.metrics import retrieval_metrics
@@ -81,6 +82,7 @@ def _train(setup: "Setup", workdir: Path) -> None:
         f"{size / 1e6:.2f} M parameters, {len(setup.pairs)} pairs, {total} steps of "
         f"{config.train.batch_size} pairs on {mesh.size} x {jax.devices()[0].device_kind}"
     )
+    note_compute_dtype(model.config)
     if mesh.size > 1:
         print_once(sharding.summarize_split(state.params, mesh))
     manager = checkpoint.open_checkpoints(workdir / "checkpoints")
@@ -120,6 +122,7 @@ def _run_steps(
     """Runs the remaining steps, with evaluations and checkpoints at the config's intervals."""
     config, start, total = setup.config, int(state.step), setup.total_steps
     eval_every = config.train.eval_every or setup.epoch_steps
+    take_step = setup.compile_step() if start < total else setup.step
     batches = itertools.islice(setup.batches(start), total - start)
     must_stop = distributed.watch_for_preemption()
     with Monitor(config, workdir, setup.schedule, range(start, total)) as monitor:
@@ -127,7 +130,7 @@ def _run_steps(
             monitor.profile(step)
             truncated = int(batch.pop("truncated").sum())
             # Dispatched only: the next batch is copied to the devices while this step runs.
-            state, metrics = setup.step(state, sharding.shard_batch(batch, setup.mesh))
+            state, metrics = take_step(state, sharding.shard_batch(batch, setup.mesh))
             monitor.log_step(step, metrics, truncated)
             stop = must_stop(step) and step < total
             validate = step % eval_every == 0 or step == total
@@ -151,14 +154,19 @@ def _run_steps(
 
 
 def compile_training(
-    model: XClip, optimizer: optax.GradientTransformation, config: RunConfig, mesh: Mesh
+    model: XClip,
+    optimizer: optax.GradientTransformation,
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    micro_batch: int | None = None,
 ) -> tuple[Any, Any]:
     """Returns two jitted functions: () -> initial state, (state, batch) -> (state, metrics).
 
     The initial state depends only on the seed, or has the float32 parameters passed to its
     function, whose `eval_shape` returns its shapes and shardings. The training step donates its
     state. Its `batch` is one of training_batches: the loss compares all pairs, even if they are
-    split over devices.
+    split over devices. `micro_batch` replaces the config's; an automatic one is the whole batch.
     """
     decay = config.train.ema
 
@@ -174,7 +182,7 @@ def compile_training(
         cdcr=config.loss.cdcr,
         same_video=config.loss.same_video,
         scale=config.loss.scale or LOSS_SCALES[config.model.preset],
-        micro_batch=config.train.micro_batch,
+        micro_batch=fixed_micro_batch(config) if micro_batch is None else micro_batch,
         block_cells=config.loss.block_cells,
         mesh=mesh,
     )
@@ -205,6 +213,37 @@ def compile_training(
     outputs = states, sharding.replicated(mesh)
     jitted_step = jax.jit(train_step, donate_argnums=0, out_shardings=outputs)
     return jax.jit(init, out_shardings=states), jitted_step
+
+
+def trace_with(
+    model: XClip, optimizer: optax.GradientTransformation, config: RunConfig, mesh: Mesh
+) -> Callable[[Settings], Any]:
+    """Returns a function from settings to the traced training step with them."""
+    init, _ = compile_training(model, optimizer, config, mesh)
+    inputs = init.eval_shape(), batch_shapes(config, mesh)
+
+    def trace(settings: Settings) -> Any:
+        variant = XClip(dataclasses.replace(model.config, remat=settings.remat))
+        micro_batch = settings.micro_batch
+        _, step = compile_training(variant, optimizer, config, mesh, micro_batch=micro_batch)
+        return step.trace(*inputs)
+
+    return trace
+
+
+def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and shardings of a batch, see `training_batches`."""
+    size, m = config.train.batch_size, config.model
+    side, words, frames = m.vision.image_size, (size, m.max_words), (size, m.max_frames)
+    types = {
+        "ids": (words, jnp.int32),
+        "text_mask": (words, jnp.bool_),
+        "frames": ((*frames, side, side, 3), jnp.uint8),
+        "frame_mask": (frames, jnp.bool_),
+        "video": ((size,), jnp.int32),
+    }
+    placed = sharding.over_batch(mesh)
+    return {k: jax.ShapeDtypeStruct(*shape, sharding=placed) for k, shape in types.items()}
 
 
 def clamp_logit_scale(params: PyTree, limit: float) -> PyTree:
@@ -245,8 +284,18 @@ class Setup:
         self.epoch_steps = steps_per_epoch(self.pairs, config.train.batch_size)
         self.total_steps = config.train.epochs * self.epoch_steps
         steps = max(1, self.total_steps)
-        self.schedule, optimizer = make_optimizer(config.optimizer, steps)
-        self.init, self.step = compile_training(self.model, optimizer, config, self.mesh)
+        self.schedule, self.optimizer = make_optimizer(config.optimizer, steps)
+        self.init, self.step = compile_training(self.model, self.optimizer, config, self.mesh)
+
+    def compile_step(self) -> Callable[..., Any]:
+        """Returns the training step with the settings that fit the devices, and prints these."""
+        config = self.config
+        if config.model.remat != "auto" and fixed_micro_batch(config) == config.train.micro_batch:
+            return self.step
+        trace = trace_with(self.model, self.optimizer, config, self.mesh)
+        chosen = fit_step(trace, self.model.config, config, self.mesh)
+        print_once(f"{chosen.settings}: {chosen.memory}")
+        return chosen.compiled
 
     def batches(self, start_step: int) -> Iterator[dict[str, Any]]:
         """Returns endless batches of this process, see training_batches."""
@@ -259,7 +308,7 @@ class Setup:
 
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     """Raises InputError, with valid sizes, if batch or micro-batch cannot be split evenly."""
-    size, micro, devices = config.train.batch_size, config.train.micro_batch, mesh.size
+    size, micro, devices = config.train.batch_size, fixed_micro_batch(config), mesh.size
     multiple = f"must be a multiple of the {devices} devices"
     if size % devices:
         below = size // devices * devices
@@ -269,6 +318,12 @@ def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
         sizes = ", ".join(str(n) for n in range(devices, size + 1, devices) if size % n == 0)
         divides = f"{multiple} that divides batch_size = {size}: {sizes}"
         raise InputError(f"config.train.micro_batch = {micro}: {divides}")
+
+
+def fixed_micro_batch(config: RunConfig) -> int:
+    """Returns config.train.micro_batch, or 0 if it is automatic."""
+    micro_batch = config.train.micro_batch
+    return micro_batch if isinstance(micro_batch, int) else 0
 
 
 def configure_model(run: RunConfig, num_tokens: int) -> ModelConfig:

@@ -59,7 +59,7 @@ def check_same_run(
     changed = [
         f"{field} was {saved.get(field)!r}, is {value!r}"
         for field, value in _all_fields(config, dataset).items()
-        if not _is_free(field) and (field not in saved or saved[field] != value)
+        if not _is_free(field) and (field not in saved or _differ(field, saved[field], value))
     ]
     if changed:
         advice = f"use the same config or choose another {option}"
@@ -114,7 +114,7 @@ def ignored_settings(workdir: Path, config: RunConfig) -> list[str]:
     return [
         f"{field}={value!r} (trained with {trained[field]!r})"
         for field, value in fields.items()
-        if trained.get(field, value) != value
+        if _differ(field, trained.get(field, value), value)
     ]
 
 
@@ -132,6 +132,12 @@ def default_settings() -> dict[str, Any]:
 def _is_free(field: str) -> bool:
     """Returns True if a run may be resumed with another value of a field."""
     return f"{field}.".startswith(tuple(f"{free}." for free in FREE_FIELDS))
+
+
+def _differ(field: str, value: Any, other: Any) -> bool:
+    """Returns True if two values of a field train differently, by more than rounding."""
+    automatic = field == "model.dtype" and "auto" in (value, other)  # float32 by earlier versions
+    return value != other and not automatic
 
 
 def _flatten(config: Any) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def infer(source: Source) -> ModelConfig:
         activation=values["activation"],
         max_scale=values.get("max_scale", 100.0),
         logit_bias=has_bias,
+        dtype="float32",  # equal to PyTorch on every device
         preprocess=options.preprocess or PreprocessConfig(),
         **_fit_lengths(source, words, vision.get("num_frames") or 12),
         vision=VisionConfig(**vision),

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import jax
 from ml_collections import ConfigDict
 
 from xclip_jax.similarity import GRANULARITIES, Aggregation, Granularity
@@ -166,15 +167,24 @@ class ModelConfig:
     words: Literal["word_tokens", "all_tokens"] | None = None  # all_tokens: with start and end
     padding: Literal["masked", "competes"] | None = None  # competes: padding takes part in AOSM
     matrices: bool | None = None  # the release's eight learned matrices, tied to the lengths
-    dtype: Literal["float32", "bfloat16"] = "float32"  # compute type of the towers
+    # Compute type of the towers; auto: float32 on CPU, bfloat16 on accelerators.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Type in which training stores CLIP's matrices and their moments. float16: as the release.
     param_dtype: Literal["float32", "float16"] = "float32"
-    # Recomputation in the backward pass: of whole layers, or of all but their matrix products.
-    remat: Literal["none", "layers", "dots"] = "none"
+    # Recomputation in the backward pass: of whole layers, or of all but their matrix products;
+    # auto: the least with which the step fits the devices (fitting.py).
+    remat: Literal["auto", "none", "layers", "dots"] = "auto"
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     temporal: TemporalConfig = TemporalConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
+
+    @property
+    def compute_dtype(self) -> str:
+        """The compute type on this machine's devices."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     @property
     def has_granularities(self) -> bool:
@@ -216,10 +226,12 @@ def check_types(config: Any, section: Any, prefix: str = "") -> Checks:
     """
     for name, hint in get_type_hints(section, include_extras=True).items():
         field, value, suffix, rules = prefix + name, getattr(config, name), "", ()
-        if type(None) in get_args(hint):  # X | None
-            if value is None:
+        if type(None) in get_args(hint):  # X | None, or X | Literal["auto"] | None
+            hint, *others = get_args(hint)
+            is_automatic = len(others) > 1 and isinstance(value, str) and value == "auto"
+            if value is None or is_automatic:
                 continue
-            hint, suffix = get_args(hint)[0], " (or None: by the preset)"
+            suffix = " or auto" if len(others) > 1 else " (or None: by the preset)"
         if get_origin(hint) is Annotated:
             hint, *rules = get_args(hint)
         if get_origin(hint) is Literal:

@@ -64,20 +64,21 @@ class PairTransformer(nn.Module):
         self, text: TextFeatures, video: VideoFeatures, words_TxW: TextMask, frames_VxF: FrameMask
     ) -> Logits:
         c, dim = self.config, text.sentence.shape[-1]
+        dtype = c.compute_dtype
         if is_tight := c.fusion == "mean":
             no_words = jnp.ones((len(text.mask), 0), bool)
             tokens, mask = _pair([text.sentence[:, None]], no_words, [video.frames], video.mask)
             count = max(c.text.context_length, c.max_frames + 1)  # and the sentence's
             positions = self.param("positions", normal(0.01), (count, dim))
-            x = tokens.astype(c.dtype) + positions[: tokens.shape[1]].astype(c.dtype)
+            x = tokens.astype(dtype) + positions[: tokens.shape[1]].astype(dtype)
             x = nn.Dropout(TIGHT_DROPOUT)(x, deterministic=not self.has_rng("dropout"))
         else:
             kinds = self.param("kinds", normal(dim**-0.5), (4, dim))
             texts = [text.sentence[:, None] + kinds[0], text.words + kinds[1]]
             videos = [video.video[:, None] + kinds[2], video.frames + kinds[3]]
             tokens, mask = _pair(texts, words_TxW, videos, frames_VxF)
-            x = tokens.astype(c.dtype)
-        x = Transformer(c.blocks("temporal"), c.dtype, c.remat, name="encoder")(x, mask)
+            x = tokens.astype(dtype)
+        x = Transformer(c.blocks("temporal"), dtype, c.remat, name="encoder")(x, mask)
         y = LayerNorm(name="ln_pool" if is_tight else "ln")(x)[:, 0].astype(jnp.float32)
         if is_tight:
             y = ACTIVATIONS["quick_gelu"](nn.Dense(dim, name="pool")(y))

@@ -25,8 +25,8 @@ class TemporalTransformer(nn.Module):
         # As many as CLIP's texts, from which they are initialised, or more.
         count = max(c.text.context_length, c.max_frames)
         positions = self.param("positions", normal(0.3), (count, dim))
-        x = frames_VxFxD + positions[:num_frames].astype(c.dtype)
-        encoder = Transformer(c.blocks("temporal"), c.dtype, c.remat, name="encoder")
+        x = frames_VxFxD + positions[:num_frames].astype(c.compute_dtype)
+        encoder = Transformer(c.blocks("temporal"), c.compute_dtype, c.remat, name="encoder")
         return encoder(x, jnp.asarray(mask_VxF)[:, None, None, :])
 
 
@@ -41,7 +41,7 @@ class TemporalLSTM(nn.Module):
     @nn.compact
     def __call__(self, frames_VxFxD: Frames, mask_VxF: FrameMask) -> Frames:
         num_videos, _, dim = frames_VxFxD.shape
-        dtype, bound = self.config.dtype, dim**-0.5
+        dtype, bound = self.config.compute_dtype, dim**-0.5
 
         def init(key: Array, shape: tuple[int, ...], dtype: Any = "float32") -> Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)

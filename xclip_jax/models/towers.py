@@ -65,7 +65,7 @@ class VisionTower(nn.Module):
 
     def encode_patches(self, images: Images) -> Tokens:
         """Returns the blocks' output for the class token, if any, and every patch."""
-        c, dtype = self.config.vision, self.config.dtype
+        c, dtype = self.config.vision, self.config.compute_dtype
         grid = images.shape[1] // c.patch_size, images.shape[2] // c.patch_size
         embed = PatchEmbedding(c.patch_size, c.width, c.patch_bias, name="patch")
         x, init = embed(images.astype(dtype)), normal(c.width**-0.5)
@@ -91,7 +91,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Float[Array, "B E"]:
-        c, dtype, width = self.config.vision, self.config.dtype, x.shape[-1]
+        c, dtype, width = self.config.vision, self.config.compute_dtype, x.shape[-1]
         heads, init = c.pool_heads or c.heads, normal(width**-0.5)
         shape, options = (heads, width // heads), {"dtype": dtype, "kernel_init": init}
         probe = self.param("probe", init, (1, 1, width)).astype(x.dtype)
@@ -115,10 +115,11 @@ class TextTower(nn.Module):
         c, num_words = self.config.text, ids_TxW.shape[1]
         embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), name="tokens")
         positions = self.param("positions", normal(0.01), (c.context_length, c.width))
-        x = (embed(ids_TxW) + positions[:num_words]).astype(self.config.dtype)
+        x = (embed(ids_TxW) + positions[:num_words]).astype(self.config.compute_dtype)
         mask = jnp.tril(jnp.ones((1, 1, num_words, num_words), bool)) if c.causal else None
         blocks = self.config.blocks("text")
-        x = Transformer(blocks, self.config.dtype, self.config.remat, name="encoder")(x, mask)
+        options = self.config.compute_dtype, self.config.remat
+        x = Transformer(blocks, *options, name="encoder")(x, mask)
         return project(self.config, c.projection, LayerNorm(c.epsilon, name="ln_final")(x))
 
 
@@ -126,7 +127,7 @@ def project(config: ModelConfig, kind: str, x: Float[Array, "*B E"]) -> Float[Ar
     """Maps vectors to the joint embedding space, as a layer of the module that calls it, if any."""
     if kind == "none":
         return x
-    options: Any = {"dtype": config.dtype, "kernel_init": normal(x.shape[-1] ** -0.5)}
+    options: Any = {"dtype": config.compute_dtype, "kernel_init": normal(x.shape[-1] ** -0.5)}
     return nn.Dense(config.embed_dim, use_bias=kind == "bias", name="projection", **options)(x)
 
 

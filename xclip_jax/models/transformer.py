@@ -154,7 +154,7 @@ def _residual_scale(c: BlockConfig) -> float:
 
 
 class Transformer(nn.Module):
-    """Scanned blocks. `remat` is a key of REMAT, or "none"."""
+    """Scanned blocks. Without a key of REMAT as `remat`, nothing is recomputed."""
 
     config: BlockConfig
     dtype: str = "float32"
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens, mask: Mask | None = None, angles: Angles | None = None) -> Tokens:
         layers, block = self.config.layers, Block
-        if self.remat != "none":
+        if self.remat in REMAT:
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         blocks = nn.scan(
             block,

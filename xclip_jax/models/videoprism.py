@@ -57,7 +57,7 @@ class VideoTower(VisionTower):
         """Returns the temporal or the joint blocks, as a layer of this module."""
         config, layers = self.config, getattr(self.config.vision, f"{name}_layers")
         blocks = dataclasses.replace(config.blocks("vision"), layers=layers)
-        return Transformer(blocks, config.dtype, config.remat, name=name)
+        return Transformer(blocks, config.compute_dtype, config.remat, name=name)
 
 
 class ScaledAttentionPool(nn.Module):
@@ -73,7 +73,7 @@ class ScaledAttentionPool(nn.Module):
     def __call__(
         self, x: Tokens, mask_BxL: TextMask | FrameMask | None = None
     ) -> Float[Array, "B E"]:
-        c, dtype, width = self.config.vision, self.config.dtype, x.shape[-1]
+        c, dtype, width = self.config.vision, self.config.compute_dtype, x.shape[-1]
         shape = (c.heads, 4 * width // c.heads)
         options: Any = {"dtype": dtype, "kernel_init": normal(width**-0.5)}
         probe = self.param("probe", normal(width**-0.5), (1, 1, width)).astype(x.dtype)
@@ -100,7 +100,7 @@ class ClassTokenTextTower(nn.Module):
 
     @nn.compact
     def __call__(self, ids_TxW: Ids, mask_TxW: TextMask) -> Float[Array, "T W+1 D"]:
-        c, dtype, (texts, num_words) = self.config.text, self.config.dtype, ids_TxW.shape
+        c, dtype, (texts, num_words) = self.config.text, self.config.compute_dtype, ids_TxW.shape
         embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(c.width**-0.5), name="tokens")
         token = self.param("class_token", normal(c.width**-0.5), (c.width,))
         x = embed(ids_TxW) * c.width**0.5 + sinusoidal_positions(num_words, c.width)
