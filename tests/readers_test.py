@@ -196,3 +196,34 @@ def test_workers_without_enough_shared_memory_are_not_started(monkeypatch, capsy
     assert Readers(4, 4) not in dict(measured)
     assert "no worker processes for the input: " in (text := capsys.readouterr().out)
     assert "GiB free in /dev/shm, 33527612.7 needed" in text
+
+
+def make_rows(bare, ours, undecoded):
+    """Returns rows of the benchmark from the clips per second on one and two cores."""
+    rates = [("bare", 4, bare), ("ours", 4, ours), ("undecoded", 1, [undecoded])]
+    return [
+        {"side": side, "threads": threads, "cores": cores, "clips_s": rate}
+        for side, threads, some in rates
+        for cores, rate in enumerate(some, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bare", "ours", "serial", "rate"),
+    [
+        ([400, 800], [400, 800], 1 / 4000, 12 / (1 / 4000 + 9 / 4000 / 16)),  # only Python's lock
+        ([400, 600], [400, 600], 1 / 4000, 12 / (1 / 4000 + 9 / 4000 / 12)),  # a slower second core
+        ([400, 800], [400, 640], 1 / 1600, 12 / (1 / 1600 + 3 / 1600 / 16)),  # a fifth is lost
+    ],
+)
+def test_benchmark_extrapolates_by_amdahls_law(monkeypatch, bare, ours, serial, rate):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import input_pipeline
+
+    found = input_pipeline.extrapolate(make_rows(bare, ours, 4000), 0.3, 3600)
+    assert found["serial_ms"] == pytest.approx(1e3 * serial)
+    assert found["frames_s_16_cores"] == pytest.approx(rate)
+    assert found["gpu_frames_s"] == pytest.approx(12000)
+    speed = bare[1] / bare[0] / 2
+    parallel = (1 / 400 - serial) / speed
+    assert serial + parallel / found["cores_per_gpu"] == pytest.approx(1 / 1000)
