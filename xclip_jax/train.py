@@ -1,16 +1,19 @@
 """Trains a model: the loop, the pure training step, and the setup from a config."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -20,7 +23,14 @@ from xclip_jax.checkpoint import Checkpoints
 from xclip_jax.cli import InputError
 from xclip_jax.config import RunConfig
 from xclip_jax.data.builder import Dataset
-from xclip_jax.data.pipeline import TrainingPairs, steps_per_epoch, training_batches
+from xclip_jax.data.pipeline import (
+    FOUR_THREADS,
+    Readers,
+    TrainingPairs,
+    steps_per_epoch,
+    training_batches,
+)
+from xclip_jax.data.readers import choose_readers, count_cores
 from xclip_jax.data.text import load_tokenizer
 from xclip_jax.distributed import print_once
 from xclip_jax.evaluate import check_frames, check_queries, evaluate_split
@@ -123,15 +133,21 @@ def _run_steps(
     config, start, total = setup.config, int(state.step), setup.total_steps
     eval_every = config.train.eval_every or setup.epoch_steps
     take_step = setup.compile_step() if start < total else setup.step
-    batches = itertools.islice(setup.batches(start), total - start)
     must_stop = distributed.watch_for_preemption()
-    with Monitor(config, workdir, setup.schedule, range(start, total)) as monitor:
-        for step, batch in enumerate(batches, start + 1):
+    readers = setup.choose_readers(total - start)
+    with (
+        contextlib.closing(setup.batches(start, readers)) as batches,
+        Monitor(config, workdir, setup.schedule, range(start, total)) as monitor,
+    ):
+        placed = (_place(batch, setup.mesh) for batch in itertools.islice(batches, total - start))
+        step, following = start, next(placed, None)
+        while following is not None:
+            step, (batch, truncated) = step + 1, following
             monitor.profile(step)
-            truncated = int(batch.pop("truncated").sum())
-            # Dispatched only: the next batch is copied to the devices while this step runs.
-            state, metrics = take_step(state, sharding.shard_batch(batch, setup.mesh))
-            monitor.log_step(step, metrics, truncated)
+            state, metrics = take_step(state, batch)  # dispatched only
+            # Copied to the devices while this step runs, and before it if the last one still does.
+            following = next(placed, None)
+            monitor.log_step(step, metrics, truncated)  # waits for the last one
             stop = must_stop(step) and step < total
             validate = step % eval_every == 0 or step == total
             if validate or stop or step % config.train.checkpoint_every == 0:
@@ -151,6 +167,12 @@ def _run_steps(
                 distributed.shutdown()
                 sys.exit(distributed.PREEMPTED)
     return state
+
+
+def _place(batch: dict[str, np.ndarray], mesh: Mesh) -> tuple[dict[str, jax.Array], int]:
+    """Puts a batch on the devices, returns it and the number of truncated captions."""
+    truncated = int(batch.pop("truncated").sum())
+    return sharding.shard_batch(batch, mesh), truncated
 
 
 def compile_training(
@@ -297,12 +319,25 @@ class Setup:
         print_once(f"{chosen.settings}: {chosen.memory}")
         return chosen.compiled
 
-    def batches(self, start_step: int) -> Iterator[dict[str, Any]]:
+    def batches(
+        self, start_step: int, readers: Readers = FOUR_THREADS
+    ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         """Returns endless batches of this process, see training_batches."""
-        seed, process = self.config.seed, (jax.process_index(), jax.process_count())
-        size, max_frames = self.config.train.batch_size, self.model.config.max_frames
-        shapes = size, max_frames, self.dataset.format
-        options = {"seed": seed, "start_step": start_step, "process": process}
+        process = jax.process_index(), jax.process_count()
+        options = {"seed": self.config.seed, "start_step": start_step, "process": process}
+        return self._open_batches(readers, self.config.train.batch_size, **options)
+
+    def choose_readers(self, steps: int) -> Readers:
+        """Returns the readers of the batches of `steps` steps."""
+        size = self.config.train.batch_size // jax.process_count()
+        clip_bytes = self.model.config.max_frames * self.dataset.format.image_size**2 * 3
+        limits = {"steps": steps, "cores": count_cores()}
+        return choose_readers(self._open_batches, size, clip_bytes, **limits)
+
+    def _open_batches(self, readers: Readers, size: int, **options: Any) -> Any:
+        shapes = size, self.model.config.max_frames, self.dataset.format
+        # Without options, for a measurement: clips that an earlier one has not read.
+        options = {"readers": readers, "seed": readers.threads} | options
         return training_batches(self.pairs, self.tokenizer, *shapes, **options)
 
 

@@ -52,7 +52,7 @@ def worker_pool(jobs: int) -> Iterator[Executor]:
     They are killed on an exception such as KeyboardInterrupt, and end if this process is killed.
     """
     workers = max(1, min(os.cpu_count() or 1, jobs))
-    with ProcessPoolExecutor(workers, _WorkerContext(), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, _WorkerContext(), initializer=end_with_parent) as pool:
         try:
             yield pool
         except BaseException:
@@ -106,7 +106,7 @@ def start_module(module: str, arguments: Sequence[str], log: str | Path) -> Spaw
 
 
 def _run_module(module: str, arguments: list[str], log: str | Path) -> None:
-    _end_with_parent()
+    end_with_parent()
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -114,7 +114,7 @@ def _run_module(module: str, arguments: list[str], log: str | Path) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process as soon as its parent has ended."""
 
     def watch() -> None:

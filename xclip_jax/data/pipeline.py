@@ -1,24 +1,44 @@
 """The input pipeline: prepared clips to batches of arrays, by grain.
 
 Batches depend on the seed only. The global batch of a step is the same for any number of
-processes, and a run resumes by building the pipeline at its step: no iterator state is saved.
+processes, threads and workers, and a run resumes by building the pipeline at its step: no iterator
+state is saved.
 """
 
+import atexit
+import dataclasses
+import functools
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Bool, Int, UInt8
 
 from xclip_jax.cli import InputError
 from xclip_jax.data.builder import Dataset
 from xclip_jax.data.preprocess import FrameFormat, decode_jpeg
 from xclip_jax.data.tokenizer import Tokenizer
+from xclip_jax.workers import end_with_parent
 
 Record = Mapping[str, Any]  # see data.builder.PendingRecord, with bytes in place of str
 Pair = tuple[Record, int, int | None]  # record, video, caption: None until one is drawn
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+_TWO_BATCHES = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+
+
+class Readers(NamedTuple):
+    """The threads that read and decode clips, in this process or in each of `workers` processes."""
+
+    threads: int
+    workers: int = 0
+
+
+FOUR_THREADS = Readers(4)
 
 
 def choose_frames(
@@ -43,11 +63,19 @@ def load_frames(
 
     `format` is that of the data set.
     """
-    chosen = choose_frames(len(record["frames"]), max_frames, spread=format.spread > 0)
     frames_FxSxSx3 = np.zeros((max_frames, format.image_size, format.image_size, 3), np.uint8)
-    for position, index in enumerate(chosen):
-        frames_FxSxSx3[position] = decode_jpeg(record["frames"][index])
-    return frames_FxSxSx3, np.arange(max_frames) < len(chosen)
+    return frames_FxSxSx3, _decode_frames(record, frames_FxSxSx3, spread=format.spread > 0)
+
+
+def _decode_frames(
+    record: Record, frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"], *, spread: bool
+) -> Bool[np.ndarray, " F"]:
+    """Decodes a record's frames into an array and returns their mask, True = real."""
+    max_frames = len(frames_FxSxSx3)
+    chosen = choose_frames(len(record["frames"]), max_frames, spread=spread)
+    for frame_SxSx3, index in zip(frames_FxSxSx3, chosen, strict=False):
+        decode_jpeg(record["frames"][index], frame_SxSx3)
+    return np.arange(max_frames) < len(chosen)
 
 
 class TrainingPairs:
@@ -62,7 +90,7 @@ class TrainingPairs:
         self, dataset: Dataset, split: str, captions: Literal["all", "random"], max_videos: int = 0
     ) -> None:
         self._clips = dataset.clips(split)
-        counts = dataset.captions_per_clip[split].tolist()
+        self._counts = counts = dataset.captions_per_clip[split].tolist()
         chosen = np.random.default_rng(0).permutation(len(counts))[: max_videos or None]
         self._pairs: list[tuple[int, int | None]] = []
         for video in sorted(chosen.tolist()):
@@ -76,6 +104,11 @@ class TrainingPairs:
         video, caption = self._pairs[index]
         return self._clips[video], video, caption
 
+    def draw_caption(self, index: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Returns `index` and the number of that pair's caption, drawn if it has none."""
+        video, caption = self._pairs[index]
+        return index, int(rng.integers(self._counts[video])) if caption is None else caption
+
 
 def steps_per_epoch(pairs: TrainingPairs, batch_size: int) -> int:
     """Returns the number of complete batches in one pass, or raises InputError if there is none."""
@@ -83,6 +116,41 @@ def steps_per_epoch(pairs: TrainingPairs, batch_size: int) -> int:
         limit = f"at most the {len(pairs)} training pairs of the data set"
         raise InputError(f"config.train.batch_size = {batch_size}: must be {limit}")
     return len(pairs) // batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchReader:
+    """A function that reads the pairs of a batch, several at once, also in a worker process."""
+
+    pairs: TrainingPairs
+    tokenizer: Tokenizer
+    max_frames: int
+    format: FrameFormat
+    threads: int
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="input")
+
+    def __call__(self, drawn: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """Returns a batch of pairs given as (index, number of the caption)."""
+        side = self.format.image_size
+        # Decoded in place: with a copy of all frames, reading would take 1.5 times as long.
+        frames = np.zeros((len(drawn), self.max_frames, side, side, 3), np.uint8)
+        rows = list(self._pool.map(self._read_pair, drawn, frames))
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
+            "frames": frames
+        }
+
+    def _read_pair(
+        self, drawn: tuple[int, int], frames_FxSxSx3: UInt8[np.ndarray, "F S S 3"]
+    ) -> dict[str, Any]:
+        record, video, _ = self.pairs[drawn[0]]
+        text = record["captions"][drawn[1]].decode()
+        ids_W, mask_W, is_truncated = self.tokenizer.encode_padded(text)
+        fields = {"ids": ids_W, "text_mask": mask_W, "truncated": np.bool_(is_truncated)}
+        frame_mask = _decode_frames(record, frames_FxSxSx3, spread=self.format.spread > 0)
+        return fields | {"frame_mask": frame_mask, "video": np.int32(video)}
 
 
 def training_batches(
@@ -95,34 +163,40 @@ def training_batches(
     seed: int,
     start_step: int = 0,
     process: tuple[int, int] = (0, 1),
-) -> Iterator[dict[str, np.ndarray]]:
+    readers: Readers = FOUR_THREADS,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Returns endless batches from step `start_step` on, reshuffled in each epoch.
 
     A global batch has B = `batch_size` pairs; each process, (index, number of processes), gets its
-    part. Incomplete batches are dropped. The order and the drawn captions depend on `seed`.
+    part. Incomplete batches are dropped. The order and the drawn captions depend on `seed`. Two
+    batches are read ahead, by `readers`. The iterator's `close` ends these.
 
     Yields:
         dict with ids B x W int32, text_mask B x W bool, frames B x F x S x S x 3 uint8, frame_mask
         B x F bool, video B int32 (equal for two captions of a video), truncated B bool.
     """
     index, count = process
-
-    def make_example(pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
-        record, video, caption = pair
-        if caption is None:
-            caption = int(rng.integers(len(record["captions"])))
-        text = record["captions"][caption].decode()
-        (ids_W,), (mask_W,) = tokenizer([text])
-        frames, frame_mask = load_frames(record, max_frames, format)
-        is_truncated = np.bool_(tokenizer.is_truncated(text))
-        fields = {"ids": ids_W, "text_mask": mask_W, "truncated": is_truncated}
-        return fields | {"frames": frames, "frame_mask": frame_mask, "video": np.int32(video)}
-
     pairs_per_epoch = steps_per_epoch(pairs, batch_size) * batch_size
-    stream = grain.MapDataset.source(pairs).seed(seed).shuffle()[:pairs_per_epoch].repeat()
-    stream = stream.random_map(make_example)[start_step * batch_size :][index::count]
-    stream = stream.batch(batch_size // count, drop_remainder=True)
-    return iter(stream.to_iter_dataset(_READ_OPTIONS))
+    stream = grain.MapDataset.range(len(pairs)).seed(seed).shuffle()[:pairs_per_epoch].repeat()
+    stream = stream.random_map(pairs.draw_caption)[start_step * batch_size :][index::count]
+    read = _BatchReader(pairs, tokenizer, max_frames, format, readers.threads)
+    stream = stream.batch(batch_size // count, drop_remainder=True, batch_fn=read)
+    batches = stream.to_iter_dataset(_TWO_BATCHES)
+    if readers.workers:
+        if not flags.FLAGS.is_parsed():  # grain reads some, which only absl.app parses
+            flags.FLAGS.mark_as_parsed()
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=readers.workers)
+        batches = batches.mp_prefetch(options, _start_worker)
+    return iter(batches)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Makes this worker process end with its parent, and not by a signal to all processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+    # Unloading the libraries would take seconds. 1: an end that grain did not request is an error.
+    atexit.register(os._exit, 1)
 
 
 def evaluation_batches(

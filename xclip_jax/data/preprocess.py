@@ -96,9 +96,17 @@ def encode_jpeg(frame_SxSx3: UInt8[np.ndarray, "S S 3"]) -> bytes:
     return simplejpeg.encode_jpeg(frame, quality=95, colorspace="RGB", colorsubsampling="444")
 
 
-def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "S S 3"]:
-    """Returns the RGB frame in [0, 255] of a JPEG, or raises ValueError."""
-    return simplejpeg.decode_jpeg(data, colorspace="RGB")
+def decode_jpeg(
+    data: bytes, out: UInt8[np.ndarray, "S S 3"] | None = None
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns the RGB frame in [0, 255] of a JPEG, in the array `out` if that is given.
+
+    Raises ValueError if the JPEG is corrupted or not of the size of `out`.
+    """
+    frame = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
+    if out is not None and frame.shape != out.shape:
+        raise ValueError(f"a frame of shape {frame.shape}, expected {out.shape}")
+    return frame
 
 
 def _count_scans(path: PathLike) -> int:

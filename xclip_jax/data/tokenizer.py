@@ -86,15 +86,22 @@ class Tokenizer:
 
         Longer texts are truncated before their end token.
         """
-        ids_TxW = np.full((len(texts), self.max_words), self.pad, np.int32)
-        mask_TxW = np.zeros((len(texts), self.max_words), bool)
-        num_starts, num_ends = self.special_tokens
+        shape = len(texts), self.max_words
+        ids_TxW, mask_TxW = np.empty(shape, np.int32), np.empty(shape, bool)
         for row, text in enumerate(texts):
-            words = self._encode_words(text)[: self.num_words]
-            ids = [*[self.start] * num_starts, *words, *[self.end] * num_ends]
-            ids_TxW[row, : len(ids)] = ids
-            mask_TxW[row, : len(ids)] = True
+            ids_TxW[row], mask_TxW[row], _ = self.encode_padded(text)
         return ids_TxW, mask_TxW
+
+    def encode_padded(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, " W"], Bool[np.ndarray, " W"], bool]:
+        """Returns the ids and mask of one text, and True if it was truncated."""
+        words = self._encode_words(text)
+        num_starts, num_ends = self.special_tokens
+        ids = [self.start] * num_starts + words[: self.num_words] + [self.end] * num_ends
+        ids_W = np.full(self.max_words, self.pad, np.int32)
+        ids_W[: len(ids)] = ids
+        return ids_W, np.arange(self.max_words) < len(ids), len(words) > self.num_words
 
     def is_truncated(self, text: str) -> bool:
         """Returns True if `text` is too long for max_words."""
