@@ -1,4 +1,4 @@
-"""Measures training, similarity and encoding on one GPU, in less than eight minutes.
+"""Measures training, similarity, encoding and input on one GPU, in less than eight minutes.
 
     python benchmarks/gpu.py
 
@@ -12,12 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-STEP = ("train_step.py", "--dtype=bfloat16", "--remat=dots", "--torch", "--repeats=2")
+STEP = ("train_step.py", "--dtype=bfloat16", "--torch", "--repeats=2")
 COMMANDS = {  # -> seconds after which it is stopped
     ("similarity.py", "--torch", "--count=4917", "--words=64", "--frames=64", "--repeats=1"): 90,
     (*STEP, "--model=b32", "--batch=300", "--name=train_step_b32"): 150,
     (*STEP, "--model=b16", "--batch=80", "--name=train_step_b16"): 150,
     ("encoding.py", "--model=b32,b16", "--dtype=bfloat16"): 60,
+    ("input_pipeline.py", "--quick"): 90,
 }
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py --model=b32 --batch=4,8 --torch
 
-    python benchmarks/train_step.py --model=b32 --batch=300 --dtype=bfloat16 --remat=dots --torch
+    python benchmarks/train_step.py --model=b32 --batch=300 --dtype=bfloat16 --torch
 
 The second line is for a GPU: see gpu.py.
 
@@ -25,9 +25,10 @@ import results
 
 from xclip_jax import sharding
 from xclip_jax.config import BACKBONES, get_config
+from xclip_jax.fitting import fit_step
 from xclip_jax.models import ModelConfig, XClip, read_model_config
 from xclip_jax.optimizer import make_optimizer
-from xclip_jax.train import check_batch_sizes, compile_training
+from xclip_jax.train import check_batch_sizes, compile_training, trace_with
 
 TIMED_STEPS, SCHEDULE_STEPS = 2, 1000
 
@@ -72,10 +73,13 @@ class JaxStep:
         mesh = sharding.make_mesh()
         check_batch_sizes(config, mesh)
         _, optimizer = make_optimizer(config.optimizer, SCHEDULE_STEPS)
-        init, step = compile_training(model, optimizer, config, mesh)
+        init, _ = compile_training(model, optimizer, config, mesh)
         self.state = init()
         self.batch = sharding.shard_batch(batch, mesh)
-        self.compiled = step.lower(self.state, self.batch).compile()
+        trace = trace_with(model, optimizer, config, mesh)
+        chosen = fit_step(trace, model.config, config, mesh)
+        self.settings, self.compiled = chosen.settings, chosen.compiled
+        print(f"{chosen.settings}: {chosen.memory}", flush=True)
         self.initial_params = jax.tree.map(np.array, self.state.params)
 
     def step(self) -> float:
@@ -165,7 +169,8 @@ def measure(
     row = {
         "model": backbone,
         "dtype": args.dtype,
-        "remat": args.remat,
+        "remat": ours.settings.remat,
+        "micro_batch": ours.settings.micro_batch,
         "batch": batch_size,
         "step_s": step_time,
         "videos_per_s": batch_size / step_time,
@@ -209,8 +214,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", default="4,8", help="batch sizes, in rising order")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--frames", type=int, default=12)
-    parser.add_argument("--micro_batch", type=int, default=0)
-    parser.add_argument("--remat", choices=("none", "dots", "layers"), default="none")
+    parser.add_argument("--micro_batch", type=int, help="default: by the memory")
+    parser.add_argument("--remat", choices=("auto", "none", "dots", "layers"), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--torch", action="store_true", help="also measure PyTorch")
     parser.add_argument("--name", default="train_step", help="prefix of the results file")

@@ -65,22 +65,44 @@ class SelfAttention(nn.Module):
             query, key = rotate(query, angles), rotate(key, angles)
         if c.logit_cap:
             y = capped_attention(query, key, value, mask, c.logit_cap)
+        elif uses_flash_attention(query, mask):
+            y = flash_attention(query, key, value)
         else:
-            kind = attention_kernel(query, mask)
-            y = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kind)
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask)
         if c.inner_norms:
             y = LayerNorm(c.epsilon, name="ln")(y.reshape(x.shape)).reshape(y.shape)
         init = normal(width**-0.5 * _residual_scale(c))
         return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
 
 
-def attention_kernel(query: Float[Array, "B L N K"], mask: Mask | None) -> Literal["xla", "cudnn"]:
-    """Returns the kernel of attention: cuDNN's on a GPU, which stores no L x L scores.
+def uses_flash_attention(query: Float[Array, "B L N K"], mask: Mask | None) -> bool:
+    """Returns whether attention runs in cuDNN's kernel: on a GPU, in 16 bits, without a mask.
 
-    It needs 16 bits, and an even L for gradients; it would store a mask in place of the scores.
+    In place of the scores it would store a mask.
     """
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
-    return "cudnn" if fits and mask is None and jax.default_backend() == "gpu" else "xla"
+    has_16_bits = query.dtype in (jnp.bfloat16, jnp.float16)
+    return has_16_bits and mask is None and jax.default_backend() == "gpu"
+
+
+def flash_attention(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B L N K"],
+    value: Float[Array, "B L N K"],
+    kernel: Literal["xla", "cudnn"] = "cudnn",
+) -> Float[Array, "B L N K"]:
+    """Returns attention without a mask by a kernel that stores no L x L scores.
+
+    FlashAttention: Dao et al., 2022, https://arxiv.org/abs/2205.14135. cuDNN computes gradients of
+    an even L only: an odd one is padded, and the last key is left out.
+    """
+    batch, length = query.shape[:2]
+    options: Any = {"implementation": kernel}
+    if length % 2:
+        pad = ((0, 0), (0, 1), (0, 0), (0, 0))
+        query, key, value = (jnp.pad(x, pad) for x in (query, key, value))
+        options["key_value_seq_lengths"] = jnp.full(batch, length)
+        options["query_seq_lengths"] = options["key_value_seq_lengths"]
+    return jax.nn.dot_product_attention(query, key, value, **options)[:, :length]
 
 
 def capped_attention(
