@@ -7,6 +7,7 @@ xclip_jax. `copy_params` copies its weights, after which both compute the same l
 
 import contextlib
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,15 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.compile()
         self.half = dtype == "bfloat16" and self.device.type == "cuda"
+
+    def product_flops(self, size: int) -> float:
+        """Returns the FLOP/s of the fastest of five products of square float32 matrices."""
+        a, times = torch.randn(size, size, device=self.device), []
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()
+            times.append(time.perf_counter() - start)
+        return 2 * size**3 / min(times[1:])
 
     def loss(self) -> Tensor:
         """Returns the loss of the batch."""

@@ -8,14 +8,17 @@ The second line is for a GPU: see gpu.py.
 
 Uses random weights, random frames, all devices, and the loss and AdamW of the default config. With
 --torch the plain PyTorch of torch_xclip.py, compiled on a GPU, starts from the same weights and
-alternates with JAX in one process. Writes results/NAME_DEVICE.json after each batch size.
+alternates with JAX, in a process of its own. Writes results/NAME_DEVICE.json after each batch size.
 """
 
 import argparse
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import statistics
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import jax
@@ -24,6 +27,7 @@ import numpy as np
 import results
 
 from xclip_jax import sharding
+from xclip_jax.allocator import use_huge_pages
 from xclip_jax.config import BACKBONES, get_config
 from xclip_jax.fitting import fit_step
 from xclip_jax.models import ModelConfig, XClip, read_model_config
@@ -97,6 +101,51 @@ class JaxStep:
         return held + m.temp_size_in_bytes, "compiler"
 
 
+class TorchStep:
+    """PyTorch's training step, in a process of its own with the memory settings of any program."""
+
+    def __init__(
+        self, model: XClip, ours: JaxStep, config: Any, *, batch: dict[str, np.ndarray], dtype: str
+    ) -> None:
+        tunables = os.environ.pop("GLIBC_TUNABLES", None)  # those of allocator.py are ours
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        fields, optimizer = dataclasses.asdict(model.config), SimpleNamespace(**config.optimizer)
+        inputs = fields, ours.initial_params, optimizer
+        self.pool.submit(start_torch, *inputs, batch=batch, dtype=dtype).result()
+        if tunables is not None:
+            os.environ["GLIBC_TUNABLES"] = tunables
+
+    def run(self, method: str, *arguments: Any) -> Any:
+        """Returns the result of a method of the other process's Trainer."""
+        return self.pool.submit(run_torch, method, *arguments).result()
+
+    def step(self) -> None:
+        """Updates the state once."""
+        self.run("step")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.pool.shutdown()
+
+
+def start_torch(*inputs: Any, **options: Any) -> None:
+    """Makes the Trainer of this process."""
+    import torch
+    import torch_xclip
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    _trainers.append(torch_xclip.Trainer(*inputs, **options))
+
+
+def run_torch(method: str, *arguments: Any) -> Any:
+    """Returns the result of a method of this process's Trainer, a tensor as a number."""
+    result = getattr(_trainers[0], method)(*arguments)
+    return result.item() if hasattr(result, "item") else result
+
+
+_trainers: list[Any] = []
+
+
 def step_flops(c: ModelConfig, count: int) -> int:
     """Returns the floating-point operations of a step: 3 x the matrix products of a forward pass.
 
@@ -150,18 +199,9 @@ def measure(
     ours = JaxStep(config, model, batch)
     sides: dict[str, Any] = {"product": product, "ours": ours}
     if args.torch:
-        import torch
-        import torch_xclip
-
-        torch.set_num_threads(os.cpu_count() or 1)
-        fields = dataclasses.asdict(model.config)
-        trainer = torch_xclip.Trainer(
-            fields, ours.initial_params, config.optimizer, batch=batch, dtype=args.dtype
-        )
-        loss = trainer.loss().item()
+        sides["torch"] = theirs = TorchStep(model, ours, config, batch=batch, dtype=args.dtype)
         tolerance = 0.05 if args.dtype == "bfloat16" else 0.005  # TF32 on a GPU
-        np.testing.assert_allclose(ours.step(), loss, rtol=tolerance)
-        sides["torch"] = trainer
+        np.testing.assert_allclose(ours.step(), theirs.run("loss"), rtol=tolerance)
     times = alternate(sides, args.repeats)
     step_time = statistics.median(row["ours"] for row in times)
     flops = step_flops(model.config, batch_size) / step_time
@@ -180,10 +220,12 @@ def measure(
         "peak_from": source,
     }
     if args.torch:
-        torch_peak = sides["torch"].peak_bytes()
+        torch_peak = theirs.run("peak_bytes")
         row["torch_step_s"] = statistics.median(row["torch"] for row in times)
+        row["torch_product_tflops"] = theirs.run("product_flops", product.size) / 1e12
         row["torch_peak_gib"] = torch_peak and torch_peak / 2**30
         row["ours/torch"] = statistics.median(row["ours"] / row["torch"] for row in times)
+        theirs.close()
     return row
 
 
@@ -242,4 +284,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as training does
     main()

@@ -13,6 +13,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
 ) + os.environ.get("XLA_FLAGS", "")
+os.environ.setdefault("GLIBC_TUNABLES", "")  # programs do not start twice (allocator.py)
 if "XCLIP_JAX_CACHE" not in os.environ:
     os.environ["XCLIP_JAX_CACHE"] = models = tempfile.mkdtemp(prefix="xclip_jax_cache")
     atexit.register(shutil.rmtree, models, ignore_errors=True)

@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from xclip_jax.allocator import use_huge_pages
 from xclip_jax.cli import run_command
 
 COMMANDS = {
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = "".join(f"  {command:9}{text}\n" for command, (_, text) in COMMANDS.items())
         print(f"usage: xclip-jax COMMAND [OPTIONS]\n\n{rows}\nOptions: xclip-jax COMMAND --help")
     elif name in COMMANDS:
+        if name == "train":
+            use_huge_pages()
         module = importlib.import_module(COMMANDS[name][0])  # only what this command needs
         run_command(functools.partial(module.main, arguments))
     else:

@@ -346,7 +346,9 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
         advice = f"restore it, or delete {integrity.DIGESTS} if it was changed on purpose"
         raise InputError(f"{reason}: {advice}")
     described, config = read_config(directory)
-    folder, model = directory / "params", XClip(config)
+    # In earlier versions model.json has the recomputation of the training step.
+    model = XClip(dataclasses.replace(config, remat="auto"))
+    folder = directory / "params"
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     try:
         params = _read_arrays(folder, shapes)

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from xclip_jax import compile_only, distributed, evaluate, prepare, train
+from xclip_jax.allocator import use_huge_pages
 from xclip_jax.cli import (
     CommandParser,
     InputError,
@@ -79,4 +80,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_command(main)

@@ -243,9 +243,12 @@ def trace_with(
     """Returns a function from settings to the traced training step with them."""
     init, _ = compile_training(model, optimizer, config, mesh)
     inputs = init.eval_shape(), batch_shapes(config, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def trace(settings: Settings) -> Any:
-        variant = XClip(dataclasses.replace(model.config, remat=settings.remat))
+        # In a program for a TPU that is compiled on CPU, layers are not unrolled as for the CPU.
+        remat = settings.remat if on_cpu or settings.remat != "none" else "auto"
+        variant = XClip(dataclasses.replace(model.config, remat=remat))
         micro_batch = settings.micro_batch
         _, step = compile_training(variant, optimizer, config, mesh, micro_batch=micro_batch)
         return step.trace(*inputs)

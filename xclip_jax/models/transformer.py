@@ -25,6 +25,9 @@ REMAT = {
 # Layers of a transformer that is compiled without a loop: half the time of the demo's gradients on
 # CPU. Deeper ones would take long to compile.
 MAX_UNROLLED = 4
+# The same for training steps of large models on CPU, where 13 s more of compilation save 6 % of the
+# step of B/32.
+MAX_UNROLLED_ON_CPU = 12
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -176,7 +179,10 @@ def _residual_scale(c: BlockConfig) -> float:
 
 
 class Transformer(nn.Module):
-    """Scanned blocks. Without a key of REMAT as `remat`, nothing is recomputed."""
+    """Scanned blocks. Without a key of REMAT as `remat`, nothing is recomputed.
+
+    With "none" they are blocks of a training step, with "auto" of any program.
+    """
 
     config: BlockConfig
     dtype: str = "float32"
@@ -193,9 +199,13 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=layers,
-            unroll=layers if layers <= MAX_UNROLLED else 1,
+            unroll=layers if layers <= self._max_unrolled() else 1,
         )
         return blocks(self.config, self.dtype, name="blocks")(jnp.asarray(x), mask, angles)[0]
+
+    def _max_unrolled(self) -> int:
+        trains_on_cpu = self.remat == "none" and jax.default_backend() == "cpu"
+        return MAX_UNROLLED_ON_CPU if trains_on_cpu else MAX_UNROLLED
 
 
 def rotate(x: Float[Array, "B L N K"], angles_LxH: Angles) -> Float[Array, "B L N K"]:
