@@ -1,5 +1,6 @@
 """Tests of the restart with huge pages."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -42,6 +43,19 @@ def test_program_starts_again_once_as_the_same_process(tmp_path):
 @pytest.mark.parametrize("policy", ["[always] madvise never", "always madvise [never]"])
 def test_nothing_happens_where_programs_need_not_or_cannot_ask(tmp_path, policy):
     assert len(run_program(tmp_path, policy)) == 2
+
+
+@pytest.mark.parametrize("is_worker", [False, True])
+def test_worker_process_is_not_started_again(tmp_path, monkeypatch, is_worker):
+    started, parent = [], multiprocessing.current_process() if is_worker else None
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    monkeypatch.delenv(allocator.VARIABLE)
+    monkeypatch.setattr(allocator, "POLICY", tmp_path / "enabled")
+    monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36")
+    monkeypatch.setattr(os, "execv", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    allocator.use_huge_pages()
+    assert bool(started) != is_worker
 
 
 def test_setting_of_the_user_stays(tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xclip_jax.models import transformer
 from xclip_jax.models.clip import CLIP, normalize_frames
 from xclip_jax.models.config import (
     BlockConfig,
@@ -167,18 +168,21 @@ def test_remat_changes_neither_value_nor_gradient(params, remat):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "masked", "uses"),
+    ("recent_gpu", "dtype", "width", "masked", "uses"),
     [
-        ("gpu", jnp.bfloat16, False, True),
-        ("gpu", jnp.float32, False, False),  # cuDNN has 16 bits only
-        ("gpu", jnp.bfloat16, True, False),
-        ("cpu", jnp.bfloat16, False, False),
-        ("tpu", jnp.bfloat16, False, False),
+        (True, jnp.bfloat16, 64, False, True),
+        (True, jnp.float32, 64, False, False),  # cuDNN has 16 bits only
+        (True, jnp.bfloat16, 64, True, False),
+        (True, jnp.bfloat16, 4, False, False),
+        (True, jnp.bfloat16, 256, False, False),
+        (False, jnp.bfloat16, 64, False, False),
     ],
 )
-def test_kernel_of_attention_is_one_that_the_device_has(monkeypatch, backend, dtype, masked, uses):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    query, mask = jnp.zeros((1, 50, 1, 8), dtype), jnp.ones((1, 1, 50, 50), bool)
+def test_kernel_of_attention_is_one_that_the_device_has(
+    monkeypatch, recent_gpu, dtype, width, masked, uses
+):
+    monkeypatch.setattr(transformer, "is_recent_gpu", lambda: recent_gpu)
+    query, mask = jnp.zeros((1, 50, 1, width), dtype), jnp.ones((1, 1, 50, 50), bool)
     assert uses_flash_attention(query, mask if masked else None) == uses
 
 

@@ -75,7 +75,7 @@ def test_first_settings_that_fit_are_chosen(compiled, monkeypatch, capsys, tmp_p
     chosen = {next(s for s, peak in peaks.items() if peak <= limit) for limit in peaks.values()}
     assert len(chosen) > 2
     monkeypatch.setattr(fitting, "device_memory", lambda _: min(peaks.values()) - 1)
-    message = r"does not fit with model\.remat=\w+, train\.micro_batch=\d: .* GiB; use more devices"
+    message = r"does not fit with model\.remat=\w+, train\.micro_batch=\d: .* GiB; try auto"
     with pytest.raises(InputError, match=message):
         setup.compile_step()
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = "".join(f"  {command:9}{text}\n" for command, (_, text) in COMMANDS.items())
         print(f"usage: xclip-jax COMMAND [OPTIONS]\n\n{rows}\nOptions: xclip-jax COMMAND --help")
     elif name in COMMANDS:
-        if name == "train":
+        if argv is None and name in ("train", "study"):  # called from Python, it must not restart
             use_huge_pages()
         module = importlib.import_module(COMMANDS[name][0])  # only what this command needs
         run_command(functools.partial(module.main, arguments))

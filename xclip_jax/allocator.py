@@ -1,5 +1,6 @@
-"""Gives training on CPU huge pages, which can be asked for only before a program starts."""
+"""Enables huge pages for training on CPU, a setting that glibc reads when a program starts."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -13,16 +14,18 @@ def use_huge_pages() -> None:
 
     XLA on CPU allocates the arrays of a step anew each time, and the kernel clears each page: with
     pages of 4 KiB that takes up to a fifth of the step. Numbers do not change. Nothing happens if
-    GLIBC_TUNABLES is set, before glibc 2.35, or where Linux does not let programs ask.
+    GLIBC_TUNABLES is set, before glibc 2.35, where Linux does not let programs ask, or in a worker
+    process, which could not be started again.
     """
-    if VARIABLE not in os.environ and _can_ask():
+    is_worker = multiprocessing.parent_process() is not None
+    if VARIABLE not in os.environ and not is_worker and _can_ask():
         os.environ[VARIABLE] = HUGE_PAGES
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _can_ask() -> bool:
-    """Returns whether huge pages are for programs that ask (`madvise`), and glibc can ask."""
+    """Returns True if the kernel's policy is `madvise` and glibc supports huge pages."""
     try:
         name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "none 0.0").split()
         numbers = tuple(map(int, version.split(".")[:2]))

@@ -346,7 +346,7 @@ def load_model(directory: str | os.PathLike) -> tuple[Any, XClip, PyTree, Tokeni
         advice = f"restore it, or delete {integrity.DIGESTS} if it was changed on purpose"
         raise InputError(f"{reason}: {advice}")
     described, config = read_config(directory)
-    # In earlier versions model.json has the recomputation of the training step.
+    # Recomputation is of the training step only.
     model = XClip(dataclasses.replace(config, remat="auto"))
     folder = directory / "params"
     shapes = jax.eval_shape(lambda: init_params(model, 0))

@@ -1,7 +1,7 @@
 """Chooses recomputation and micro-batches of the training step by the memory they take.
 
-The compiler states the memory of a step before it runs. The first of `candidates`, which are in
-order of work, that fits the devices is chosen, and remembered for the next start.
+The compiler states the memory of a step before it runs. The first of `candidates`, in order of
+work, that fits the devices is chosen, and remembered for the next start.
 """
 
 import contextlib
@@ -59,7 +59,8 @@ class Attempt(NamedTuple):
         """Raises InputError if the step does not fit."""
         if not self.fits:
             problem = f"the training step does not fit with {self.settings}: {self.memory}"
-            raise InputError(f"{problem}; use more devices and --config.mesh.fsdp")
+            advice = "automatic ones (auto), or with more devices and --config.mesh.fsdp"
+            raise InputError(f"{problem}; try {advice}")
 
 
 def candidates(

@@ -16,6 +16,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from xclip_jax.devices import is_recent_gpu
+
 AnyArray = jax.Array | np.ndarray
 TextMask = Bool[AnyArray, "T W"]  # True = a real token; of AOSM: takes part
 FrameMask = Bool[AnyArray, "V F"]
@@ -317,10 +319,9 @@ def _transform(x: AnyArray, matrix: AnyArray | None) -> AnyArray:
 def _dot(equation: str, a: AnyArray, b: AnyArray) -> Array:
     """Returns inner products in float32, whatever the compute type of the towers.
 
-    On a GPU they are sums of three products of bfloat16 parts, which differ from those of float32
-    by less than 1e-6 for unit vectors.
+    On a recent GPU they are sums of three products of bfloat16 parts, which differ from those of
+    float32 by about 1e-6 for unit vectors.
     """
-    on_gpu = jax.default_backend() == "gpu"
     in_parts, exact = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, jax.lax.Precision.HIGHEST
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(equation, a, b, precision=in_parts if on_gpu else exact)
+    return jnp.einsum(equation, a, b, precision=in_parts if is_recent_gpu() else exact)

@@ -340,7 +340,7 @@ class Setup:
     def _open_batches(self, readers: Readers, size: int, **options: Any) -> Any:
         shapes = size, self.model.config.max_frames, self.dataset.format
         # Without options, for a measurement: clips that an earlier one has not read.
-        options = {"readers": readers, "seed": readers.threads} | options
+        options = {"readers": readers, "seed": 1000 * readers.workers + readers.threads} | options
         return training_batches(self.pairs, self.tokenizer, *shapes, **options)
 
 

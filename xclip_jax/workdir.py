@@ -14,7 +14,7 @@ from xclip_jax.cli import InputError, read_json, write_atomically
 from xclip_jax.config import FREE_FIELDS, RunConfig, get_config
 from xclip_jax.data.builder import Dataset
 from xclip_jax.distributed import is_first_process, wait_for_all
-from xclip_jax.models.config import upgrade_value
+from xclip_jax.models.config import ModelConfig, upgrade_value
 
 RECORD = "provenance"  # entry of config.json beside the fields, see xclip_jax.provenance
 LABELS = ("name", "mode")  # fields that do not describe what was trained
@@ -135,9 +135,10 @@ def _is_free(field: str) -> bool:
 
 
 def _differ(field: str, value: Any, other: Any) -> bool:
-    """Returns True if two values of a field train differently, by more than rounding."""
-    automatic = field == "model.dtype" and "auto" in (value, other)  # float32 by earlier versions
-    return value != other and not automatic
+    """Returns True if two values of a field are not the same on this machine's devices."""
+    if field == "model.dtype":
+        value, other = (ModelConfig(dtype=dtype).compute_dtype for dtype in (value, other))
+    return value != other
 
 
 def _flatten(config: Any) -> dict[str, Any]:

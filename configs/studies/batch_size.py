@@ -13,12 +13,13 @@ from xclip_jax.study import Study, Variant
 def get_study(config, sizes=""):
     """Returns the study of `sizes`, comma-separated numbers of pairs per batch.
 
-    The micro-batch is the config's, or the smallest of the sizes.
+    The micro-batch is the config's if that is a number, or the smallest of the sizes.
     """
     default = config.train.batch_size
     numbers = [int(size) for size in sizes.split(",") if size]
     numbers = numbers or [default // 4, default // 2, default, 2 * default]
-    micro_batch = config.train.micro_batch or min(numbers)
+    configured = config.train.micro_batch
+    micro_batch = min(numbers) if configured in (None, 0, "auto") else configured
     return Study(
         title="Batch size, with gradient caching",
         columns=("pairs per batch",),

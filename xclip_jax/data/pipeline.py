@@ -129,7 +129,7 @@ class _BatchReader:
     threads: int
 
     @functools.cached_property
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pool(self) -> ThreadPoolExecutor:  # if two threads make one each, both serve
         return ThreadPoolExecutor(self.threads, thread_name_prefix="input")
 
     def __call__(self, drawn: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
@@ -169,7 +169,7 @@ def training_batches(
 
     A global batch has B = `batch_size` pairs; each process, (index, number of processes), gets its
     part. Incomplete batches are dropped. The order and the drawn captions depend on `seed`. Two
-    batches are read ahead, by `readers`. The iterator's `close` ends these.
+    batches are read ahead, by `readers`. `close` of the iterator ends these.
 
     Yields:
         dict with ids B x W int32, text_mask B x W bool, frames B x F x S x S x 3 uint8, frame_mask

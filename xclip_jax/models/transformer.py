@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from xclip_jax.devices import is_recent_gpu
 from xclip_jax.models.config import BlockConfig
 from xclip_jax.similarity import AnyArray
 
@@ -79,12 +80,14 @@ class SelfAttention(nn.Module):
 
 
 def uses_flash_attention(query: Float[Array, "B L N K"], mask: Mask | None) -> bool:
-    """Returns whether attention runs in cuDNN's kernel: on a GPU, in 16 bits, without a mask.
+    """Returns True if cuDNN's kernel computes this attention: on a GPU, in 16 bits, without a mask.
 
-    In place of the scores it would store a mask.
+    With a mask it would store L x L values, as many as the scores. It takes heads of at most 128
+    values, in multiples of 8.
     """
     has_16_bits = query.dtype in (jnp.bfloat16, jnp.float16)
-    return has_16_bits and mask is None and jax.default_backend() == "gpu"
+    fits = query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    return has_16_bits and fits and mask is None and is_recent_gpu()
 
 
 def flash_attention(
@@ -181,7 +184,7 @@ def _residual_scale(c: BlockConfig) -> float:
 class Transformer(nn.Module):
     """Scanned blocks. Without a key of REMAT as `remat`, nothing is recomputed.
 
-    With "none" they are blocks of a training step, with "auto" of any program.
+    "none" marks a training step, which is unrolled further on CPU, "auto" any other program.
     """
 
     config: BlockConfig

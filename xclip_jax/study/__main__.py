@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from xclip_jax import prepare
+from xclip_jax.allocator import use_huge_pages
 from xclip_jax.cli import (
     CommandParser,
     InputError,
@@ -101,4 +102,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # its runs are worker processes
     run_command(main)
