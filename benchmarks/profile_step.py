@@ -29,7 +29,6 @@ PARTS = {  # in the name of an operation -> part, the first that fits
     "/visual/": "image tower",
     "/textual/": "text tower",
     "relate_frames": "temporal encoder",
-    "XClip.similarity": "similarity (AOSM)",
     "similarity": "similarity (AOSM)",
 }
 INSTRUCTION = re.compile(r"%?([\w.\-]+) = \S+ ([\w\-]+)\(.*?op_name=\"([^\"]*)\"")

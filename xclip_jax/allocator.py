@@ -13,7 +13,7 @@ def use_huge_pages() -> None:
     """Starts this program again, as the same process, with huge pages for its large arrays.
 
     XLA on CPU allocates the arrays of a step anew each time, and the kernel clears each page: with
-    pages of 4 KiB that takes up to a fifth of the step. Numbers do not change. Nothing happens if
+    pages of 4 KiB that takes about a tenth of the step. Numbers do not change. Nothing happens if
     GLIBC_TUNABLES is set, before glibc 2.35, where Linux does not let programs ask, or in a worker
     process, which could not be started again.
     """

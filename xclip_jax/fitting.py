@@ -26,7 +26,7 @@ from xclip_jax.workdir import plain_fields
 
 REMATS = ("none", "dots", "layers")  # values of model.remat in order of work
 FEW_PAIRS = 8  # pairs of a micro-batch on a device, below which a device is poorly used
-MARGIN = 0.95  # part of the memory that the step may take: a batch ahead and fragments need some
+MARGIN = 0.95  # part of the memory that the step may take: batches ahead and fragments need some
 # Limits of the memory of a container, of both versions of cgroups.
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
