@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import families
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from xclip_jax.convert.importing import import_model
 from xclip_jax.convert.mapping import to_tensors
 from xclip_jax.data.preprocess import frame_format, preprocess
 from xclip_jax.models import XClip
+from xclip_jax.models.towers import VisionTower
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens_encoders"
 MODEL_FILES = ("*.safetensors", "*.bin", "*.pt")
@@ -66,7 +68,15 @@ def frames_of(pixels):
 
 
 def is_norm(module, _):
-    return module.name in ("ln_final", "encoder", "ln_post") or module.name == "textual"
+    return module.name in ("ln_final", "textual")
+
+
+class AllTokens(VisionTower):
+    """Image tower that returns the blocks' output for all tokens."""
+
+    @nn.compact
+    def __call__(self, images):
+        return self.encode_patches(images)
 
 
 def run(name, pixels=None, ids=None, loss=None):
@@ -75,19 +85,17 @@ def run(name, pixels=None, ids=None, loss=None):
     model = XClip(imported.config)
 
     def compute(params):
-        found, kept = {}, {}
+        found = {}
         options = {"capture_intermediates": is_norm, "mutable": ["intermediates"]}
         if pixels is not None:
             inputs = frames_of(pixels)
             video = model.apply({"params": params}, *inputs, method="encode_video")
-            (_, frames), state = model.apply(
-                {"params": params}, *inputs, method="encode_frames", **options
-            )
-            kept |= state["intermediates"]["clip"]["visual"]
+            _, frames = model.apply({"params": params}, *inputs, method="encode_frames")
             found |= {"image_features": frames[:, 0], "image_features_normalised": video.video}
-            blocks = kept["encoder"]["__call__"][0]
+            tower = {"params": params["clip"]["visual"]}
+            blocks = AllTokens(imported.config).apply(tower, inputs[0][:, 0])
             found["image_last_hidden_state_before_norm"] = blocks
-            found["image_tokens"] = normalize(blocks, params["clip"]["visual"], imported.config)
+            found["image_tokens"] = normalize(blocks, tower["params"], imported.config)
         if ids is not None:
             mask = np.ones(ids.shape, bool)
             inputs = {"params": params}, ids.astype(np.int32), mask

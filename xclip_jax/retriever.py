@@ -1,9 +1,7 @@
 """The Python API: a trained model with its tokenizer and the video reader."""
 
-import functools
 import itertools
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from xclip_jax import inference
 from xclip_jax.checkpoint import load_model, model_folder
 from xclip_jax.cli import InputError
+from xclip_jax.comparison import compare_all
 from xclip_jax.convert.cache import convert_once
 from xclip_jax.convert.reading import is_importable
 from xclip_jax.data.container import VideoError
@@ -222,32 +221,8 @@ class Retriever:
         dim = self.model.config.embed_dim
         _check_features("text", text, text.sentence, text.words, dim)
         _check_features("video", video, video.video, video.frames, dim)
-        (num_texts, words), (num_videos, frames) = text.mask.shape, video.mask.shape
-        if not block_cells:  # on CPU a block that fits the cache, else one that fills the device
-            block_cells = 1 << (20 if jax.default_backend() == "cpu" else 26)
-        shape = inference.block_shape(self.model.config.cells_per_pair(words, frames), block_cells)
-        # Few sizes, so that few are compiled.
-        sizes = [inference.power_of_four(size, up=True) for size in (num_texts, num_videos)]
-        height, width = map(min, shape, sizes)
-        shape = num_texts, num_videos
-        sims: dict[str, np.ndarray] = defaultdict(functools.partial(np.empty, shape, np.float32))
-
-        def compute_blocks() -> Iterator[tuple[int, int, Any]]:
-            for j in range(0, num_videos, width):
-                columns = inference.pad_rows(inference.slice_rows(video, j, width), width)
-                columns = inference.split_like(columns, self.params)
-                for i in range(0, num_texts, height):
-                    rows = inference.pad_rows(inference.slice_rows(text, i, height), height)
-                    yield i, j, self._apply(method, rows, columns)
-
-        for i, j, blocks in inference.one_ahead(compute_blocks()):
-            num_rows, num_columns = min(height, num_texts - i), min(width, num_videos - j)
-            for name, block in (blocks if isinstance(blocks, dict) else {"all": blocks}).items():
-                part = np.asarray(block)[:num_rows, :num_columns]
-                sims[name][i : i + height, j : j + width] = part
-            if bar is not None:
-                bar.update(num_rows * num_columns)
-        return sims
+        options: Any = {"method": method, "block_cells": block_cells, "bar": bar}
+        return compare_all(self.model, self.params, (text, video), **options)
 
     def search(
         self, query: str, videos: Iterable[Video] | VideoFeatures, k: int = 5

@@ -251,11 +251,7 @@ def granular_similarity(
     words_WxT = jnp.asarray(aosm_words(text.mask) if words_TxW is None else words_TxW).T
     frames_FxV = jnp.asarray(video.mask if frames_VxF is None else frames_VxF).T
     words, frames = words_WxT[:, :, None], frames_FxV[None]
-    a_WxTx1 = b_1xFxV = None
-    if text.weights is not None:
-        a_WxTx1 = compute_weights(jnp.asarray(text.weights).T[:, :, None], words, 0)
-    if video.weights is not None:
-        b_1xFxV = compute_weights(jnp.asarray(video.weights).T[None], frames, 1)
+    a_WxTx1, b_1xFxV = _weigh(text.weights, words, 0), _weigh(video.weights, frames, 1)
     matrices = matrices or {}
     over_words, over_frames, _ = split_aggregation(aggregation)
     sim: dict[Granularity, Array] = {}
@@ -264,18 +260,20 @@ def granular_similarity(
         options = {"tau": tau, "matrix": matrices.get(name), "weights": weights}
         sim[name] = aggregate(*arguments, **options)
 
+    words_WxTxD, frames_DxFxV = _lay_out(text.words, 1, 0, 2), _lay_out(video.frames, 2, 1, 0)
+    video_DxV = _lay_out(video.video, 1, 0)
     if "video_sentence" in granularities:  # Eq. 3
         sentence_TxD = _transform(text.sentence, matrices.get("video_sentence"))
-        sim["video_sentence"] = _dot("td,vd->tv", sentence_TxD, video.video)
+        sim["video_sentence"] = _dot("td,dv->tv", sentence_TxD, video_DxV)
     if "video_word" in granularities:  # Eq. 4, 7
-        scores_WxTxV = _dot("twd,vd->wtv", text.words, video.video)
+        scores_WxTxV = _dot("wtd,dv->wtv", words_WxTxD, video_DxV)
         reduce("video_word", scores_WxTxV, words, 0, over_words, weights=a_WxTx1)
     if "frame_sentence" in granularities:  # Eq. 5, 8
-        scores_TxFxV = _dot("td,vfd->tfv", text.sentence, video.frames)
+        scores_TxFxV = _dot("td,dfv->tfv", text.sentence, frames_DxFxV)
         reduce("frame_sentence", scores_TxFxV, frames, 1, over_frames, weights=b_1xFxV)
     if "frame_word" in granularities:  # Eq. 6, 9-13
-        words_TxWxD = _transform(text.words, matrices.get("frame_word"))
-        cells_WxTxFxV = _dot("twd,vfd->wtfv", words_TxWxD, video.frames)
+        words_WxTxD = _transform(words_WxTxD, matrices.get("frame_word"))
+        cells_WxTxFxV = _dot("wtd,dfv->wtfv", words_WxTxD, frames_DxFxV)
         options = {"aggregation": aggregation, "tau": tau, "matrices": matrices}
         options |= {"word_weights": a_WxTx1, "frame_weights": b_1xFxV}
         sim["frame_word"] = aggregate_matrix(cells_WxTxFxV, words_WxT, frames_FxV, **options)
@@ -310,6 +308,22 @@ def word_frame_attention(
     over_words_Wx1 = weigh(by_word_Wx1, words, 0, "words_2")
     over_frames_1xF = weigh(by_frame_1xF, frames, 1, "frames_2")
     return (over_words_Wx1 * in_word_WxF + over_frames_1xF * in_frame_WxF) / 2
+
+
+def _weigh(logits: AnyArray | None, mask: Mask, axis: int) -> Array | None:
+    """Returns the weights of words or frames, None if the features have none."""
+    if logits is None:
+        return None
+    return compute_weights(jnp.asarray(logits).T.reshape(mask.shape), mask, axis)
+
+
+def _lay_out(x: AnyArray, *axes: int) -> Array:
+    """Returns x with permuted axes, on CPU so in memory too: the fast product needs it."""
+
+    def keep(x: AnyArray) -> Array:
+        return jax.lax.optimization_barrier(jnp.transpose(x, axes))
+
+    return jax.lax.platform_dependent(x, cpu=keep, default=lambda x: jnp.transpose(x, axes))
 
 
 def _transform(x: AnyArray, matrix: AnyArray | None) -> AnyArray:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from xclip_jax.models.config import BlockConfig, ModelConfig, VisionConfig
+from xclip_jax.models.dense import multiply
 from xclip_jax.models.transformer import LayerNorm, Tokens, Transformer, apply_mlp, normal
 from xclip_jax.similarity import AnyArray
 
@@ -40,7 +41,8 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", init, shape).astype(images.dtype)
         images = images[:, : rows * size, : columns * size]  # as a convolution without padding
         patches = images.reshape(number, rows, size, columns, size, 3).swapaxes(2, 3)
-        embedded = patches.reshape(number, rows * columns, -1) @ kernel.reshape(-1, self.width)
+        patches = patches.reshape(number, rows * columns, -1)
+        embedded = multiply(patches, kernel.reshape(-1, self.width))
         if self.bias:
             zeros = nn.initializers.zeros
             embedded = embedded + self.param("bias", zeros, (self.width,)).astype(images.dtype)
@@ -56,15 +58,17 @@ class VisionTower(nn.Module):
     def __call__(self, images: Images) -> Float[Array, "B D"]:
         """Returns the projected pooled vectors."""
         c = self.config.vision
-        x, norm = self.encode_patches(images), LayerNorm(c.epsilon, name="ln_post")
-        if c.pool == "attention":
-            x = AttentionPool(self.config, name="pool")(norm(x))
-        else:
-            x = norm(x[:, 0])
+        by_class_token = c.pool == "class_token"
+        x = self.encode_patches(images, first_only=by_class_token)
+        x = LayerNorm(c.epsilon, name="ln_post")(x)
+        x = x[:, 0] if by_class_token else AttentionPool(self.config, name="pool")(x)
         return project(self.config, c.projection, x)
 
-    def encode_patches(self, images: Images) -> Tokens:
-        """Returns the blocks' output for the class token, if any, and every patch."""
+    def encode_patches(self, images: Images, *, first_only: bool = False) -> Tokens:
+        """Returns the blocks' output for the class token, if any, and every patch.
+
+        With `first_only`, only for the first of them.
+        """
         c, dtype = self.config.vision, self.config.compute_dtype
         grid = images.shape[1] // c.patch_size, images.shape[2] // c.patch_size
         embed = PatchEmbedding(c.patch_size, c.width, c.patch_bias, name="patch")
@@ -77,8 +81,9 @@ class VisionTower(nn.Module):
         if c.pre_norm:
             x = LayerNorm(c.epsilon, name="ln_pre")(x)
         angles = None if c.rotary == "none" else rotary_angles(c, grid)
-        blocks = self.config.blocks("vision")
-        return Transformer(blocks, dtype, self.config.remat, name="encoder")(x, angles=angles)
+        options = self.config.blocks("vision"), dtype, self.config.remat
+        encoder = Transformer(*options, first_only=first_only, name="encoder")
+        return encoder(x, angles=angles)
 
 
 class AttentionPool(nn.Module):
