@@ -158,8 +158,8 @@ def step_flops(c: ModelConfig, count: int) -> int:
     patches, width = (vision.image_size // vision.patch_size) ** 2, vision.width
     image = patches * 2 * 3 * vision.patch_size**2 * width + 2 * width * dim
     image += _transformer_flops(vision.layers, width, patches + 1)
-    # For patches, the last block computes only queries, keys and values.
-    image -= patches * (18 * width**2 + 4 * (patches + 1) * width)
+    if vision.pool == "class_token":  # for patches, the last block makes queries, keys, values
+        image -= patches * (18 * width**2 + 4 * (patches + 1) * width)
     sentence = 2 * words * text.width * dim
     sentence += _transformer_flops(text.layers, text.width, words)
     temporal = _transformer_flops(c.temporal.layers, dim, frames)

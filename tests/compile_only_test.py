@@ -43,7 +43,7 @@ def test_step_that_does_not_fit_names_settings_that_do(tmp_path, monkeypatch, ca
 
 
 def test_memory_of_this_machine_is_a_limit(tmp_path, monkeypatch):
-    config = tiny.make_config(tmp_path, batch_size=64, micro_batch=0)
+    config = tiny.make_config(tmp_path, batch_size=128, micro_batch=0)
     config.mesh.data, config.model.remat = 1, "none"
     needed = compile_only.compile_only(config)["peak memory, a device"]
     memory = 0.9 * parse_gib(needed) * 2**30

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xclip_jax.models.config import ModelConfig
-from xclip_jax.models.transformer import flash_attention
+from xclip_jax.models.config import BlockConfig, ModelConfig
+from xclip_jax.models.transformer import Transformer, flash_attention
 from xclip_jax.similarity import TextFeatures, VideoFeatures, granular_similarity
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -34,6 +34,25 @@ def test_flash_attention_and_its_gradient_are_those_of_attention(length):
         difference = float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)))
         print(f"length {length}: {difference:.1e} of the largest value")
         assert difference < 0.02  # bfloat16 has 8 bits
+
+
+def test_class_token_alone_is_that_of_all_tokens():
+    config = BlockConfig(width=128, layers=6, heads=2, activation="gelu")
+    whole, first = (Transformer(config, "bfloat16", first_only=f) for f in (False, True))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 50, 128)), jnp.bfloat16)
+    params = jax.jit(whole.init)(jax.random.key(0), x)["params"]
+
+    def run(model):
+        def loss(params):
+            y = model.apply({"params": params}, x)[:, 0].astype(jnp.float32)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    for a, b in zip(*(jax.tree.leaves(run(m)) for m in (first, whole)), strict=True):
+        difference = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+        print(f"{difference:.1e} of the largest value")
+        assert difference < 0.05
 
 
 def test_compute_type_is_bfloat16():

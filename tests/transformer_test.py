@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xclip_jax.compile_only import matrix_flops
 from xclip_jax.models import transformer
 from xclip_jax.models.config import BlockConfig
 from xclip_jax.models.dense import dot_general, multiply
@@ -105,6 +106,61 @@ def test_long_stacks_are_compiled_as_a_loop_except_in_training_on_cpu():
     assert has_loop("auto", first_only=True)
     assert has_loop("dots")
     assert has_loop("none") == (jax.default_backend() != "cpu")
+
+
+@pytest.mark.parametrize("layers", [2, LOOPED])
+def test_recomputation_is_what_its_name_says(layers):
+    params = make_params(make(layers))
+
+    def count(remat):
+        model = make(layers, remat=remat)
+        gradient = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, INPUT))))
+        return matrix_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    none, dots, layers = (count(remat) for remat in ("none", "dots", "layers"))
+    assert none < dots < 1.1 * none  # attention has few operations
+    assert layers > 1.2 * none
+
+
+def test_last_layer_of_a_very_large_stack_stays_in_the_loop(monkeypatch):
+    params = make_params(make(LOOPED))
+    split = make(LOOPED, first_only=True)
+    expected, operations = split.apply({"params": params}, INPUT), flops(split, params)
+    monkeypatch.setattr(transformer, "MAX_COPIED", 100)
+    found = split.apply({"params": params}, INPUT)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert found.shape == (3, 1, 12)
+    assert flops(split, params) != operations
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_first_position_alone_sees_its_row_of_the_mask(rows, cap):
+    mask = np.random.default_rng(0).random((3, 1, rows, 7)) < 0.5
+    mask[..., 0] = True
+    angles = np.random.default_rng(1).normal(size=(7, 2)).astype(np.float32)
+    whole, first = (make(2, first_only=f, logit_cap=cap) for f in (False, True))
+    params = make_params(whole)
+    y, y_first = (m.apply({"params": params}, INPUT, mask, angles) for m in (whole, first))
+    np.testing.assert_allclose(y_first, y[:, :1], atol=2e-6)
+    without = first.apply({"params": params}, INPUT, None, angles)
+    assert np.abs(without - y_first).max() > 1e-3
+
+
+def test_parameters_of_another_number_of_layers_are_refused():
+    for layers in (2, LOOPED):
+        params = make_params(make(layers))
+        for other in (layers - 1, layers + 1):
+            with pytest.raises(ValueError, match=f"of {layers} layers, expected {other}"):
+                make(other).apply({"params": params}, INPUT)
+
+
+def test_product_of_no_rows():
+    no_rows, kernel = jnp.zeros((0, 4)), jnp.ones((4, 2, 3))
+    dimensions = ((1,), (0,)), ((), ())
+    assert dot_general(no_rows, kernel, dimensions).shape == (0, 2, 3)
+    gradient = jax.grad(lambda k: jnp.sum(dot_general(no_rows, k, dimensions)))(kernel)
+    np.testing.assert_array_equal(gradient, np.zeros((4, 2, 3)))
 
 
 # The matrix of fewer columns is transposed: x, or the gradient.

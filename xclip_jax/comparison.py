@@ -17,11 +17,12 @@ from xclip_jax.models import ModelConfig, XClip
 from xclip_jax.similarity import TextFeatures, VideoFeatures
 
 Features = TypeVar("Features", TextFeatures, VideoFeatures)
-Group = tuple[Int[np.ndarray, " _"], int]  # rows of features, and how many positions to keep
-# On CPU, blocks of texts to one call: in each, the features of the videos are laid out once.
+Rows = Int[np.ndarray, " _"]  # in rising order
+Group = tuple[Rows, int]  # rows of features, and how many positions to keep
+# Blocks of texts in one call on CPU. A call rearranges the features of the videos once.
 BLOCKS = 16
-# Word-frame cells from which on short texts and videos are compared apart, on CPU: up to four
-# programs are compiled in place of one, each in 0.7 s.
+# From so many word-frame cells on, short texts and videos are compared separately on CPU. This
+# compiles up to four programs in place of one, 0.7 s each.
 MANY_CELLS = 2**28
 
 
@@ -38,7 +39,7 @@ def compare_all(
 
     Arguments are those of `Retriever.similarity`.
     """
-    text, video = features
+    text, video = jax.tree.map(np.asarray, features)
     (num_texts, words), (num_videos, frames) = text.mask.shape, video.mask.shape
     on_cpu = jax.default_backend() == "cpu"
     # On CPU a block that fits the cache, else one that fills the device.
@@ -48,9 +49,10 @@ def compare_all(
     sizes = [inference.power_of_four(size, up=True) for size in (num_texts, num_videos)]
     height, width = map(min, shape, sizes)
     blocks = min(BLOCKS, inference.power_of_four(-(-num_texts // height), up=True)) if on_cpu else 1
-    apart = on_cpu and text.mask.size * video.mask.size >= MANY_CELLS and _ignores_padding(model)
+    is_large = on_cpu and text.mask.size * video.mask.size >= MANY_CELLS
+    split = is_large and _skips_padding(model)
     texts, videos = (
-        split_by_length(np.asarray(x.mask), size, apart=apart)
+        split_by_length(x.mask, size) if split else [(np.arange(len(x.mask)), x.mask.shape[1])]
         for x, size in ((text, height), (video, width))
     )
     shape = num_texts, num_videos
@@ -68,10 +70,10 @@ def compare_all(
 
     for rows, columns, results in inference.one_ahead(compute()):
         for name, block in (results if isinstance(results, dict) else {"all": results}).items():
-            sims[name][np.ix_(rows, columns)] = np.asarray(block)[: len(rows), : len(columns)]
+            _assign(sims[name], rows, columns, np.asarray(block)[: len(rows), : len(columns)])
         if bar is not None:
             bar.update(len(rows) * len(columns))
-    return sims
+    return dict(sims)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method", "size"))
@@ -87,7 +89,7 @@ def compare_blocks(
 ) -> Any:
     """Returns a method's T x V results, computed for blocks of `size` texts.
 
-    Those after the first `count` blocks are not computed.
+    Results after the first `count` blocks are 0, unless all texts are one block.
     """
 
     def compute(i: Any) -> Any:
@@ -106,36 +108,54 @@ def compare_blocks(
     return jax.lax.fori_loop(0, count, update, results)
 
 
-def split_by_length(mask: Bool[np.ndarray, "N L"], size: int, *, apart: bool) -> list[Group]:
-    """Returns groups of rows that together are all rows, each group once.
+def split_by_length(mask: Bool[np.ndarray, "N L"], size: int) -> list[Group]:
+    """Returns groups of rows of which each row is in one.
 
-    With `apart`, rows of at most half the length are apart from the rest as far as they fill blocks
-    of `size` rows.
+    Rows whose real positions all lie in the first half form a group of their own, as many as fill
+    whole blocks of `size` rows.
     """
-    (count, length), short = mask.shape, np.arange(0)
+    count, length = mask.shape
     half = -(-length // 2)
-    if apart:
-        short = np.flatnonzero(~mask[:, half:].any(1))
-        short = short[: len(short) // size * size]
+    short = np.flatnonzero(~mask[:, half:].any(1))
+    short = short[: len(short) // size * size]
     rest = np.setdiff1d(np.arange(count), short)
     return [group for group in ((short, half), (rest, length)) if len(group[0])]
 
 
-def _ignores_padding(model: XClip) -> bool:
-    """Returns True if positions whose mask is False do not change a similarity."""
+def _skips_padding(model: XClip) -> bool:
+    """Returns True if a similarity is one of words or frames, and their padding does not change it.
+
+    In all other models, padding costs nothing or counts.
+    """
     c: ModelConfig = model.config
-    return c.has_granularities and c.padding == "masked" and not c.matrices
+    by_position = set(c.granularities) - {"video_sentence"}
+    return bool(by_position) and c.has_granularities and c.padding == "masked" and not c.matrices
 
 
 def _parts(groups: list[Group], size: int) -> Iterator[Group]:
-    """Yields the groups in parts of `size` rows."""
+    """Yields the groups in parts of at most `size` rows."""
     for rows, length in groups:
         for start in range(0, len(rows), size):
             yield rows[start : start + size], length
 
 
-def _take(features: Features, rows: Int[np.ndarray, " N"], length: int) -> Features:
-    """Returns the features of some rows, each up to a length."""
+def _index(rows: Rows) -> slice | Rows:
+    """Returns an index of rising rows: a slice, which copies nothing, if there are no gaps."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+def _take(features: Features, rows: Rows, length: int) -> Features:
+    """Returns the features of some rows, cut to `length` positions."""
+    index = _index(rows)
     pooled, *by_position = (getattr(features, f.name) for f in dataclasses.fields(features))
-    cut: Any = [None if x is None else x[rows, :length] for x in by_position]
-    return type(features)(pooled[rows], *cut)
+    cut: Any = [None if x is None else x[index, :length] for x in by_position]
+    return type(features)(pooled[index], *cut)
+
+
+def _assign(matrix: Any, rows: Rows, columns: Rows, block: Any) -> None:
+    """Copies a block into some rows and columns of a matrix."""
+    indices = _index(rows), _index(columns)
+    if not all(isinstance(index, slice) for index in indices):
+        indices = np.ix_(rows, columns)
+    matrix[indices] = block

@@ -318,12 +318,15 @@ def _weigh(logits: AnyArray | None, mask: Mask, axis: int) -> Array | None:
 
 
 def _lay_out(x: AnyArray, *axes: int) -> Array:
-    """Returns x with permuted axes, on CPU so in memory too: the fast product needs it."""
+    """Returns x with permuted axes.
 
-    def keep(x: AnyArray) -> Array:
+    On CPU it is also stored in that order, which the fast product needs.
+    """
+
+    def store(x: AnyArray) -> Array:
         return jax.lax.optimization_barrier(jnp.transpose(x, axes))
 
-    return jax.lax.platform_dependent(x, cpu=keep, default=lambda x: jnp.transpose(x, axes))
+    return jax.lax.platform_dependent(x, cpu=store, default=lambda x: jnp.transpose(x, axes))
 
 
 def _transform(x: AnyArray, matrix: AnyArray | None) -> AnyArray:

@@ -1,5 +1,6 @@
 """The matrix product of dense layers, with a gradient that is fast on CPU."""
 
+import math
 from typing import Any
 
 import jax
@@ -10,44 +11,56 @@ from xclip_jax.similarity import AnyArray
 
 
 def dot_general(x: AnyArray, kernel: AnyArray, dimensions: Any, **_: Any) -> Array:
-    """Returns the product of flax's dense layers: of the last axes of `x`, the first of `kernel`.
+    """Returns the product that flax's dense layers compute.
 
-    `dimensions` are those of jax.lax.dot_general.
+    The last axes of `x` are contracted with the first ones of `kernel`, as many as `dimensions`,
+    those of jax.lax.dot_general, list.
     """
     count = len(dimensions[0][0])
-    rows, columns = x.shape[: x.ndim - count], kernel.shape[count:]
-    x, kernel = jnp.reshape(x, (*rows, -1)), jnp.asarray(kernel)
-    return multiply(x, kernel.reshape(x.shape[-1], -1)).reshape(*rows, *columns)
+    inputs, outputs = kernel.shape[:count], kernel.shape[count:]
+    rows, size = x.shape[: x.ndim - count], math.prod(inputs)
+    kernel_AxB = jnp.reshape(kernel, (size, math.prod(outputs)))
+    return multiply(jnp.reshape(x, (*rows, size)), kernel_AxB).reshape(*rows, *outputs)
+
+
+def multiply(x: Float[AnyArray, "*N A"], kernel_AxB: Float[AnyArray, "A B"]) -> Array:
+    """Returns the product x @ kernel, *N x B.
+
+    On CPU it has a gradient of its own, and therefore no forward-mode derivative, nor a gradient
+    inside shard_map with `check_vma`.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.matmul(x, kernel_AxB)
+    return _multiply_on_cpu(x, kernel_AxB)
 
 
 @jax.custom_vjp
-def multiply(x: Float[AnyArray, "*N A"], kernel_AxB: Float[AnyArray, "A B"]) -> Array:
-    """Returns the product x @ kernel, *N x B."""
+def _multiply_on_cpu(x: AnyArray, kernel_AxB: AnyArray) -> Array:
     return jnp.matmul(x, kernel_AxB)
 
 
-def _multiply_forward(x: AnyArray, kernel_AxB: AnyArray) -> tuple[Array, Any]:
+def _forward(x: AnyArray, kernel_AxB: AnyArray) -> tuple[Array, Any]:
     return jnp.matmul(x, kernel_AxB), (x, kernel_AxB)
 
 
-def _multiply_backward(residuals: Any, gradient: Array) -> tuple[Array, Array]:
+def _backward(residuals: Any, gradient: Array) -> tuple[Array, Array]:
     x, kernel_AxB = residuals
-    matrices = [y.reshape(-1, y.shape[-1]) for y in (x, gradient)]
-    of_kernel = jax.lax.platform_dependent(*matrices, cpu=_contract_on_cpu, default=_contract)
-    return gradient @ kernel_AxB.T, of_kernel
+    a_NxA, b_NxB = (y.reshape(math.prod(y.shape[:-1]), y.shape[-1]) for y in (x, gradient))
+    # The other platforms are those of a topology, for which a program is compiled on CPU.
+    options: Any = {"cpu": _contract, "default": lambda a, b: a.T @ b}
+    return gradient @ kernel_AxB.T, jax.lax.platform_dependent(a_NxA, b_NxB, **options)
 
 
-multiply.defvjp(_multiply_forward, _multiply_backward)
+_multiply_on_cpu.defvjp(_forward, _backward)
 
 
-def _contract(a_NxA: Array, b_NxB: Array) -> Array:
-    return a_NxA.T @ b_NxB
+def _contract(a_NxA: Float[AnyArray, "N A"], b_NxB: Float[AnyArray, "N B"]) -> Array:
+    """Returns a.T @ b, A x B.
 
-
-# XLA's fastest product on CPU is that of two matrices neither of which is transposed. Left alone,
-# XLA transposes both here, the larger one too, or takes a slower product: 4 % of a step of B/32.
-def _contract_on_cpu(a_NxA: Array, b_NxB: Array) -> Array:
-    keep = jax.lax.optimization_barrier
+    XLA's fastest product on CPU takes two matrices that are not transposed. By itself XLA also
+    transposes the larger matrix here, or takes a slower product: 4 % of a training step of B/32.
+    """
+    store = jax.lax.optimization_barrier
     if a_NxA.shape[1] <= b_NxB.shape[1]:
-        return keep(a_NxA.T) @ b_NxB
-    return keep(keep(b_NxB.T) @ a_NxA).T
+        return store(a_NxA.T) @ b_NxB
+    return store(store(b_NxB.T) @ a_NxA).T

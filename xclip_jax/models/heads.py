@@ -1,5 +1,7 @@
 """Alternatives and additions to plain AOSM: learned matrices, Transformers over each pair."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -78,7 +80,8 @@ class PairTransformer(nn.Module):
             videos = [video.video[:, None] + kinds[2], video.frames + kinds[3]]
             tokens, mask = _pair(texts, words_TxW, videos, frames_VxF)
             x = tokens.astype(dtype)
-        x = Transformer(c.blocks("temporal"), dtype, c.remat, name="encoder")(x, mask)
+        options: Any = {"first_only": True, "name": "encoder"}
+        x = Transformer(c.blocks("temporal"), dtype, c.remat, **options)(x, mask)
         y = LayerNorm(name="ln_pool" if is_tight else "ln")(x)[:, 0].astype(jnp.float32)
         if is_tight:
             y = ACTIVATIONS["quick_gelu"](nn.Dense(dim, name="pool")(y))
