@@ -109,12 +109,18 @@ def write_config(folder, data, epochs):
     return path
 
 
+def complete_checkpoints(workdir):
+    """Returns the folders of the checkpoints whose writing has ended, in order of their steps."""
+    steps = [p for p in (Path(workdir) / "checkpoints").glob("*") if p.name.isdigit()]
+    return sorted(steps, key=lambda path: int(path.name))
+
+
 def truncate_newest(workdir):
     """Truncates a file of the newest checkpoint and returns its step, None if there is one only."""
-    steps = [p for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()]
+    steps = complete_checkpoints(workdir)
     if len(steps) < 2:
         return None
-    newest = max(steps, key=lambda path: int(path.name))
+    newest = steps[-1]
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
