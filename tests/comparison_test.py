@@ -18,7 +18,7 @@ DIM, WORDS, FRAMES = 16, 9, 5
 
 
 def make_features(texts, videos, *, weights=False, seed=0):
-    """Returns random features of random lengths; masked positions hold noise."""
+    """Returns random features of random lengths, with noise at masked positions."""
     rng = np.random.default_rng(seed)
 
     def unit(*shape):
