@@ -1,5 +1,6 @@
 """Tests of the pixels of videos: rotation, aspect, preprocessing, colours, JPEG."""
 
+import sys
 from fractions import Fraction
 
 import av
@@ -29,6 +30,13 @@ def test_rotated_and_mirrored_frames_are_upright(tmp_path, turn):
     (frame,) = video.read_frames(path, FrameFormat(32)).frames
     at = [(y, x) for y in (4, 28) for x in (4, 28)]
     assert [frame[p].tolist() for p in at] == [pytest.approx(want[p].tolist(), abs=6) for p in at]
+
+
+def test_frame_is_freed_without_the_garbage_collector():
+    frame = av.VideoFrame.from_ndarray(grey(0), format="rgb24")
+    references = sys.getrefcount(frame)
+    assert video.find_orientation(frame) == (False, 0)
+    assert sys.getrefcount(frame) == references
 
 
 @pytest.mark.parametrize("degrees", [0, 90])

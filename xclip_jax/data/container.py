@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import av
 import av.logging
-from av import Packet, VideoStream
+from av import Packet, VideoFrame, VideoStream
 from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError
 from av.format import Flags
@@ -143,6 +143,36 @@ def open_film(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Iterator[Film]
         stream.codec_context.thread_count = 1  # callers run one process per core
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
         yield Film(container, stream)
+
+
+class FirstFrame(NamedTuple):
+    """The time of a film's first frame, in seconds."""
+
+    stamp: float  # by its time stamp
+    offset: float  # from the start of the file, as players count, see `Film.offset`
+
+
+def find_first_frame(path: PathLike) -> FirstFrame:
+    """Returns the time of the first frame that can be decoded, or raises VideoError."""
+    with open_film(path) as film:
+        stamp = getattr(read_first_frame(film), film.stamp)
+        return FirstFrame(float((stamp or 0) / film.second), film.offset(stamp))
+
+
+def read_first_frame(film: Film) -> VideoFrame:
+    """Returns the first frame that can be decoded, or raises VideoError."""
+    error: Exception | None = None
+    try:
+        for packet in PacketReader(film, film.clock()):
+            try:
+                frames = packet.decode()
+            except (FFmpegError, ValueError) as problem:
+                frames, error = [], problem
+            for frame in frames:
+                return frame
+    except (FFmpegError, ValueError) as problem:  # of the container
+        error = problem
+    raise VideoError(f"no frame could be decoded: {reason(error)}")
 
 
 class _JoinedFlv(io.RawIOBase):

@@ -20,6 +20,7 @@ import simplejpeg
 from av import Packet, VideoFrame
 from av.error import FFmpegError
 from av.filter import Graph
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
@@ -44,8 +45,8 @@ _DEFAULT = Interpolation.BILINEAR
 _ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNSPECIFIED_COLORSPACE = 2
 _BT2020 = 9
-_HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
-_TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
+HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
+TO_SRGB = "out_transfer=iec61966-2-1:out_primaries=bt709:intent=relative_colorimetric"
 _UNREAD = 0.1  # fraction of a file, or of its length, that may follow its last picture and sound
 Seconds = float | None  # after the file's first frame
 Stamped = tuple[int, VideoFrame]  # with the ticks since the first frame
@@ -107,13 +108,13 @@ def spread_times(start: Fraction, end: Fraction, count: int) -> list[Fraction]:
 class VideoReader:
     """An iterator over the pictures of `read_frames`, as (presentation time, Picture).
 
-    There is one every second until the last one, or one at each of `times`, in ascending seconds,
-    as if the last one was shown for ever. A picture shown at several times occurs repeatedly, as
-    the same object. Iteration raises VideoError if no frame can be read. After the last picture,
-    `note` is the reason why only a part of the file was read, or None, `count` the number of
-    decoded frames, `end` the seconds from the file's first frame to the end of its last, `until`
-    the same or the end that was asked for, if it is less, and `offset` the seconds from the start
-    of the film, such as its sound, to its first frame.
+    There is one every `interval` seconds until the last one, or one at each of `times`, in
+    ascending seconds, as if the last one was shown for ever. A picture shown at several times
+    occurs repeatedly, as the same object. Iteration raises VideoError if no frame can be read.
+    After the last picture, `note` is the reason why only a part of the file was read, or None,
+    `count` the number of decoded frames, `end` the seconds from the file's first frame to the end
+    of its last, `until` the same or the end that was asked for, if it is less, and `offset` the
+    seconds from the start of the film, such as its sound, to its first frame.
     """
 
     note: str | None = None
@@ -130,10 +131,11 @@ class VideoReader:
         start: Seconds = None,
         end: Seconds = None,
         times: Sequence[Fraction] | None = None,
+        interval: Fraction = ONE,
         limits: Limits = Limits(),
     ) -> None:
         self.path, self.start, self.stop, self.limits = path, start, end, limits
-        self.times = times
+        self.times, self.interval = times, interval
 
     def __iter__(self) -> Iterator[tuple[float, "Picture"]]:
         self.count = self._undecoded = self._discarded = 0
@@ -143,7 +145,8 @@ class VideoReader:
         with open_film(self.path, max_pixels=self.limits.pixels) as film:
             clock, second, shown, picture = film.clock(), film.second, None, None
             frames = self._decode(film, clock)
-            times = (first + k for k in itertools.count()) if self.times is None else self.times
+            regular = (first + k * self.interval for k in itertools.count())
+            times = regular if self.times is None else self.times
             targets, holds_last = (time * second for time in times), self.times is not None
             chosen = _choose(frames, targets, last * second, holds_last=holds_last)
             for ticks, frame in chosen:
@@ -322,7 +325,7 @@ def _map_tones(frame: VideoFrame) -> Image.Image:
     graph = Graph()
     size: Any = {"width": frame.width, "height": frame.height, "format": frame.format.name}
     source = graph.add_buffer(**size, time_base=ONE)
-    scale = graph.add("scale", _TO_SRGB)
+    scale = graph.add("scale", TO_SRGB)
     rgb, sink = graph.add("format", "rgb24"), graph.add("buffersink")
     graph.link_nodes(source, scale, rgb, sink).configure()
     source.push(frame)
@@ -336,21 +339,37 @@ def _to_picture(frame: VideoFrame, pixel_aspect: Fraction | None) -> Picture:
     options: dict[str, Any] = {"interpolation": flags, "threads": 1}
 
     def convert() -> Image.Image:
-        return _map_tones(frame) if frame.color_trc in _HDR else frame.to_image(**options)
+        return _map_tones(frame) if frame.color_trc in HDR else frame.to_image(**options)
 
     try:
         image = convert()
     except FFmpegError:  # a matrix that swscale does not support, such as YCgCo, ICtCp
-        frame.colorspace = _BT2020 if frame.color_trc in _HDR else _UNSPECIFIED_COLORSPACE
+        replace_matrix(frame)
         image = convert()
-    # Values beyond these bounds are invalid header data.
-    aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else ONE
+    aspect, (is_flipped, degrees) = check_aspect(pixel_aspect), find_orientation(frame)
+    image = (ImageOps.flip(image) if is_flipped else image).rotate(degrees, expand=True)
+    return Picture(image, aspect if degrees % 180 == 0 else 1 / aspect)
+
+
+def replace_matrix(frame: VideoFrame) -> None:
+    """Sets the colour matrix of a frame whose own one swscale does not support."""
+    frame.colorspace = _BT2020 if frame.color_trc in HDR else _UNSPECIFIED_COLORSPACE
+
+
+def check_aspect(pixel_aspect: Fraction | None) -> Fraction:
+    """Returns the width / height of a stream's pixels, 1 if it is unknown or not plausible."""
+    return pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else ONE
+
+
+def find_orientation(frame: VideoFrame) -> tuple[bool, int]:
+    """Returns (is_flipped, degrees): top and bottom are exchanged, then it is turned left."""
     # PyAV's rotation ignores mirroring: a negative determinant (ISO/IEC 14496-12, 6.2.2).
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
-        determinant = a * d - b * c
-        degrees = 90 * round(frame.rotation / 90) if determinant else 0  # counterclockwise
-        image = (ImageOps.flip(image) if determinant < 0 else image).rotate(degrees, expand=True)
-        aspect = aspect if degrees % 180 == 0 else 1 / aspect
-    return Picture(image, aspect)
+    # Not `frame.side_data`: it makes a reference cycle, which would keep the frame (4K: 12 MB) in
+    # memory until the garbage collector runs.
+    container: Any = SideDataContainer
+    matrix = container(frame).get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 0
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    determinant = a * d - b * c
+    return determinant < 0, 90 * round(frame.rotation / 90) % 360 if determinant else 0
