@@ -165,6 +165,29 @@ class Retriever:
         words = list(itertools.compress(tokens, words_W))
         return words, np.asarray(weights)[0, words_W][:, np.asarray(video.mask[0])]
 
+    def compare_words(
+        self, caption: str, text: TextFeatures, video: VideoFeatures
+    ) -> tuple[list[str], Float[np.ndarray, "N F"]]:
+        """Returns the N words of a caption, and their cosines with a video's real frames.
+
+        These are means over the tokens of a word. `text` and `video` are as in `attention`. There
+        are no words if the model does not compare words with frames.
+        """
+        config, tokenizer = self.model.config, self.get_tokenizer()
+        frames_FxD = np.asarray(video.frames)[0, np.asarray(video.mask)[0]].astype(np.float32)
+        if not config.has_granularities or "frame_word" not in config.granularities:
+            return [], np.zeros((0, len(frames_FxD)), np.float32)
+        num_starts, num_ends = tokenizer.special_tokens
+        end = int(np.sum(text.mask)) - num_ends
+        cosines_WxF = np.asarray(text.words)[0, num_starts:end] @ frames_FxD.T
+        words, rows, place = [], [], 0
+        for word, count in tokenizer.words(caption):
+            if place < len(cosines_WxF):  # the rest was truncated
+                words.append(word)
+                rows.append(cosines_WxF[place : place + count].mean(0))
+            place += count
+        return words, np.reshape(rows, (len(words), len(frames_FxD))).astype(np.float32)
+
     def similarity(
         self,
         text: TextFeatures,

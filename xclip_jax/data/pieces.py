@@ -6,6 +6,7 @@ clean = "canonicalize" src/open_clip/tokenizer.py of https://github.com/mlfounda
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from tokenizers import Encoding, normalizers
 from tokenizers import Tokenizer as BackendTokenizer
 
 from xclip_jax.cli import InputError, PathLike
-from xclip_jax.data.tokenizer import Tokenizer, canonicalize, to_sentence
+from xclip_jax.data.tokenizer import Tokenizer, canonicalize, group_pieces, to_sentence
 
 Cleaning = Literal["lower", "canonicalize"]
 RULES = "rules.json"  # of a PieceTokenizer: what tokenizer.json does not hold
@@ -81,6 +82,10 @@ class PieceTokenizer(Tokenizer):
         """
         return [_readable(piece) for piece in self._encode(text).tokens]
 
+    def words(self, text: str) -> list[tuple[str, int]]:
+        """Returns the words of a text in `tokenizer(texts)`, and the number of tokens of each."""
+        return _join_words(self._encode(text).tokens)
+
     def save(self, folder: PathLike) -> None:
         """Writes tokenizer.json and rules.json, which `load_tokenizer` reads."""
         folder = Path(folder)
@@ -88,6 +93,13 @@ class PieceTokenizer(Tokenizer):
         (folder / "tokenizer.json").write_text(self._serialized, "utf-8")
         rules = {"clean": self.clean, "pad": self.pad, "end": self.end}
         (folder / RULES).write_text(json.dumps(rules) + "\n")
+
+
+def _join_words(pieces: Sequence[str]) -> list[tuple[str, int]]:
+    """Returns the words that pieces form, and the number of pieces of each."""
+    groups = group_pieces(pieces, [piece.startswith("\u2581") for piece in pieces])
+    texts = ["".join(filter("\u2581".__ne__, map(_readable, group))) for group in groups]
+    return list(zip(texts, map(len, groups), strict=True))
 
 
 def _readable(piece: str) -> str:
@@ -125,6 +137,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Returns the tokens of a text in `tokenizer(texts)`, one readable string per id."""
         sentence = to_sentence(fix_surrogates(text))
         return [_readable(piece) for piece in self._processor.encode(sentence, out_type=str)]
+
+    def words(self, text: str) -> list[tuple[str, int]]:
+        """Returns the words of a text in `tokenizer(texts)`, and the number of tokens of each."""
+        pieces = self._processor.encode(to_sentence(fix_surrogates(text)), out_type=str)
+        return _join_words(pieces)
 
     def save(self, folder: PathLike) -> None:
         """Writes sentencepiece.model, which `load_tokenizer` reads."""

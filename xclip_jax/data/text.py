@@ -28,7 +28,7 @@ from xclip_jax.data.pieces import (
     PieceTokenizer,
     SentencePieceTokenizer,
 )
-from xclip_jax.data.tokenizer import Tokenizer, clean
+from xclip_jax.data.tokenizer import Tokenizer, clean, group_pieces
 
 HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "*_tokens*.json"]
 HUB_FILES += [SENTENCEPIECE]
@@ -69,6 +69,14 @@ class ClipTokenizer(Tokenizer):
         pieces = self._backend.convert_ids_to_tokens(self._encode_words(text))
         to_string = self._backend.convert_tokens_to_string
         return [to_string([piece]).removesuffix("</w>").strip() for piece in pieces]
+
+    def words(self, text: str) -> list[tuple[str, int]]:
+        """Returns the words of a text in `tokenizer(texts)`, and the number of tokens of each."""
+        pieces = self._backend.convert_ids_to_tokens(self._encode_words(text))
+        ends = [piece.endswith("</w>") for piece in pieces]
+        groups = group_pieces(pieces, [True, *ends[:-1]])
+        to_string = self._backend.convert_tokens_to_string
+        return [(to_string(group).removesuffix("</w>").strip(), len(group)) for group in groups]
 
     def save(self, folder: PathLike) -> None:
         """Writes a folder in Hugging Face layout, which `load_tokenizer` reads."""

@@ -49,6 +49,16 @@ def to_sentence(text: str) -> str:
     return " ".join(text.translate(_SPACES).lower().split()) + "."
 
 
+def group_pieces(pieces: Sequence[str], starts: Sequence[bool]) -> list[list[str]]:
+    """Returns the pieces of each word, whose first one is marked by True in `starts`."""
+    groups: list[list[str]] = []
+    for piece, is_first in zip(pieces, starts, strict=False):
+        if is_first or not groups:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
+
+
 class Tokenizer:
     """A converter of texts to at most `max_words` token ids, 0 to vocab_size - 1.
 
@@ -69,6 +79,10 @@ class Tokenizer:
 
     def tokens(self, text: str) -> list[str]:
         """Returns the tokens of a text in `tokenizer(texts)`, one readable string per id."""
+        raise NotImplementedError
+
+    def words(self, text: str) -> list[tuple[str, int]]:
+        """Returns the words of a text in `tokenizer(texts)`, and the number of tokens of each."""
         raise NotImplementedError
 
     def save(self, folder: PathLike) -> None:
