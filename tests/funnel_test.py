@@ -1,6 +1,7 @@
 """Tests of the funnel for every kind of head."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tiny
 
 from xclip_jax.models import XClip, read_model_config
-from xclip_jax.search.funnel import Funnel, frame_attention
+from xclip_jax.search.funnel import FURTHER, Funnel, compare_frames
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
@@ -72,9 +73,9 @@ def selection(tmp_path_factory):
     return store.snapshot().select()
 
 
-def rows_of(answer):
-    """Returns the rows of the hits, as segments are written in the order of their ids."""
-    return [int(hit.id, 16) for hit in answer]
+def rows_of(ranking, k=10):
+    """Returns the best k rows."""
+    return ranking.rows[:k].tolist()
 
 
 def make_text(seed=0):
@@ -96,14 +97,13 @@ def test_funnel_as_wide_as_the_index_equals_exhaustive_search(selection, head):
         scores = score_all(selection, model, params, text)
         expected = np.argsort(-scores, kind="stable")[:10]
         funnel = Funnel(model, params, candidates=COUNT, rerank=COUNT)
-        for answer in (
-            funnel.search(selection, text, 10),
-            funnel.search_exhaustively(selection, text, 10)[0],
+        for ranking in (
+            funnel.rank(selection, text, 10),
+            funnel.rank_exhaustively(selection, text, 10)[0],
         ):
-            rows, found_scores = rows_of(answer), [hit.score for hit in answer]
+            rows, found_scores = rows_of(ranking), ranking.scores[:10]
             np.testing.assert_allclose(found_scores, scores[expected], rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(scores[rows], scores[expected], rtol=1e-4, atol=1e-5)
-            assert len(answer) == 10
 
 
 def test_each_stage_passes_on_its_best_scores(selection):
@@ -117,9 +117,9 @@ def test_each_stage_passes_on_its_best_scores(selection):
     second = first[np.argsort(-words[first])][:16]
     total = sum(parts.values()) / 4
     third = second[np.argsort(-total[second])]
-    answer = Funnel(model, params, candidates=50, rerank=16).search(selection, text, 16)
-    assert rows_of(answer) == third.tolist()
-    np.testing.assert_allclose([hit.score for hit in answer], total[third], atol=1e-4)
+    answer = Funnel(model, params, candidates=50, rerank=16).rank(selection, text, 16)
+    assert rows_of(answer, 16) == third.tolist()
+    np.testing.assert_allclose(answer.scores, total[third], atol=1e-4)
     assert list(answer.seconds) == ["sentence-video", "video-word", "reading", "all"]
 
 
@@ -128,7 +128,7 @@ def test_model_without_word_granularity_skips_the_word_stage(selection):
     text = make_text()
     funnel = Funnel(model, params, candidates=7, rerank=20)
     scores = score_all(selection, model, params, text)
-    assert rows_of(funnel.search(selection, text, 20)) == np.argsort(-scores)[:20].tolist()
+    assert rows_of(funnel.rank(selection, text, 20), 20) == np.argsort(-scores)[:20].tolist()
 
 
 def test_only_allowed_rows_are_returned(selection):
@@ -137,47 +137,56 @@ def test_only_allowed_rows_are_returned(selection):
     scores = np.where(allowed, score_all(selection, model, params, text), -np.inf)
     funnel = Funnel(model, params)
     expected = np.argsort(-scores)[:10].tolist()
-    assert (
-        rows_of(funnel.search(dataclasses.replace(selection, rows=allowed), text, 10)) == expected
-    )
-    (answer,) = funnel.search_exhaustively(dataclasses.replace(selection, rows=allowed), text, 10)
-    assert rows_of(answer) == expected
-    assert (
-        funnel.search(dataclasses.replace(selection, rows=np.zeros(COUNT, bool)), text, 10).hits
-        == []
-    )
-    few = np.arange(COUNT) < 3
-    assert sorted(rows_of(funnel.search(dataclasses.replace(selection, rows=few), text, 10))) == [
-        0,
-        1,
-        2,
-    ]
+    third = dataclasses.replace(selection, rows=allowed)
+    assert rows_of(funnel.rank(third, text, 10)) == expected
+    (ranking,) = funnel.rank_exhaustively(third, text, 10)
+    assert rows_of(ranking) == expected
+    few = dataclasses.replace(selection, rows=np.arange(COUNT) < 3)
+    assert sorted(rows_of(funnel.rank(few, text, 10))) == [0, 1, 2]
+
+
+def test_further_rows_are_scored_like_the_others(selection):
+    model, params = make_model()
+    text = make_text()
+    scores = score_all(selection, model, params, text)
+    funnel = Funnel(model, params, candidates=50, rerank=16)
+    plain = funnel.rank(selection, text, 16)
+    best, worst = plain.rows[3], int(scores.argmin())
+    ranking = funnel.rank(selection, text, 16, further=np.array([best, worst]))
+    assert ranking.blocks.tolist() == [0] * 16 + [FURTHER]
+    assert ranking.rows.tolist() == [*plain.rows.tolist(), worst]
+    np.testing.assert_allclose(ranking.scores, scores[ranking.rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["paper", "clip"])
+def test_longer_ranking_begins_with_the_shorter_one(selection, head):
+    model, params = make_model(**HEADS[head])
+    text = make_text()
+    scores = score_all(selection, model, params, text)
+    funnel = Funnel(model, params, candidates=200, rerank=16)
+    rankings = [funnel.rank(selection, text, depth) for depth in (10, 16, 17, 33, 120, 10_000)]
+    assert [len(ranking.rows) for ranking in rankings] == [16, 16, 32, 64, 128, COUNT]
+    for shorter, longer in itertools.pairwise(rankings):
+        assert rows_of(longer, len(shorter.rows)) == rows_of(shorter, 1000)
+    assert np.bincount(rankings[-1].blocks).tolist() == [16, 16, 32, 64, 128, 44]
+    for block in range(6):
+        values = scores[rankings[-1].rows[rankings[-1].blocks == block]]
+        assert (np.diff(values) <= 1e-5).all()
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
-def test_best_frame_is_the_most_similar_real_frame(selection, head):
+def test_frames_are_compared_by_cosine(selection, head):
     model, params = make_model(**HEADS[head])
-    video = selection.snapshot.features(np.array([3]))
-    text = make_text()
-    frames = 0.1 * np.ones((1, FRAMES, DIM), np.float32)
-    frames[0, 2] = text.sentence[0]
-    video = video.replace(frames=frames, mask=np.array([[True, True, True, False]]))
-    text = text.replace(words=np.broadcast_to(text.sentence[:, None], text.words.shape))
-    weights = np.asarray(tiny.apply(model, params, text, video, method=frame_attention))
-    assert weights[0].argmax() == 2
-    assert weights[0, 3] == 0
-
-
-def test_frame_attention_is_the_mean_of_its_two_granularities(selection):
-    model, params = make_model()
     text, video = make_text(), selection.snapshot.features(np.arange(5))
-    weights = np.asarray(tiny.apply(model, params, text, video, method=frame_attention))
-    shares = np.asarray(tiny.apply(model, params, text, video, method="word_frame_attention"))
-    cosines = np.where(video.mask, video.frames @ text.sentence[0], -np.inf)
-    by_sentence = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)
-    by_sentence /= by_sentence.sum(1, keepdims=True)  # Eq. 7
-    np.testing.assert_allclose(weights, (by_sentence + shares.sum(1)) / 2, atol=1e-5)
-    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    cosines = compare_frames(text.replace(sentence=3 * text.sentence), video)
+    np.testing.assert_allclose(cosines, video.frames @ text.sentence[0], atol=1e-6)
+    ranking = Funnel(model, params).rank(selection, text, 5)
+    row = int(ranking.rows[0])
+    curve = selection.snapshot.features(np.array([row])).frames[0] @ text.sentence[0]
+    count = int(ranking.mask_nxF[0].sum())
+    smoothed = np.convolve(curve[:count], [1, 2, 1], "same")
+    smoothed /= np.convolve(np.ones(count), [1, 2, 1], "same")
+    np.testing.assert_allclose(ranking.similarities_nxF[0, :count], smoothed, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "tight"])
@@ -190,10 +199,10 @@ def test_example_is_compared_with_videos_and_frames(selection, head):
     attended = np.sum(weights * (every.frames @ vector), 1) / weights.sum(1)  # Eq. 7, 8
     scores = np.exp(params["clip"]["logit_scale"]) * (every.video @ vector + attended) / 2
     funnel, query = Funnel(model, params, rerank=COUNT).example(5 * vector[None])
-    answer = funnel.search(selection, query, 10)
+    ranking = funnel.rank(selection, query, 10)
     expected = np.argsort(-scores)[:10]
-    np.testing.assert_allclose([hit.score for hit in answer], scores[expected], rtol=1e-4)
-    np.testing.assert_allclose(scores[rows_of(answer)], scores[expected], rtol=1e-4)
+    np.testing.assert_allclose(ranking.scores[:10], scores[expected], rtol=1e-4)
+    np.testing.assert_allclose(scores[rows_of(ranking)], scores[expected], rtol=1e-4)
 
 
 def test_rows_are_read_in_the_requested_order(selection):

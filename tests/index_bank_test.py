@@ -60,11 +60,11 @@ def rank(index, text, model):
 @pytest.mark.parametrize("text", ["a red dog", "blue", "a cat and"])
 def test_ranking_is_by_score_minus_bias(banked, index, model, text, exhaustive):
     expected, values = rank(banked, text, model)
-    answer = banked.query(text, k=50, exhaustive=exhaustive)
+    answer = banked.query(text, k=50, exhaustive=exhaustive, merge=False)
     assert [hit.id for hit in answer] == expected
     for hit in answer:
         assert (hit.score, hit.bias) == pytest.approx(values[hit.id], abs=1e-4)
-    without = {hit.id: hit for hit in index.query(text, k=50, exhaustive=exhaustive)}
+    without = {hit.id: hit for hit in index.query(text, k=50, exhaustive=exhaustive, merge=False)}
     assert list(without) != expected  # the bias matters
     for hit in answer:
         assert hit.score == pytest.approx(without[hit.id].score, abs=1e-4)
@@ -74,7 +74,7 @@ def test_ranking_is_by_score_minus_bias(banked, index, model, text, exhaustive):
 def test_first_and_second_stage_subtract_the_bias(banked, model):
     expected, _ = rank(banked, "a red dog", model)
     snapshot = banked._snapshot
-    vector_1xD = banked._encode(["a red dog"]).sentence
+    vector_1xD = banked.retriever.encode_text(["a red dog"]).sentence
     scores = snapshot.vectors_NxD.astype(np.float64) @ vector_1xD[0]
     options = {"subtract_bias": True}
     rows = snapshot.nearest_rows(vector_1xD, 7, None, **options)
@@ -83,29 +83,29 @@ def test_first_and_second_stage_subtract_the_bias(banked, model):
     assert rows.tolist() == np.argsort(-scores)[:7].tolist()
     first = {snapshot.ids[row].as_py() for row in np.argsort(snapshot.biases - scores)[:4]}
     only = dataclasses.replace(banked._funnel, candidates=4, rerank=4)  # no second stage
-    answer = only.search(snapshot.select(), banked._encode(["a red dog"]), 4)
-    assert [hit.id for hit in answer] == [key for key in expected if key in first]
+    ranking = only.rank(snapshot.select(), banked.retriever.encode_text(["a red dog"]), 4)
+    assert snapshot.ids.take(ranking.rows).to_pylist() == [key for key in expected if key in first]
     funnel = dataclasses.replace(banked._funnel, candidates=len(banked), rerank=4)
     video = snapshot.features(np.arange(len(snapshot)))
     video = video.replace(video=snapshot.vectors_NxD)  # in float16, as that stage has them
     parts = tiny.apply(
         funnel.model,
         funnel.params,
-        banked._encode(["a red dog"]),
+        banked.retriever.encode_text(["a red dog"]),
         video,
         method="granular_similarity",
     )
     words = np.asarray(parts["video_sentence"] + parts["video_word"])[0] / 2
     second = np.argsort(funnel._scale * snapshot.biases - words)[:4]
-    answer = funnel.search(snapshot.select(), banked._encode(["a red dog"]), 4)
+    ranking = funnel.rank(snapshot.select(), banked.retriever.encode_text(["a red dog"]), 4)
     ids = {snapshot.ids[row].as_py() for row in second}
-    assert [hit.id for hit in answer] == [key for key in expected if key in ids]
+    assert snapshot.ids.take(ranking.rows).to_pylist() == [key for key in expected if key in ids]
 
 
 def test_queries_by_example_ignore_the_bias(banked, index):
     hit = banked.query("a dog")[0]
     for search, argument in (("like", hit.id), ("similar", hit.path)):
-        answers = [getattr(each, search)(argument, k=50) for each in (banked, index)]
+        answers = [getattr(each, search)(argument, k=50, merge=False) for each in (banked, index)]
         assert [hit.id for hit in answers[0]] == [hit.id for hit in answers[1]]
         assert {hit.bias for hit in answers[0]} == {0}
 
@@ -147,7 +147,7 @@ def test_heads_without_words_use_the_bias(videos, tmp_path, head):
     for each in both:
         each.add([videos])
     expected, values = rank(both[0], "a red dog", model) if head == "seq_lstm" else (None, None)
-    answers = [both[0].query("a red dog", k=50, exhaustive=e) for e in (False, True)]
+    answers = [both[0].query("a red dog", k=50, exhaustive=e, merge=False) for e in (False, True)]
     assert [hit.id for hit in answers[0]] == [hit.id for hit in answers[1]]
     ranked = [hit.score - hit.bias for hit in answers[0]]
     assert ranked == sorted(ranked, reverse=True)
@@ -201,7 +201,7 @@ def test_command_stores_the_bank_and_goes_on_with_it(folder, videos, capsys, ban
     capsys.readouterr()
     main(["query", "a red dog", "--index=index", "--path=videos/"])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["rank", "score", "bias", "best", "segment", "file"]
+    assert head.split() == ["rank", "score", "bias", "best", "moment", "file"]
     hits = banked.query("a red dog")
     assert [line.split()[1:3] for line in lines] == [
         [f"{hit.score:.2f}", f"{hit.bias:.2f}"] for hit in hits
@@ -254,5 +254,5 @@ def test_server_reports_score_and_bias(banked):
 
     with TestClient(make_app(banked), base_url="http://localhost") as client:
         hits = client.post("/api/search", json={"text": "a red dog"}).json()["hits"]
-    expected = banked.query("a red dog", k=12)
+    expected = banked.query("a red dog", k=24)
     assert [(hit["id"], hit["bias"]) for hit in hits] == [(hit.id, hit.bias) for hit in expected]

@@ -18,7 +18,7 @@ from xclip_jax.cli import InputError
 from xclip_jax.data.preprocess import FrameFormat
 from xclip_jax.data.video import read_frames, read_still
 from xclip_jax.search import Index
-from xclip_jax.search.index import _read_example
+from xclip_jax.search.examples import read_example
 from xclip_jax.search.output import export_segments
 
 __all__ = ["index", "made", "model", "no_processes", "videos"]  # the fixtures
@@ -49,8 +49,8 @@ def test_ranking_equals_that_of_the_full_model(index, videos, model, exhaustive)
     for text in ("a red dog", "blue", "a cat and"):
         scores = retriever.similarity(retriever.encode_text([text]), video)[0]
         expected = sorted(zip(scores, segments, strict=True), reverse=True)[:7]
-        answer = index.query(text, k=7, exhaustive=exhaustive)
-        assert [(hit.path, hit.start) for hit in answer] == [where for _, where in expected]
+        answer = index.query(text, k=7, exhaustive=exhaustive, merge=False)
+        assert [(hit.path, hit.segment_start) for hit in answer] == [where for _, where in expected]
         assert [hit.score for hit in answer] == pytest.approx([s for s, _ in expected], abs=1e-4)
         assert [hit.rank for hit in answer] == list(range(1, 8))
         assert all(hit.start <= hit.second < hit.end for hit in answer)
@@ -71,7 +71,7 @@ def test_frames_are_made_as_the_model_requires(videos, tmp_path):
     (row,) = content(index).values()
     np.testing.assert_allclose(row[3], expected.video[0], atol=1e-6)
     np.testing.assert_array_equal(
-        _read_example(videos / "clip1.mp4", retriever.model.config), frames[[0, 1, 3, 5]]
+        read_example(videos / "clip1.mp4", retriever.model.config), frames[[0, 1, 3, 5]]
     )
     wide.resize((16, 16), Image.Resampling.BILINEAR).save(tmp_path / "square.png")
     scores = [index.similar(tmp_path / name)[0].score for name in ("wide.png", "square.png")]
@@ -79,19 +79,19 @@ def test_frames_are_made_as_the_model_requires(videos, tmp_path):
 
 
 def test_k_larger_than_the_index_returns_all_segments(index):
-    assert len(index.query("a dog", k=1000)) == 3 * COUNT
+    assert len(index.query("a dog", k=1000, merge=False)) == 3 * COUNT
 
 
 def test_filters_select_segments_by_path_and_time(index, videos):
     assert {hit.path for hit in index.query("a dog", path="clip2")} == {str(videos / "clip2.mp4")}
-    assert len(index.query("a dog", k=50, path="clip?.mp4")) == 3 * COUNT
+    assert len(index.query("a dog", k=50, path="clip?.mp4", merge=False)) == 3 * COUNT
     assert len(index.query("a dog", k=50, path="*p[2].mp4")) == 0
-    assert len(index.query("a dog", k=50, path=f"{videos}/*3.mp4")) == 3
+    assert len(index.query("a dog", k=50, path=f"{videos}/*3.mp4", merge=False)) == 3
     assert len(index.query("a dog", k=50, path="%")) == 0  # not a wildcard
     early = index.query("a dog", k=50, end=1.5)
-    assert {hit.start for hit in early} == {0}
+    assert {hit.segment_start for hit in early} == {0}
     assert early.searched == COUNT
-    assert {hit.start for hit in index.query("a dog", k=50, start=4.5)} == {4}
+    assert {hit.segment_start for hit in index.query("a dog", k=50, start=4.5)} == {4}
     assert len(index.query("a dog", k=50, start=2.5, end=3.5, exhaustive=True)) == COUNT
 
 
@@ -131,7 +131,7 @@ def test_filters_of_invalid_types_or_values_are_errors(index, filters):
 def test_filters_apply_to_segments_similar_to_another(index):
     hit = index.query("a dog")[0]
     answer = index.like(hit.id, k=50, path="clip2", start=2.5, end=3.5)
-    assert [(Path(other.path).name, other.start) for other in answer] == [("clip2.mp4", 2)]
+    assert [(Path(other.path).name, other.segment_start) for other in answer] == [("clip2.mp4", 2)]
 
 
 def test_overlong_filter_or_sentence_is_an_error(index):
@@ -177,7 +177,7 @@ def test_example_is_compared_with_videos_and_frames(index, videos, model, tmp_pa
             weights = np.exp((cosines - cosines.max()) / 0.01)
             expected.append((video @ vector + weights @ cosines / weights.sum()) / 2)  # Eq. 3, 7, 8
         scale = np.exp(retriever.params["clip"]["logit_scale"])
-        scores = [hit.score for hit in index.similar(tmp_path / file, k=100)]
+        scores = [hit.score for hit in index.similar(tmp_path / file, k=100, merge=False)]
         assert scores == pytest.approx(sorted(scale * np.array(expected), reverse=True), abs=2e-3)
 
 
@@ -206,18 +206,29 @@ def test_captions_are_ranked_by_similarity(index, videos, model):
     assert ranked[0][1] == pytest.approx(scores.max(), abs=1e-5)
 
 
-def test_attention_covers_words_and_real_frames_only(index):
+def test_heat_map_has_the_cosines_of_words_and_real_frames(index):
     hit = index.query("a red dog")[0]
-    attention = index.attention(hit.id, "a red dog")
-    assert attention.weights_WxF.shape == (len(attention.words), 2)
-    assert attention.weights_WxF.sum() == pytest.approx(1, abs=1e-5)
-    assert attention.times == [hit.start, hit.start + 1]
+    heat_map = index.heat_map(hit.id, "a red dog")
+    assert heat_map.words == ["a", "red", "dog"]
+    assert heat_map.times == [hit.segment_start, hit.segment_start + 1]
+    text = index.retriever.encode_text(["a red dog"])
+    video = index._snapshot.features(index._snapshot.find(hit.id))
+    cosines = text.words[0, 1:4] @ video.frames[0, :2].T  # one token a word
+    np.testing.assert_allclose(heat_map.words_WxF, cosines, atol=1e-5)
+
+
+def test_best_second_is_the_hottest_of_the_heat_map(index):
+    for text in ("a red dog", "blue", "a cat and"):
+        for hit in index.query(text, k=50):
+            heat_map = index.heat_map(hit.id, text)
+            assert hit.second == heat_map.times[int(np.argmax(heat_map.sentence))]
 
 
 def test_segment_and_thumbnail_by_id(index, videos):
     hit = index.query("a dog")[0]
     segment = index.segment(hit.id)
-    assert (segment.path, segment.start, segment.end) == (hit.path, hit.start, hit.end)
+    assert (segment.path, segment.start) == (hit.path, hit.segment_start)
+    assert (segment.end, segment.score) == (hit.segment_end, None)
     assert index.thumbnail(hit.id)[:3] == b"\xff\xd8\xff"
     assert read_still(hit.path, hit.second)[:3] == b"\xff\xd8\xff"
     for lookup in (index.segment, index.thumbnail, index.like):

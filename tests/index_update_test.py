@@ -183,7 +183,7 @@ def test_changed_files_need_at_most_two_commits(copied, videos, tmp_path):
 def test_second_writer_is_an_error(copied, videos):
     with (
         FileLock(Path(copied.location, "writer.lock")),
-        pytest.raises(InputError, match="another process is adding"),
+        pytest.raises(indexing.BusyError, match="another process is adding"),
     ):
         copied.add([videos])
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import tiny
 
-from xclip_jax.search import Index, indexing
+from xclip_jax.search import Index, indexing, timed_text
 
 COUNT, SECONDS = 5, 2  # clips of six seconds: three segments each
 BANK = [f"a {c} {a}{n}" for c in ("red", "blue") for a in ("dog", "cat", "and") for n in range(20)]
@@ -25,7 +25,8 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch):
-    monkeypatch.setattr(indexing, "run_jobs", tiny.run_jobs_here)
+    for module in (indexing, timed_text):
+        monkeypatch.setattr(module, "run_jobs", tiny.run_jobs_here)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from xclip_jax.search import Index, indexing, output
+from xclip_jax.search import Index, indexing, output, results
 from xclip_jax.search.__main__ import main
 
 
@@ -70,16 +70,17 @@ def test_index_of_missing_videos_is_not_created(tmp_path, capsys):
 def test_query_prints_a_table(capsys):
     main(["query", "a red dog", "-k", "3", *at()])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["rank", "score", "best", "segment", "file"]
+    assert head.split() == ["rank", "score", "best", "moment", "file"]
     hits = Index.open("index").query("a red dog", k=3)
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
-    assert [line.split()[-1] for line in lines] == [
+    assert [line.split()[4] for line in lines] == [
         f"videos/{hit.path.split('/')[-1]}" for hit in hits
     ]
+    assert [line.endswith("(weak match)") for line in lines] == [hit.weak for hit in hits]
     assert lines[0].split()[1:4] == [
         f"{hits[0].score:.2f}",
         f"0:0{hits[0].second:.0f}",
-        "0:00-0:06",
+        f"0:0{hits[0].start:.0f}-0:0{int(hits[0].end)}",
     ]
 
 
@@ -135,7 +136,7 @@ def test_recall_counts_results_missing_from_the_funnel(capsys, folder, monkeypat
         return [answer.hits[1:] + answer.hits[:1] for answer in exhaustive(index, texts, **options)]
 
     # The funnel returns one of four segments, and another one is ranked first.
-    monkeypatch.setattr(Index, "query", lambda index, text: exhaustive(index, [text], k=1)[0])
+    monkeypatch.setattr(Index, "query", lambda index, text, **_: exhaustive(index, [text], k=1)[0])
     monkeypatch.setattr(Index, "query_exhaustively", rotated)
     main(["recall", "--sample=5", "--json", *at()])
     result = json.loads(capsys.readouterr().out)
@@ -166,7 +167,7 @@ def test_exported_files_contain_all_segments(tmp_path, name):
         (["query", "", *at()], "the sentence is empty"),
         (["query", *at()], "query requires exactly one of: a sentence, --video, --image"),
         (["query", "a", "--video=b", *at()], "query requires exactly one of"),
-        (["query", "a", "-k", "0", *at()], "--k=0: must be at least 1"),
+        (["query", "a", "-k", "0", *at()], "-k 0: must be at least 1"),
         (["query", "a", "--index=nowhere"], "no index in"),
         (["query", "a", "--captions=c.txt", *at()], "--captions requires --video"),
         (["query", "--video=gone.mp4", *at()], "gone.mp4"),
@@ -218,6 +219,6 @@ def test_each_command_has_help(capsys, command):
 
 
 def test_times_are_printed_as_minutes_and_seconds():
-    assert [output.format_time(s) for s in (0, 59.9, 61, 3600, 7325.2)] == [
+    assert [results.format_time(s) for s in (0, 59.9, 61, 3600, 7325.2)] == [
         *("0:00", "0:59", "1:01", "1:00:00", "2:02:05")
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from browser_test import chromium, read_heat_map, save_screenshot, search, search_and_play, serving
+from browsing import chromium, read_heat_map, save_screenshot, search, search_and_play, serving
 from demo import ROOT, run, train_demo
 
 import xclip_jax
@@ -83,6 +83,19 @@ def test_best_second_is_in_the_described_event(demo, scenes):
     assert np.mean(inside) >= 0.8
 
 
+def test_moments_overlap_the_described_event(demo, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import moments
+
+    events = moments.render_films(tmp_path, 40)
+    films = Index.create(tmp_path / "index", demo[0].model_name)
+    films.add(tmp_path)
+    measured = moments.measure(films, events, in_film=True)
+    assert measured["moment"] >= 0.7
+    assert measured["moment_IoU"] > measured["segment_IoU"] + 0.2
+    assert measured["weak"] < 0.1 < 0.5 < measured["weak_unrelated"]
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """Returns (index of real clips, their captions), with a small model trained on them."""
@@ -112,6 +125,19 @@ def test_each_caption_ranks_its_real_clip_first(real):
             assert Path(index.query(caption)[0].path).name == clip["video"], caption
 
 
+def test_moments_of_joined_real_clips(real, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import moments
+
+    events = moments.join_clips(CLIPS, CLIPS / "captions.json", tmp_path)
+    options = {"segment_seconds": 6, "overlap_seconds": 3}
+    films = Index.create(tmp_path / "index", real[0].model_name, **options)
+    films.add(tmp_path)
+    measured = moments.measure(films, events, in_film=False)
+    assert measured["second"] >= 0.8
+    assert measured["moment"] >= 0.7
+
+
 def _plays(path, second):
     """Returns True if every Chromium plays the file, and it lasts at least a second longer."""
     with av.open(str(path)) as container:
@@ -133,8 +159,8 @@ def test_page_plays_real_clips_from_the_best_second(real, chromium):
                 search_and_play(page, address, clip["captions"][0], clip["video"], hit.second)
                 played += 1
         assert played >= 6
-        words, times, strengths = read_heat_map(page)
-        assert strengths.shape == (len(words), len(times))
+        words, times, values, _ = read_heat_map(page)
+        assert values.shape == (len(words), len(times))
         page.locator("#heat").scroll_into_view_if_needed()
         save_screenshot(page, "heatmap")
         page.set_viewport_size({"width": 375, "height": 740})

@@ -112,9 +112,8 @@ def test_shot_of_less_than_two_frames_is_merged_with_the_previous_one():
             picture = video.Picture(Image.new("RGB", (8, 8)), Fraction(1))
             yield from ((float(second), picture) for second in range(9))
 
-    cut = [
-        (start, len(p)) for start, *_, p in _cut(Reader(), FrameFormat(8), 30, [3.5, 4.2, 5.0, 7.1])
-    ]
+    pieces = _cut(Reader(), FrameFormat(8), (30, 0), [3.5, 4.2, 5.0, 7.1])
+    cut = [(start, len(frames)) for start, *_, frames in pieces]
     assert cut == [(0.0, 4), (3.5, 4), (7.1, 1)]
 
 

@@ -39,6 +39,25 @@ def test_token_is_required_of_every_request():
         assert client.get("/api/index", headers=cookies).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("address", "location"),
+    [
+        ("/docs?token=secret", "/docs"),
+        ("/?q=a+dog&token=secret&in=speech", "/?q=a+dog&in=speech"),
+        ("/?token=secret&next=//evil.example", "/?next=%2F%2Fevil.example"),
+    ],
+)
+def test_token_is_removed_from_the_address(address, location):
+    response = make_client(token="secret").get(address)
+    assert (response.status_code, response.headers["location"]) == (303, location)
+
+
+def test_token_in_the_address_opens_pages_only():
+    client = make_client(token="secret")
+    for path in ("/api/index", "/openapi.json", "/docs/x"):
+        assert client.get(f"{path}?token=secret").status_code == 401
+
+
 def test_any_token_can_be_used():
     token = "p&q +\u00e9;"
     client = make_client(token=token)

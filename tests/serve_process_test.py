@@ -29,7 +29,7 @@ def test_invalid_port_is_an_error(index, port):
 
 
 SERVER = """
-from serve_test import FakeIndex
+from fake_index import FakeIndex
 from xclip_jax.search.serve import serve
 serve(FakeIndex([({path!r}, 0, 1, 0)]), port=0)
 """

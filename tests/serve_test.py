@@ -1,7 +1,6 @@
 """Tests of the search page's server: responses, errors, and access to files of the index only."""
 
 import concurrent.futures
-import io
 import json
 import mimetypes
 import os
@@ -10,87 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from fake_index import CONTENT, SECRET, FakeIndex, jpeg, segment
 from starlette.testclient import TestClient
 
-from xclip_jax.cli import InputError
-from xclip_jax.search import Answer, Attention, Hit, Index, serve
-
-CONTENT = bytes(range(256)) * 40
-SECRET = "a secret of the server"
-
-
-def jpeg(color):
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 48), color).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-class FakeIndex(Index):
-    """An index that returns its segments for every query, in order.
-
-    Args:
-        segments: (path, start, end, best second) of each.
-    """
-
-    location, model_name, num_files, num_segments = "videos.index", "tiny", 2, 0
-
-    def __init__(self, segments):
-        self.hits = {
-            f"{number:016x}": Hit(number, 30.0 - number, f"{number:016x}", str(path), *times)
-            for number, (path, *times) in enumerate(segments, 1)
-        }
-        self.num_segments, self.refreshed, self.queries = len(segments), threading.Event(), []
-
-    def answer(self, k, *query):
-        self.queries.append(query)
-        hits = list(self.hits.values())[:k]
-        return Answer(hits, {"encode": 0.012, "search": 0.003}, 12340, "a note")
-
-    def query(self, text, k=10, path=None, start=None, end=None):
-        if not text:
-            raise InputError("the query is empty")
-        if text == "break":
-            raise RuntimeError(SECRET)
-        return self.answer(k, text, path, start, end)
-
-    def find_file(self, segment_id):
-        path = self.hits[segment_id].path
-        try:
-            with open(path, "rb"):
-                return path
-        except FileNotFoundError:
-            raise OSError(f"{os.path.basename(path)} is no longer on disk") from None
-        except OSError as error:
-            raise OSError(f"{os.path.basename(path)} cannot be read: {error}") from None
-
-    def similar(self, file, k=10, path=None, start=None, end=None):
-        try:
-            Image.open(file).load()
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read as an image") from error
-        return self.answer(k, file, path)
-
-    def like(self, segment_id, k=10, path=None, start=None, end=None):
-        return self.answer(k, segment_id, path, start, end)
-
-    def attention(self, segment_id, text):
-        if text == "no attention":
-            raise InputError("no heat map")
-        hit, words = self.hits[segment_id], text.split()
-        times = np.linspace(hit.start, hit.end - 0.5, 6).tolist()
-        weights_WxF = np.random.default_rng(1).dirichlet(np.full(len(words) * 6, 0.4))
-        return Attention(words, times, weights_WxF.reshape(len(words), 6))
-
-    def thumbnail(self, segment_id):
-        return jpeg("red")
-
-    def segment(self, segment_id):
-        return self.hits[segment_id]
-
-    def refresh(self):
-        self.refreshed.set()
-        return False
+from xclip_jax.search import bodies, endpoints, serve
 
 
 @pytest.fixture
@@ -112,10 +34,6 @@ def client(index):
 def browser(index, host="localhost:7870"):
     app = serve.make_app(index)
     return TestClient(app, f"http://{host}", raise_server_exceptions=False)
-
-
-def segment(number):
-    return f"{number:016x}"
 
 
 def error_of(response, status):
@@ -148,8 +66,12 @@ def test_query_applies_filters(client, index, tmp_path):
     assert (answer["searched"], answer["note"], len(answer["hits"])) == (12340, "a note", 2)
     assert 0 <= answer["seconds"] < 1
     path = str(tmp_path / "dog.mp4")
-    times = {"start": 10.0, "end": 20.0, "second": 12.5, "offset": 0.0}
+    times = {"start": 10.0, "end": 20.0, "second": 12.5, "offset": 0.0, "duration": 60.0}
+    times |= {"segment_start": 10.0, "segment_end": 20.0}
     hit = {"rank": 1, "score": 29.0, "id": segment(1), "path": path, "name": "dog.mp4", "bias": 0.0}
+    picture = {"source": "picture", "score": 29.0, "start": 10.0, "end": 20.0, "text": ""}
+    speech = picture | {"source": "speech", "score": 3.25, "text": "we say word 1"}
+    hit |= {"weak": False, "matches": [picture, speech], "duplicates": []}
     assert answer["hits"][0] == hit | times
 
 
@@ -202,11 +124,11 @@ def test_uploaded_example_is_deleted_after_the_search(client, index):
 
 
 def test_corrupted_or_too_large_example_is_an_error(client, index, monkeypatch, tmp_path):
-    monkeypatch.setattr(serve.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(endpoints.tempfile, "tempdir", str(tmp_path))
     before = sorted(tmp_path.iterdir())
     message = error_of(client.post("/api/example?name=a.jpg", content=b"garbage"), 400)
     assert message == "a.jpg: cannot be read as an image"
-    monkeypatch.setattr(serve, "MAX_UPLOAD_BYTES", 2**20)
+    monkeypatch.setattr(bodies, "MAX_UPLOAD_BYTES", 2**20)
     big = b"x" * (2**20 + 1)
     for body in (big, iter([big[: 2**19], big[2**19 :]])):
         assert error_of(client.post("/api/example", content=body), 413) == "more than 1 MB"
@@ -221,12 +143,52 @@ def test_segment_of_the_index_is_an_example(client, index):
     assert "between 1" in error_of(client.get(f"/api/like/{segment(2)}?k=101"), 400)
 
 
-def test_attention_is_returned_for_each_word_and_frame(client):
-    attention = client.post(f"/api/attention/{segment(1)}", json={"text": "a big dog"}).json()
-    assert attention["words"] == ["a", "big", "dog"]
-    assert np.shape(attention["weights"]) == (3, len(attention["times"]))
-    assert np.sum(attention["weights"]) == pytest.approx(1)
-    refused = client.post(f"/api/attention/{segment(1)}", json={"text": "no attention"})
+def test_segment_is_returned_without_a_search(client, index):
+    hit = client.get(f"/api/segment/{segment(1)}").json()
+    assert (hit["id"], hit["name"], hit["rank"], hit["score"]) == (segment(1), "dog.mp4", 0, None)
+    assert [hit[name] for name in ("start", "end", "second")] == [10, 20, 12.5]
+    assert index.queries == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("/api/like/{}", "/thumbnail/{}", "/still/{}?second=1", "/video/{}"),
+        *("/clip/{}?start=1&end=2", "/preview/{}?start=1&end=2"),
+    ],
+)
+def test_segment_that_is_removed_during_a_request_is_unknown(client, index, monkeypatch, address):
+    remove_after_find(index, monkeypatch)
+    assert error_of(client.get(address.format(segment(1))), 404) == endpoints.REMOVED
+
+
+def test_segment_that_is_removed_before_its_heat_map_is_unknown(client, index, monkeypatch):
+    remove_after_find(index, monkeypatch)
+    response = client.post(f"/api/heat_map/{segment(1)}", json={"text": "a dog"})
+    assert error_of(response, 404) == endpoints.REMOVED
+
+
+def remove_after_find(index, monkeypatch):
+    """Makes all methods but `segment` raise the error of an unknown id."""
+
+    def fail(id, *arguments, **options):
+        raise KeyError(id)
+
+    for name in ("like", "heat_map", "thumbnail", "find_file"):
+        monkeypatch.setattr(index, name, fail)
+
+
+def test_other_missing_keys_are_defects(client, index, monkeypatch):
+    monkeypatch.setattr(index, "like", lambda *_, **options: {}["column"])
+    assert "internal error" in error_of(client.get(f"/api/like/{segment(1)}"), 500)
+
+
+def test_heat_map_is_returned_for_each_word_and_frame(client):
+    heat = client.post(f"/api/heat_map/{segment(1)}", json={"text": "a big dog"}).json()
+    assert heat["words"] == ["a", "big", "dog"]
+    assert np.shape(heat["words_by_frames"]) == (3, len(heat["times"]))
+    assert len(heat["sentence"]) == len(heat["times"])
+    refused = client.post(f"/api/heat_map/{segment(1)}", json={"text": "no attention"})
     assert "no heat map" in error_of(refused, 400)
 
 
@@ -236,10 +198,10 @@ def test_stills_fall_back_to_the_thumbnail(client, monkeypatch):
     def read_still(path, second, longest):
         stills.append((os.path.basename(path), second))
         if second > 15:
-            raise serve.video.VideoError("no picture")
+            raise endpoints.video.VideoError("no picture")
         return jpeg("green")
 
-    monkeypatch.setattr(serve.video, "read_still", read_still)
+    monkeypatch.setattr(endpoints.video, "read_still", read_still)
     pictures = [client.get(f"/still/{segment(1)}?second={second}") for second in (12.5, 16)]
     assert [picture.content for picture in pictures] == [jpeg("green"), jpeg("red")]
     assert stills == [("dog.mp4", 12.5), ("dog.mp4", 16.0)]
@@ -272,7 +234,7 @@ def test_deleted_file_is_an_error_and_its_still_the_thumbnail(client):
     assert client.get(f"/still/{segment(3)}?second=1").content == jpeg("red")
 
 
-@pytest.mark.parametrize("kind", ["video", "thumbnail", "still", "api/like"])
+@pytest.mark.parametrize("kind", ["video", "thumbnail", "still", "api/like", "api/segment"])
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,7 +1,11 @@
 """Searches a video collection by sentence, video or image: index a folder, then query it."""
 
-from xclip_jax.search.funnel import Answer, Attention, Hit
+import os
+
+os.environ.setdefault("LANCEDB_LOG", "error")  # "No existing dataset ..., it will be created"
+
 from xclip_jax.search.index import Index
 from xclip_jax.search.indexing import IndexingSummary
+from xclip_jax.search.results import Answer, Film, HeatMap, Hit, Match
 
-__all__ = ["Answer", "Attention", "Hit", "Index", "IndexingSummary"]
+__all__ = ["Answer", "Film", "HeatMap", "Hit", "Index", "IndexingSummary", "Match"]

@@ -3,15 +3,17 @@
 Each is a CRC-32 of a part of a row, so that no part has to be read for the sake of another.
 """
 
+import contextlib
 import os
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64
 
-from xclip_jax.cli import PathLike
+from xclip_jax.cli import PathLike, explain_no_file
 
 PARTS = {
     "digest": [
@@ -34,6 +36,35 @@ def sample_file(path: PathLike) -> int:
         digest = zlib.crc32(file.read(_SAMPLE_BYTES))
         file.seek(max(0, os.fstat(file.fileno()).st_size - _SAMPLE_BYTES))
         return zlib.crc32(file.read(_SAMPLE_BYTES), digest)
+
+
+def check_unchanged(row: Mapping[str, Any]) -> None:
+    """Raises OSError unless a file can be read and is the one that was indexed.
+
+    `row` has its path, size, mtime (ns) and, if the index has it, sample.
+    """
+    path, name = row["path"], os.path.basename(row["path"])
+    if problem := explain_no_file(path):
+        raise OSError(f"{name} {problem}")
+    try:
+        status, sample = os.stat(path), sample_file(path)
+    except FileNotFoundError:
+        raise OSError(f"{name} is no longer on disk") from None
+    except OSError as error:
+        raise OSError(f"{name} cannot be read: {error.strerror}") from None
+    found = status.st_size, status.st_mtime_ns, sample
+    if found != (row["size"], row["mtime"], row.get("sample", sample)):
+        raise OSError(f"{name} has changed since it was indexed: index it again")
+
+
+def describe_files(paths: Iterable[PathLike]) -> str:
+    """Returns a text that changes with the names, sizes and times of files, "" without a file."""
+    described = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            described.append(f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}")
+    return "\n".join(described)
 
 
 def compute_digests(rows: Rows, part: str) -> Int64[np.ndarray, " n"]:

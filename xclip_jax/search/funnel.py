@@ -11,11 +11,9 @@ so nothing is compiled between queries.
 
 import dataclasses
 import functools
-import itertools
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -25,56 +23,37 @@ from xclip_jax.cli import progress
 from xclip_jax.inference import apply_model, next_power_of_two, pad_rows
 from xclip_jax.models.xclip import XClip, normalize
 from xclip_jax.retriever import Retriever
+from xclip_jax.search.moments import Curves, FrameMask, smooth
 from xclip_jax.search.snapshot import Rows, Selection, Snapshot, unit_vectors
-from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures, compute_weights
+from xclip_jax.similarity import AnyArray, TextFeatures, VideoFeatures
 
 STAGES = ("sentence-video", "video-word", "reading", "all")
-MIN_ATTENTION_BATCH = 16  # segments whose best frames are computed in one call, padded
+FURTHER = 99  # number of a block, see `Ranking`
 EXHAUSTIVE_BATCH = 1024  # segments read and scored at once by an exhaustive search
 # Model fields with which the vector of a video or image is compared like a sentence (Eq. 3, 5, 8).
 _EXAMPLE_FIELDS: dict[str, Any] = {"head": "xclip", "fusion": "mean", "matrices": False}
 _EXAMPLE_FIELDS |= {"granularities": ("video_sentence", "frame_sentence")}
 Scores = Float[np.ndarray, " n"]
+_NO_ROWS = np.array([], int)
 
 
 @dataclasses.dataclass(frozen=True)
-class Hit:
-    """A segment in the results of a search. All times are seconds after the file's first frame."""
+class Ranking:
+    """Segments with the similarities of their frames.
 
-    rank: int  # position in the results, from 1
-    score: float  # the model's logit; for queries by example see `Index.similar`
-    id: str  # of the segment, 16 hexadecimal digits
-    path: str  # of its video file
-    start: float
-    end: float
-    second: float  # time of the frame that AOSM weights most for the query
-    offset: float = 0.0  # from the start of the file, as players count, to its first frame
-    bias: float = 0.0  # hubness bias as a logit: results are ranked by score - bias
+    They are in blocks of 1, 1, 2, 4, ... times `Funnel.rerank` rows, as the stages before the last
+    one chose them, and in the order of score minus bias in each block. So a longer ranking begins
+    with a shorter one. Block FURTHER, at the end, has the rows that were only asked for.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The results of a search, usable like a list of Hit."""
-
-    hits: list[Hit]  # at most k, best first
+    rows: Rows  # n rows of the snapshot
+    blocks: Rows  # n numbers of blocks, from 0
+    scores: Scores  # n logits
+    biases: Scores  # n logits, zeros for a query by example
+    similarities_nxF: Curves  # cosines of frames with the sentence (Eq. 5), see `smooth`
+    mask_nxF: FrameMask  # True = a real frame
     seconds: dict[str, float]  # time of each stage, by its name
     searched: int  # number of segments that passed the filters
-    note: str | None = None  # for the user, e.g. that the sentence was truncated
-
-    def __len__(self) -> int:
-        return len(self.hits)
-
-    def __getitem__(self, index: int) -> Hit:
-        return self.hits[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """AOSM's attention over the W words of a sentence and the F frames of a segment."""
-
-    words: list[str]  # W tokens
-    times: list[float]  # F seconds after the file's first frame
-    weights_WxF: Float[np.ndarray, "W F"]  # with the sum 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +85,20 @@ class Funnel:
         query = TextFeatures(sentence_1xD, words, mask_W[None])
         return dataclasses.replace(self, model=XClip(config), by_example=True), query
 
-    def search(self, selection: Selection, text: TextFeatures, k: int) -> Answer:
-        """Searches the selected rows for one sentence."""
+    def rank(
+        self, selection: Selection, text: TextFeatures, depth: int, *, further: Rows = _NO_ROWS
+    ) -> Ranking:
+        """Ranks the selected rows for one sentence, or for an example.
+
+        Args:
+            selection: rows to search.
+            text: the query, T = 1.
+            depth: number of rows of interest; more than `rerank` widen the last stage.
+            further: additional rows to score in the last stage.
+        """
         snapshot, searched = selection.snapshot, len(selection)
-        if not searched:
-            return Answer([], {}, 0)
-        times, k = [time.perf_counter()], min(k, len(snapshot))
-        rerank = self.rerank if k <= self.rerank else next_power_of_two(k)
+        times, depth = [time.perf_counter()], min(depth, len(snapshot))
+        rerank = self.rerank * next_power_of_two(-(-depth // self.rerank))
         width = max(self.candidates, rerank) if self.word_model else rerank
         vector_1xD = apply_model(self.params, text, model=self.model, method=sentence_vector)
         # A Transformer's scores and their biases do not have the unit of the first stage's cosines.
@@ -120,28 +106,40 @@ class Funnel:
         options: Any = {"subtract_bias": subtract_bias}
         rows = snapshot.nearest_rows(np.asarray(vector_1xD), width, selection.rows, **options)
         times.append(time.perf_counter())
-        if self.word_model and len(rows) > rerank:
+        if self.word_model and len(rows) > self.rerank:
+            candidates = max(self.candidates, self.rerank)
+            rows, rest = np.split(rows, [candidates])
             mask = np.ones((len(rows), self.model.config.max_frames), bool)
             no_frames = np.zeros((*mask.shape, 0), np.float32)
             video = VideoFeatures(snapshot.vectors_NxD[rows], no_frames, mask)
-            scores = self._score(self.word_model, text, video, width)
+            scores = self._score(self.word_model, text, video, candidates)
             scores = scores - self._biases(snapshot, rows)
-            rows = rows[np.argsort(-scores, kind="stable")[:rerank]]
+            order = np.argsort(-scores, kind="stable")
+            rows = np.concatenate([rows[order], rest])[:rerank]
         times.append(time.perf_counter())
+        blocks = self._blocks(len(rows))
+        if len(further):
+            others = np.setdiff1d(further, rows)
+            rows = np.concatenate([rows, others])
+            blocks = np.append(blocks, np.full(len(others), FURTHER))
         video = snapshot.features(rows)
         times.append(time.perf_counter())
         if self.by_example:
             vectors, frames = (unit_vectors(np.asarray(x)) for x in (video.video, video.frames))
             video = VideoFeatures(vectors, frames, video.mask, video.weights)
-        scores = self._score(self.model, text, video, rerank)
-        order = np.argsort(self._biases(snapshot, rows) - scores, kind="stable")[:k]
-        video = jax.tree.map(lambda x: x[order], video)
-        hits = self._make_hits(selection, rows[order], scores[order], text, video)
+        scores = self._score(self.model, text, video, self.rerank)
+        ranking = self._order(snapshot, rows, blocks, scores, text, video)
         times.append(time.perf_counter())
-        return Answer(hits, dict(zip(STAGES, np.diff(times).tolist(), strict=True)), searched)
+        seconds = dict(zip(STAGES, np.diff(times).tolist(), strict=True))
+        return dataclasses.replace(ranking, seconds=seconds, searched=searched)
 
-    def search_exhaustively(self, selection: Selection, text: TextFeatures, k: int) -> list[Answer]:
-        """Scores all selected rows by the full model for each of T sentences (not for examples)."""
+    def rank_exhaustively(
+        self, selection: Selection, text: TextFeatures, depth: int, *, further: Rows = _NO_ROWS
+    ) -> list[Ranking]:
+        """Scores all selected rows by the full model for each of T sentences (not for examples).
+
+        Returns the best `depth` rows, at least `rerank`, and `further` ones, for each sentence.
+        """
         started, snapshot = time.perf_counter(), selection.snapshot
         everything = np.arange(len(snapshot))
         rows = everything if selection.rows is None else everything[selection.rows]
@@ -153,14 +151,48 @@ class Funnel:
                 video = snapshot.features(rows[block])
                 sim_TxN[:, block] = retriever.similarity(text, video)
                 bar.update(len(video.mask))
-        seconds, answers = {"all": time.perf_counter() - started}, []
-        for index, scores in enumerate(sim_TxN if len(rows) else ()):
-            order = np.argsort(self._biases(snapshot, rows) - scores, kind="stable")[:k]
+        facts: Any = {"seconds": {"all": time.perf_counter() - started}, "searched": len(rows)}
+        rankings = []
+        for index, scores in enumerate(sim_TxN):
+            order = np.argsort(self._biases(snapshot, rows) - scores, kind="stable")
+            order = order[: max(depth, self.rerank)]
+            blocks = self._blocks(len(order))
+            others = np.setdiff1d(np.searchsorted(rows, further), order)
+            order = np.concatenate([order, others])
+            blocks = np.append(blocks, np.full(len(others), FURTHER))
             sentence = inference.slice_rows(text, index)
-            video = snapshot.features(rows[order])
-            hits = self._make_hits(selection, rows[order], scores[order], sentence, video)
-            answers.append(Answer(hits, seconds, len(rows)))
-        return answers or [Answer([], seconds, 0)] * len(text.mask)
+            options = sentence, snapshot.features(rows[order])
+            ranking = self._order(snapshot, rows[order], blocks, scores[order], *options)
+            rankings.append(dataclasses.replace(ranking, **facts))
+        return rankings
+
+    def _order(
+        self, snapshot: Snapshot, rows: Rows, blocks: Rows, scores: Scores, *features: Any
+    ) -> Ranking:
+        """Returns the ranking of n rows by their blocks and scores.
+
+        `features` are the TextFeatures of the query and the VideoFeatures of the rows.
+        """
+        text, video = features
+        biases = self._biases(snapshot, rows)
+        order = np.lexsort((biases - scores, blocks))
+        mask_nxF = np.asarray(video.mask)
+        sim_nxF = compare_frames(text, video)
+        return Ranking(
+            rows[order],
+            blocks[order],
+            scores[order],
+            biases[order],
+            smooth(sim_nxF, mask_nxF)[order],
+            mask_nxF[order],
+            seconds={},
+            searched=len(rows),
+        )
+
+    def _blocks(self, count: int) -> Rows:
+        """Returns the numbers of the blocks of `count` rows, see `Ranking`."""
+        places = np.maximum(np.arange(count) / self.rerank, 0.5)
+        return np.floor(np.log2(places)).astype(int) + 1
 
     @functools.cached_property
     def _scale(self) -> float:
@@ -171,27 +203,13 @@ class Funnel:
         return (0 if self.by_example else self._scale) * snapshot.biases[rows]
 
     def _score(self, model: XClip, text: TextFeatures, video: VideoFeatures, width: int) -> Scores:
-        """Returns the scores of one sentence with n videos, computed with padding to `width`."""
-        padded = pad_rows(video, width)
-        scores = apply_model(self.params, text, padded, model=model, method="similarity")
-        return np.asarray(scores)[0, : len(video.mask)]
-
-    def _make_hits(
-        self,
-        selection: Selection,
-        rows: Rows,
-        scores: Scores,
-        text: TextFeatures,
-        video: VideoFeatures,
-    ) -> list[Hit]:
-        """Returns the Hits of n rows, best first, with the frames that get the most attention."""
-        padded = pad_rows(video, max(MIN_ATTENTION_BATCH, next_power_of_two(len(rows))))
-        weights = apply_model(self.params, text, padded, model=self.model, method=frame_attention)
-        inside = selection.frames(rows, np.asarray(video.mask))
-        frames = np.where(inside, np.asarray(weights)[: len(rows)], -1).argmax(1)
-        biases = self._biases(selection.snapshot, rows)
-        options: Any = {"biases": biases, "interval": selection.interval}
-        return make_hits(selection.snapshot, rows, scores, frames, **options)
+        """Returns the scores of one sentence with n videos, `width` at a time, with padding."""
+        scores = []
+        for start in range(0, len(video.mask), width):
+            part = pad_rows(inference.slice_rows(video, start, width), width)
+            sim_1xV = apply_model(self.params, text, part, model=model, method="similarity")
+            scores.append(np.asarray(sim_1xV)[0])
+        return np.concatenate(scores)[: len(video.mask)]
 
 
 def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
@@ -200,41 +218,7 @@ def sentence_vector(model: XClip, text: TextFeatures) -> Float[Array, "T D"]:
     return normalize(text.sentence) if matrix is None else jnp.asarray(text.sentence) @ matrix
 
 
-def frame_attention(model: XClip, text: TextFeatures, video: VideoFeatures) -> Float[Array, "V F"]:
-    """Returns AOSM's weights of the frames of V videos for one text (T = 1), 0 where masked.
-
-    This is the mean of the weights in frame-sentence (Eq. 8) and frame-word (Eq. 9-13), or in the
-    one that the model has. A model with neither uses the softmax of cosines with the sentence.
-    """
-    config = model.config
-    granularities = config.granularities if config.has_granularities else ()
-    weights = []
-    if "frame_word" in granularities:
-        weights.append(jnp.sum(model.word_frame_attention(text, video), 1))
-    if "frame_sentence" in granularities or not weights:
-        scores_VxF = normalize(video.frames) @ normalize(text.sentence[0])
-        matrix = model.matrices().get("frame_sentence")
-        mask_VxF = model.aosm_frames(video.mask)
-        weights.append(compute_weights(scores_VxF, mask_VxF, 1, model.tau(), matrix))
-    return jnp.where(video.mask, sum(weights) / len(weights), 0)
-
-
-def make_hits(
-    snapshot: Snapshot,
-    rows: Rows,
-    scores: Scores,
-    frames: Rows,
-    *,
-    biases: Scores,
-    interval: tuple[float, float] = (-np.inf, np.inf),
-) -> list[Hit]:
-    """Returns the Hits of n rows, best first.
-
-    The best seconds are the times of `frames`, or, outside the interval, its nearest second.
-    """
-    ids = [snapshot.ids[row].as_py() for row in rows]
-    paths = [snapshot.paths[row].as_py() for row in rows]
-    best = np.clip(snapshot.times[rows, frames].astype(float), *interval)
-    times = snapshot.starts[rows], snapshot.ends[rows], best, snapshot.offsets[rows]
-    columns = scores.tolist(), ids, paths, *(column.tolist() for column in (*times, biases))
-    return list(map(Hit, itertools.count(1), *columns))
+def compare_frames(text: TextFeatures, video: VideoFeatures) -> Curves:
+    """Returns the cosines of the frames of V videos with one sentence (Eq. 5), T = 1."""
+    sentence_D = unit_vectors(np.asarray(text.sentence)[0])
+    return unit_vectors(np.asarray(video.frames)) @ sentence_D

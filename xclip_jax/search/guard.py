@@ -5,7 +5,7 @@ import collections
 import secrets
 from collections.abc import Sequence
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -23,6 +23,7 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+PAGES = ("/", "/docs")
 COOKIE = "xclip_jax_token"
 WRITE_SECONDS = 30  # in which a client must take some of a response: players then ask again
 IDLE_SECONDS = 4  # in which a client must send the head of a request, or more of its body
@@ -36,7 +37,7 @@ class Guard:
         app: the application.
         hosts: names or addresses without port that the Host header may have; "*": any.
         token: the secret that a request must have, as a cookie or as `Authorization: Bearer`;
-            ?token= in the address of the page sets the cookie. None: no token.
+            ?token= in the address of one of PAGES sets the cookie. None: no token.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str], token: str | None = None) -> None:
@@ -66,8 +67,9 @@ class Guard:
         if self.token is None:
             return None
         query = parse_qs(scope["query_string"].decode("latin-1"))
-        if scope["path"] == "/" and self._is_token(query.get("token", [""])[0]):
-            page = RedirectResponse("/", 303)
+        if scope["path"] in PAGES and self._is_token(query.pop("token", [""])[0]):
+            rest = urlencode(query, doseq=True)
+            page = RedirectResponse(f"{scope['path']}?{rest}".removesuffix("?"), 303)
             page.set_cookie(COOKIE, quote(self.token, safe=""), httponly=True, samesite="strict")
             return page
         # Cookies of other programs on this host may be such that http.cookies reads none.

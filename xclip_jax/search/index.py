@@ -1,46 +1,46 @@
 """Indexes a video collection, and searches it by sentence, video or image."""
 
-import contextlib
 import dataclasses
 import functools
 import operator
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import UInt8
 
 from xclip_jax.checkpoint import model_folder
-from xclip_jax.cli import InputError, PathLike, explain_no_file
-from xclip_jax.data.container import VideoError
-from xclip_jax.data.extraction import VIDEO_SUFFIXES
-from xclip_jax.data.pipeline import choose_frames
-from xclip_jax.data.preprocess import frame_format, read_image
-from xclip_jax.data.tokenizer import is_blank
-from xclip_jax.data.video import Limits, read_frames
+from xclip_jax.cli import InputError, PathLike
 from xclip_jax.inference import copy_to_local_devices
-from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever, load
+from xclip_jax.search.answers import Request, make_answer
 from xclip_jax.search.bank import check_bank
-from xclip_jax.search.digests import sample_file
-from xclip_jax.search.funnel import Answer, Attention, Funnel, Hit, make_hits
+from xclip_jax.search.calibration import measure
+from xclip_jax.search.digests import check_unchanged
+from xclip_jax.search.examples import read_example
+from xclip_jax.search.funnel import Funnel, compare_frames
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.snapshot import MAX_PATH, Filters, Selection
+from xclip_jax.search.moments import Moment, smooth
+from xclip_jax.search.passages import Passages
+from xclip_jax.search.querying import (
+    Options,
+    Query,
+    WordQuery,
+    choose_sources,
+    run_query,
+    split_options,
+)
+from xclip_jax.search.results import SOURCES, Answer, Film, HeatMap, Hit, Source
+from xclip_jax.search.snapshot import Selection
 from xclip_jax.search.store import Store
-from xclip_jax.similarity import TextFeatures
+from xclip_jax.search.timed_text import make_readers
 
 SEGMENT_SECONDS = 30
 PRECISIONS = ("float32", "float16")
-MAX_SENTENCE = 10_000  # characters
-EXAMPLE_SECONDS = 600.0  # of a video that is an example
-EXAMPLE_LIMITS = Limits(pixels=2**24, working_seconds=4)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-Query = tuple[Funnel, TextFeatures]
 
 
 class Index:
@@ -59,6 +59,7 @@ class Index:
         self.model_name = self.about["model"]
         self.candidates, self.rerank = 5000, 200
         self._store, self._snapshot = store, store.snapshot()
+        self._passages, self._calibration = Passages(store.location), store.calibration()
         self._lock = threading.Lock()
 
     @classmethod
@@ -93,6 +94,7 @@ class Index:
         model: PathLike,
         *,
         segment_seconds: int = SEGMENT_SECONDS,
+        overlap_seconds: int = 0,
         shots: bool = False,
         precision: Literal["float32", "float16"] = "float32",
         bank: Iterable[str] | None = None,
@@ -102,6 +104,7 @@ class Index:
         Args:
             location, model: see `open`.
             segment_seconds: length of a segment in whole seconds, at least 1.
+            overlap_seconds: of neighbouring segments in whole seconds, less than their length.
             shots: True to cut at shot changes, with `segment_seconds` as the maximum length.
             precision: of the stored features; "float16" halves the disk space and changes logits
                 by about 0.01.
@@ -110,6 +113,9 @@ class Index:
         """
         if not isinstance(segment_seconds, int) or segment_seconds < 1:
             raise InputError(f"segment_seconds = {segment_seconds}: must be an integer >= 1")
+        if not isinstance(overlap_seconds, int) or not 0 <= overlap_seconds < segment_seconds:
+            problem = f"overlap_seconds = {overlap_seconds}: must be an integer"
+            raise InputError(f"{problem}, at least 0 and less than {segment_seconds}")
         if precision not in PRECISIONS:
             raise InputError(f"precision = {precision!r}: must be {' or '.join(PRECISIONS)}")
         retriever, path = load(model), os.path.abspath(model_folder(model))
@@ -118,6 +124,7 @@ class Index:
         about = {"model": path, "fingerprint": fingerprint(retriever)}
         about |= {"max_frames": config.max_frames, "embed_dim": config.embed_dim}
         about |= {"frame_weights": True} if config.aggregation == "weighted" else {}
+        about |= {"overlap_seconds": overlap_seconds} if overlap_seconds else {}
         about |= {"segment_seconds": segment_seconds, "shots": shots, "precision": precision}
         captions = [] if bank is None else check_bank(bank)
         if captions:
@@ -156,17 +163,38 @@ class Index:
         retriever.params = copy_to_local_devices(retriever.params)
         return retriever
 
-    def add(self, videos: PathLike | Iterable[PathLike], prune: bool = False) -> IndexingSummary:
+    def add(
+        self,
+        videos: PathLike | Iterable[PathLike],
+        prune: bool = False,
+        *,
+        ocr: bool = False,
+        speech: str | None = None,
+    ) -> IndexingSummary:
         """Adds video files and the video files in folders and their subfolders.
 
         Unchanged files (same size and modification time) are skipped, changed ones are read again.
-        After an interruption, a second call resumes. `prune` removes files that no longer exist
-        in these folders. Raises InputError if there is no video.
+        After an interruption, a second call resumes. Subtitles are read too.
+
+        Args:
+            videos: files and folders.
+            prune: True to remove files that no longer exist in these folders.
+            ocr: True to read the text on screen, of indexed files too.
+            speech: model of faster-whisper (a folder or a name) that transcribes the sound, of
+                indexed files too; None: sound is not read.
+
+        Raises:
+            InputError: there is no video, or what `ocr` or `speech` needs is not installed.
         """
+        readers = make_readers(ocr=ocr, speech=speech)
         corrupted = self._snapshot.corrupted
         self._store.remove(dict.fromkeys(sorted(corrupted)))  # to be read again
-        summary = add_files(self._store, self.retriever, _to_list(videos), prune=prune)
+        summary = add_files(self._store, self.retriever, _to_list(videos), readers, prune=prune)
         self.refresh()
+        is_outdated = self._calibration.version != self._snapshot.version
+        if is_outdated and self.retriever.tokenizer and len(self):
+            self._calibration = measure(self.retriever, self._snapshot)
+            self._store.save_calibration(self._calibration)
         return summary
 
     def remove(self, videos: PathLike | Iterable[PathLike]) -> int:
@@ -181,70 +209,82 @@ class Index:
     def refresh(self) -> bool:
         """Loads the latest committed version, and returns True if there was a new one."""
         with self._lock:
-            if self._store.version() == self._snapshot.version:
-                return False
-            self._snapshot = self._store.snapshot()
-            return True
+            has_new_text = self._passages.refresh()
+            has_new_segments = self._store.version() != self._snapshot.version
+            if has_new_segments:
+                self._snapshot = self._store.snapshot()
+            if self._calibration.version != self._snapshot.version:  # saved after the segments
+                self._calibration = self._store.calibration()
+            return has_new_segments or has_new_text
 
     def query(
-        self, text: str, k: int = 10, *, exhaustive: bool = False, **filters: Unpack[Filters]
+        self,
+        text: str,
+        k: int = 10,
+        *,
+        sources: Collection[Source] | None = None,
+        exhaustive: bool = False,
+        **options: Unpack[Options],
     ) -> Answer:
-        """Searches for the segments that match a sentence best.
+        """Searches for the moments that match a sentence best.
+
+        Words in quotation marks must be said or written in the segment.
 
         Args:
             text: the sentence, not empty.
-            k: number of results, at least 1; all segments if there are fewer.
+            k: number of results, at least 1; all if there are fewer.
+            sources: what to search; None: all that the index has. Several are fused by rank. With
+                pictures, a segment matches by its text only if it has every word of the sentence
+                except stop words. Without pictures, one word is enough.
             exhaustive: True to score every segment by the full model.
-            **filters: see `Filters`.
+            **options: see `Options`.
 
         Raises:
             InputError: an argument is invalid, or the model has no tokenizer.
         """
-        if exhaustive:
-            return self.query_exhaustively([text], k, **filters)[0]
-        started = time.perf_counter()
-        return self._search((self._funnel, self._encode([text])), k, filters, started, text)
+        started, words = time.perf_counter(), WordQuery.parse(text)
+        chosen = choose_sources(sources, self.sources)
+        features = self.retriever.encode_text([words.sentence]) if "picture" in chosen else None
+        query = Query(self._funnel if features else None, features, words, chosen, exhaustive)
+        return self._search(query, k, options, started)
 
     def query_exhaustively(
-        self, texts: Sequence[str], k: int = 10, **filters: Unpack[Filters]
+        self, texts: Sequence[str], k: int = 10, **options: Unpack[Options]
     ) -> list[Answer]:
-        """Scores every segment by the full model for each of T sentences, see `query`."""
+        """Scores every segment by the full model for each of T sentences, see `query`.
+
+        What is said and written is not searched, and quoted words are left out.
+        """
         started = time.perf_counter()
-        features = self._encode(texts)
+        texts = [WordQuery.parse(text).sentence for text in texts]
+        features = self.retriever.encode_text(texts)
         encoding = time.perf_counter() - started
-        answers = self._funnel.search_exhaustively(self._select(k, filters), features, k)
+        selection, request = self._select(k, options, with_sentence=True)
+        if not len(selection):
+            return [Answer([], {}, 0) for _ in texts]
+        rankings = self._funnel.rank_exhaustively(selection, features, request.depth)
+        answers = (make_answer(selection, ranking, [], request) for ranking in rankings)
         return [self._complete(a, encoding, text) for text, a in zip(texts, answers, strict=True)]
 
-    def similar(self, file: PathLike, k: int = 10, **filters: Unpack[Filters]) -> Answer:
-        """Searches for segments similar to a video or image file, with the options of `query`.
+    def similar(self, file: PathLike, k: int = 10, **options: Unpack[Options]) -> Answer:
+        """Searches for moments similar to a video or image file, with the options of `query`.
 
         The score is a logit: the mean of video-video and video-frame similarity. Raises InputError
         if the file cannot be read, or its suffix is not that of a video or an image.
         """
-        started, video, suffix = time.perf_counter(), file, Path(file).suffix.lower()
-        if suffix in _IMAGE_SUFFIXES:
-            try:
-                video = read_image(file)[None]
-            except Exception as error:  # Pillow's plugins raise many types
-                raise InputError(f"{file}: cannot be read as an image: {error}") from None
-        elif suffix not in VIDEO_SUFFIXES:  # FFmpeg would disclose the files that a playlist names
-            raise InputError(f"{file}: suffix must be that of a video or an image")
-        else:
-            video = _read_example(file, self.retriever.model.config)
-        query = self._funnel.example(self.retriever.encode_video([video]).video)
-        return self._search(query, k, filters, started, "")
+        started, config = time.perf_counter(), self.retriever.model.config
+        vector_1xD = self.retriever.encode_video([read_example(file, config)]).video
+        return self._search(Query(*self._funnel.example(vector_1xD)), k, options, started)
 
-    def like(self, segment_id: str, k: int = 10, **filters: Unpack[Filters]) -> Answer:
-        """Searches for segments similar to an indexed one, with the options of `query`.
+    def like(self, segment_id: str, k: int = 10, **options: Unpack[Options]) -> Answer:
+        """Searches for moments similar to an indexed segment, with the options of `query`.
 
         Raises KeyError for an unknown id.
         """
-        started, snapshot = time.perf_counter(), self._select(k, filters).snapshot
-        query = self._funnel.example(snapshot.features(snapshot.find(segment_id)).video)
-        answer = self._search(query, k + 1, filters, started, "")
-        others = [hit for hit in answer if hit.id != segment_id][:k]
-        hits = [dataclasses.replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
-        return dataclasses.replace(answer, hits=hits)
+        started, snapshot = time.perf_counter(), self._snapshot
+        row = snapshot.find(segment_id)
+        query = Query(*self._funnel.example(snapshot.features(row).video), without=segment_id)
+        return self._search(query, k, options, started)
 
     def rank_captions(self, video: PathLike, captions: Sequence[str]) -> list[tuple[str, float]]:
         """Returns (caption, logit) of T sentences for one video file, best first."""
@@ -253,29 +293,49 @@ class Index:
         pairs = zip(captions, scores_T.tolist(), strict=True)
         return sorted(pairs, key=operator.itemgetter(1), reverse=True)
 
-    def attention(self, segment_id: str, text: str) -> Attention:
-        """Computes AOSM's attention over a sentence and a segment.
+    def heat_map(self, segment_id: str, text: str) -> HeatMap:
+        """Computes the similarities of a sentence and its words with the frames of a segment.
 
-        Raises InputError if the model has no word-frame similarity, KeyError for an unknown id.
+        Raises InputError if the text is empty, KeyError for an unknown id.
         """
-        retriever, snapshot = self.retriever, self._snapshot
-        config = retriever.model.config
-        if not config.has_granularities or "frame_word" not in config.granularities:
-            raise InputError("no heat map: this model does not compare words with frames")
+        snapshot, words = self._snapshot, WordQuery.parse(text)
         row = snapshot.find(segment_id)
-        video = snapshot.features(row)
-        words, weights = retriever.attention(text, retriever.encode_text([text]), video)
-        return Attention(words, snapshot.times[row][video.mask].tolist(), weights)
+        features, video = self.retriever.encode_text([words.sentence]), snapshot.features(row)
+        mask_F = np.asarray(video.mask)[0]
+        sentence_F = smooth(compare_frames(features, video), np.asarray(video.mask))[0, mask_F]
+        names, words_WxF = self.retriever.compare_words(words.sentence, features, video)
+        times = snapshot.times[row[0]][mask_F].tolist()
+        return HeatMap(names, times, words_WxF, sentence_F.tolist())
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields all stored columns except thumbnails and checksums as Arrow tables."""
         return self._snapshot.tables()
 
     def segment(self, segment_id: str) -> Hit:
-        """Returns a segment as a Hit of score 0, or raises KeyError for an unknown id."""
+        """Returns a segment as a Hit of score None, or raises KeyError for an unknown id."""
         snapshot = self._snapshot
-        row = snapshot.find(segment_id)
-        return make_hits(snapshot, row, np.zeros(1), np.array([0]), biases=np.zeros(1))[0]
+        row = int(snapshot.find(segment_id)[0])
+        start, end = float(snapshot.starts[row]), float(snapshot.ends[row])
+        return snapshot.hit(row, Moment(start, end, start), score=None)
+
+    def films(self, newest: int = 12) -> list[Film]:
+        """Returns the files with the latest modification times, newest first."""
+        films = self._snapshot.films.sort_by([("mtime_max", "descending")]).slice(0, newest)
+        return [
+            Film(film["id_first"], film["path"], film["end_max"], film["mtime_max"] / 1e9)
+            for film in films.to_pylist()
+        ]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Sources to search: pictures, and what is said and written if it was read."""
+        known = {"picture", *self._passages.sources}
+        return tuple(source for source in SOURCES if source in known)
+
+    @property
+    def examples(self) -> list[str]:
+        """Sentences to try, [] if the model has no tokenizer."""
+        return list(self._calibration.examples)
 
     def find_file(self, segment_id: str) -> str:
         """Returns the path of a segment's file.
@@ -285,19 +345,8 @@ class Index:
         """
         snapshot = self._snapshot
         row = snapshot.stamp(snapshot.find(segment_id))
-        path, name = row["path"], os.path.basename(row["path"])
-        if problem := explain_no_file(path):
-            raise OSError(f"{name} {problem}")
-        try:
-            status, sample = os.stat(path), sample_file(path)
-        except FileNotFoundError:
-            raise OSError(f"{name} is no longer on disk") from None
-        except OSError as error:
-            raise OSError(f"{name} cannot be read: {error.strerror}") from None
-        found = status.st_size, status.st_mtime_ns, sample
-        if found != (row["size"], row["mtime"], row.get("sample", sample)):
-            raise OSError(f"{name} has changed since it was indexed: index it again")
-        return path
+        check_unchanged(row)
+        return row["path"]
 
     def thumbnail(self, segment_id: str) -> bytes:
         """Returns a segment's JPEG thumbnail, or raises KeyError for an unknown id."""
@@ -306,71 +355,45 @@ class Index:
 
     def warm_up(self) -> None:
         """Compiles everything that queries use, so that the first one is fast."""
-        for hit in self.query("a", k=1):
+        for hit in self.query("a", k=1, sources=["picture"]):
             self.like(hit.id, k=1)
-            with contextlib.suppress(InputError):
-                self.attention(hit.id, "a")
+            self.heat_map(hit.id, "a")
 
     @functools.cached_property
     def _funnel(self) -> Funnel:
         retriever = self.retriever
         return Funnel(retriever.model, retriever.params, self.candidates, self.rerank)
 
-    def _encode(self, texts: Sequence[str]) -> TextFeatures:
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates
-        if any(len(text) > MAX_SENTENCE for text in texts):
-            raise InputError(f"the sentence has more than {MAX_SENTENCE:,} characters")
-        if any(map(is_blank, texts)):
-            raise InputError("the sentence is empty")
-        return self.retriever.encode_text(texts)
-
-    def _search(self, query: Query, k: int, filters: Filters, started: float, text: str) -> Answer:
-        (funnel, features), encoding = query, time.perf_counter() - started
+    def _search(self, query: Query, k: int, options: Options, started: float) -> Answer:
+        encoding = time.perf_counter() - started
         while True:
-            selection = self._select(k, filters)
+            with_sentence = query.words.sentence != ""
+            selection, request = self._select(k, options, with_sentence=with_sentence)
             try:
-                answer = funnel.search(selection, features, k)
-                return self._complete(answer, encoding, text)
+                answer = run_query(query, selection, request, self._passages)
+                sentence = query.words.sentence if query.funnel else ""
+                return self._complete(answer, encoding, sentence)
             except InputError:  # a writer compacted the index, and this version's files are deleted
                 if not self.refresh():
                     raise
 
-    def _select(self, k: int, filters: Filters) -> Selection:
-        """Returns the rows to search."""
-        if not isinstance(k, int) or k < 1:
-            raise InputError(f"k = {k!r}: must be an integer of at least 1")
-        _check_filters(filters)
-        return self._snapshot.select(**filters)
+    def _select(
+        self, k: int, options: Options, *, with_sentence: bool
+    ) -> tuple[Selection, Request]:
+        """Returns the rows to search, and which hits to make of them."""
+        filters, request = split_options(k, options)
+        if with_sentence:  # the calibration does not describe examples
+            limits = self._calibration.threshold, self._calibration.background
+            request = dataclasses.replace(request, threshold=limits[0], background=limits[1])
+        return self._snapshot.select(**filters), request
 
     def _complete(self, answer: Answer, encoding: float, text: str) -> Answer:
-        """Adds the seconds of encoding, and a note if the sentence was truncated."""
-        tokenizer, note = self.retriever.tokenizer, None
+        """Adds the seconds of encoding, and a note if the sentence, "" for none, was truncated."""
+        tokenizer, note = self.retriever.tokenizer if text else None, None
         if tokenizer is not None and tokenizer.is_truncated(text):
             note = f"only the first {tokenizer.num_words} tokens of the sentence were used"
         seconds = {"encoding": encoding, **answer.seconds}
         return dataclasses.replace(answer, seconds=seconds, note=note)
-
-
-def _check_filters(filters: Filters) -> None:
-    """Raises InputError if filters have invalid types or values, or start > end."""
-    path, start, end = filters.get("path"), filters.get("start"), filters.get("end")
-    if not isinstance(path, str | None) or len(path or "") > MAX_PATH:
-        raise InputError(f"path: must be a string of at most {MAX_PATH} characters")
-    for name, value in (("start", start), ("end", end)):
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < np.inf):
-            raise InputError(f"{name} = {value!r:.99}: must be a number of seconds, at least 0")
-    if start is not None and end is not None and start > end:
-        raise InputError(f"start = {start:g}, end = {end:g}: start must not be after end")
-
-
-def _read_example(file: PathLike, config: ModelConfig) -> UInt8[np.ndarray, "F S S 3"]:
-    """Returns frames of the start of a video file, within EXAMPLE_LIMITS."""
-    options: Any = {"end": EXAMPLE_SECONDS, "limits": EXAMPLE_LIMITS}
-    try:
-        frames = read_frames(file, frame_format(config), **options).frames
-        return np.stack([frames[index] for index in choose_frames(len(frames), config.max_frames)])
-    except VideoError as error:
-        raise InputError(f"{file}: {error}") from None
 
 
 def _to_list(paths: PathLike | Iterable[PathLike]) -> list[PathLike]:

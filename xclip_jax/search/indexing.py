@@ -27,6 +27,7 @@ from xclip_jax.models import ModelConfig
 from xclip_jax.retriever import Retriever
 from xclip_jax.search.segments import Segment, SegmentJob, load_frames, read_segments
 from xclip_jax.search.store import FileStamp, Store
+from xclip_jax.search.timed_text import TextReader, add_texts
 from xclip_jax.workers import run_jobs
 
 Row = dict[str, Any]  # column -> value
@@ -44,6 +45,10 @@ _FORMER_FIELDS = {
 _LATER_FIELDS = ("towers", "max_scale")
 
 
+class BusyError(InputError):
+    """The error that another process is adding to an index: a later attempt may succeed."""
+
+
 @dataclasses.dataclass
 class IndexingSummary:
     """Numbers of files and problems of one update of an index."""
@@ -52,6 +57,7 @@ class IndexingSummary:
     segments: int = 0  # added
     unchanged: int = 0  # in the index already
     removed: int = 0  # whose outdated or missing version was removed
+    texts: int = 0  # whose subtitles, speech or text on screen was read, and is not empty
     # {path: reason}, including unchanged files that could not be read before
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
     # {path: reason} of files that were only partly read
@@ -59,9 +65,17 @@ class IndexingSummary:
 
 
 def add_files(
-    store: Store, retriever: Retriever, videos: Sequence[PathLike], *, prune: bool = False
+    store: Store,
+    retriever: Retriever,
+    videos: Sequence[PathLike],
+    readers: Sequence[TextReader] = (),
+    *,
+    prune: bool = False,
 ) -> IndexingSummary:
-    """Adds new and changed files to the index, see `xclip_jax.search.Index.add`."""
+    """Adds new and changed files to the index, and then their text by `readers`.
+
+    See `xclip_jax.search.Index.add`. Raises BusyError if another process is adding files.
+    """
     paths, unlisted = find_videos(videos, allow_none=prune)
     summary = IndexingSummary(unreadable=unlisted)
     if store.about["shots"] and importlib.util.find_spec("scenedetect") is None:
@@ -71,7 +85,7 @@ def add_files(
             try:
                 stack.enter_context(FileLock(Path(store.location, "writer.lock"), timeout=0))
             except Timeout:
-                raise InputError(f"another process is adding to {store.location}") from None
+                raise BusyError(f"another process is adding to {store.location}") from None
         indexed = store.files()
         stamps = _read_stamps(paths, indexed, summary)
         if prune:
@@ -91,6 +105,7 @@ def add_files(
         summary.unchanged = sum(not reason for reason in reasons.values())
         if new:
             _Writer(store, retriever, new, set(indexed), summary).run()
+        summary.texts = add_texts(store, stamps, readers, summary.partial)
         store.compact()
     return summary
 
@@ -186,7 +201,8 @@ class _Writer:
     def run(self) -> None:
         """Indexes all files of `stamps`."""
         about, summary = self.store.about, self.summary
-        options = {name: about[name] for name in ("max_frames", "segment_seconds", "shots")}
+        names = ("max_frames", "segment_seconds", "overlap_seconds", "shots")
+        options = {name: about[name] for name in names if name in about}
         options["format"] = frame_format(self.retriever.model.config)
         # Processes that were killed have left their folders.
         for old in Path(tempfile.gettempdir()).glob("xclip_jax-frames-*"):

@@ -4,10 +4,10 @@ import io
 import itertools
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,9 @@ from xclip_jax.cli import InputError, PathLike, atomic_file, check_local, progre
 from xclip_jax.data.container import VideoError
 from xclip_jax.data.video import read_still
 from xclip_jax.report.canvas import BLUE, MUTED, Canvas, drawing_style
-from xclip_jax.search.funnel import Answer, Hit
 from xclip_jax.search.index import Index
+from xclip_jax.search.querying import WordQuery
+from xclip_jax.search.results import Answer, Hit, format_time
 
 GRID_COLUMNS, CELL_SIZE, MARGIN = 4, (240, 150), 18  # of a picture, in pixels
 _PLAYERS = {  # players that can start at a given second
@@ -32,22 +33,6 @@ _PLAYERS = {  # players that can start at a given second
     "vlc": ["--start-time={second}", "{path}"],
     "ffplay": ["-loglevel", "error", "-ss", "{second}", "{path}"],
 }
-
-_SUBJECTS = (
-    "a man", "a woman", "two men", "a young girl", "a boy", "a group of people", "a dog", "a cat",
-    "a crowd", "a singer", "a chef", "a football player", "a teacher", "children", "a red car",
-    "an old woman", "a horse", "a band", "a cartoon character", "a reporter",
-)  # fmt: skip
-_VERBS = (
-    "is talking", "is dancing", "is running", "is playing the guitar", "is cooking", "is driving",
-    "is swimming", "is eating", "is jumping", "is singing", "is reading a book", "is laughing",
-    "is riding a bicycle", "is fighting", "is drawing", "is falling", "is playing a game",
-    "is walking slowly", "is opening a box", "is looking at the camera",
-)  # fmt: skip
-_PLACES = (
-    "", " in a kitchen", " on a stage", " in the street", " on the beach", " in a park",
-    " at night", " in the snow", " in front of a house", " in a room",
-)  # fmt: skip
 
 
 def print_json(value: Any) -> None:
@@ -60,30 +45,44 @@ def print_answer(answer: Answer) -> None:
     if answer.note:
         print(f"note: {answer.note}", file=sys.stderr)
     if not answer.hits:
-        print(f"no results: {answer.searched:,} segments pass the filters")
+        print(f"no results in {count(answer.searched, 'segment')}")
         return
     has_bias = any(hit.bias for hit in answer)  # results are ranked by score - bias
     bias = f"  {'bias':>7}" * has_bias
-    print(f"{'rank':>4}  {'score':>7}{bias}  {'best':>7}  {'segment':>15}  file")
+    print(f"{'rank':>4}  {'score':>7}{bias}  {'best':>7}  {'moment':>15}  file")
     for hit in answer:
         best, start, end = map(format_time, (hit.second, hit.start, hit.end))
-        bias, path = f"  {hit.bias:7.2f}" * has_bias, shorten_path(hit.path)
-        print(f"{hit.rank:4}  {hit.score:7.2f}{bias}  {best:>7}  {f'{start}-{end}':>15}  {path}")
+        score, bias = format_number(hit.score), f"  {hit.bias:7.2f}" * has_bias
+        notes = "  (weak match)" * hit.weak
+        if hit.duplicates:
+            notes += f"  (+{count(len(hit.duplicates), 'near-duplicate')})"
+        path = shorten_path(hit.path)
+        print(f"{hit.rank:4}  {score}{bias}  {best:>7}  {f'{start}-{end}':>15}  {path}{notes}")
+        for match in hit.matches:
+            if match.text:
+                where = "said" if match.source == "speech" else "written"
+                quote = textwrap.shorten(match.text, 60, placeholder=" ...")
+                print(f"{'':4}  {where} at {format_time(match.start)}: {quote}")
     milliseconds = 1000 * sum(answer.seconds.values())
-    text = f"{answer.searched:,} segments searched in {milliseconds:,.0f} ms, including compilation"
-    print(text, file=sys.stderr)
+    compilation = ", including compilation" * any(hit.score is not None for hit in answer)
+    searched = f"{count(answer.searched, 'segment')} searched in {milliseconds:,.0f} ms"
+    print(f"{searched}{compilation}", file=sys.stderr)
 
 
-def format_time(seconds: float) -> str:
-    """Returns seconds as m:ss or h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def count(number: int, noun: str) -> str:
+    """Returns a number with its noun, as in "1 file" and "1,000 files"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def format_number(score: float | None) -> str:
+    """Returns a score in seven characters, "-" if pictures were not searched."""
+    return f"{'-':>7}" if score is None else f"{score:7.2f}"
 
 
 def shorten_path(path: str) -> str:
-    """Returns the path relative to the current folder if it is below it."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+    """Returns the path relative to the current folder if it is below it, safe to print."""
+    path = os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
 
 
 def play(hit: Hit) -> None:
@@ -122,7 +121,8 @@ def draw_grid(path: Path, title: str, hits: list[Hit], thumbnail: Callable[[str]
             padded = ImageOps.pad(image.convert("RGB"), (2 * width, 2 * height), color="#11151d")
         canvas.image(np.asarray(padded), x, y, width, height)
         canvas.text(x, y + height + 15, f"{hit.rank}", 13, BLUE, weight="bold")
-        canvas.text(x + width, y + height + 15, f"{hit.score - hit.bias:.2f}", 13, ha="right")
+        if hit.score is not None:
+            canvas.text(x + width, y + height + 15, f"{hit.score - hit.bias:.2f}", 13, ha="right")
         canvas.text(x + 26, y + height + 15, format_time(hit.second), 13, weight="bold")
         name = os.path.basename(hit.path)
         canvas.paragraph(x, y + height + 34, name, width, size=11, color=MUTED)
@@ -167,15 +167,6 @@ def export_segments(index: Index, path: PathLike) -> None:
                     writer.write_table(table)
 
 
-def sample_sentences(count: int) -> list[str]:
-    """Returns `count` different sentences of common words, the same in every call."""
-    parts = itertools.product(_SUBJECTS, _VERBS, _PLACES)
-    sentences = [f"{subject} {verb}{place}" for subject, verb, place in parts]
-    if count > len(sentences):
-        raise InputError(f"--sample={count}: must be at most {len(sentences)} without --queries")
-    return random.Random(0).sample(sentences, count)
-
-
 def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
     """Runs each text through the funnel and the exhaustive search of a non-empty index.
 
@@ -185,14 +176,15 @@ def measure_recall(index: Index, texts: Sequence[str]) -> dict[str, Any]:
     """
     if not len(index):
         raise InputError(f"the index {index.location} is empty")
-    index.query(texts[0])  # compiles
+    texts = [WordQuery.parse(text).sentence for text in texts]  # without quoted words
+    index.query(texts[0], sources=["picture"])  # compiles
     ids, seconds = [], []
     for text in texts:
         started = time.perf_counter()
-        answer = index.query(text)
+        answer = index.query(text, sources=["picture"], merge=False)
         seconds.append({**answer.seconds, "total": time.perf_counter() - started})
         ids.append([hit.id for hit in answer])
-    expected = index.query_exhaustively(texts)
+    expected = index.query_exhaustively(texts, merge=False)
     hits = [np.isin([hit.id for hit in top], fast) for top, fast in zip(expected, ids, strict=True)]
     top_1, top_10 = np.mean([row[0] for row in hits]), np.mean(hits)
     times = 1000 * np.percentile([list(row.values()) for row in seconds], (50, 95), axis=0)

@@ -34,6 +34,7 @@ class SegmentJob:
     max_frames: int  # of the model
     segment_seconds: int  # length of a segment
     shots: bool = False  # True: cut at shot changes as well
+    overlap_seconds: int = 0  # of neighbouring segments, except at shot changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ def read_segments(job: SegmentJob) -> tuple[list[Segment], str | None, bool]:
         sample = sample_file(job.path) if explain_no_file(job.path) is None else 0
     try:
         changes, note = detect_shot_changes(job.path) if job.shots else ([], None)
-        pieces = _cut(reader, job.format, job.segment_seconds, changes)
+        lengths = job.segment_seconds, job.overlap_seconds
+        pieces = _cut(reader, job.format, lengths, changes)
         with job.frames_file.open("wb") as file:
             for start, end, first_second, frames in pieces:
                 chosen = choose_frames(len(frames), job.max_frames)
@@ -131,16 +133,19 @@ def load_frames(job: SegmentJob, segments: Sequence[Segment]) -> Iterator[np.nda
 def _cut(
     pictures: Iterable[tuple[float, Picture]],
     format: FrameFormat,
-    length: int,
+    lengths: tuple[int, int],
     changes: list[float],
 ) -> Iterator[tuple[float, float | None, int, list[SampledFrame]]]:
     """Yields (start, end, second of the first frame, frames) of every segment.
 
-    A segment ends at a shot change, after `length` seconds, or with the file (end: None). A
-    remainder shorter than half of `length` is merged into the previous segment. Only frames at
-    offsets that are powers of two get a thumbnail: one is near the middle of any segment.
+    A segment ends at a shot change, after its length, the first of `lengths`, or with the file
+    (end: None). The next one begins before the end by the overlap, the second of `lengths`. A
+    remainder shorter than half of the length is merged into the previous segment. Only frames at
+    offsets that are powers of two get a thumbnail, and, so that one is near the middle of
+    overlapping segments, those at multiples of the distance of their starts.
     """
-    start, first_second, frames = 0.0, 0, []
+    (length, overlap), start, first_second, frames = lengths, 0.0, 0, []
+    step = length - overlap
     last_change = {math.ceil(change): change for change in changes}  # of each second
     for second, (_, picture) in enumerate(pictures):
         change = last_change.get(second)
@@ -148,10 +153,11 @@ def _cut(
             yield start, change, first_second, frames
             start, first_second, frames = change, second, []
         offset = len(frames) % length
-        thumbnail = picture.encode_thumbnail(THUMBNAIL_SIDE) if offset & (offset - 1) == 0 else None
+        has_thumbnail = offset & (offset - 1) == 0 or second % step == 0
+        thumbnail = picture.encode_thumbnail(THUMBNAIL_SIDE) if has_thumbnail else None
         frames.append((picture.to_square(format), thumbnail))
         if 2 * len(frames) >= 3 * length and len(frames) > length:
-            end = float(first_second + length)
-            yield start, end, first_second, frames[:length]
-            start, first_second, frames = end, first_second + length, frames[length:]
+            yield start, float(first_second + length), first_second, frames[:length]
+            first_second, frames = first_second + step, frames[step:]
+            start = float(first_second)
     yield start, None, first_second, frames

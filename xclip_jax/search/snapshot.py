@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypedDict
 
 import faiss
@@ -16,7 +17,9 @@ from jaxtyping import Bool, Float, Int
 
 from xclip_jax.cli import InputError, list_some
 from xclip_jax.search.digests import PARTS, are_intact
-from xclip_jax.similarity import FrameMask, VideoFeatures
+from xclip_jax.search.moments import Moment
+from xclip_jax.search.results import Hit
+from xclip_jax.similarity import VideoFeatures
 
 MAX_PATH = 4096  # characters of a path filter
 _BATCH_ROWS = 4096
@@ -84,6 +87,7 @@ class Snapshot:
         self.offsets = rows["offset"].to_numpy() if known else np.zeros(len(rows))
         self.biases = rows["bias"].to_numpy() if has_biases else np.zeros(len(rows), np.float32)
         self.times = _to_matrix(rows["times"], self._max_frames).astype(np.float32)
+        self._mtimes = rows["mtime"]
         self._counts, self._row_ids = rows["count"].to_numpy(), rows["_rowid"].to_numpy()
         if self.corrupted:
             paths = list_some(sorted(self.corrupted))
@@ -102,6 +106,49 @@ class Snapshot:
         if row < 0:
             raise KeyError(segment_id)
         return np.array([row])
+
+    def rows_of(self, ids: Collection[str]) -> dict[str, int]:
+        """Returns {id: row} of the segments that exist."""
+        if not len(self):
+            return {}
+        keys, rows = self._rows_by_id
+        wanted = np.array([int(one, 16) for one in ids], np.uint64)
+        places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        found = zip(ids, rows[places].tolist(), (keys[places] == wanted).tolist(), strict=True)
+        return {one: row for one, row, exists in found if exists}
+
+    @functools.cached_property
+    def _rows_by_id(self) -> tuple[np.ndarray, Rows]:
+        """The ids as sorted numbers, and their rows."""
+        keys = np.array([int(one, 16) for one in self.ids.to_pylist()], np.uint64)
+        rows = np.argsort(keys)
+        return keys[rows], rows
+
+    @functools.cached_property
+    def films(self) -> pa.Table:
+        """Table of the files: path, end_max (seconds), mtime_max (ns), id_first."""
+        columns = {"path": self.paths, "end": self.ends, "mtime": self._mtimes, "id": self.ids}
+        groups = pa.table(columns).group_by("path", use_threads=False)
+        return groups.aggregate([("end", "max"), ("mtime", "max"), ("id", "first")])
+
+    @functools.cached_property
+    def _durations(self) -> dict[str, float]:
+        return dict(zip(*(self.films[n].to_pylist() for n in ("path", "end_max")), strict=True))
+
+    def hit(self, row: int, moment: Moment, **fields: Any) -> Hit:
+        """Returns a moment of a segment as a Hit of rank 0, with further fields of it."""
+        path = self.paths[row].as_py()
+        return Hit(
+            rank=0,
+            id=self.ids[row].as_py(),
+            path=path,
+            **vars(moment),
+            segment_start=float(self.starts[row]),
+            segment_end=float(self.ends[row]),
+            duration=self._durations[path],
+            offset=float(self.offsets[row]),
+            **fields,
+        )
 
     def select(
         self, path: str | None = None, start: float | None = None, end: float | None = None
@@ -201,12 +248,22 @@ class Selection:
     def __len__(self) -> int:
         return len(self.snapshot) if self.rows is None else int(self.rows.sum())
 
-    def frames(self, rows: Rows, mask_nxF: FrameMask) -> FrameMask:
-        """Returns the real frames in the interval, or all real ones where none is in it."""
-        start, end = self.interval
-        times = self.snapshot.times[rows]
-        inside = mask_nxF & (times >= start) & (times <= end)
-        return np.where(inside.any(1, keepdims=True), inside, mask_nxF)
+    def rows_of(self, ids: Collection[str]) -> dict[str, int]:
+        """Returns {id: row} of the segments that are selected."""
+        rows = self.snapshot.rows_of(ids)
+        return {one: row for one, row in rows.items() if self.rows is None or self.rows[row]}
+
+    def only(self, rows: Rows) -> "Selection":
+        """Returns the selected ones of these rows."""
+        mask = np.zeros(len(self.snapshot), bool)
+        mask[rows] = True
+        return dataclasses.replace(self, rows=mask if self.rows is None else mask & self.rows)
+
+    def without(self, rows: Rows) -> "Selection":
+        """Returns the selected rows that are not one of these."""
+        mask = np.ones(len(self.snapshot), bool) if self.rows is None else self.rows.copy()
+        mask[rows] = False
+        return dataclasses.replace(self, rows=mask)
 
 
 def unit_vectors(vectors: Float[np.ndarray, "*rows D"]) -> Float[np.ndarray, "*rows D"]:

@@ -5,6 +5,7 @@ row per file that could not be read, `bank` (if any) one per caption of the bank
 atomic version, and readers of one version are not affected by writers of the next.
 """
 
+import dataclasses
 import datetime
 import json
 import os
@@ -13,22 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("LANCEDB_LOG", "error")  # "No existing dataset ..., it will be created"
-
 import lancedb
 import pyarrow as pa
 
 from xclip_jax.checkpoint import partial_folder
 from xclip_jax.cli import InputError, PathLike
 from xclip_jax.search.bank import digest_bank
+from xclip_jax.search.calibration import Calibration
 from xclip_jax.search.digests import PARTS, add_digests
+from xclip_jax.search.passages import FILE_FIELDS, Passages, to_sql
 from xclip_jax.search.snapshot import Snapshot, readable, repeated_rows
 
 FORMAT = 1  # increased when older indexes can no longer be read
 MAX_VERSIONS = 100
 MAX_FRAGMENTS = 32  # more files would slow down reading 200 rows
 _METADATA_KEY = b"xclip_jax"
-_FILE_FIELDS = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
 FileStamp = tuple[int, int]  # size in bytes, modification time in ns
 
 
@@ -50,6 +50,7 @@ class Store:
             database = lancedb.connect(self.location)
             self._segments = database.open_table("segments")
             self._unreadable = database.open_table("unreadable")
+            self.passages = Passages(self.location)
             self.about: dict[str, Any] = json.loads(self._segments.schema.metadata[_METADATA_KEY])
         if self.about["format"] != FORMAT:
             problem = f"{self.location} is an index of format {self.about['format']}, not {FORMAT}"
@@ -71,7 +72,7 @@ class Store:
         if in_folder and os.path.exists(location) and os.listdir(location):
             raise InputError(f"{location} is not empty and not an index: choose a new folder")
         folder = str(partial_folder(location)) if in_folder else location
-        unreadable = pa.schema([*_FILE_FIELDS, ("reason", pa.string())])
+        unreadable = pa.schema([*FILE_FIELDS, ("reason", pa.string())])
         try:
             database = lancedb.connect(folder)
             database.create_table("unreadable", schema=unreadable, mode="overwrite")
@@ -132,6 +133,7 @@ class Store:
             paths = _to_sql(path for path, _ in block)
             staying = _to_sql(f"{s[0]}|{s[1]}|{path}" if s else "" for path, s in block)
             condition = f"path IN {paths} AND concat(size, '|', mtime, '|', path) NOT IN {staying}"
+            self.passages.remove(condition)
             for table in (self._segments, self._unreadable):
                 if table.count_rows(condition):  # an empty delete would commit a version
                     table.delete(condition)
@@ -150,6 +152,30 @@ class Store:
             fragments = stats["fragment_stats"]["num_fragments"]
             if fragments > MAX_FRAGMENTS or len(table.list_versions()) > MAX_VERSIONS:
                 table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
+
+    def calibration(self) -> Calibration:
+        """Returns the stored calibration, one without values if there is none."""
+        database = lancedb.connect(self.location)
+        with readable(self.location):
+            if "calibration" not in database.table_names(limit=100):
+                return Calibration()
+            rows = database.open_table("calibration").to_arrow().to_pylist()
+        if not rows:
+            return Calibration()
+        return Calibration(**{**rows[0], "examples": tuple(rows[0]["examples"])})
+
+    def save_calibration(self, calibration: Calibration) -> None:
+        """Commits a calibration instead of the former one."""
+        row = {**dataclasses.asdict(calibration), "examples": list(calibration.examples)}
+        database = lancedb.connect(self.location)
+        database.create_table("calibration", pa.Table.from_pylist([row]), mode="overwrite")
+
+    def intervals(self) -> pa.Table:
+        """Returns id, path, size, mtime, start and end of all segments."""
+        self._segments.checkout_latest()
+        names = ["id", "path", "size", "mtime", "start", "end"]
+        with readable(self.location):
+            return self._segments.search().select(names).to_arrow()
 
     def version(self) -> int:
         """Returns a number that grows with every commit of segments."""
@@ -178,7 +204,7 @@ def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
     dim, max_frames = about["embed_dim"], about["max_frames"]
     fields = [
         ("id", pa.string()),
-        *_FILE_FIELDS,
+        *FILE_FIELDS,
         ("start", pa.float64()),
         ("end", pa.float64()),
         # These two are not in old indexes.
@@ -204,4 +230,4 @@ def _absolute(location: PathLike) -> str:
 
 def _to_sql(texts: Iterable[str]) -> str:
     """Returns a list of SQL strings in parentheses."""
-    return "({})".format(", ".join("'" + text.replace("'", "''") + "'" for text in texts))
+    return f"({', '.join(map(to_sql, texts))})"
