@@ -28,5 +28,5 @@ from jaxtyping import install_import_hook
 
 # Before the package is imported: each call checks the annotations, array shapes among them.
 install_import_hook("xclip_jax", "type_checker.check")
-pytest.register_assert_rewrite("checkpoints", "launcher", "pickles")
+pytest.register_assert_rewrite("browsing", "checkpoints", "launcher", "pickles")
 jax.config.update("jax_num_cpu_devices", 2)
