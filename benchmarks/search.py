@@ -38,9 +38,11 @@ from xclip_jax.data.preprocess import frame_format
 from xclip_jax.inference import copy_to_local_devices
 from xclip_jax.models import XClip, read_model_config
 from xclip_jax.retriever import Retriever
+from xclip_jax.search.answers import Request, make_answer
 from xclip_jax.search.funnel import STAGES, Funnel
 from xclip_jax.search.index import SEGMENT_SECONDS, Index
 from xclip_jax.search.indexing import find_videos
+from xclip_jax.search.results import Answer
 from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
 from xclip_jax.search.snapshot import Snapshot
 from xclip_jax.search.store import Store, exists
@@ -136,8 +138,8 @@ def measure(
 
 def score_exhaustively(funnel: Funnel, snapshot: Snapshot, text: TextFeatures) -> np.ndarray:
     """Returns T x K, the ids of the full model's best scores of T queries."""
-    answers = funnel.search_exhaustively(snapshot.select(), text, K)
-    return np.array([[hit.id for hit in answer] for answer in answers])
+    rankings = funnel.rank_exhaustively(snapshot.select(), text, K)
+    return np.array([snapshot.ids.take(ranking.rows[:K]).to_pylist() for ranking in rankings])
 
 
 def run_queries(
@@ -151,9 +153,7 @@ def run_queries(
     hit_ids, times = [], []
     for n in numbers:
         query = jax.tree.map(lambda x, n=n: x[n : n + 1], text)
-        seconds, answer = results.measure_seconds(
-            lambda q=query: funnel.search(snapshot.select(), q, K)
-        )
+        seconds, answer = results.measure_seconds(lambda q=query: run_one(funnel, snapshot, q))
         hit_ids.append([hit.id for hit in answer])
         times.append({"query": seconds, **answer.seconds})
     milliseconds = {name: [1000 * row[name] for row in times] for name in times[0]}
@@ -162,6 +162,13 @@ def run_queries(
         for name, values in milliseconds.items()
         for quantile in (50, 95)
     }
+
+
+def run_one(funnel: Funnel, snapshot: Snapshot, query: TextFeatures) -> Answer:
+    """Returns the answer to a query, one hit per segment."""
+    selection = snapshot.select()
+    ranking = funnel.rank(selection, query, K)
+    return make_answer(selection, ranking, [], Request(K, merge=False))
 
 
 def text_tower_milliseconds(repeats: int = 50) -> float:

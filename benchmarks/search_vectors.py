@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from xclip_jax.search.digests import PARTS, add_digests
 from xclip_jax.search.index import SEGMENT_SECONDS
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures, VideoFeatures
@@ -103,14 +104,18 @@ def make_batches(schema: pa.Schema, segments: int, bar: tqdm) -> Iterator[pa.Rec
             "mtime": number * 0,
             "start": start,
             "end": start + SEGMENT_SECONDS,
+            "offset": start * 0,
+            "sample": number * 0,
             "count": count[: len(number)],
             "times": (start[:, None] + np.linspace(1, 28, FRAMES)) * mask[..., 0],
             "video": normalize(frames.sum(1)),  # Eq. 2
             "frames": frames.reshape(len(number), -1),
             "thumbnail": [b""] * len(number),
         }
-        arrays = [_make_column(columns[field.name], field.type) for field in schema]
-        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+        fields = [field for field in schema if field.name not in PARTS]
+        arrays = [_make_column(columns[field.name], field.type) for field in fields]
+        table = add_digests(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
+        yield from table.select(schema.names).to_batches()
         bar.update(len(number))
 
 
