@@ -34,12 +34,16 @@ from xclip_jax.search import Index
 from xclip_jax.search.calibration import SENTENCES, sample_sentences
 
 SIDE, RATE = 288, 12  # of joined clips: pixels, pictures a second
-RENDERED: dict[str, dict[str, Any]] = {"30 s": {}, "6 s": {"segment_seconds": 6}}
+RENDERED: dict[str, dict[str, Any]] = {
+    "30 s": {"segment_seconds": 30},
+    "10 s": {},
+    "6 s": {"segment_seconds": 6},
+}
 JOINED: dict[str, dict[str, Any]] = {
-    "30 s": {},
-    "10 s": {"segment_seconds": 10},
+    "30 s": {"segment_seconds": 30},
+    "10 s": {},
     "6 s, overlap 3 s": {"segment_seconds": 6, "overlap_seconds": 3},
-    "shots": {"shots": True},
+    "30 s, shots": {"segment_seconds": 30, "shots": True},
 }
 
 

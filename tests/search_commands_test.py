@@ -188,7 +188,7 @@ def test_exported_files_contain_all_segments(tmp_path, name):
         (["index", "videos", "--index=new", "--model=nowhere"], "no model in"),
         (["index", "nowhere", *at()], "no such file or folder"),
         (["index", "model", *at()], "no video files in model"),
-        (["index", "videos", "--segment_seconds=7", *at()], "was made with 30"),
+        (["index", "videos", "--segment_seconds=7", *at()], "was made with 10"),
         (["index", "videos", "--segment_seconds=0", *at()], "must be at least 1"),
         (["index", "videos", "--precision=float16", *at()], "was made with float32"),
         (["serve", "--index=nowhere"], "no index in"),

@@ -39,7 +39,7 @@ from xclip_jax.search.snapshot import Selection
 from xclip_jax.search.store import Store
 from xclip_jax.search.timed_text import make_readers
 
-SEGMENT_SECONDS = 30
+SEGMENT_SECONDS = 10
 PRECISIONS = ("float32", "float16")
 
 
