@@ -44,7 +44,7 @@ def selection_of(paths, **options):
 
 
 def ranking_of(rows, *, peaks=None, biases=None, further=(), blocks=None):
-    """Ranks rows, with the scores 20, 19, ...; each is similar at its peak only."""
+    """Returns a ranking of rows with the scores 20, 19, ..., each similar at its peak only."""
     rows = np.array(rows)
     curves = np.zeros((len(rows), int(SECONDS)))
     for curve, peak in zip(curves, peaks or [5] * len(rows), strict=True):

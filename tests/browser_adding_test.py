@@ -4,8 +4,7 @@ import re
 
 import pytest
 from browsing import (
-    DESKTOP,
-    PHONE,
+    SIZES,
     address,
     cards,
     chromium,
@@ -23,7 +22,6 @@ from xclip_jax.search import bodies
 
 __all__ = ["address", "chromium", "console", "index", "page"]  # fixtures
 
-SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 # Dispatches drag events, with files of [name, type, bytes], to the element that is found last.
 DRAG = """([files, steps]) => {
   const data = new DataTransfer();

@@ -9,10 +9,9 @@ import av
 import numpy as np
 import pytest
 from browsing import (
-    DESKTOP,
     NAME,
-    PHONE,
     SENTENCE,
+    SIZES,
     address,
     cards,
     chromium,
@@ -38,8 +37,6 @@ from xclip_jax.data.container import VideoError
 from xclip_jax.search import clips
 
 __all__ = ["address", "chromium", "console", "index", "page"]  # fixtures
-
-SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 
 
 @SIZES

@@ -6,8 +6,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from browsing import (
-    DESKTOP,
     PHONE,
+    SIZES,
     address,
     cards,
     chromium,
@@ -28,8 +28,6 @@ from browsing import (
 from fake_index import FakeIndex, segment
 
 __all__ = ["address", "chromium", "console", "index", "many", "many_address", "page"]  # fixtures
-
-SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 
 
 def share(page, mark, side):

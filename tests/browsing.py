@@ -26,6 +26,7 @@ SECONDS, RATE = 20, 10
 SENTENCE = "a yellow bar moves to the right"
 NAME = 'bar <img src=x onerror="alert(1)">.webm'  # untrusted, and a playable file
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 375, "height": 740}
+SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 
 
 @contextlib.contextmanager
@@ -117,7 +118,10 @@ def page(chromium, console):
 
 
 def save_screenshot(page, name, *, idle=True):
-    """Saves a screenshot if the folder is set; `idle`: once the server has answered everything."""
+    """Saves a screenshot if the folder is set.
+
+    `idle`: True to wait until the server has answered everything.
+    """
     folder = os.environ.get("XCLIP_JAX_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -169,7 +169,10 @@ class FakeIndex(Index):
         return list(films.values())[:newest]
 
     def add(self, videos, prune=False, *, ocr=False, speech=None):
-        """Remembers the videos once `may_add` is set; those that contain "bad" are unreadable."""
+        """Remembers the videos once `may_add` is set.
+
+        Those that contain "bad" are unreadable.
+        """
         assert self.may_add.wait(30)
         if self.busy:
             raise BusyError("another process is adding to videos.index")

@@ -80,7 +80,7 @@ def beeps(seconds, rate=16_000, loud=()):
 
 
 def write_film(path, samples, *, rate=16_000, sound_start=0.0, video_start=0.0, codec="aac"):
-    """Writes a film of grey frames, one a second, with sound; samples None: without."""
+    """Writes a film of grey frames, one a second, without sound if `samples` is None."""
     ms, length = Fraction(1, 1000), 5 if samples is None else int(len(samples) / rate) + 1
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})

@@ -24,7 +24,7 @@ from xclip_jax.search.words import STOP_WORDS, normalize, terms
 
 Reader = Literal["subtitles", "speech", "ocr"]
 SOURCE_OF: dict[Reader, Source] = {"subtitles": "speech", "speech": "speech", "ocr": "text"}
-MAX_PASSAGES = 200  # of a query without filters
+MAX_PASSAGES = 200  # of a query
 MAX_RUN = 10  # lines that are quoted together
 MAX_QUOTE = 500  # characters
 FILE_FIELDS = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64())]
