@@ -75,7 +75,7 @@ def test_subtitles_are_found_by_their_words(said):
 
 
 def test_query_whose_words_are_not_said_is_ranked_by_pictures(said):
-    for text in ("a red dog", "interest in a blue cat", "the and of to"):
+    for text in ("a red dog", "interest in a blue cat", "the and of to", "?!", "\N{DOG FACE}"):
         fused, pictures = (said.query(text, k=50, sources=s) for s in (None, ["picture"]))
         assert [(hit.id, hit.score) for hit in fused] == [(hit.id, hit.score) for hit in pictures]
     # Without pictures, any word suffices.

@@ -112,7 +112,8 @@ class Passages:
             files.append({**columns, "state": state})
             rows += [
                 {
-                    **{"id": segment, **columns},
+                    "id": segment,
+                    **columns,
                     "words": normalize(" ".join(line.text for line in lines)),
                     "lines": [dataclasses.asdict(line) for line in lines],
                 }
@@ -174,7 +175,8 @@ class Passages:
             limit: number of segments.
         """
         readers = [reader for reader, source in SOURCE_OF.items() if source in sources]
-        if self._passages is None or not readers:
+        words = normalize(" ".join([text, *phrases]))
+        if self._passages is None or not readers or not words.strip():  # e.g. only punctuation
             return []
         conditions = [f"reader IN ({', '.join(map(to_sql, readers))})"]
         # The index has no stop words: a query of nothing else is searched as a phrase.
@@ -183,7 +185,7 @@ class Passages:
         condition = " AND ".join(conditions)
         make_query: Any = MatchQuery  # whose defaults pyright does not see
         operator = FullTextOperator.AND if every_word else FullTextOperator.OR
-        query = make_query(normalize(" ".join([text, *phrases])), "words", operator=operator)
+        query = make_query(words, "words", operator=operator)
         with readable(self.location):
             search = self._passages.search(query, query_type="fts").where(condition)
             rows = search.limit(limit).to_arrow().to_pylist()
