@@ -2,6 +2,7 @@
 # pyright: reportMissingImports=false
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -68,7 +69,10 @@ def run(open_index: Any, output: Path | None = None) -> None:
     """
     with contextlib.redirect_stdout(sys.stderr):
         server = make_server(open_index(), output)
-    server.run("stdio")  # which prints nothing else to stdout
+    # The server diverts what is written to stdout while it runs; the rest of a buffer would follow.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    server.run("stdio")
 
 
 class _Tools:
