@@ -39,6 +39,31 @@ def share(page, mark, side):
     return mark.evaluate(read, side)
 
 
+def test_what_is_typed_while_the_page_loads_stays(page, address):
+    requests = []
+    page.route("**/api/index", lambda request: requests.append(request))
+    page.goto(address)
+    page.get_by_role("searchbox").fill("dog")
+    wait_until(page, lambda: requests)
+    requests[0].continue_()
+    expect(page.locator("#facts")).to_contain_text("segments")
+    expect(page.get_by_role("searchbox")).to_have_value("dog")
+    page.get_by_role("button", name="Search", exact=True).click()
+    expect(page.locator("#status")).to_contain_text("5 moments")
+
+
+def test_search_while_the_page_loads_is_answered(page, address):
+    requests = []
+    page.route("**/api/index", lambda request: requests.append(request))
+    page.goto(address)
+    page.get_by_role("searchbox").fill("dog")
+    page.get_by_role("searchbox").press("Enter")
+    wait_until(page, lambda: requests)
+    requests[0].continue_()
+    expect(page.locator("#status")).to_contain_text("5 moments")
+    expect(page.get_by_role("searchbox")).to_have_value("dog")
+
+
 @SIZES
 def test_moments_are_grouped_by_film(page, address, size):
     page.set_viewport_size(size)

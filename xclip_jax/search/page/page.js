@@ -48,8 +48,13 @@ function stateOfForm(query) {
   return state;
 }
 
+/** Shows the sentence of the address, unless its answer is shown already. */
+function fillText() {
+  const state = readState();
+  if (searchKey(state) !== shown.key) $("text").value = state.get("q") ?? "";
+}
+
 function fillForm(state) {
-  $("text").value = state.get("q") ?? "";
   for (const name of FILTERS) $(name).value = state.get(name) ?? "";
   const sources = state.get("in")?.split(",") ?? SOURCES;
   for (const source of SOURCES) $(`in-${source}`).checked = sources.includes(source);
@@ -61,8 +66,9 @@ function fillForm(state) {
 
 const countFilters = (state) => [...FILTERS, "in", "dedupe"].filter((name) => state.get(name)).length;
 
-function submit(event) {
+async function submit(event) {
   event?.preventDefault();
+  await isReady; // one can type while the page loads
   const sentence = $("text").value.trim();
   const current = readState();
   const other = ["like", "example"].find((name) => current.has(name));
@@ -332,10 +338,14 @@ for (const box of $("filters").querySelectorAll("[type=checkbox]")) {
 $("more-button").addEventListener("click", loadMore);
 for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, onDrag);
 document.addEventListener("keydown", onKey);
-window.addEventListener("hashchange", render);
+window.addEventListener("hashchange", () => {
+  fillText();
+  render();
+});
 // A visitor who enters by a link to an open player has no list to go back to when it closes.
 if (readState().has("open")) history.replaceState("entered", "");
 setUpPlayer(afterClose);
 const isReady = showFacts();
 isReady.then(() => setUpLibrary(afterAdding));
+fillText();
 render();

@@ -8,7 +8,7 @@ const PREVIEW_SECONDS = 59; // the server makes at most 60
 const AROUND = 5; // seconds of a preview before and after a moment
 
 const unplayable = new Set(); // paths of files
-const NOTHING = { hit: null, kind: "none", zero: 0, start: 0, end: Infinity };
+const NOTHING = { hit: null, kind: "none", zero: 0, start: 0, end: Infinity, second: 0 };
 let playing = NOTHING;
 let pictured = null; // the second of the still picture, null while a video plays
 let onMove = () => {};
@@ -27,21 +27,21 @@ export function startVideo(hit, second = hit.second) {
     return seek(second, true);
   }
   if (unplayable.has(hit.path)) return startPreview(hit, second);
-  play({ hit, kind: "file", zero: hit.offset, start: 0, end: Infinity }, `video/${hit.id}`, second);
+  play({ hit, kind: "file", zero: hit.offset, start: 0, end: Infinity, second }, `video/${hit.id}`);
 }
 
-function play(next, address, second) {
+function play(next, address) {
   const video = $("video");
   playing = next;
   let isReady = false;
-  video.onerror = () => !isReady && fail(next, second);
+  video.onerror = () => !isReady && fail(next);
   video.onloadedmetadata = () => {
-    if (!video.videoWidth) return fail(next, second); // only its sound can be played
+    if (!video.videoWidth) return fail(next); // only its sound can be played
     isReady = true;
     pictured = null;
     $("unplayable").hidden = true;
     video.hidden = false;
-    video.currentTime = second + next.zero;
+    video.currentTime = next.second + next.zero; // of the last seek while it was loading
     if (!reducedMotion()) video.play().catch(() => {}); // without permission, the user starts it
   };
   if (next.kind === "file") {
@@ -56,21 +56,21 @@ function play(next, address, second) {
 /** Returns why the server does not send something, or null if it does. */
 const reasonOf = (address, headers = {}) => call(address, { headers }).then(() => null, (error) => error.message);
 
-async function fail(failed, second) {
+async function fail(failed) {
   if (playing !== failed) return;
   const { hit, kind } = failed;
   if (kind === "file") {
-    showPicture(hit, second, "…");
+    showPicture(hit, failed.second, "…");
     const reason = await reasonOf(`video/${hit.id}`, { Range: "bytes=0-0" });
     if (playing !== failed) return;
-    if (reason) return showStills(hit, second, reason);
+    if (reason) return showStills(hit, failed.second, reason);
     unplayable.add(hit.path);
-    return startPreview(hit, second);
+    return startPreview(hit, failed.second);
   }
   const reason = await reasonOf(previewOf(failed));
   if (playing !== failed) return;
   const why = `This browser cannot play ${nameOf(hit)}, and there is no preview`;
-  showStills(hit, second, `${why}${reason ? `: ${reason}` : ""}. Download it to watch it in another player.`);
+  showStills(hit, failed.second, `${why}${reason ? `: ${reason}` : ""}. Download it to watch it in another player.`);
 }
 
 const previewOf = ({ hit, start, end }) => {
@@ -84,12 +84,12 @@ function startPreview(hit, second) {
   const to = Math.min(hit.duration, (inside ? Math.max(hit.end, hit.segment_end) : second) + AROUND);
   const start = Math.max(from, Math.min(second - AROUND, to - PREVIEW_SECONDS));
   const end = Math.max(start + 0.1, Math.min(to, start + PREVIEW_SECONDS));
-  const next = { hit, kind: "preview", zero: -start, start, end };
+  const next = { hit, kind: "preview", zero: -start, start, end, second };
   showPicture(hit, second, `This browser cannot play ${nameOf(hit)}. Preparing a small preview…`);
   $("unplayable").classList.add("loading");
   $("preview-note").hidden = false;
   $("preview-note").textContent = `Small preview of ${range({ start, end })}, without the file's full quality`;
-  play(next, previewOf(next), second);
+  play(next, previewOf(next));
 }
 
 function showPicture(hit, second, why) {
@@ -136,6 +136,7 @@ export function seek(second, start = false) {
   } else if (kind === "preview" && (second < playing.start || second > playing.end)) {
     startPreview(hit, second);
   } else {
+    playing.second = second;
     $("video").currentTime = second + zero;
     if (start && !reducedMotion()) $("video").play().catch(() => {});
   }
