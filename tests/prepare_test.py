@@ -1,7 +1,6 @@
 """Tests of preparing: data sets that appear atomically, also after kills, and invalid input."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -12,6 +11,7 @@ from preparing import (
     ROOT,
     annotate,
     command,
+    group_is_gone,
     in_thread,
     levels,
     main,
@@ -193,16 +193,6 @@ def kill_when(process, condition):
         time.sleep(0.0005)
     process.kill()
     return bool(hit) and process.wait() == -signal.SIGKILL
-
-
-def group_is_gone(group, seconds=20):
-    for _ in range(10 * seconds):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_killed_runs_resume_to_the_same_data_set(videos, tmp_path, in_thread, capsys):

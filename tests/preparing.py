@@ -6,8 +6,10 @@ level + 4 n, which identifies a stored frame.
 
 import concurrent.futures
 import json
+import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -92,6 +94,16 @@ def run(*arguments):
     )
 
 
+def group_is_gone(group, seconds=20):
+    for _ in range(10 * seconds):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def main(capsys, *arguments):
     """Runs the command line in this process, returns its exit status and stderr."""
     with pytest.raises(SystemExit) as stopped:
@@ -122,3 +134,9 @@ def levels(frames):
 
 def failures(output):
     return [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
+
+
+def files(folder):
+    """Returns {path below a folder: content} of all files."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

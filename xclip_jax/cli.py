@@ -33,10 +33,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_local(name: str, path: PathLike) -> Path:
+MOUNT = "mount the bucket (for example with gcsfuse or s3fs) and pass its folder"
+
+
+def check_local(name: str, path: PathLike, advice: str = MOUNT) -> Path:
     """Returns a path of this machine's file system, or raises InputError if it is a URI."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        advice = "mount the bucket (for example with gcsfuse or s3fs) and pass its folder"
         raise InputError(f"{name}={path}: must be a path of this machine: {advice}")
     if str(path) != str(path).encode("utf-8", "replace").decode():  # on Linux, any bytes
         raise InputError(f"{name}={path!s}: must be a name in UTF-8")

@@ -12,48 +12,73 @@ docs/data.md says what to download for each benchmark. Frames are by default tho
 other models pass --model, or set --image_size, --resize, --interpolation and --spread. A run that
 was killed resumes when started again. OUTPUT/failures.jsonl lists the clips that could not be read,
 with reasons, and OUTPUT/findings.jsonl the inconsistencies in annotations and files.
+
+Videos, annotations and output may be in a bucket (s3://BUCKET/FOLDER, gs://BUCKET/FOLDER), with the
+usual environment variables for access: docs/data.md, "Buckets".
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from xclip_jax import integrity
+from xclip_jax.buckets import (
+    BucketPath,
+    Location,
+    new_folder,
+    parse_location,
+    read_file,
+    remove_stale_folders,
+    remove_tree,
+    scratch_folder,
+    write_file,
+)
 from xclip_jax.cli import (
     CommandParser,
     InputError,
+    PathLike,
     check_local,
     first_line,
     one_line_errors,
     run_command,
-    write_atomically,
 )
 from xclip_jax.data import extraction, rendered
-from xclip_jax.data.annotations import SPLITS, Listing
+from xclip_jax.data.annotations import SPLITS, Clip, Listing
 from xclip_jax.data.benchmarks import DATASETS
-from xclip_jax.data.builder import DatasetSettings, PendingRecord, dataset_folder, write_dataset
+from xclip_jax.data.builder import (
+    DatasetSettings,
+    PendingRecord,
+    check_dataset_path,
+    dataset_folder,
+    is_complete,
+    write_dataset,
+)
 from xclip_jax.data.preprocess import FrameFormat, frame_format
 from xclip_jax.data.text import learn_tokenizer
 from xclip_jax.workers import BeamRunner, parse_beam_flags
 
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".pkl")
+
 
 def prepare(
-    annotations: str | Path,
-    videos: str | Path,
-    output: str | Path,
+    annotations: PathLike | BucketPath,
+    videos: PathLike | BucketPath,
+    output: PathLike | BucketPath,
     *,
     max_failures: float = 0.05,
     beam_runner: BeamRunner | None = None,
     **options: Any,
 ) -> None:
     """Writes a data set of videos and annotations under `output`.
+
+    Each of the three may be on this machine or in a bucket (s3://BUCKET/FOLDER, gs://...).
 
     Args:
         annotations: the captions file, or the folder of a benchmark's released files.
@@ -63,35 +88,27 @@ def prepare(
         beam_runner: see `workers.parse_beam_flags`; None: this machine.
         **options: fields of DatasetSettings except `paragraphs` and `expected`.
     """
-    output, videos = check_local("--output", output), check_local("--videos", videos)
-    annotations, work = check_local("--annotations", annotations), output / "work"
+    output, videos = parse_location("--output", output), parse_location("--videos", videos)
+    annotations, work = parse_location("--annotations", annotations), output / "work"
+    remove_stale_folders()
     settings, listing = _read_annotations(DatasetSettings(**options), annotations)
     clips, folder = listing.clips, extraction.VideoFolder(videos)
-    dataset, variant = settings.dataset, settings.variant
     if not clips:
-        raise InputError(f"{annotations}: no id has captions; {DATASETS[dataset].download}")
-    paths = [folder.locate(clip.video, is_path=dataset == "captions") for clip in clips]
-    names: dict[Any, str] = {}
-    for clip, path in zip(clips, paths, strict=True):
-        if (name := names.setdefault(path or clip.video, clip.video)) != clip.video:
-            both = f"{name!r} and {clip.video!r}"
-            raise InputError(f"videos {both} are the same file {path}: use the same name for both")
-    request = {"dataset": dataset, "variant": variant, **settings.format._asdict()}
-    request["max_seconds"] = settings.max_seconds
-    files = [path and (path.name, path.stat().st_size) for path in paths]
-    for name, value in (("annotations", clips), ("videos", files)):
-        request[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-    if _is_prepared(output, request):
+        download = DATASETS[settings.dataset].download
+        raise InputError(f"{annotations}: no id has captions; {download}")
+    paths = _locate_videos(listing, folder, is_path=settings.dataset == "captions")
+    if _is_prepared(output, _describe_request(settings, clips, paths)):
         return
-    title = f"{dataset} {variant}".strip()
-    extraction.report_findings(output, title, listing, paths, folder.files)
+    title = f"{settings.dataset} {settings.variant}".strip()
+    extraction.report_findings(output, title, listing, paths, folder.find_unused(paths))
     limits, pairs = (settings.format, settings.max_seconds), zip(clips, paths, strict=True)
     jobs = [extraction.make_job(clip, path, *limits, work) for clip, path in pairs]
     outcomes = extraction.extract_all(jobs, work, beam_runner)
     extraction.report_failures(output, listing, outcomes, max_failures)
     texts = (text for clip in clips if clip.split == "train" for text in clip.captions)
-    learn_tokenizer(texts).save(output / "tokenizer")
-    integrity.write_digests(output / "tokenizer")
+    with new_folder(output / "tokenizer") as tokenizer:
+        learn_tokenizer(texts).save(tokenizer)
+        integrity.write_digests(tokenizer)
     records: dict[str, list[PendingRecord]] = {}
     for clip, job, outcome in zip(clips, jobs, outcomes, strict=True):
         if job.cache and not outcome.failure:
@@ -103,7 +120,32 @@ def prepare(
     print("writing " + ", ".join(f"{s}: {len(r)} of {counts[s]} clips" for s, r in records.items()))
     write_dataset(output, records, settings, beam_runner)
     print(f"prepared {output}")
-    shutil.rmtree(work)
+    remove_tree(work)
+
+
+def _locate_videos(
+    listing: Listing, folder: extraction.VideoFolder, *, is_path: bool
+) -> list[extraction.VideoFile | None]:
+    """Returns the file of each clip, or raises InputError if a file has two names."""
+    paths = [folder.locate(clip.video, is_path=is_path) for clip in listing.clips]
+    names: dict[Any, str] = {}
+    for clip, path in zip(listing.clips, paths, strict=True):
+        if (name := names.setdefault(path or clip.video, clip.video)) != clip.video:
+            both = f"{name!r} and {clip.video!r}"
+            raise InputError(f"videos {both} are the same file {path}: use the same name for both")
+    return paths
+
+
+def _describe_request(
+    settings: DatasetSettings, clips: Sequence[Clip], paths: Sequence[extraction.VideoFile | None]
+) -> dict[str, Any]:
+    """Returns the content of request.json, which differs if the data set would."""
+    request = {"dataset": settings.dataset, "variant": settings.variant}
+    request |= {**settings.format._asdict(), "max_seconds": settings.max_seconds}
+    files = [path and (path.name, extraction.file_size(path)) for path in paths]
+    for name, value in (("annotations", clips), ("videos", files)):
+        request[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+    return request
 
 
 def render_if_missing(config: Any) -> None:
@@ -111,7 +153,7 @@ def render_if_missing(config: Any) -> None:
 
     Raises InputError if it was rendered by a version that draws other videos or captions.
     """
-    path = check_local("config.data.path", config.data.path)
+    path = check_dataset_path(config.data.path)
     if config.data.rendered and dataset_folder(path).is_dir():
         rendered.check_recipe(path / "scenes", f"delete {path} or set another config.data.path")
     elif config.data.rendered:
@@ -130,28 +172,61 @@ def prepare_rendered(output: str | Path, format: FrameFormat, **counts: int) -> 
     prepare(scenes / "captions.jsonl", scenes / "videos", output, **format._asdict())
 
 
-def _read_annotations(old: DatasetSettings, annotations: Path) -> tuple[DatasetSettings, Listing]:
+def _read_annotations(
+    old: DatasetSettings, annotations: Location
+) -> tuple[DatasetSettings, Listing]:
     """Returns the settings with the variant, by default the first, and the annotations' clips."""
     dataset, variant, variants = old.dataset, old.variant, DATASETS[old.dataset].variants
     if variant and variant not in variants:
         allowed = f"one of {', '.join(variants)}" if variants else "omitted (no variants)"
         raise InputError(f"--split={variant}: with --dataset={dataset} it must be {allowed}")
     chosen = [variant or variants[0]] if variants else []
-    listing = DATASETS[dataset].read(annotations, *chosen)
+    with _local_annotations(annotations) as path:
+        listing = DATASETS[dataset].read(path, *chosen)
     changes = {"variant": "".join(chosen), "paragraphs": listing.paragraphs}
     expected = listing.expected or dict(listing.counts())
     return dataclasses.replace(old, expected=expected, **changes), listing
 
 
-def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
+@contextlib.contextmanager
+def _local_annotations(annotations: Location) -> Iterator[Path]:
+    """Yields annotations of this machine: the path, or copies of those in a bucket.
+
+    An InputError in the body names the URI in place of the copy.
+    """
+    if isinstance(annotations, Path):
+        yield annotations
+        return
+    with scratch_folder() as folder:
+        local = folder / annotations.name
+        if annotations.is_file():
+            files = {local: annotations}
+        else:
+            local.mkdir()
+            files = {local / file.name: file for file in annotations.list_files(recursive=False)}
+        for copy, file in files.items():
+            if copy.suffix in ANNOTATION_SUFFIXES:
+                copy.write_bytes(read_file(file))
+        try:
+            yield local
+        except InputError as error:
+            raise InputError(str(error).replace(str(local), str(annotations))) from None
+
+
+def _is_prepared(output: Location, request: dict[str, Any]) -> bool:
     """Returns True if the data set exists and fits the request, or stores the request."""
     path, work = output / "request.json", output / "work"
-    if not dataset_folder(output).is_dir():
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(request, indent=1))
+    if not is_complete(output):
+        if isinstance(work, Path):
+            work.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(request, indent=1))
         return False
     try:
-        before = dict(json.loads(path.read_text())) if path.is_file() else {}
+        before = dict(json.loads(read_file(path)))
+    except FileNotFoundError:
+        before = {}
+    except InputError:  # a bucket that cannot be reached
+        raise
     except (ValueError, TypeError) as error:
         advice = f"choose another --output or delete {output}"
         raise InputError(f"{path} is corrupted ({first_line(error)}): {advice}") from None
@@ -160,7 +235,7 @@ def _is_prepared(output: Path, request: dict[str, Any]) -> bool:
     if changed := [name for name, value in request.items() if before.get(name) != value]:
         problem = f"{output} holds a data set prepared with other {', '.join(changed)}"
         raise InputError(f"{problem}; choose another --output or delete it")
-    shutil.rmtree(work, ignore_errors=True)  # remains if a run was killed at its very end
+    remove_tree(work)  # remains if a run was killed at its very end
     print(f"{output} is already prepared; nothing to do")
     return True
 
@@ -192,9 +267,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog=prog, description=__doc__, allow_abbrev=True)
     add = parser.add_argument
     add("--dataset", required=True, choices=[*DATASETS, "rendered"], help="kind of annotations")
-    add("--videos", type=Path, help="folder of video files, searched with its sub-folders")
-    add("--annotations", type=Path, help="a file of captions, or the folder of a benchmark's files")
-    add("--output", required=True, type=Path, help="folder to write the data set to")
+    where = "on this machine, s3://BUCKET/... or gs://BUCKET/..."
+    add("--videos", help=f"folder of video files, searched with its sub-folders; {where}")
+    files = f"a file of captions, or the folder of a benchmark's files; {where}"
+    add("--annotations", help=files)
+    add("--output", required=True, help=f"folder to write the data set to; {where}")
     variants = (f"{name}: {', '.join(d.variants)}" for name, d in DATASETS.items() if d.variants)
     add("--split", default="", help=f"which split ({'; '.join(variants)}; default: the first)")
     frames = "model directory for whose format frames are made, in place of the next four options"

@@ -21,19 +21,36 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow_datasets as tfds
 
 from xclip_jax import integrity
-from xclip_jax.cli import InputError, PathLike, atomic_file, check_local, first_line
+from xclip_jax.buckets import BucketPath, Location, new_file, new_folder, remove_tree
+from xclip_jax.cli import MOUNT, InputError, PathLike, check_local, first_line
 from xclip_jax.data.benchmarks import DATASETS
 from xclip_jax.data.preprocess import FrameFormat
-from xclip_jax.workers import BeamRunner, map_on_beam
+from xclip_jax.workers import BeamRunner, map_on_beam, run_jobs
 
 NAME, VERSION = "xclip_clips", "1.1.0"
 SHARD_BYTES = 64 << 20
 FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+LAST_FILE = "dataset_info.json"  # written after all others, in a bucket, which cannot rename
 
 
 def dataset_folder(path: PathLike) -> Path:
     """Returns the folder of the TFDS files in `path`, which exists only if they are complete."""
     return Path(path) / NAME / VERSION
+
+
+def is_complete(path: Location) -> bool:
+    """Returns True if `path` holds a complete data set."""
+    if isinstance(path, BucketPath):
+        return (path / NAME / VERSION / LAST_FILE).is_file()
+    return dataset_folder(path).is_dir()
+
+
+def check_dataset_path(path: PathLike) -> Path:
+    """Returns the path of a prepared data set, or raises InputError if it is a URI."""
+    commands = {"s3": "aws s3 sync", "gs": "gcloud storage cp -r"}
+    command = commands.get(str(path).partition("://")[0])
+    copy = f"copy it ({command} {path} FOLDER), or " if command else ""
+    return check_local("config.data.path", path, copy + MOUNT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,18 +90,49 @@ class PendingRecord:
 
 
 def write_dataset(
-    path: PathLike,
+    path: PathLike | BucketPath,
     records: Mapping[str, Sequence[PendingRecord]],  # of each split, in order
     settings: DatasetSettings,
     beam_runner: BeamRunner | None = None,
 ) -> None:
     """Writes the data set of `records` under `path`, atomically, on this machine or on Beam."""
+    if isinstance(path, BucketPath):
+        return _write_to_bucket(path, records, settings, beam_runner)
     folder = dataset_folder(path)
     for incomplete in folder.parent.glob("incomplete.*"):  # of a killed run
         shutil.rmtree(incomplete)
     work = folder.with_name(f"incomplete.{uuid.uuid4().hex[:6]}_{VERSION}")
     work.mkdir(parents=True)
-    splits = [_write_split(work, split, r, beam_runner) for split, r in records.items()]
+    shared = Path(path) / "work"
+    shards = [_write_split(work, split, r, shared, beam_runner) for split, r in records.items()]
+    _write_metadata(work, records, settings, shards)
+    work.rename(folder)
+
+
+def _write_to_bucket(
+    path: BucketPath,
+    records: Mapping[str, Sequence[PendingRecord]],
+    settings: DatasetSettings,
+    beam_runner: BeamRunner | None,
+) -> None:
+    """Writes a data set to a bucket, LAST_FILE at the end."""
+    folder, shared = path / NAME / VERSION, path / "work"
+    remove_tree(folder)  # of a killed run
+    shards = [_write_split(folder, split, r, shared, beam_runner) for split, r in records.items()]
+    with new_folder(folder, last=LAST_FILE) as work:
+        _write_metadata(work, records, settings, shards)
+
+
+Shards = tuple[str, list[int], int]  # split, number of records of each shard, bytes of all
+
+
+def _write_metadata(
+    folder: Path,
+    records: Mapping[str, Sequence[PendingRecord]],
+    settings: DatasetSettings,
+    shards: Sequence[Shards],
+) -> None:
+    """Writes the metadata files of a data set and their digests."""
     digests = ((split, record.digest) for split, r in records.items() for record in r)
     format_key, fields = settings.format.key, dataclasses.asdict(settings)
     content = repr((*format_key, *digests))
@@ -94,10 +142,14 @@ def write_dataset(
         "captions_per_clip": {s: [record.num_captions for record in r] for s, r in records.items()},
         "content": hashlib.sha256(content.encode()).hexdigest(),
     }
+    splits = []
+    for split, lengths, size in shards:
+        counts: Any = {"shard_lengths": lengths, "num_bytes": size}
+        template = _template(folder, split)
+        splits.append(tfds.core.SplitInfo(name=split, filename_template=template, **counts))
+    identity: Any = {"name": NAME, "version": tfds.core.Version(VERSION), "module_name": __name__}
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(
-            name=NAME, version=tfds.core.Version(VERSION), data_dir=str(work), module_name=__name__
-        ),
+        builder=tfds.core.DatasetIdentity(data_dir=str(folder), **identity),
         description="Video clips, as frames, with captions.",
         features=_features(),
         metadata=tfds.core.MetadataDict(metadata),
@@ -105,9 +157,14 @@ def write_dataset(
         split_dict=tfds.core.SplitDict(splits),
     )
     info.set_file_format(FORMAT)
-    info.write_to_directory(work)
-    integrity.write_digests(work, skip="*.array_record*")  # records have checksums of their own
-    work.rename(folder)
+    info.write_to_directory(folder)
+    integrity.write_digests(folder, skip="*.array_record*")  # records have checksums of their own
+
+
+def _template(folder: PathLike, split: str) -> tfds.core.ShardedFileTemplate:
+    """Returns the names of the shards of a split."""
+    options: Any = {"split": split, "filetype_suffix": FORMAT.value}
+    return tfds.core.ShardedFileTemplate(tfds.core.Path(folder), dataset_name=NAME, **options)
 
 
 def _features() -> tfds.features.FeaturesDict:
@@ -119,9 +176,16 @@ def _features() -> tfds.features.FeaturesDict:
 
 
 def _write_split(
-    folder: Path, split: str, records: Sequence[PendingRecord], beam_runner: BeamRunner | None
-) -> tfds.core.SplitInfo:
-    """Writes the records in shards of about SHARD_BYTES, holding one at a time in memory."""
+    folder: Location,
+    split: str,
+    records: Sequence[PendingRecord],
+    shared: Location,
+    beam_runner: BeamRunner | None,
+) -> Shards:
+    """Writes the records in shards of about SHARD_BYTES, holding one at a time in memory.
+
+    The workers of Beam share the folder `shared`.
+    """
     shards, size = [], SHARD_BYTES
     for record in records:
         if size >= SHARD_BYTES:
@@ -129,19 +193,19 @@ def _write_split(
             size = 0
         shards[-1].append(record.make)
         size += record.size
-    options: Any = {"split": split, "filetype_suffix": FORMAT.value}
-    template = tfds.core.ShardedFileTemplate(tfds.core.Path(folder), dataset_name=NAME, **options)
-    paths = map(str, template.sharded_filepaths(len(shards)))
-    jobs = list(zip(paths, shards, strict=True))
-    if beam_runner is None:
-        sizes = map(_write_shard, jobs)
+    names = (path.name for path in _template("", split).sharded_filepaths(len(shards)))
+    jobs = [(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
+    if beam_runner is not None:
+        sizes = map_on_beam(_write_shard, jobs, shared, beam_runner)
+    elif isinstance(folder, BucketPath):  # mostly waits for the cache files
+        sizes = [0] * len(jobs)
+        run_jobs(_write_shard, jobs, sizes.__setitem__)
     else:
-        sizes = map_on_beam(_write_shard, jobs, folder, beam_runner)
-    counts: Any = {"shard_lengths": list(map(len, shards)), "num_bytes": sum(sizes)}
-    return tfds.core.SplitInfo(name=split, filename_template=template, **counts)
+        sizes = map(_write_shard, jobs)
+    return split, list(map(len, shards)), sum(sizes)
 
 
-def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
+def _write_shard(job: tuple[Location, list[Callable[[], dict[str, Any]]]]) -> int:
     """Writes one shard, from (path, functions that return a record), and returns its size."""
     path, makers = job
     features = _features()
@@ -150,9 +214,9 @@ def _write_shard(job: tuple[str, list[Callable[[], dict[str, Any]]]]) -> int:
     examples = (serializer.get_tf_example(features.encode_example(make())) for make in makers)
     # By default, protobuf's order of the features varies by process.
     serialized = (example.SerializeToString(deterministic=True) for example in examples)
-    with atomic_file(path) as partial:  # Beam may run a job twice at the same time
+    with new_file(path) as partial:  # Beam may run a job twice at the same time
         tfds.core.ExampleWriter(FORMAT).write(partial, enumerate(serialized))
-    return os.path.getsize(path)
+        return os.path.getsize(partial)
 
 
 class Dataset:
@@ -165,13 +229,16 @@ class Dataset:
 
     def __init__(self, path: PathLike, name: str = "", variant: str = "") -> None:
         """Opens a data set, which must be of the given `name` and `variant` unless these are ""."""
-        self.path = check_local("config.data.path", path)
+        self.path = check_dataset_path(path)
         folder = dataset_folder(path)
         if not str(path):
             raise InputError("config.data.path is empty: set it to a folder of xclip_jax.prepare")
         if not folder.is_dir():
             problem = f"no prepared data set in {path}: {folder} does not exist"
             raise InputError(f"{problem}; {_how_to_prepare(path, name, variant)}")
+        if not (folder / LAST_FILE).is_file():  # copied from a bucket, or in a mounted one
+            problem = f"no complete data set in {path}: {LAST_FILE} is missing in {folder}"
+            raise InputError(f"{problem}; prepare it to its end, then copy all files")
         if reason := integrity.find_corruption(folder):
             raise InputError(f"{reason}; prepare the data again")
         try:
