@@ -44,7 +44,9 @@ from xclip_jax.search.index import SEGMENT_SECONDS, Index
 from xclip_jax.search.indexing import find_videos
 from xclip_jax.search.results import Answer
 from xclip_jax.search.segments import SegmentJob, load_frames, read_segments
-from xclip_jax.search.snapshot import Snapshot
+from xclip_jax.search.selection import EVERYTHING
+from xclip_jax.search.shard import Scorer, Shard
+from xclip_jax.search.shards import LocalParts, Shards
 from xclip_jax.search.store import Store, exists
 from xclip_jax.similarity import TextFeatures
 from xclip_jax.workers import run_jobs
@@ -111,19 +113,21 @@ def measure(
         lambda name, *_, **__: compilations.append(name) if name == COMPILATION_EVENT else None
     )
     open_seconds, snapshot = results.measure_seconds(lambda: Store(folder).snapshot())
+    scorer = Scorer(model, params)
+    shards = Shards(LocalParts(Shard(snapshot, scorer)))
     warm_up, measured = np.split(np.arange(len(targets)), [len(targets) - count])
     for name, widths in FUNNELS.items():
-        funnel = Funnel(model, params, *widths)
-        run_queries(funnel, snapshot, text, warm_up)
+        funnel = Funnel(scorer, *widths)
+        run_queries(funnel, shards, text, warm_up)
         compilations.clear()
-        hit_ids, milliseconds = run_queries(funnel, snapshot, text, measured)
+        hit_ids, milliseconds = run_queries(funnel, shards, text, measured)
         peak_mib = results.peak_mib() - memory_before
         counts = {"compiled": len(compilations), "peak_mib": peak_mib}
         rows.append({"funnel": name, **counts, **milliseconds})
         answers.append(hit_ids)
     compared = measured[:COMPARED]
-    target_ids = np.array(snapshot.ids.take(targets[compared]).to_pylist())
-    best = score_exhaustively(funnel, snapshot, jax.tree.map(lambda x: x[compared], text))
+    target_ids = np.array(shards.segments(snapshot.row_ids[targets[compared]]).ids)
+    best = score_exhaustively(funnel, shards, jax.tree.map(lambda x: x[compared], text))
     for row, hit_ids in zip(rows, answers, strict=True):
         overlap = [np.isin(b, f) for b, f in zip(best, hit_ids, strict=False)]
         row["top_1"], row["top_10"] = float(np.mean(overlap, 0)[0]), float(np.mean(overlap))
@@ -136,14 +140,14 @@ def measure(
     return summary, rows
 
 
-def score_exhaustively(funnel: Funnel, snapshot: Snapshot, text: TextFeatures) -> np.ndarray:
+def score_exhaustively(funnel: Funnel, shards: Shards, text: TextFeatures) -> np.ndarray:
     """Returns T x K, the ids of the full model's best scores of T queries."""
-    rankings = funnel.rank_exhaustively(snapshot.select(), text, K)
-    return np.array([snapshot.ids.take(ranking.rows[:K]).to_pylist() for ranking in rankings])
+    rankings = funnel.rank_exhaustively(shards, EVERYTHING, text, K)
+    return np.array([shards.segments(ranking.rows[:K]).ids for ranking in rankings])
 
 
 def run_queries(
-    funnel: Funnel, snapshot: Snapshot, text: TextFeatures, numbers: np.ndarray
+    funnel: Funnel, shards: Shards, text: TextFeatures, numbers: np.ndarray
 ) -> tuple[list[list[str]], dict[str, float]]:
     """Runs some of the queries one by one.
 
@@ -153,7 +157,7 @@ def run_queries(
     hit_ids, times = [], []
     for n in numbers:
         query = jax.tree.map(lambda x, n=n: x[n : n + 1], text)
-        seconds, answer = results.measure_seconds(lambda q=query: run_one(funnel, snapshot, q))
+        seconds, answer = results.measure_seconds(lambda q=query: run_one(funnel, shards, q))
         hit_ids.append([hit.id for hit in answer])
         times.append({"query": seconds, **answer.seconds})
     milliseconds = {name: [1000 * row[name] for row in times] for name in times[0]}
@@ -164,11 +168,10 @@ def run_queries(
     }
 
 
-def run_one(funnel: Funnel, snapshot: Snapshot, query: TextFeatures) -> Answer:
+def run_one(funnel: Funnel, shards: Shards, query: TextFeatures) -> Answer:
     """Returns the answer to a query, one hit per segment."""
-    selection = snapshot.select()
-    ranking = funnel.rank(selection, query, K)
-    return make_answer(selection, ranking, [], Request(K, merge=False))
+    ranking = funnel.rank(shards, EVERYTHING, query, K)
+    return make_answer(shards.segments(ranking.rows), ranking, [], Request(K, merge=False))
 
 
 def text_tower_milliseconds(repeats: int = 50) -> float:

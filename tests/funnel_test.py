@@ -9,7 +9,10 @@ import pytest
 import tiny
 
 from xclip_jax.models import XClip, read_model_config
-from xclip_jax.search.funnel import FURTHER, Funnel, compare_frames
+from xclip_jax.search.funnel import FURTHER, Funnel
+from xclip_jax.search.selection import EVERYTHING, Selection
+from xclip_jax.search.shard import Scorer, Shard, compare_frames
+from xclip_jax.search.shards import LocalParts, Shards
 from xclip_jax.search.store import Store
 from xclip_jax.similarity import TextFeatures
 
@@ -39,7 +42,7 @@ def unit(x):
 
 
 @pytest.fixture(scope="module")
-def selection(tmp_path_factory):
+def snapshot(tmp_path_factory):
     """Returns segments of 20 topics. The frames of a segment are near each other."""
     rng = np.random.default_rng(0)
     topics = unit(rng.normal(size=(20, DIM)))
@@ -70,7 +73,32 @@ def selection(tmp_path_factory):
         )
     for start in range(0, COUNT, 100):  # three fragments
         store.add(rows[start : start + 100], [])
-    return store.snapshot().select()
+    return store.snapshot()
+
+
+def open_shards(snapshot, model, params):
+    return Shards(LocalParts(Shard(snapshot, Scorer(model, params))))
+
+
+def rank(snapshot, funnel, text, depth, *, selection=EVERYTHING, **options):
+    shards = open_shards(snapshot, funnel.scorer.model, funnel.scorer.params)
+    ranking = funnel.rank(shards, selection, text, depth, **options)
+    return with_rows(snapshot, ranking)
+
+
+def rank_exhaustively(snapshot, funnel, text, depth, *, selection=EVERYTHING):
+    shards = open_shards(snapshot, funnel.scorer.model, funnel.scorer.params)
+    (ranking,) = funnel.rank_exhaustively(shards, selection, text, depth)
+    return with_rows(snapshot, ranking)
+
+
+def with_rows(snapshot, ranking):
+    """Returns a ranking with the numbers of segments in place of row ids."""
+    return dataclasses.replace(ranking, rows=snapshot.find_row_ids(ranking.rows))
+
+
+def make_funnel(model, params, **widths):
+    return Funnel(Scorer(model, params), **widths)
 
 
 def rows_of(ranking, k=10):
@@ -84,32 +112,32 @@ def make_text(seed=0):
     return TextFeatures(words[:, 5], words, np.arange(WORDS)[None] < 6)
 
 
-def score_all(selection, model, params, text):
-    video = selection.snapshot.features(np.arange(len(selection)))
+def score_all(snapshot, model, params, text):
+    video = snapshot.features(np.arange(COUNT))
     return np.asarray(tiny.apply(model, params, text, video, method="similarity"))[0]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_funnel_as_wide_as_the_index_equals_exhaustive_search(selection, head):
+def test_funnel_as_wide_as_the_index_equals_exhaustive_search(snapshot, head):
     model, params = make_model(**HEADS[head])
     for seed in range(3):
         text = make_text(seed)
-        scores = score_all(selection, model, params, text)
+        scores = score_all(snapshot, model, params, text)
         expected = np.argsort(-scores, kind="stable")[:10]
-        funnel = Funnel(model, params, candidates=COUNT, rerank=COUNT)
+        funnel = make_funnel(model, params, candidates=COUNT, rerank=COUNT)
         for ranking in (
-            funnel.rank(selection, text, 10),
-            funnel.rank_exhaustively(selection, text, 10)[0],
+            rank(snapshot, funnel, text, 10),
+            rank_exhaustively(snapshot, funnel, text, 10),
         ):
             rows, found_scores = rows_of(ranking), ranking.scores[:10]
             np.testing.assert_allclose(found_scores, scores[expected], rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(scores[rows], scores[expected], rtol=1e-4, atol=1e-5)
 
 
-def test_each_stage_passes_on_its_best_scores(selection):
+def test_each_stage_passes_on_its_best_scores(snapshot):
     model, params = make_model()
     text = make_text()
-    video = selection.snapshot.features(np.arange(COUNT))
+    video = snapshot.features(np.arange(COUNT))
     parts = tiny.apply(model, params, text, video, method="granular_similarity")
     parts = {name: np.asarray(value)[0] for name, value in parts.items()}
     first = np.argsort(-parts["video_sentence"])[:50]
@@ -117,54 +145,55 @@ def test_each_stage_passes_on_its_best_scores(selection):
     second = first[np.argsort(-words[first])][:16]
     total = sum(parts.values()) / 4
     third = second[np.argsort(-total[second])]
-    answer = Funnel(model, params, candidates=50, rerank=16).rank(selection, text, 16)
+    answer = rank(snapshot, make_funnel(model, params, candidates=50, rerank=16), text, 16)
     assert rows_of(answer, 16) == third.tolist()
     np.testing.assert_allclose(answer.scores, total[third], atol=1e-4)
-    assert list(answer.seconds) == ["sentence-video", "video-word", "reading", "all"]
+    assert list(answer.seconds) == ["sentence-video", "video-word", "all"]
 
 
-def test_model_without_word_granularity_skips_the_word_stage(selection):
+def test_model_without_word_granularity_skips_the_word_stage(snapshot):
     model, params = make_model(head="mean_pooling")
     text = make_text()
-    funnel = Funnel(model, params, candidates=7, rerank=20)
-    scores = score_all(selection, model, params, text)
-    assert rows_of(funnel.rank(selection, text, 20), 20) == np.argsort(-scores)[:20].tolist()
+    funnel = make_funnel(model, params, candidates=7, rerank=20)
+    scores = score_all(snapshot, model, params, text)
+    assert rows_of(rank(snapshot, funnel, text, 20), 20) == np.argsort(-scores)[:20].tolist()
 
 
-def test_only_allowed_rows_are_returned(selection):
+def test_only_allowed_rows_are_returned(snapshot):
     model, params = make_model()
     text, allowed = make_text(), np.arange(COUNT) % 3 == 1
-    scores = np.where(allowed, score_all(selection, model, params, text), -np.inf)
-    funnel = Funnel(model, params)
+    scores = np.where(allowed, score_all(snapshot, model, params, text), -np.inf)
+    funnel = make_funnel(model, params)
     expected = np.argsort(-scores)[:10].tolist()
-    third = dataclasses.replace(selection, rows=allowed)
-    assert rows_of(funnel.rank(third, text, 10)) == expected
-    (ranking,) = funnel.rank_exhaustively(third, text, 10)
-    assert rows_of(ranking) == expected
-    few = dataclasses.replace(selection, rows=np.arange(COUNT) < 3)
-    assert sorted(rows_of(funnel.rank(few, text, 10))) == [0, 1, 2]
+    third = {"selection": Selection(only=snapshot.row_ids[allowed])}
+    assert rows_of(rank(snapshot, funnel, text, 10, **third)) == expected
+    assert rows_of(rank_exhaustively(snapshot, funnel, text, 10, **third)) == expected
+    others = {"selection": Selection(without=snapshot.row_ids[~allowed])}
+    assert rows_of(rank(snapshot, funnel, text, 10, **others)) == expected
+    few = {"selection": Selection(only=snapshot.row_ids[:3])}
+    assert sorted(rows_of(rank(snapshot, funnel, text, 10, **few))) == [0, 1, 2]
 
 
-def test_further_rows_are_scored_like_the_others(selection):
+def test_further_rows_are_scored_like_the_others(snapshot):
     model, params = make_model()
     text = make_text()
-    scores = score_all(selection, model, params, text)
-    funnel = Funnel(model, params, candidates=50, rerank=16)
-    plain = funnel.rank(selection, text, 16)
+    scores = score_all(snapshot, model, params, text)
+    funnel = make_funnel(model, params, candidates=50, rerank=16)
+    plain = rank(snapshot, funnel, text, 16)
     best, worst = plain.rows[3], int(scores.argmin())
-    ranking = funnel.rank(selection, text, 16, further=np.array([best, worst]))
+    ranking = rank(snapshot, funnel, text, 16, further=snapshot.row_ids[[best, worst]])
     assert ranking.blocks.tolist() == [0] * 16 + [FURTHER]
     assert ranking.rows.tolist() == [*plain.rows.tolist(), worst]
     np.testing.assert_allclose(ranking.scores, scores[ranking.rows], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["paper", "clip"])
-def test_longer_ranking_begins_with_the_shorter_one(selection, head):
+def test_longer_ranking_begins_with_the_shorter_one(snapshot, head):
     model, params = make_model(**HEADS[head])
     text = make_text()
-    scores = score_all(selection, model, params, text)
-    funnel = Funnel(model, params, candidates=200, rerank=16)
-    rankings = [funnel.rank(selection, text, depth) for depth in (10, 16, 17, 33, 120, 10_000)]
+    scores = score_all(snapshot, model, params, text)
+    funnel = make_funnel(model, params, candidates=200, rerank=16)
+    rankings = [rank(snapshot, funnel, text, depth) for depth in (10, 16, 17, 33, 120, 10_000)]
     assert [len(ranking.rows) for ranking in rankings] == [16, 16, 32, 64, 128, COUNT]
     for shorter, longer in itertools.pairwise(rankings):
         assert rows_of(longer, len(shorter.rows)) == rows_of(shorter, 1000)
@@ -175,14 +204,14 @@ def test_longer_ranking_begins_with_the_shorter_one(selection, head):
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
-def test_frames_are_compared_by_cosine(selection, head):
+def test_frames_are_compared_by_cosine(snapshot, head):
     model, params = make_model(**HEADS[head])
-    text, video = make_text(), selection.snapshot.features(np.arange(5))
+    text, video = make_text(), snapshot.features(np.arange(5))
     cosines = compare_frames(text.replace(sentence=3 * text.sentence), video)
     np.testing.assert_allclose(cosines, video.frames @ text.sentence[0], atol=1e-6)
-    ranking = Funnel(model, params).rank(selection, text, 5)
+    ranking = rank(snapshot, make_funnel(model, params), text, 5)
     row = int(ranking.rows[0])
-    curve = selection.snapshot.features(np.array([row])).frames[0] @ text.sentence[0]
+    curve = snapshot.features(np.array([row])).frames[0] @ text.sentence[0]
     count = int(ranking.mask_nxF[0].sum())
     smoothed = np.convolve(curve[:count], [1, 2, 1], "same")
     smoothed /= np.convolve(np.ones(count), [1, 2, 1], "same")
@@ -190,26 +219,30 @@ def test_frames_are_compared_by_cosine(selection, head):
 
 
 @pytest.mark.parametrize("head", ["paper", "clip", "tight"])
-def test_example_is_compared_with_videos_and_frames(selection, head):
+def test_example_is_compared_with_videos_and_frames(snapshot, head):
     model, params = make_model(**HEADS[head])
-    every = selection.snapshot.features(np.arange(COUNT))
+    every = snapshot.features(np.arange(COUNT))
     vector = every.video[42]
     cosines = np.where(every.mask, every.frames @ vector, -np.inf)
     weights = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.01)
     attended = np.sum(weights * (every.frames @ vector), 1) / weights.sum(1)  # Eq. 7, 8
     scores = np.exp(params["clip"]["logit_scale"]) * (every.video @ vector + attended) / 2
-    funnel, query = Funnel(model, params, rerank=COUNT).example(5 * vector[None])
-    ranking = funnel.rank(selection, query, 10)
+    funnel = make_funnel(model, params, rerank=COUNT)
+    shards, query = (
+        open_shards(snapshot, model, params),
+        funnel.scorer.make_example(5 * vector[None]),
+    )
+    ranking = with_rows(snapshot, funnel.of_examples().rank(shards, EVERYTHING, query, 10))
     expected = np.argsort(-scores)[:10]
     np.testing.assert_allclose(ranking.scores[:10], scores[expected], rtol=1e-4)
     np.testing.assert_allclose(scores[rows_of(ranking)], scores[expected], rtol=1e-4)
 
 
-def test_rows_are_read_in_the_requested_order(selection):
+def test_rows_are_read_in_the_requested_order(snapshot):
     rows = np.array([250, 3, 101, 299, 0])
-    table = selection.snapshot.read(rows, ["id", "start"])
+    table = snapshot.read(rows, ["id", "start"])
     assert table["start"].to_pylist() == rows.tolist()
-    assert [selection.snapshot.find(key) for key in table["id"].to_pylist()] == rows.tolist()
-    every = selection.snapshot.features(np.arange(COUNT))
+    assert [snapshot.find(key) for key in table["id"].to_pylist()] == rows.tolist()
+    every = snapshot.features(np.arange(COUNT))
     some = jax.tree.map(lambda x: x[rows], every)
-    jax.tree.map(np.testing.assert_array_equal, selection.snapshot.features(rows), some)
+    jax.tree.map(np.testing.assert_array_equal, snapshot.features(rows), some)

@@ -27,6 +27,7 @@ from xclip_jax.cli import InputError
 from xclip_jax.metrics import MAX_CAPTIONS, MIN_CAPTIONS, hubness_bias, subtract_hubness_bias
 from xclip_jax.search import Index
 from xclip_jax.search.__main__ import main
+from xclip_jax.search.selection import EVERYTHING
 from xclip_jax.search.serve import make_app
 from xclip_jax.search.store import Store
 
@@ -41,7 +42,8 @@ def banked(made_with_bank):
 def features_of(index):
     """Returns (ids, features) of all segments."""
     snapshot = index._snapshot
-    return snapshot.ids.to_pylist(), snapshot.features(np.arange(len(snapshot)))
+    ids = [f"{key:016x}" for key in snapshot.keys.tolist()]
+    return ids, snapshot.features(np.arange(len(snapshot)))
 
 
 def rank(index, text, model):
@@ -73,33 +75,31 @@ def test_ranking_is_by_score_minus_bias(banked, index, model, text, exhaustive):
 
 def test_first_and_second_stage_subtract_the_bias(banked, model):
     expected, _ = rank(banked, "a red dog", model)
-    snapshot = banked._snapshot
+    snapshot, (ids, video) = banked._snapshot, features_of(banked)
+    everything = np.arange(len(snapshot))
+    vectors, biases = snapshot.vectors.take(everything), snapshot.biases(everything)
     vector_1xD = banked.retriever.encode_text(["a red dog"]).sentence
-    scores = snapshot.vectors_NxD.astype(np.float64) @ vector_1xD[0]
-    options = {"subtract_bias": True}
-    rows = snapshot.nearest_rows(vector_1xD, 7, None, **options)
-    assert rows.tolist() == np.argsort(snapshot.biases - scores)[:7].tolist()
-    rows = snapshot.nearest_rows(vector_1xD, 7, None, subtract_bias=False)
+    scores = vectors.astype(np.float64) @ vector_1xD[0]
+    rows, products = snapshot.nearest(vector_1xD, 7, subtract_bias=True)
+    assert rows.tolist() == np.argsort(biases - scores)[:7].tolist()
+    np.testing.assert_allclose(products, np.sort(scores - biases)[::-1][:7], atol=1e-3)
+    rows, _ = snapshot.nearest(vector_1xD, 7, subtract_bias=False)
     assert rows.tolist() == np.argsort(-scores)[:7].tolist()
-    first = {snapshot.ids[row].as_py() for row in np.argsort(snapshot.biases - scores)[:4]}
+    first = {ids[row] for row in np.argsort(biases - scores)[:4]}
     only = dataclasses.replace(banked._funnel, candidates=4, rerank=4)  # no second stage
-    ranking = only.rank(snapshot.select(), banked.retriever.encode_text(["a red dog"]), 4)
-    assert snapshot.ids.take(ranking.rows).to_pylist() == [key for key in expected if key in first]
+    text = banked.retriever.encode_text(["a red dog"])
+    ranking = only.rank(banked._shards, EVERYTHING, text, 4)
+    found = [ids[row] for row in snapshot.find_row_ids(ranking.rows)]
+    assert found == [key for key in expected if key in first]
     funnel = dataclasses.replace(banked._funnel, candidates=len(banked), rerank=4)
-    video = snapshot.features(np.arange(len(snapshot)))
-    video = video.replace(video=snapshot.vectors_NxD)  # in float16, as that stage has them
-    parts = tiny.apply(
-        funnel.model,
-        funnel.params,
-        banked.retriever.encode_text(["a red dog"]),
-        video,
-        method="granular_similarity",
-    )
+    video = video.replace(video=vectors)  # in float16, as that stage has them
+    scorer = funnel.scorer
+    parts = tiny.apply(scorer.model, scorer.params, text, video, method="granular_similarity")
     words = np.asarray(parts["video_sentence"] + parts["video_word"])[0] / 2
-    second = np.argsort(funnel._scale * snapshot.biases - words)[:4]
-    ranking = funnel.rank(snapshot.select(), banked.retriever.encode_text(["a red dog"]), 4)
-    ids = {snapshot.ids[row].as_py() for row in second}
-    assert snapshot.ids.take(ranking.rows).to_pylist() == [key for key in expected if key in ids]
+    second = {ids[row] for row in np.argsort(scorer.scale * biases - words)[:4]}
+    ranking = funnel.rank(banked._shards, EVERYTHING, text, 4)
+    found = [ids[row] for row in snapshot.find_row_ids(ranking.rows)]
+    assert found == [key for key in expected if key in second]
 
 
 def test_queries_by_example_ignore_the_bias(banked, index):

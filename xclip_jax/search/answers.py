@@ -10,7 +10,7 @@ from xclip_jax.search.funnel import FURTHER, Ranking
 from xclip_jax.search.moments import Moment, MomentFinder, Piece, is_same_moment
 from xclip_jax.search.passages import Passage
 from xclip_jax.search.results import Answer, Hit, Match
-from xclip_jax.search.snapshot import Selection
+from xclip_jax.search.shard import Segments
 
 RANK_CONSTANT = 60  # of reciprocal rank fusion
 DUPLICATE_COSINE = 0.98  # of video vectors, from which segments are near-duplicates
@@ -26,6 +26,7 @@ class Request:
     dedupe: bool = False  # True: fold near-duplicates
     threshold: float | None = None  # of score - bias, below which a match is weak
     background: float | None = None  # similarity of unrelated sentences and frames
+    interval: tuple[float, float] = (-np.inf, np.inf)  # seconds of a file in which moments must be
 
     @property
     def depth(self) -> int:
@@ -34,23 +35,23 @@ class Request:
 
 
 def make_answer(
-    selection: Selection, ranking: Ranking | None, passages: Sequence[Passage], request: Request
+    segments: Segments, ranking: Ranking | None, passages: Sequence[Passage], request: Request
 ) -> Answer:
     """Returns the hits of a ranking by pictures and of passages.
 
     Args:
-        selection: the rows that were searched.
+        segments: those of the ranking and of the passages, and maybe others.
         ranking: None if pictures were not searched.
         passages: of the selected rows, best first.
         request: see `Request`.
     """
-    hits = _rank_hits(selection, ranking, passages, request)
+    hits = _rank_hits(segments, ranking, passages, request)
     hits = _merge(hits) if request.merge else hits
-    hits = _fold(hits, selection) if request.dedupe else hits
+    hits = _fold(hits, segments) if request.dedupe else hits
     chosen = [hit for hit, _ in zip(hits, range(request.depth), strict=False)][request.offset :]
     hits = [_set_rank(hit, rank) for rank, hit in enumerate(chosen, request.offset + 1)]
     if ranking is None:
-        return Answer(hits, {}, len(selection))
+        return Answer(hits, {}, searched=0)
     return Answer(hits, ranking.seconds, ranking.searched)
 
 
@@ -72,12 +73,11 @@ def fuse_ranks(rankings: Iterable[Sequence[int]]) -> list[int]:
 
 
 def _rank_hits(
-    selection: Selection, ranking: Ranking | None, passages: Sequence[Passage], request: Request
+    segments: Segments, ranking: Ranking | None, passages: Sequence[Passage], request: Request
 ) -> Iterator[Hit]:
     """Yields a hit for each segment, best first, whose moment is that of its best source."""
-    snapshot = selection.snapshot
     matches: dict[int, list[tuple[int, Match]]] = {}  # row -> (rank in its source, match)
-    rows_of = snapshot.rows_of({passage.id for passage in passages})
+    rows_of = dict(zip(segments.ids, segments.rows.tolist(), strict=True))
     by_source: dict[str, list[int]] = {}
     for passage in passages:
         row, ranks = rows_of[passage.id], by_source.setdefault(passage.match.source, [])
@@ -86,7 +86,7 @@ def _rank_hits(
             matches.setdefault(row, []).append((len(ranks), passage.match))
     order, tail, moments = list(by_source.values()), [], None
     if ranking is not None:
-        blocks, moments = ranking.blocks, _Moments(selection, ranking, request)
+        blocks, moments = ranking.blocks, _Moments(segments, ranking, request)
         order = [ranking.rows[blocks == 0].tolist(), *order]
         tail = ranking.rows[(blocks > 0) & (blocks < FURTHER)].tolist()
     for row in dict.fromkeys([*fuse_ranks(order), *tail]):
@@ -104,19 +104,19 @@ def _rank_hits(
         if best.source != "picture" or second is None:
             second = best.start
         moment = Moment(best.start, best.end, second)
-        yield snapshot.hit(row, moment, **facts, matches=(best, *others))
+        yield segments.hit(row, moment, **facts, matches=(best, *others))
 
 
 class _Moments:
     """The moments of the rows of a ranking. Each stays in the row's block."""
 
-    def __init__(self, selection: Selection, ranking: Ranking, request: Request) -> None:
-        snapshot, rows = selection.snapshot, ranking.rows
+    def __init__(self, segments: Segments, ranking: Ranking, request: Request) -> None:
+        places = [segments.places[row] for row in ranking.rows.tolist()]
         columns = (
-            snapshot.paths.take(rows).to_pylist(),
-            snapshot.starts[rows].tolist(),
-            snapshot.ends[rows].tolist(),
-            snapshot.times[rows].astype(float),
+            [segments.paths[place] for place in places],
+            segments.starts[places].tolist(),
+            segments.ends[places].tolist(),
+            segments.times_nxF[places].astype(float),
             ranking.similarities_nxF,
             ranking.mask_nxF,
         )
@@ -124,12 +124,12 @@ class _Moments:
         self.places: dict[int, int] = {}  # row -> place in the ranking
         self._indices: dict[int, tuple[int, int]] = {}  # row -> block, index in it
         for row, block, path, start, end, times, curve, mask in zip(
-            rows.tolist(), ranking.blocks.tolist(), *columns, strict=True
+            ranking.rows.tolist(), ranking.blocks.tolist(), *columns, strict=True
         ):
             pieces = blocks.setdefault(block, [])
             self.places[row], self._indices[row] = len(self.places), (block, len(pieces))
             pieces.append(Piece(path, start, end, times[mask], curve[mask]))
-        options: Any = {"interval": selection.interval, "background": request.background}
+        options: Any = {"interval": request.interval, "background": request.background}
         self._finders = {n: MomentFinder(pieces, **options) for n, pieces in blocks.items()}
 
     def find(self, row: int) -> Moment:
@@ -156,15 +156,14 @@ def _trim(hit: Hit, start: float, end: float) -> Hit:
     return dataclasses.replace(hit, start=start, end=end, matches=(best, *hit.matches[1:]))
 
 
-def _fold(hits: Iterable[Hit], selection: Selection) -> list[Hit]:
+def _fold(hits: Iterable[Hit], segments: Segments) -> list[Hit]:
     """Returns hits with near-duplicates of an earlier one listed in it.
 
     They have nearly the same video vector, and what was said or written in them, if that is why
     they were found, is equal.
     """
-    hits, snapshot = list(hits), selection.snapshot
-    rows = snapshot.rows_of({hit.id for hit in hits})
-    vectors = snapshot.vectors_NxD[[rows[hit.id] for hit in hits]].astype(np.float32)
+    hits, places = list(hits), {one: place for place, one in enumerate(segments.ids)}
+    vectors = segments.vectors_nxD[[places[hit.id] for hit in hits]].astype(np.float32)
     firsts = np.zeros_like(vectors)  # of each group
     groups: list[list[Hit]] = []
     for hit, vector in zip(hits, vectors, strict=True):

@@ -13,7 +13,7 @@ from xclip_jax.search import results
 from xclip_jax.search.bodies import NOT_JSON
 from xclip_jax.search.querying import MAX_SENTENCE
 from xclip_jax.search.results import Source
-from xclip_jax.search.snapshot import MAX_PATH
+from xclip_jax.search.selection import MAX_PATH
 
 MAX_HITS, MAX_RANK, MAX_FILMS = 100, 1000, 100
 _SECONDS = "a number of seconds, at least 0"
@@ -237,6 +237,7 @@ class Hits(Answer):
     hits: list[Hit]
     searched: int = Field(description="Number of segments that passed the filters.")
     note: str | None = Field(description="For the user, e.g. that the sentence was truncated.")
+    missing: int = Field(description="Number of parts of a sharded index that did not answer.")
     seconds: float = Field(description="Time that the search took.")
     stages: dict[str, float] = Field(description="Seconds of each stage, by its name.")
 
@@ -316,4 +317,5 @@ class Additions(Answer):
 def read_answer(answer: results.Answer) -> dict[str, Any]:
     """Returns the fields of `Hits`."""
     facts = {"hits": answer.hits, "searched": answer.searched, "note": answer.note}
+    facts["missing"] = answer.missing
     return facts | {"seconds": sum(answer.seconds.values()), "stages": answer.seconds}

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from xclip_jax.cli import InputError
 from xclip_jax.inference import pad_rows
 from xclip_jax.retriever import Retriever
-from xclip_jax.search.snapshot import Snapshot, unit_vectors
+from xclip_jax.search.snapshot import Snapshot
+from xclip_jax.search.vectors import unit_vectors
 
 SENTENCES, SEGMENTS = 64, 256  # that are compared
 WEAK_PERCENTILE = 99.0  # of the scores of unrelated pairs
@@ -82,11 +83,11 @@ def choose_examples(
 
 def measure(retriever: Retriever, snapshot: Snapshot) -> Calibration:
     """Returns the calibration of a model and of a sample of an index's segments, at least one."""
-    rows = np.argsort(snapshot.ids.to_numpy())[:SEGMENTS]  # of random ids, always the same
+    rows = snapshot.sample(SEGMENTS)
     sentences, video = [*sample_sentences(SENTENCES), *_EXAMPLES], snapshot.features(rows)
     text = retriever.encode_text(sentences)
     sim_TxN = retriever.similarity(text, pad_rows(video, SEGMENTS))[:, : len(rows)]
-    scores_TxN = sim_TxN - retriever.scale * snapshot.biases[rows]
+    scores_TxN = sim_TxN - retriever.scale * snapshot.biases(rows)
     frames_NxFxD = unit_vectors(np.asarray(video.frames))
     cosines_TxNxF = np.einsum("td,nfd->tnf", unit_vectors(np.asarray(text.sentence)), frames_NxFxD)
     cosines_TxNxF = np.where(video.mask, cosines_TxNxF, np.nan)

@@ -13,7 +13,9 @@ from xclip_jax.search.answers import Request, make_answer
 from xclip_jax.search.funnel import Funnel
 from xclip_jax.search.passages import MAX_PASSAGES, Passage, Passages
 from xclip_jax.search.results import SOURCES, Answer, Source
-from xclip_jax.search.snapshot import MAX_PATH, Filters, Rows, Selection
+from xclip_jax.search.row_ids import RowIds
+from xclip_jax.search.selection import MAX_PATH, Filters, Selection
+from xclip_jax.search.shards import Shards
 from xclip_jax.search.words import parse_query
 from xclip_jax.similarity import TextFeatures
 
@@ -58,13 +60,15 @@ class Query:
     without: str = ""  # id of a segment that is not a result
 
 
-def run_query(query: Query, selection: Selection, request: Request, passages: Passages) -> Answer:
+def run_query(
+    query: Query, shards: Shards, selection: Selection, request: Request, passages: Passages
+) -> Answer:
     """Searches the selected segments.
 
     Raises InputError if quoted phrases cannot be searched.
     """
-    started, words, snapshot = time.perf_counter(), query.words, selection.snapshot
-    found, further = [], np.array([], int)
+    started, words = time.perf_counter(), query.words
+    found, further = [], np.array([], np.int64)
     spoken = [source for source in query.sources if source != "picture"]
     if words.phrases and not spoken:
         problem = "the index or the query has no speech or text"
@@ -72,59 +76,66 @@ def run_query(query: Query, selection: Selection, request: Request, passages: Pa
     if spoken:
         options: Any = {"sources": spoken, "phrases": words.phrases, "interval": selection.interval}
         options["every_word"] = query.funnel is not None and not words.phrases
-        found, further = _find_passages(selection, passages, words.rest, options)
-    seconds, searched = {"words": time.perf_counter() - started}, len(selection)
+        found, further = _find_passages(shards, selection, passages, words.rest, options)
+    seconds, searched = {"words": time.perf_counter() - started}, shards.count(selection)
+    request, count = dataclasses.replace(request, interval=selection.interval), searched
     if words.phrases:
-        selection = selection.only(further)
+        selection, count = dataclasses.replace(selection, only=further), len(further)
     if query.without:
-        selection = selection.without(snapshot.find(query.without))
-    if not len(selection):
+        selection = dataclasses.replace(selection, without=shards.find(query.without))
+        count = shards.count(selection)
+    if not count:
         return Answer([], seconds, searched)
     if query.funnel is None or query.features is None:
-        answer = make_answer(selection, None, found, request)
+        answer = make_answer(shards.segments(further), None, found, request)
     else:
-        answer = _rank_pictures(query, selection, request, found, further)
+        answer = _rank_pictures(query, shards, selection, request, passages=(found, further))
     seconds |= answer.seconds
     return dataclasses.replace(answer, seconds=seconds, searched=searched)
 
 
 def _rank_pictures(
-    query: Query, selection: Selection, request: Request, found: Sequence[Passage], further: Rows
+    query: Query,
+    shards: Shards,
+    selection: Selection,
+    request: Request,
+    *,
+    passages: tuple[Sequence[Passage], RowIds],
 ) -> Answer:
-    """Ranks by pictures, and by what was `found`, in the rows `further`.
+    """Ranks by pictures, and by passages, which are given with their rows.
 
     If merging and folding leave too few hits, more segments are scored.
     """
-    funnel, features = query.funnel, query.features
+    funnel, features, (found, further) = query.funnel, query.features, passages
     assert funnel is not None
     assert features is not None
     if query.exhaustive:
         depth = 2 * request.depth
-        ranking = funnel.rank_exhaustively(selection, features, depth, further=further)[0]
-        return make_answer(selection, ranking, found, request)
+        rankings = funnel.rank_exhaustively(shards, selection, features, depth, further=further)
+        return make_answer(shards.segments(rankings[0].rows), rankings[0], found, request)
     depth = request.depth
     while True:
-        ranking = funnel.rank(selection, features, depth, further=further)
-        answer = make_answer(selection, ranking, found, request)
-        is_complete = len(answer) == request.k or len(ranking.rows) >= len(selection)
+        ranking = funnel.rank(shards, selection, features, depth, further=further)
+        answer = make_answer(shards.segments(ranking.rows), ranking, found, request)
+        is_complete = len(answer) == request.k or len(ranking.rows) >= ranking.searched
         if is_complete or depth >= MAX_DEPTH:
             return answer
         depth = min(2 * max(depth, len(ranking.rows)), max(MAX_DEPTH, request.depth))
 
 
 def _find_passages(
-    selection: Selection, passages: Passages, text: str, options: dict[str, Any]
-) -> tuple[list[Passage], Rows]:
+    shards: Shards, selection: Selection, passages: Passages, text: str, options: dict[str, Any]
+) -> tuple[list[Passage], RowIds]:
     """Returns the best passages of the selected rows, and these rows, best first."""
     limit, before = MAX_PASSAGES, -1
     while True:
         matching = passages.search(text, **options, limit=limit)
-        rows_of = selection.rows_of({passage.id for passage in matching})
+        rows_of = shards.rows_of({passage.id for passage in matching}, selection)
         found = [passage for passage in matching if passage.id in rows_of][:MAX_PASSAGES]
-        is_complete = selection.rows is None or len(found) == MAX_PASSAGES
+        is_complete = selection.is_everything or len(found) == MAX_PASSAGES
         if is_complete or len(matching) == before or limit >= MAX_FILTERED_PASSAGES:
             rows = dict.fromkeys(rows_of[passage.id] for passage in found)
-            return found, np.array(list(rows), int)
+            return found, np.array(list(rows), np.int64)
         limit, before = 16 * limit, len(matching)
 
 
@@ -164,8 +175,8 @@ def choose_sources(
     return chosen
 
 
-def split_options(k: int, options: Options) -> tuple[Filters, Request]:
-    """Returns the filters and the request of a search, or raises InputError for invalid values."""
+def split_options(k: int, options: Options) -> tuple[Selection, Request]:
+    """Returns what to search and what to return, or raises InputError for invalid values."""
     given: dict[str, Any] = dict(options)
     request = Request(k, **{n: given.pop(n) for n in ("offset", "merge", "dedupe") if n in given})
     if not isinstance(k, int) or k < 1:
@@ -174,7 +185,7 @@ def split_options(k: int, options: Options) -> tuple[Filters, Request]:
         raise InputError(f"offset = {request.offset!r}: must be an integer of at least 0")
     filters: Any = given
     _check_filters(filters)
-    return filters, request
+    return Selection(**filters), request
 
 
 def _check_filters(filters: Filters) -> None:

@@ -50,6 +50,7 @@ class Answer:
     seconds: dict[str, float]  # time of each stage, by its name
     searched: int  # number of segments that passed the filters
     note: str | None = None  # for the user, e.g. that the sentence was truncated
+    missing: int = 0  # number of parts of a sharded index that did not answer
 
     def __len__(self) -> int:
         return len(self.hits)

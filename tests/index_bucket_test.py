@@ -1,0 +1,47 @@
+"""Tests of an index in a bucket: the same answers as in a folder, by few requests."""
+
+import pytest
+from indexes import COUNT, SECONDS, made, model, no_processes, videos
+from s3 import s3
+
+from xclip_jax.search import Index
+
+__all__ = ["made", "model", "no_processes", "s3", "videos"]  # fixtures
+MOST = 30  # requests of a query
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XCLIP_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def answers(index):
+    return [index.query(text, k=15).hits for text in ("a red dog", "a blue cat", "and")]
+
+
+def test_index_in_a_bucket_is_made_searched_and_updated(made, model, videos, s3, cache):
+    location = f"{s3.uri}/index"
+    index = Index.create(location, model, segment_seconds=SECONDS)
+    for video in sorted(videos.iterdir()):  # a fragment each
+        index.add(video)
+    expected = answers(Index.open(made))
+    opened = Index.open(location)
+    opened.retriever.encode_text(["a"])
+    s3.requests.clear()
+    first = opened.query("a red dog", k=15)
+    cold = len(s3.requests)
+    s3.requests.clear()
+    assert opened.query("a red dog", k=15).hits == first.hits
+    warm = len(s3.requests)
+    assert (0 < cold <= MOST, warm) == (True, 0), (cold, warm)
+    assert len(answers(opened)) == len(expected)
+    for found, right in zip(answers(opened), expected, strict=True):
+        assert [hit.id for hit in found] == [hit.id for hit in right]
+        scores = [hit.score for hit in found]
+        assert scores == pytest.approx([hit.score for hit in right], abs=1e-5)
+    s3.requests.clear()
+    assert not opened.refresh()
+    assert len(s3.requests) <= 5
+    summary = Index.open(location).add(videos)  # a second run finds nothing new
+    assert (summary.files, summary.unchanged) == (0, COUNT)
+    assert opened.num_segments == 3 * COUNT
