@@ -52,6 +52,8 @@ OCR = [
 ]
 ASR = ["faster-whisper>=1.2"]  # writes down speech, on CPU and GPU without PyTorch
 MCP = ["mcp>=2,<3"]  # offers the search to assistants that speak the Model Context Protocol
+WORKERS = ["pylance>=14"]  # writes the rows of workers, which one process adds to the index
+RAY = ["ray[serve]>=2.60"]  # runs workers on the machines of a cluster
 SHOTS = ["scenedetect>=0.7"]  # detects shot changes by presentation time
 
 setup(
@@ -69,20 +71,27 @@ setup(
             "httpx2>=2.0",  # comes with huggingface_hub: starlette's test client
             "playwright>=1.50",  # tests the search page in Chromium, if installed
             "schemathesis>=4.30",  # sends generated requests to the API, checks the answers
+            "moto>=5.1",  # a stand-in for S3; its extra `server` requires 30 packages, S3 these two
+            "flask>=3",
+            "flask-cors>=5",
             *SEARCH,
             *SHOTS,
             *OCR,
             *ASR,
             *MCP,
+            *WORKERS,
+            *RAY,
         ],
         "search": SEARCH,
         "mcp": [*SEARCH, *MCP],
+        "workers": [*SEARCH, *WORKERS],
+        "ray": [*SEARCH, *WORKERS, *RAY],
         "shots": SHOTS,
         "ocr": OCR,
         "asr": ASR,
         "wandb": ["wandb>=0.31"],  # logs to Weights & Biases (config.log.wandb); see .ci/wandb
         "mteb": ["mteb>=2.26,<3"],  # runs its public retrieval tasks (docs/mteb.md); see .ci/mteb
-        "beam": ["apache-beam>=2.77"],  # prepares data on many machines; see .ci/beam
+        "beam": ["apache-beam>=2.77"],  # works on many machines; see .ci/beam
         "torch": ["torch>=2.4"],  # only for tests and benchmarks that compare with PyTorch
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

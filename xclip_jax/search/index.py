@@ -1,41 +1,22 @@
 """Indexes a video collection, and searches it by sentence, video or image."""
 
-import dataclasses
-import functools
-import operator
 import os
 import threading
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Literal, Unpack
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Unpack
 
-import numpy as np
 import pyarrow as pa
 
 from xclip_jax.checkpoint import model_folder
 from xclip_jax.cli import InputError, PathLike
-from xclip_jax.inference import copy_to_local_devices
-from xclip_jax.retriever import Retriever, load
-from xclip_jax.search.answers import Request, make_answer
+from xclip_jax.retriever import load
+from xclip_jax.search.backends import Distribution
 from xclip_jax.search.bank import check_bank
 from xclip_jax.search.calibration import measure
-from xclip_jax.search.digests import check_unchanged
-from xclip_jax.search.examples import read_example
-from xclip_jax.search.funnel import Funnel, compare_frames
 from xclip_jax.search.indexing import IndexingSummary, add_files, fingerprint, is_below
-from xclip_jax.search.moments import Moment, smooth
-from xclip_jax.search.passages import Passages
-from xclip_jax.search.querying import (
-    Options,
-    Query,
-    WordQuery,
-    choose_sources,
-    run_query,
-    split_options,
-)
-from xclip_jax.search.results import SOURCES, Answer, Film, HeatMap, Hit, Source
-from xclip_jax.search.snapshot import Selection
+from xclip_jax.search.searcher import Searcher, T
+from xclip_jax.search.shard import Shard
+from xclip_jax.search.shards import LocalParts, Shards
 from xclip_jax.search.store import Store
 from xclip_jax.search.timed_text import make_readers
 
@@ -43,24 +24,13 @@ SEGMENT_SECONDS = 10
 PRECISIONS = ("float32", "float16")
 
 
-class Index:
-    """Segments of videos with their features, and the model that computed them.
+class Index(Searcher):
+    """Segments of videos with their features in this process, and the model that computed them."""
 
-    Searching is thread-safe, even while another process adds files: see `refresh`.
-
-    Attributes:
-        location, about: see xclip_jax.search.store.Store.
-        model_name: absolute path of the model directory.
-        candidates, rerank: widths of the funnel, see xclip_jax.search.funnel.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self.location, self.about = store.location, store.about
-        self.model_name = self.about["model"]
-        self.candidates, self.rerank = 5000, 200
-        self._store, self._snapshot = store, store.snapshot()
-        self._passages, self._calibration = Passages(store.location), store.calibration()
-        self._lock = threading.Lock()
+    def __init__(self, store: Store, **options: Any) -> None:
+        self._snapshot, self._lock = store.snapshot(), threading.Lock()
+        self._prefetching: threading.Event | None = None
+        super().__init__(store, **options)
 
     @classmethod
     def open(
@@ -78,14 +48,7 @@ class Index:
             candidates: number of segments scored by the word granularities.
             rerank: number of segments scored by the full model, which reads their frames.
         """
-        if candidates < 1 or rerank < 1:
-            raise InputError(f"candidates = {candidates}, rerank = {rerank}: must be at least 1")
-        index = cls(Store(location))
-        index.candidates, index.rerank = candidates, rerank
-        if model is not None:
-            index.model_name = os.path.abspath(model_folder(model))
-            index.retriever  # noqa: B018  (a wrong model must fail here, not at the first query)
-        return index
+        return cls(Store(location), model=model, candidates=candidates, rerank=rerank)
 
     @classmethod
     def create(
@@ -131,9 +94,6 @@ class Index:
             retriever.get_tokenizer()
         return cls(Store.create(location, about, captions))
 
-    def __len__(self) -> int:
-        return self.num_segments
-
     @property
     def num_segments(self) -> int:
         """Number of segments in the version that is searched."""
@@ -142,26 +102,7 @@ class Index:
     @property
     def num_files(self) -> int:
         """Number of files in the version that is searched."""
-        return len(self._snapshot.paths.unique())
-
-    @functools.cached_property
-    def retriever(self) -> Retriever:
-        """The model, loaded on first use.
-
-        Raises InputError if it is missing, or is not the one that the index was made with.
-        """
-        original, expected = self.about["model"], self.about["fingerprint"]
-        if self.model_name == original and not Path(original).is_dir():
-            problem = f"the model of {self.location} is no longer in {original}"
-            raise InputError(f"{problem}: set --model to its new location")
-        retriever = load(self.model_name)
-        actual = fingerprint(retriever)
-        if actual != expected:
-            models = f"the model {original} ({expected}), not with {self.model_name} ({actual})"
-            problem = f"{self.location} was made with {models}"
-            raise InputError(f"{problem}: vectors of different models cannot be compared")
-        retriever.params = copy_to_local_devices(retriever.params)
-        return retriever
+        return len(self._snapshot.films)
 
     def add(
         self,
@@ -170,26 +111,25 @@ class Index:
         *,
         ocr: bool = False,
         speech: str | None = None,
+        **distribution: Unpack[Distribution],
     ) -> IndexingSummary:
         """Adds video files and the video files in folders and their subfolders.
 
         Unchanged files (same size and modification time) are skipped, changed ones are read again.
-        After an interruption, a second call resumes. Subtitles are read too.
+        After an interruption, a second call resumes. Subtitles are read too. See `Distribution`.
 
         Args:
             videos: files and folders.
             prune: True to remove files that no longer exist in these folders.
             ocr: True to read the text on screen, of indexed files too.
-            speech: model of faster-whisper (a folder or a name) that transcribes the sound, of
-                indexed files too; None: sound is not read.
+            speech: model of faster-whisper (folder or name) that transcribes sound, None for none.
 
         Raises:
-            InputError: there is no video, or what `ocr` or `speech` needs is not installed.
+            InputError: there is no video, or what an option needs is not installed.
         """
-        readers = make_readers(ocr=ocr, speech=speech)
-        corrupted = self._snapshot.corrupted
-        self._store.remove(dict.fromkeys(sorted(corrupted)))  # to be read again
-        summary = add_files(self._store, self.retriever, _to_list(videos), readers, prune=prune)
+        extra: Any = {"corrupted": self._snapshot.corrupted, "model": self.model_name}
+        extra |= {"readers": make_readers(ocr=ocr, speech=speech), "prune": prune, **distribution}
+        summary = add_files(self._store, self.retriever, _to_list(videos), **extra)
         self.refresh()
         is_outdated = self._calibration.version != self._snapshot.version
         if is_outdated and self.retriever.tokenizer and len(self):
@@ -212,188 +152,36 @@ class Index:
             has_new_text = self._passages.refresh()
             has_new_segments = self._store.version() != self._snapshot.version
             if has_new_segments:
-                self._snapshot = self._store.snapshot()
+                self._snapshot = self._store.snapshot(former=self._snapshot)
+                if self._prefetching:
+                    self._prefetching.set()
+                    self._prefetching = self._snapshot.prefetch()
             if self._calibration.version != self._snapshot.version:  # saved after the segments
                 self._calibration = self._store.calibration()
             return has_new_segments or has_new_text
-
-    def query(
-        self,
-        text: str,
-        k: int = 10,
-        *,
-        sources: Collection[Source] | None = None,
-        exhaustive: bool = False,
-        **options: Unpack[Options],
-    ) -> Answer:
-        """Searches for the moments that match a sentence best.
-
-        Words in quotation marks must be said or written in the segment.
-
-        Args:
-            text: the sentence, not empty.
-            k: number of results, at least 1; all if there are fewer.
-            sources: what to search; None: all that the index has. Several are fused by rank. With
-                pictures, a segment matches by its text only if it has every word of the sentence
-                except stop words. Without pictures, one word is enough.
-            exhaustive: True to score every segment by the full model.
-            **options: see `Options`.
-
-        Raises:
-            InputError: an argument is invalid, or the model has no tokenizer.
-        """
-        started, words = time.perf_counter(), WordQuery.parse(text)
-        chosen = choose_sources(sources, self.sources)
-        features = self.retriever.encode_text([words.sentence]) if "picture" in chosen else None
-        query = Query(self._funnel if features else None, features, words, chosen, exhaustive)
-        return self._search(query, k, options, started)
-
-    def query_exhaustively(
-        self, texts: Sequence[str], k: int = 10, **options: Unpack[Options]
-    ) -> list[Answer]:
-        """Scores every segment by the full model for each of T sentences, see `query`.
-
-        What is said and written is not searched, and quoted words are left out.
-        """
-        started = time.perf_counter()
-        texts = [WordQuery.parse(text).sentence for text in texts]
-        features = self.retriever.encode_text(texts)
-        encoding = time.perf_counter() - started
-        selection, request = self._select(k, options, with_sentence=True)
-        if not len(selection):
-            return [Answer([], {}, 0) for _ in texts]
-        rankings = self._funnel.rank_exhaustively(selection, features, request.depth)
-        answers = (make_answer(selection, ranking, [], request) for ranking in rankings)
-        return [self._complete(a, encoding, text) for text, a in zip(texts, answers, strict=True)]
-
-    def similar(self, file: PathLike, k: int = 10, **options: Unpack[Options]) -> Answer:
-        """Searches for moments similar to a video or image file, with the options of `query`.
-
-        The score is a logit: the mean of video-video and video-frame similarity. Raises InputError
-        if the file cannot be read, or its suffix is not that of a video or an image.
-        """
-        started, config = time.perf_counter(), self.retriever.model.config
-        vector_1xD = self.retriever.encode_video([read_example(file, config)]).video
-        return self._search(Query(*self._funnel.example(vector_1xD)), k, options, started)
-
-    def like(self, segment_id: str, k: int = 10, **options: Unpack[Options]) -> Answer:
-        """Searches for moments similar to an indexed segment, with the options of `query`.
-
-        Raises KeyError for an unknown id.
-        """
-        started, snapshot = time.perf_counter(), self._snapshot
-        row = snapshot.find(segment_id)
-        query = Query(*self._funnel.example(snapshot.features(row).video), without=segment_id)
-        return self._search(query, k, options, started)
-
-    def rank_captions(self, video: PathLike, captions: Sequence[str]) -> list[tuple[str, float]]:
-        """Returns (caption, logit) of T sentences for one video file, best first."""
-        text = self.retriever.encode_text(captions)
-        scores_T = self.retriever.similarity(text, self.retriever.encode_video([video]))[:, 0]
-        pairs = zip(captions, scores_T.tolist(), strict=True)
-        return sorted(pairs, key=operator.itemgetter(1), reverse=True)
-
-    def heat_map(self, segment_id: str, text: str) -> HeatMap:
-        """Computes the similarities of a sentence and its words with the frames of a segment.
-
-        Raises InputError if the text is empty, KeyError for an unknown id.
-        """
-        snapshot, words = self._snapshot, WordQuery.parse(text)
-        row = snapshot.find(segment_id)
-        features, video = self.retriever.encode_text([words.sentence]), snapshot.features(row)
-        mask_F = np.asarray(video.mask)[0]
-        sentence_F = smooth(compare_frames(features, video), np.asarray(video.mask))[0, mask_F]
-        names, words_WxF = self.retriever.compare_words(words.sentence, features, video)
-        times = snapshot.times[row[0]][mask_F].tolist()
-        return HeatMap(names, times, words_WxF, sentence_F.tolist())
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields all stored columns except thumbnails and checksums as Arrow tables."""
         return self._snapshot.tables()
 
-    def segment(self, segment_id: str) -> Hit:
-        """Returns a segment as a Hit of score None, or raises KeyError for an unknown id."""
-        snapshot = self._snapshot
-        row = int(snapshot.find(segment_id)[0])
-        start, end = float(snapshot.starts[row]), float(snapshot.ends[row])
-        return snapshot.hit(row, Moment(start, end, start), score=None)
-
-    def films(self, newest: int = 12) -> list[Film]:
-        """Returns the files with the latest modification times, newest first."""
-        films = self._snapshot.films.sort_by([("mtime_max", "descending")]).slice(0, newest)
-        return [
-            Film(film["id_first"], film["path"], film["end_max"], film["mtime_max"] / 1e9)
-            for film in films.to_pylist()
-        ]
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """Sources to search: pictures, and what is said and written if it was read."""
-        known = {"picture", *self._passages.sources}
-        return tuple(source for source in SOURCES if source in known)
-
-    @property
-    def examples(self) -> list[str]:
-        """Sentences to try, [] if the model has no tokenizer."""
-        return list(self._calibration.examples)
-
-    def find_file(self, segment_id: str) -> str:
-        """Returns the path of a segment's file.
-
-        Raises KeyError for an unknown id, OSError if the file cannot be read, or is no longer the
-        one that was indexed.
-        """
-        snapshot = self._snapshot
-        row = snapshot.stamp(snapshot.find(segment_id))
-        check_unchanged(row)
-        return row["path"]
-
-    def thumbnail(self, segment_id: str) -> bytes:
-        """Returns a segment's JPEG thumbnail, or raises KeyError for an unknown id."""
-        snapshot = self._snapshot
-        return snapshot.thumbnail(snapshot.find(segment_id))
-
     def warm_up(self) -> None:
-        """Compiles everything that queries use, so that the first one is fast."""
-        for hit in self.query("a", k=1, sources=["picture"]):
-            self.like(hit.id, k=1)
-            self.heat_map(hit.id, "a")
+        """Compiles what queries use, and starts to read the frames of an index in a bucket."""
+        super().warm_up()
+        self._prefetching = self._snapshot.prefetch()
 
-    @functools.cached_property
-    def _funnel(self) -> Funnel:
-        retriever = self.retriever
-        return Funnel(retriever.model, retriever.params, self.candidates, self.rerank)
+    @property
+    def _shards(self) -> Shards:
+        """The version that is searched."""
+        return Shards(LocalParts(Shard(self._snapshot, self._funnel.scorer)))
 
-    def _search(self, query: Query, k: int, options: Options, started: float) -> Answer:
-        encoding = time.perf_counter() - started
+    def _ask(self, function: Callable[[Shards], T]) -> T:
+        """Calls a function of the version that is searched."""
         while True:
-            with_sentence = query.words.sentence != ""
-            selection, request = self._select(k, options, with_sentence=with_sentence)
             try:
-                answer = run_query(query, selection, request, self._passages)
-                sentence = query.words.sentence if query.funnel else ""
-                return self._complete(answer, encoding, sentence)
+                return function(self._shards)
             except InputError:  # a writer compacted the index, and this version's files are deleted
                 if not self.refresh():
                     raise
-
-    def _select(
-        self, k: int, options: Options, *, with_sentence: bool
-    ) -> tuple[Selection, Request]:
-        """Returns the rows to search, and which hits to make of them."""
-        filters, request = split_options(k, options)
-        if with_sentence:  # the calibration does not describe examples
-            limits = self._calibration.threshold, self._calibration.background
-            request = dataclasses.replace(request, threshold=limits[0], background=limits[1])
-        return self._snapshot.select(**filters), request
-
-    def _complete(self, answer: Answer, encoding: float, text: str) -> Answer:
-        """Adds the seconds of encoding, and a note if the sentence, "" for none, was truncated."""
-        tokenizer, note = self.retriever.tokenizer if text else None, None
-        if tokenizer is not None and tokenizer.is_truncated(text):
-            note = f"only the first {tokenizer.num_words} tokens of the sentence were used"
-        seconds = {"encoding": encoding, **answer.seconds}
-        return dataclasses.replace(answer, seconds=seconds, note=note)
 
 
 def _to_list(paths: PathLike | Iterable[PathLike]) -> list[PathLike]:

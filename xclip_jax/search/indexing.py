@@ -2,51 +2,32 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
-from filelock import FileLock, Timeout
-from jaxtyping import UInt8
+from typing import Any, Unpack
 
 from xclip_jax.cli import InputError, PathLike, progress
-from xclip_jax.data.extraction import CRASHED, VideoFolder
-from xclip_jax.data.preprocess import frame_format
-from xclip_jax.inference import pad_rows
-from xclip_jax.metrics import hubness_bias
-from xclip_jax.models import ModelConfig
+from xclip_jax.data.extraction import VideoFolder
 from xclip_jax.retriever import Retriever
-from xclip_jax.search.segments import Segment, SegmentJob, load_frames, read_segments
+from xclip_jax.search.backends import Distribution, Workers, parse_distribution
+from xclip_jax.search.bundles import Bundle, BundleResult, encode_bundle, make_bundles
+from xclip_jax.search.encoding import Encoder, FileReport, Row, fingerprint
+from xclip_jax.search.job_array import ArrayShard, BusyError, lock_files
 from xclip_jax.search.store import FileStamp, Store
 from xclip_jax.search.timed_text import TextReader, add_texts
 from xclip_jax.workers import run_jobs
 
-Row = dict[str, Any]  # column -> value
+__all__ = ["BusyError", "IndexingSummary", "add_files", "find_videos", "fingerprint", "is_below"]
+
 HIDING = "missing, empty or not readable: what the index holds of it stays"
 NAME_NOT_UTF8 = "the file name is not UTF-8"
+WORKERS_CRASHED = "each worker that read this file crashed"
 # Each commit adds a file that readers must open, so commits become rarer as a run gets longer.
 MIN_COMMIT_SECONDS = 5
 COMMIT_FRACTION = 0.02  # minimum time between commits, as a fraction of the run's time so far
-# Fields of a model that the first versions had in these sections, and others that they had not.
-_FORMER_FIELDS = {
-    "vision": ("image_size", "patch_size", "width", "layers", "heads"),
-    "text": ("vocab_size", "context_length", "width", "layers", "heads"),
-    "preprocess": ("image_size", "mean", "std", "resize", "interpolation"),
-}
-_LATER_FIELDS = ("towers", "max_scale")
-
-
-class BusyError(InputError):
-    """The error that another process is adding to an index: a later attempt may succeed."""
 
 
 @dataclasses.dataclass
@@ -68,34 +49,30 @@ def add_files(
     store: Store,
     retriever: Retriever,
     videos: Sequence[PathLike],
-    readers: Sequence[TextReader] = (),
     *,
+    readers: Sequence[TextReader] = (),
     prune: bool = False,
+    corrupted: Iterable[str] = (),
+    model: str = "",
+    **distribution: Unpack[Distribution],
 ) -> IndexingSummary:
     """Adds new and changed files to the index, and then their text by `readers`.
 
-    See `xclip_jax.search.Index.add`. Raises BusyError if another process is adding files.
+    See `xclip_jax.search.Index.add`. Files of `corrupted` are read again. Workers load the model of
+    the folder `model`. Raises BusyError if another process is adding files.
     """
+    shard, workers = parse_distribution(store.location, **distribution)
     paths, unlisted = find_videos(videos, allow_none=prune)
     summary = IndexingSummary(unreadable=unlisted)
     if store.about["shots"] and importlib.util.find_spec("scenedetect") is None:
         raise InputError("--shots requires scenedetect: run pip install -e '.[shots]'")
-    with contextlib.ExitStack() as stack:
-        if "://" not in store.location:  # a bucket has no locks
-            try:
-                stack.enter_context(FileLock(Path(store.location, "writer.lock"), timeout=0))
-            except Timeout:
-                raise BusyError(f"another process is adding to {store.location}") from None
+    with lock_files(store.location, shard):
+        store.remove(dict.fromkeys(path for path in sorted(corrupted) if path in shard))
         indexed = store.files()
         stamps = _read_stamps(paths, indexed, summary)
         if prune:
-            missing = [path for path in indexed if path not in stamps and is_below(path, videos)]
-            given = {os.path.abspath(video) for video in videos}
-            folders = {path: find_hiding_folder(path, given) for path in missing}
-            deleted = [path for path, folder in folders.items() if folder is None]
-            store.remove(dict.fromkeys(deleted))
-            summary.removed = len(deleted)
-            summary.unreadable |= {folder: HIDING for folder in folders.values() if folder}
+            _remove_missing(store, videos, [p for p in indexed if p not in stamps], shard, summary)
+        stamps = {path: stamp for path, stamp in stamps.items() if path in shard}
         new = {path: stamp for path, stamp in stamps.items() if stamp not in indexed.get(path, ())}
         unchanged = {path: stamp for path, stamp in stamps.items() if path not in new}
         # A killed run may have left the outdated version of a file beside the new one.
@@ -103,11 +80,31 @@ def add_files(
         reasons = {path: indexed[path][stamp] for path, stamp in unchanged.items()}
         summary.unreadable |= {path: reason for path, reason in reasons.items() if reason}
         summary.unchanged = sum(not reason for reason in reasons.values())
-        if new:
-            _Writer(store, retriever, new, set(indexed), summary).run()
+        if new and workers is None:
+            _read_here(_Commits(store, new, set(indexed), summary, write=store.add), retriever)
+        elif new and workers is not None:
+            commits = _Commits(store, new, set(indexed), summary, write=store.append)
+            _read_on_workers(commits, workers, model)
         summary.texts = add_texts(store, stamps, readers, summary.partial)
         store.compact()
     return summary
+
+
+def _remove_missing(
+    store: Store,
+    videos: Sequence[PathLike],
+    unseen: Sequence[str],
+    shard: ArrayShard,
+    summary: IndexingSummary,
+) -> None:
+    """Removes the files of a shard that were not found, unless their folder may hide them."""
+    missing = [path for path in unseen if path in shard and is_below(path, videos)]
+    given = {os.path.abspath(video) for video in videos}
+    folders = {path: find_hiding_folder(path, given) for path in missing}
+    deleted = [path for path, folder in folders.items() if folder is None]
+    store.remove(dict.fromkeys(deleted))
+    summary.removed = len(deleted)
+    summary.unreadable |= {folder: HIDING for folder in folders.values() if folder}
 
 
 def _read_stamps(
@@ -180,142 +177,114 @@ def find_videos(
 
 
 @dataclasses.dataclass
-class _Writer:
-    """Reads files in worker processes, encodes segments in batches, commits complete files."""
+class _Commits:
+    """Commits the files that were read, at intervals, and removes their outdated versions."""
 
     store: Store
-    retriever: Retriever
-    stamps: Mapping[str, FileStamp]
+    stamps: Mapping[str, FileStamp]  # of the files to read
     indexed: set[str]  # paths that have an older version in the index
     summary: IndexingSummary
+    write: Callable[[list[Any], list[Row]], None]  # commits segments and unreadable files
 
     def __post_init__(self) -> None:
-        self.batch: list[tuple[Row, UInt8[np.ndarray, "F S S 3"]]] = []  # not encoded
-        self.encoded: list[Row] = []  # to commit
+        self.segments: list[Any] = []  # to commit: rows, or the fragments of workers
         self.failed: list[Row] = []  # unreadable files to commit
+        self.paths: set[str] = set()  # of `segments`
         self.start_time = self.commit_time = time.monotonic()
-        captions = self.store.bank()
-        self.bank = self.retriever.encode_text(captions) if captions else None
-        self.batch_size = (4 if jax.default_backend() == "cpu" else 64) * jax.local_device_count()
 
-    def run(self) -> None:
-        """Indexes all files of `stamps`."""
-        about, summary = self.store.about, self.summary
-        names = ("max_frames", "segment_seconds", "overlap_seconds", "shots")
-        options = {name: about[name] for name in names if name in about}
-        options["format"] = frame_format(self.retriever.model.config)
-        # Processes that were killed have left their folders.
-        for old in Path(tempfile.gettempdir()).glob("xclip_jax-frames-*"):
-            if Path("/proc/self").exists() and not Path("/proc", old.name.split("-")[2]).exists():
-                shutil.rmtree(old, ignore_errors=True)
-        prefix = f"xclip_jax-frames-{os.getpid()}-"
-        size = sum(size for size, _ in self.stamps.values())
-        temporary = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
-        with temporary as folder, progress(size, "indexing", "B") as bar:
-            files = (Path(folder, str(number)) for number in range(len(self.stamps)))
-            jobs = [SegmentJob(*pair, **options) for pair in zip(self.stamps, files, strict=True)]
-
-            def done(index: int, result: tuple[list[Segment], str | None, bool] | None) -> None:
-                job = jobs[index]
-                self.add(job, *(result or ([], CRASHED, True)))
-                job.frames_file.unlink(missing_ok=True)
-                bar.update(self.stamps[job.path][0])
-                counts = {"segments": summary.segments, "failed": len(summary.unreadable)}
-                bar.set_postfix(counts, refresh=False)
-
-            run_jobs(read_segments, jobs, done)
-            self.encode()
-            self.commit()
-            bar.set_postfix(segments=summary.segments, failed=len(summary.unreadable))
-
-    def add(
-        self, job: SegmentJob, segments: list[Segment], problem: str | None, retry: bool
-    ) -> None:
-        """Queues the segments of a file, encodes full batches, and commits at intervals."""
-        size, mtime = self.stamps[job.path]
-        file_fields = {"path": job.path, "size": size, "mtime": mtime}
-        if problem:
-            problems = self.summary.partial if segments else self.summary.unreadable
-            problems[job.path] = problem
-        if not segments and not retry:
-            self.failed.append({**file_fields, "reason": problem})
-        for segment, frames_FxSxSx3 in zip(segments, load_frames(job, segments), strict=False):
-            key = repr((job.path, size, mtime, segment.start)).encode()
-            row = {"id": hashlib.blake2b(key, digest_size=8).hexdigest(), **file_fields}
-            row |= {**vars(segment), "count": len(segment.times)}
-            row["times"] = segment.times + [0.0] * (job.max_frames - len(segment.times))
-            self.batch.append((row, frames_FxSxSx3))
-            if len(self.batch) == self.batch_size:
-                self.encode()
+    def add(self, reports: Iterable[FileReport], segments: Iterable[Any]) -> None:
+        """Queues complete files, and commits at intervals."""
+        for report in reports:
+            if report.problem:
+                problems = self.summary.partial if report.segments else self.summary.unreadable
+                problems[report.path] = report.problem
+            if report.segments:
+                self.paths.add(report.path)
+            elif not report.retry:
+                size, mtime = self.stamps[report.path]
+                row = {"path": report.path, "size": size, "mtime": mtime}
+                self.failed.append({**row, "reason": report.problem})
+            self.summary.segments += report.segments
+        self.segments += segments
         now = time.monotonic()
         interval = max(MIN_COMMIT_SECONDS, COMMIT_FRACTION * (now - self.start_time))
         if now - self.commit_time > interval:
             self.commit()
 
-    def encode(self) -> None:
-        """Encodes the batch, padded to a fixed shape: features must not depend on their batch."""
-        if not self.batch:
-            return
-        retriever, about, size = self.retriever, self.store.about, self.batch_size
-        counts = np.array([row["count"] for row, _ in self.batch])
-        mask = np.arange(about["max_frames"]) < counts[:, None]
-        frames = np.stack([pad_rows(frames, about["max_frames"]) for _, frames in self.batch])
-        frames, mask = pad_rows((frames, mask), size)
-        features = retriever.encode("encode_video", (frames, mask), size)
-        dtype = np.dtype(about["precision"])
-        biases = None
-        if self.bank is not None:
-            bank_BxV = retriever.similarity(self.bank, features) / retriever.scale
-            biases = hubness_bias(bank_BxV).astype(np.float32)
-        for index, (row, _) in enumerate(self.batch):
-            if biases is not None:
-                row["bias"] = biases[index]
-            row["video"] = features.video[index].astype(dtype)
-            row["frames"] = features.frames[index].reshape(-1).astype(dtype)
-            if features.weights is not None:
-                row["weights"] = features.weights[index].astype(dtype)
-            self.encoded.append(row)
-        self.summary.segments += len(self.batch)
-        self.batch = []
-
     def commit(self) -> None:
-        """Commits the completely encoded files, then removes their outdated versions."""
-        incomplete = {row["path"] for row, _ in self.batch}
-        complete = [row for row in self.encoded if row["path"] not in incomplete]
-        self.encoded = [row for row in self.encoded if row["path"] in incomplete]
-        self.store.add(complete, self.failed)
-        paths = {row["path"] for row in [*complete, *self.failed]}
+        """Commits all files of the queue, then removes their outdated versions."""
+        self.write(self.segments, self.failed)
+        paths = self.paths | {row["path"] for row in self.failed}
         changed = {path: self.stamps[path] for path in sorted(paths & self.indexed)}
         self.store.remove(changed)
         self.summary.removed += len(changed)
-        self.summary.files += len(paths) - len(self.failed)
-        self.failed = []
+        self.summary.files += len(self.paths)
+        self.segments, self.failed, self.paths = [], [], set()
         self.commit_time = time.monotonic()
 
 
-def fingerprint(retriever: Retriever) -> str:
-    """Returns 16 hexadecimal digits computed from everything that determines a model's features.
+@contextlib.contextmanager
+def _progress(commits: _Commits) -> Iterator[Callable[[str], None]]:
+    """Shows how much of the files was read, yields a function to call with each path."""
+    summary = commits.summary
+    with progress(sum(size for size, _ in commits.stamps.values()), "indexing", "B") as bar:
 
-    Fields that the first versions did not have count where they are not the default.
+        def update(path: str) -> None:
+            bar.update(commits.stamps[path][0])
+            counts = {"segments": summary.segments, "failed": len(summary.unreadable)}
+            bar.set_postfix(counts, refresh=False)
+
+        yield update
+        commits.commit()
+        bar.set_postfix(segments=summary.segments, failed=len(summary.unreadable))
+
+
+def _read_here(commits: _Commits, retriever: Retriever) -> None:
+    """Reads files in processes of this machine, and encodes them in this process."""
+    encoder = Encoder(retriever, commits.store.about, commits.store.bank())
+
+    def done(report: FileReport, rows: list[Row]) -> None:
+        commits.add([report], rows)
+
+    with _progress(commits) as update:
+        encoder.read(commits.stamps, run_jobs, done, when_read=update)
+
+
+def _read_on_workers(commits: _Commits, workers: Workers, model: str) -> None:
+    """Reads and encodes files on workers, and commits the fragments that they write."""
+    bundles = make_bundles(commits.store, commits.stamps, workers.slots, model)
+    with _progress(commits) as update:
+        while bundles:
+            bundles = _read_bundles(commits, workers, bundles, update)
+
+
+def _read_bundles(
+    commits: _Commits, workers: Workers, bundles: Sequence[Bundle], update: Callable[[str], None]
+) -> list[Bundle]:
+    """Returns the bundles that crashed their workers, split into one for each file.
+
+    A file that crashes them again is reported.
     """
-    ignored = ("step", "selected_on", "base_model", "remat", "param_dtype")
-    config = {name: value for name, value in retriever.config.items() if name not in ignored}
-    defaults = dataclasses.asdict(ModelConfig())
-    config = _drop_defaults(config, {name: defaults[name] for name in _LATER_FIELDS})
-    for section, former in _FORMER_FIELDS.items():
-        if section in config:
-            later = {k: v for k, v in defaults[section].items() if k not in former}
-            config[section] = _drop_defaults(config[section], later)
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
-    for path, array in jax.tree_util.tree_leaves_with_path(retriever.params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()
+    remaining = dict(enumerate(bundles))
+    crashed: list[Bundle] = []
 
+    def done(index: int, result: BundleResult | None) -> None:
+        if (bundle := remaining.pop(index, None)) is None:  # a worker that was believed lost
+            return
+        if result is None and len(bundle.stamps) > 1:
+            crashed.extend(bundle.split())
+            return
+        result = result or {
+            "fragments": [],
+            "reports": [[*bundle.stamps, 0, WORKERS_CRASHED, True]],
+        }
+        reports = [FileReport(*fields) for fields in result["reports"]]
+        commits.add(reports, result["fragments"])
+        for report in reports:
+            update(report.path)
 
-def _drop_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that have no default, or another value."""
-    return {k: v for k, v in fields.items() if k not in defaults or v != defaults[k]}
+    workers.run(encode_bundle, bundles, done)
+    return crashed
 
 
 def is_below(path: str, videos: Iterable[PathLike]) -> bool:

@@ -18,8 +18,9 @@ from lancedb.query import FullTextOperator, MatchQuery
 
 from xclip_jax.search.lines import Line
 from xclip_jax.search.moments import Interval
+from xclip_jax.search.readable import readable
+from xclip_jax.search.repeats import delete_repeated_rows
 from xclip_jax.search.results import Match, Source
-from xclip_jax.search.snapshot import readable
 from xclip_jax.search.words import STOP_WORDS, normalize, terms
 
 Reader = Literal["subtitles", "speech", "ocr"]
@@ -124,6 +125,7 @@ class Passages:
         condition = f"reader = '{reader}' AND path IN ({paths})"
         tables: Any = (self._passages, rows, _PASSAGES), (self._files, files, _FILES)
         for table, new, schema in tables:
+            table.checkout_latest()
             if table.count_rows(condition):
                 table.delete(condition)
             if new:
@@ -136,19 +138,24 @@ class Passages:
             if table is not None and table.count_rows(condition):
                 table.delete(condition)
 
-    def keep(self, paths: Collection[str]) -> None:
-        """Removes the text of all other films, which a killed process may have left."""
+    def paths(self) -> set[str]:
+        """Returns the paths of the films that some reader has read."""
         self.refresh()
-        if self._files is not None:
-            with readable(self.location):
-                known = self._files.search().select(["path"]).to_arrow()["path"].to_pylist()
-            if others := sorted(set(known) - set(paths)):
-                self.remove(f"path IN ({', '.join(map(to_sql, others))})")
+        if self._files is None:
+            return set()
+        with readable(self.location):
+            return set(self._files.search().select(["path"]).to_arrow()["path"].to_pylist())
+
+    def remove_files(self, paths: Collection[str]) -> None:
+        """Removes the text of films."""
+        if paths:
+            self.remove(f"path IN ({', '.join(map(to_sql, sorted(paths)))})")
 
     def compact(self) -> None:
         """Merges small files and adds new passages to the full-text index."""
-        for table in (self._passages, self._files):
+        for table, name in ((self._passages, "id"), (self._files, "path")):
             if table is not None:
+                delete_repeated_rows(table, (name, "reader"))
                 table.checkout_latest()
                 table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
         if self._passages is not None and not self._passages.list_indices():
@@ -193,7 +200,10 @@ class Passages:
                 others = self._passages.search().where(condition).limit(limit).to_arrow()
                 known = {(row["id"], row["reader"]) for row in rows}
                 rows += [r for r in others.to_pylist() if (r["id"], r["reader"]) not in known]
-        passages = (_make_passage(row, text, wanted, interval) for row in rows[:limit])
+        # Two processes that have read the same film leave its passages twice for a moment.
+        rows = {(row["id"], row["reader"]): row for row in reversed(rows)}.values()
+        unique = list(reversed(rows))[:limit]
+        passages = (_make_passage(row, text, wanted, interval) for row in unique)
         return [passage for passage in passages if passage]
 
     def _create(self) -> None:

@@ -7,10 +7,13 @@ atomic version, and readers of one version are not affected by writers of the ne
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
+import random
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,15 @@ from xclip_jax.search.bank import digest_bank
 from xclip_jax.search.calibration import Calibration
 from xclip_jax.search.digests import PARTS, add_digests
 from xclip_jax.search.passages import FILE_FIELDS, Passages, to_sql
-from xclip_jax.search.snapshot import Snapshot, readable, repeated_rows
+from xclip_jax.search.readable import readable
+from xclip_jax.search.repeats import delete_repeated_rows
+from xclip_jax.search.row_ids import WHOLE, Part
+from xclip_jax.search.snapshot import Snapshot
 
 FORMAT = 1  # increased when older indexes can no longer be read
 MAX_VERSIONS = 100
 MAX_FRAGMENTS = 32  # more files would slow down reading 200 rows
+MAX_COMMITS = 8  # attempts of one that conflicts with those of other processes
 _METADATA_KEY = b"xclip_jax"
 FileStamp = tuple[int, int]  # size in bytes, modification time in ns
 
@@ -117,13 +124,58 @@ class Store:
     def add(self, segments: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
         """Commits new rows, one dict of columns each, and skips segments that exist already."""
         if segments:
-            fields = [field for field in self._segments.schema if field.name not in PARTS]
-            table = pa.Table.from_pylist(segments, pa.schema(fields))
-            if "digest" in self._segments.schema.names:  # not in indexes of earlier versions
-                table = add_digests(table)
-            self._segments.merge_insert("id").when_not_matched_insert_all().execute(table)
-        if unreadable:
-            self._unreadable.add(pa.Table.from_pylist(unreadable, self._unreadable.schema))
+            rows = self._to_table(segments)
+
+            def merge() -> None:
+                self._segments.checkout_latest()
+                self._segments.merge_insert("id").when_not_matched_insert_all().execute(rows)
+
+            retry_commit(merge)
+        self._add_unreadable(unreadable)
+
+    def write_fragments(self, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Writes rows beside the index, where they are not read before a process appends them.
+
+        Returns the arguments of `append`.
+        """
+        import lance  # an optional dependency
+
+        dataset = lance.dataset(self._uri)
+        fragments: Any = lance.fragment.write_fragments(
+            self._to_table(segments), dataset, data_storage_version=dataset.data_storage_version
+        )
+        return [fragment.to_json() for fragment in fragments]
+
+    def append(self, fragments: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
+        """Commits what `write_fragments` has written, and unreadable files, one dict each."""
+        import lance
+
+        if fragments:
+            pieces = [lance.FragmentMetadata.from_json(json.dumps(one)) for one in fragments]
+            operation = lance.LanceOperation.Append(pieces)
+
+            def append() -> None:
+                version = lance.dataset(self._uri).version
+                lance.LanceDataset.commit(self._uri, operation, read_version=version)
+
+            retry_commit(append)
+        self._add_unreadable(unreadable)
+
+    @property
+    def _uri(self) -> str:
+        return f"{self.location}/segments.lance"
+
+    def _to_table(self, segments: list[dict[str, Any]]) -> pa.Table:
+        """Returns rows of `segments` with their checksums."""
+        fields = [field for field in self._segments.schema if field.name not in PARTS]
+        table = pa.Table.from_pylist(segments, pa.schema(fields))
+        has_digests = "digest" in self._segments.schema.names  # not in indexes of earlier versions
+        return add_digests(table) if has_digests else table
+
+    def _add_unreadable(self, files: list[dict[str, Any]]) -> None:
+        if files:
+            rows = pa.Table.from_pylist(files, self._unreadable.schema)
+            retry_commit(lambda: (self._unreadable.checkout_latest(), self._unreadable.add(rows)))
 
     def remove(self, versions: Mapping[str, FileStamp | None]) -> None:
         """Commits the removal of files, {path: stamp of the version that stays, or None}."""
@@ -133,25 +185,18 @@ class Store:
             paths = _to_sql(path for path, _ in block)
             staying = _to_sql(f"{s[0]}|{s[1]}|{path}" if s else "" for path, s in block)
             condition = f"path IN {paths} AND concat(size, '|', mtime, '|', path) NOT IN {staying}"
-            self.passages.remove(condition)
+            retry_commit(functools.partial(self.passages.remove, condition))
             for table in (self._segments, self._unreadable):
-                if table.count_rows(condition):  # an empty delete would commit a version
-                    table.delete(condition)
+                retry_commit(functools.partial(_delete, table, condition))
 
     def compact(self) -> None:
         """Merges small files and removes versions older than an hour, if there are many.
 
         Merging is expensive: it also rewrites data merged before, up to a million rows.
         """
-        self._segments.checkout_latest()
-        if len(repeated := repeated_rows(self._segments)):
-            self._segments.delete(f"_rowid IN ({', '.join(map(str, repeated.to_pylist()))})")
+        retry_commit(functools.partial(delete_repeated_rows, self._segments))
         for table in (self._segments, self._unreadable):
-            table.checkout_latest()
-            stats: Any = table.stats()
-            fragments = stats["fragment_stats"]["num_fragments"]
-            if fragments > MAX_FRAGMENTS or len(table.list_versions()) > MAX_VERSIONS:
-                table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
+            retry_commit(functools.partial(_compact, table))
 
     def calibration(self) -> Calibration:
         """Returns the stored calibration, one without values if there is none."""
@@ -168,7 +213,8 @@ class Store:
         """Commits a calibration instead of the former one."""
         row = {**dataclasses.asdict(calibration), "examples": list(calibration.examples)}
         database = lancedb.connect(self.location)
-        database.create_table("calibration", pa.Table.from_pylist([row]), mode="overwrite")
+        rows = pa.Table.from_pylist([row])
+        retry_commit(lambda: database.create_table("calibration", rows, mode="overwrite"))
 
     def intervals(self) -> pa.Table:
         """Returns id, path, size, mtime, start and end of all segments."""
@@ -183,11 +229,40 @@ class Store:
             self._segments.checkout_latest()
             return self._segments.version
 
-    def snapshot(self) -> Snapshot:
-        """Returns the latest version for reading."""
+    def snapshot(
+        self, part: Part = WHOLE, *, former: Snapshot | None = None, version: int | None = None
+    ) -> Snapshot:
+        """Returns a version, by default the latest, or a part of it. See `Snapshot`."""
         with readable(self.location):
             table = lancedb.connect(self.location).open_table("segments")
-            return Snapshot(self.location, self.about, table)
+            if version is not None:
+                table.checkout(version)
+            return Snapshot(self.location, self.about, table, part, former=former)
+
+
+def retry_commit(function: Callable[[], Any]) -> None:
+    """Calls a function that commits, again if it fails: other processes may commit as well."""
+    for attempt in range(MAX_COMMITS):
+        try:
+            function()
+            return
+        except Exception:  # LanceDB has no common type
+            if attempt + 1 == MAX_COMMITS:
+                raise
+            time.sleep(random.uniform(0, 0.05 * 2**attempt))
+
+
+def _delete(table: Any, condition: str) -> None:
+    table.checkout_latest()
+    if table.count_rows(condition):  # an empty delete would commit a version
+        table.delete(condition)
+
+
+def _compact(table: Any) -> None:
+    table.checkout_latest()
+    fragments = table.stats()["fragment_stats"]["num_fragments"]
+    if fragments > MAX_FRAGMENTS or len(table.list_versions()) > MAX_VERSIONS:
+        table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
 
 
 def exists(location: PathLike) -> bool:

@@ -18,7 +18,7 @@ from xclip_jax.search.lines import Line, split_lines
 from xclip_jax.search.passages import Found, Reader
 from xclip_jax.search.screen_text import load_engine, read_screen_text
 from xclip_jax.search.speech import Transcriber
-from xclip_jax.search.store import FileStamp, Store
+from xclip_jax.search.store import FileStamp, Store, retry_commit
 from xclip_jax.search.subtitles import find_all_sidecars, has_text_streams, read_subtitles
 from xclip_jax.workers import run_jobs
 
@@ -75,8 +75,10 @@ def add_texts(
     in which text was found.
     """
     segments: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    with_text = store.passages.paths()  # before the rows: other processes may add films and text
     rows = store.intervals().to_pylist()
-    store.passages.keep({row["path"] for row in rows})
+    # A killed process may have left the text of removed films.
+    store.passages.remove_files(with_text - {row["path"] for row in rows})
     for row in rows:
         if stamps.get(row["path"]) == (row["size"], row["mtime"]):
             segments[row["path"]].append(row)
@@ -92,7 +94,7 @@ def add_texts(
             jobs.append(TextJob(path, beside, state, reader.read))
         if todo := [job for job in jobs if known.get(job.path) != job.state]:
             films |= _run(store, reader, todo, segments, problems)
-            store.passages.compact()
+            retry_commit(store.passages.compact)
     return len(films)
 
 
@@ -110,7 +112,7 @@ def _run(
 
     def commit() -> None:
         nonlocal commit_time
-        store.passages.add(reader.name, found)
+        retry_commit(functools.partial(store.passages.add, reader.name, found))
         found.clear()
         commit_time = time.monotonic()
 
