@@ -25,7 +25,7 @@ from xclip_jax.data.container import VideoError
 from xclip_jax.search import api, bodies, clips, results
 from xclip_jax.search.adding import Adder
 from xclip_jax.search.exports import MAX_CLIP_SECONDS, MAX_PREVIEW_SECONDS, Exports
-from xclip_jax.search.index import Index
+from xclip_jax.search.searcher import Searcher
 
 MAX_UPLOADS = 4  # at once
 STILL_SIDE = 480  # pixels, the longer side
@@ -49,12 +49,13 @@ class Endpoints:
         dedupe: True to fold near-duplicates where a request does not say.
     """
 
-    def __init__(self, index: Index, adder: Adder | None, *, dedupe: bool = False) -> None:
+    def __init__(self, index: Searcher, adder: Adder | None, *, dedupe: bool = False) -> None:
         self.index, self.adder, self.dedupe = index, adder, dedupe
         self.exports = Exports()
         # Separate limits, so that a page of pictures does not delay the next query.
         # Examples have one of their own: nor do they.
-        self.query_limiter, self.picture_limiter = map(anyio.CapacityLimiter, (2, 2))
+        self.query_limiter = anyio.CapacityLimiter(index.concurrency)
+        self.picture_limiter = anyio.CapacityLimiter(index.concurrency)
         self.example_limiter, self.uploads = anyio.CapacityLimiter(1), anyio.Semaphore(MAX_UPLOADS)
 
     def make_router(self) -> APIRouter:

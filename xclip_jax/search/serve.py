@@ -33,6 +33,8 @@ from xclip_jax.search.api import explain
 from xclip_jax.search.endpoints import Endpoints
 from xclip_jax.search.guard import IDLE_SECONDS, LOCAL_HOSTS, Guard, TimedProtocol
 from xclip_jax.search.index import Index
+from xclip_jax.search.searcher import Searcher
+from xclip_jax.search.shards import UnavailableError
 
 PAGE = Path(__file__).with_name("page")
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")  # the page /docs, without a server elsewhere
@@ -45,7 +47,7 @@ body `{"error": "one line"}`."""
 
 
 def serve(
-    index: Index,
+    index: Searcher,
     host: str = "127.0.0.1",
     port: int = 7870,
     *,
@@ -120,7 +122,7 @@ def _own_names(local: bool) -> list[str]:
 
 
 def make_app(
-    index: Index,
+    index: Searcher,
     hosts: Sequence[str] = LOCAL_HOSTS,
     token: str | None = None,
     *,
@@ -128,9 +130,10 @@ def make_app(
     dedupe: bool = False,
 ) -> ASGIApp:
     """Returns the page and its API, for requests that `Guard` allows. See `serve`."""
-    adder = Adder(index, allow_add) if allow_add is not None else None
+    adder = Adder(index, allow_add) if allow_add is not None and isinstance(index, Index) else None
     endpoints = Endpoints(index, adder, dedupe=dedupe)
     handlers: dict[Any, Any] = {
+        UnavailableError: lambda _, error: _refuse(503, str(error)),
         InputError: lambda _, error: _refuse(400, str(error)),
         RequestValidationError: lambda _, error: _refuse(400, explain(error.errors()[0])),
         HTTPException: lambda _, error: _refuse(error.status_code, error.detail, error.headers),

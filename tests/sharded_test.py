@@ -1,0 +1,36 @@
+"""Tests of an index whose parts are held by processes of a Ray cluster."""
+
+import json
+
+import pytest
+from indexes import COUNT, SECONDS, model, no_processes, videos
+from network import run_isolated
+
+from xclip_jax.search import Index
+
+__all__ = ["model", "no_processes", "videos"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("parts", "queries"), [(2, 60), pytest.param(4, 200, marks=pytest.mark.slow)]
+)
+def test_parts_answer_like_one_process(model, videos, tmp_path, parts, queries):
+    index = Index.create(tmp_path / "index", model, segment_seconds=SECONDS)
+    *films, last = sorted(videos.iterdir())
+    for film in films:  # a fragment each
+        index.add(film)
+    arguments = index.location, parts, queries, last
+    done = run_isolated("sharded_serving.py", *arguments, timeout=400, JAX_NUM_CPU_DEVICES="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["sizes"] == {2: [6, 6], 4: [3] * 4}[parts]
+    assert facts["equal"] == queries
+    for name in ("like", "heat_map", "thumbnail", "segment", "films", "whole", "added"):
+        assert facts[name] is True, name
+    assert facts["files"] == [COUNT - 1] * 2
+    seconds, missing, note = facts["first"]
+    assert (missing, note) == (1, "incomplete: a part of the index did not answer")
+    assert max(seconds, facts["slowest"]) < 2
+    assert facts["whole_after"] < 15
+    assert facts["refreshed"] == [True, True, False]
+    assert facts["segments"] == [3 * COUNT] * 2
