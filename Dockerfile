@@ -2,13 +2,21 @@
 #
 #     docker build --tag xclip-search .                             # computes on the CPU
 #     docker build --tag xclip-search:gpu --build-arg JAX=cuda13 .  # NVIDIA GPUs, or cuda12
+#
+# For a cluster of Ray, see launch/README.md: --build-arg EXTRAS=search,ray --build-arg PACKAGES=wget
 FROM python:3.12-slim
 
 # Names of extras of setup.py, e.g. "search,mcp,ocr,asr", and cuda12, cuda13 or nothing.
 ARG EXTRAS=search,mcp
 ARG JAX=
+# Debian packages, e.g. wget, with which KubeRay checks its containers.
+ARG PACKAGES=
 
 ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN if [ -n "$PACKAGES" ]; then \
+      apt-get update && apt-get install --yes --no-install-recommends $PACKAGES \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi
 WORKDIR /app
 COPY constraints.txt pyproject.toml setup.py README.md LICENSE ./
 COPY xclip_jax xclip_jax

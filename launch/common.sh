@@ -57,6 +57,45 @@ program_command() { # $1 as above; the cache avoids compiling again after restar
   )
 }
 
+yaml_list() { # the arguments, for ["..."] in a file whose quotes are already there
+  local words=("$@") joined
+  words=("${words[@]//\\/\\\\}")
+  words=("${words[@]//\"/\\\"}")
+  joined=$(printf '", "%s' "${words[@]}")
+  printf '%s' "${joined:4}" # a, b -> a", "b, inside the quotes of "${ARGUMENTS}" in the file
+}
+
+fill() { # prints the file $1 with ${NAME} replaced by the value of each other argument NAME
+  local content variable
+  content=$(< "$1")
+  for variable in "${@:2}"; do
+    content=${content//"\${$variable}"/"${!variable:-}"}
+  done
+  printf '%s\n' "$content"
+}
+
+install_gcsfuse() {
+  command -v gcsfuse > /dev/null && return
+  local key=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
+  curl -fsSL "$packages/doc/apt-key.gpg" | sudo tee "$key" > /dev/null
+  echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+  # A fresh worker may still be installing updates: wait for the lock.
+  sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
+  sudo apt-get -o DPkg::Lock::Timeout=600 install -qqy gcsfuse
+}
+
+search_command() { # $1: index or serve; $2: the index; $3: a Python
+  local words=("$3" -m xclip_jax.search "$1")
+  if [[ $1 == index ]]; then
+    words+=("$MOUNT/$VIDEOS" "--workers=ray")
+  else
+    words+=("--shards=$SHARDS")
+  fi
+  # shellcheck disable=SC2034 # used by the scripts that source this
+  program=("${words[@]}" "--index=$2" "--model=$MOUNT/$MODEL" "${arguments[@]}")
+}
+
 tpu() { # a command of gcloud compute tpus in PROJECT and ZONE
   run gcloud compute tpus "$@" --zone="$ZONE" --project="$PROJECT"
 }

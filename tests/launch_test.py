@@ -12,6 +12,7 @@ from launcher import LAUNCH, ROOT, VARIABLES, launcher
 __all__ = ["launcher"]  # the fixture
 
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), LAUNCH / "slurm.sbatch"])
+AWS = "NAME ZONE BUCKET IMAGE MACHINE CPUS HEAD_PROFILE PROFILE"
 NEEDS = {
     "tpu/create.sh": "NAME PROJECT ZONE ACCELERATOR_TYPE PROVISIONING",
     "tpu/setup.sh": "NAME PROJECT ZONE BUCKET",
@@ -22,8 +23,15 @@ NEEDS = {
     "slurm.sbatch": "NAME CONFIG DATA SHARED",
     "gke/apply.sh tpu": "NAME IMAGE SERVICE_ACCOUNT BUCKET CONFIG DATA TPU TOPOLOGY",
     "gke/apply.sh gpu": "NAME IMAGE SERVICE_ACCOUNT BUCKET CONFIG DATA GPU GPUS_PER_HOST HOSTS",
+    "gke/ray.sh index": "NAME IMAGE SERVICE_ACCOUNT BUCKET MODEL INDEX VIDEOS WORKERS",
+    "gke/ray.sh serve": "NAME IMAGE SERVICE_ACCOUNT BUCKET MODEL INDEX SHARDS",
+    "ray/cluster.sh gcp up": "NAME ZONE BUCKET IMAGE MACHINE CPUS PROJECT SERVICE_ACCOUNT",
+    "ray/cluster.sh aws down": AWS,
+    "ray/cluster.sh aws index": f"{AWS} MODEL INDEX VIDEOS",
+    "ray/cluster.sh aws serve": f"{AWS} MODEL INDEX SHARDS",
+    "ray/node_setup.sh": "CLOUD BUCKET EXTRAS",
 }
-WITH_DRY_RUN = [name for name in NEEDS if "worker" not in name]
+WITH_DRY_RUN = [name for name in NEEDS if "worker" not in name and "node" not in name]
 
 
 @pytest.mark.skipif(
@@ -72,7 +80,7 @@ def test_dry_run_prints_commands_without_running_them(launcher, command):
     result = launcher.run(*command.split(), "--dry-run")
     assert result.returncode == 0, result.errors
     assert result.output.strip()
-    assert launcher.calls("gcloud", "kubectl", "srun", "scontrol", "python") == []
+    assert launcher.calls("gcloud", "kubectl", "srun", "scontrol", "python", "ray") == []
 
 
 @pytest.mark.parametrize("command", ["create.sh", "setup.sh", "run.sh", "teardown.sh"])

@@ -30,6 +30,17 @@ VARIABLES = {
     "GPU": "nvidia-h100-80gb",
     "GPUS_PER_HOST": "8",
     "HOSTS": "2",
+    "MODEL": "models/mine",
+    "INDEX": "index/clips",
+    "VIDEOS": "videos",
+    "WORKERS": "8",
+    "SHARDS": "4",
+    "MACHINE": "n2-standard-8",
+    "CPUS": "8",
+    "CLOUD": "gcp",
+    "EXTRAS": "ray",
+    "PROFILE": "arn:aws:iam::1:instance-profile/worker",
+    "HEAD_PROFILE": "arn:aws:iam::1:instance-profile/head",
 }
 
 RECORD = """#!/usr/bin/env bash
@@ -55,6 +66,7 @@ esac
     "git": "",
     "date": "echo 1700000000",
     "hostname": "echo worker-0",
+    "ray": "",
     "kubectl": 'cat > "$RECORD/manifest"',
     "scontrol": "",
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',

@@ -31,14 +31,10 @@ else
 fi
 
 program_arguments "$MOUNT"
-arguments=("${arguments[@]//\\/\\\\}")
-arguments=("${arguments[@]//\"/\\\"}")
-ARGUMENTS=$(printf '", "%s' "${arguments[@]}")
-ARGUMENTS=${ARGUMENTS:4} # a, b -> a", "b, inside the quotes of "${ARGUMENTS}" in the file
-manifest=$(< "$here/$kind.yaml")
-for name in "${common[@]}" MOUNT HOSTS ARGUMENTS TPU TOPOLOGY GPU GPUS_PER_HOST; do
-  manifest=${manifest//"\${$name}"/"${!name:-}"}
-done
+# shellcheck disable=SC2034 # fill reads it
+ARGUMENTS=$(yaml_list "${arguments[@]}")
+names=("${common[@]}" MOUNT HOSTS ARGUMENTS TPU TOPOLOGY GPU GPUS_PER_HOST)
+manifest=$(fill "$here/$kind.yaml" "${names[@]}")
 
 if ((dry_run)); then
   printf '%s\n' "$manifest"

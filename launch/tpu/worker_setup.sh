@@ -5,17 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/common.sh
 require BUCKET
 
-if ! command -v gcsfuse > /dev/null; then
-  key=/usr/share/keyrings/cloud.google.asc
-  packages=https://packages.cloud.google.com/apt
-  curl -fsSL "$packages/doc/apt-key.gpg" | sudo tee "$key" > /dev/null
-  echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-  # A fresh worker may still be installing updates: wait for the lock.
-  sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
-  sudo apt-get -o DPkg::Lock::Timeout=600 install -qqy gcsfuse
-fi
-
+install_gcsfuse
 options=(
   --implicit-dirs # folders made by other tools have no entry
   # A checkpoint is committed by renaming a folder, which the default limit prevents.

@@ -8,8 +8,10 @@ Method and limits: docs/search.md.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +21,17 @@ from typing import Any
 from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
 from xclip_jax.data.annotations import read_text
 from xclip_jax.data.tokenizer import is_blank
-from xclip_jax.search import clips, indexing, mcp_server, output
+from xclip_jax.search import clips, indexing, mcp_server, output, vespa
 from xclip_jax.search.adding import check_folder
+from xclip_jax.search.backends import parse_distribution
 from xclip_jax.search.bank import check_bank, digest_bank
 from xclip_jax.search.calibration import sample_sentences
 from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.querying import parse_sources
 from xclip_jax.search.results import SOURCES
+from xclip_jax.search.searcher import Searcher
 from xclip_jax.search.serve import serve
+from xclip_jax.search.sharded import open_sharded
 from xclip_jax.search.store import exists
 from xclip_jax.search.timed_text import make_readers
 
@@ -38,6 +43,9 @@ def run_index(args: argparse.Namespace) -> None:
     """
     names = ("segment_seconds", "overlap_seconds", "shots", "precision")
     settings = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    names = ("workers", "shard", "beam_runner", "beam_options")
+    distribution: Any = {name: vars(args)[name] for name in names}
+    parse_distribution(args.index, **distribution)  # raises before an index exists
     bank = _read_bank(args.bank) if args.bank is not None else None
     if exists(args.index):
         index = Index.open(args.index, args.model)
@@ -59,7 +67,8 @@ def run_index(args: argparse.Namespace) -> None:
     if index.retriever.tokenizer is None:
         note = "the model has no tokenizer: search by video or image, or convert it with --vocab"
         print(f"note: {note}", file=sys.stderr)
-    summary = index.add(args.videos, prune=args.prune, ocr=args.ocr, speech=args.speech)
+    options: Any = {"prune": args.prune, "ocr": args.ocr, "speech": args.speech}
+    summary = index.add(args.videos, **options, **distribution)
     for title, reasons in (("partly read", summary.partial), ("unreadable", summary.unreadable)):
         for path, reason in reasons.items():
             print(f"{title}: {output.shorten_path(path)}: {reason}", file=sys.stderr)
@@ -142,14 +151,31 @@ def run_serve(args: argparse.Namespace) -> None:
     """
     if args.allow_add is not None:
         check_folder("--allow_add", args.allow_add)  # before the model is loaded
-    index = Index.open(args.index, args.model, args.candidates, args.rerank)
-    index.warm_up()
     token = os.environ.get("XCLIP_JAX_TOKEN") or None if args.token is None else args.token
     options = {"allow_hosts": args.allow_host, "token": token, "browse": args.open}
     options |= {"allow_add": args.allow_add, "dedupe": args.dedupe}
-    serve(index, args.host, args.port, **options)
+    # Parts on a cluster are deleted also when a scheduler ends this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _open_for_serving(args) as index:
+        index.warm_up()
+        serve(index, args.host, args.port, **options)
     if args.allow_add is not None:
         os._exit(0)  # Python would wait for the processes that read a film; they end with this one
+
+
+def _open_for_serving(args: argparse.Namespace) -> contextlib.AbstractContextManager[Searcher]:
+    """Opens an index in this process, or with its parts in processes of a Ray cluster."""
+    if args.shards is None:
+        if args.ray is not None:
+            raise InputError("--ray requires --shards, the number of parts")
+        index = Index.open(args.index, args.model, args.candidates, args.rerank)
+        return contextlib.nullcontext(index)
+    if args.allow_add is not None:
+        raise InputError("--allow_add requires an index without --shards: add by search index")
+    options: Any = {"model": args.model, "candidates": args.candidates, "rerank": args.rerank}
+    print(f"starting {args.shards} parts of {args.index} on Ray", file=sys.stderr)
+    options |= {"address": args.ray, "port": args.port}
+    return open_sharded(args.index, args.shards, **options)
 
 
 def run_mcp(args: argparse.Namespace) -> None:
@@ -184,9 +210,12 @@ def run_recall(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Writes the embeddings to a file for other programs."""
-    index = Index.open(args.index)
-    output.export_segments(index, args.output)
+    """Writes the embeddings to a file for other programs, or an application of Vespa."""
+    index = Index.open(args.index, args.model, args.candidates, args.rerank)
+    if args.format == "vespa":
+        vespa.export_application(index, args.output)
+    else:
+        output.export_segments(index, args.output)
     print(f"{args.output}: {index.num_segments:,} segments")
 
 
@@ -219,6 +248,10 @@ def _add_server_options(add: Callable[..., Any]) -> None:
     text = "accept videos from everyone who can search, save them in FOLDER and index them"
     add("--allow_add", metavar="FOLDER", help=text)
     add("--dedupe", action="store_true", help="fold near-duplicates into one result")
+    text = "hold the segments in N processes of a Ray cluster (extra ray), default: in this one"
+    add("--shards", type=int, metavar="N", help=text)
+    text = "address of a running cluster, such as auto or ray://HOST:10001; default: start one here"
+    add("--ray", metavar="ADDRESS", help=text)
     add("--open", action="store_true", help="open the page in the browser")
 
 
@@ -239,6 +272,16 @@ def _add_index(add: Callable[..., Any]) -> None:
     text = "file of captions that resemble queries, one a line, to compute hubness biases from"
     add("--bank", metavar="FILE", help=text)
     add("--prune", action="store_true", help="remove files that no longer exist in VIDEOS")
+    text = "where files are read and encoded: local:N (processes), ray, ray://HOST:PORT, "
+    text += "ray:ADDRESS, beam; all machines need the index, the model and VIDEOS at the same paths"
+    add("--workers", help=f"{text} (extra workers, ray or beam)")
+    text = (
+        "add only the I-th of N parts of the files, counted from 0, as one process of a job array"
+    )
+    add("--shard", metavar="I/N", help=text)
+    text = "runner of Apache Beam with --workers=beam (default DirectRunner)"
+    add("--beam_runner", help=text)
+    add("--beam_options", default="", help="the runner's own flags, in one string")
 
 
 def _add_query(add: Callable[..., Any]) -> None:
@@ -314,8 +357,11 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--queries", help="text file, one sentence per line; default: sentences of common words")
     add("--json", action="store_true", help="print JSON")
 
-    add = add_command(run_export, opens_model=False)
-    add("--output", required=True, help="the .parquet or .npz file to write")
+    add = add_command(run_export)
+    text = "the .parquet or .npz file to write, with --format=vespa a new folder"
+    add("--output", required=True, help=text)
+    text = "vespa: an application package with the three stages, and its feed (not run yet)"
+    add("--format", choices=("vespa",), help=text)
     return parser
 
 
@@ -323,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = _make_parser().parse_args(argv)
     with one_line_errors():
-        for name in ("candidates", "rerank", "k", "sample", "segment_seconds"):
+        for name in ("candidates", "rerank", "k", "sample", "segment_seconds", "shards"):
             value = getattr(args, name, None)
             if value is not None and value < 1:
                 option = "-k " if name == "k" else f"--{name}="
