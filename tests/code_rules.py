@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MAX_PACKAGE_LINES = 21_800
+MAX_PACKAGE_LINES = 25_500
 MAX_POSITIONAL = 5
 FORBIDDEN_FIRST_WORD = re.compile(
     r"(What|Whether|Of|How|Likewise|Where|Who|Which|Why|When|If|For|With|In|As|To)\b"
