@@ -1,8 +1,9 @@
 """Program that searches an index in one process and in parts on a Ray cluster.
 
-    python tests/sharded_serving.py INDEX PARTS QUERIES VIDEO
+    python tests/sharded_serving.py INDEX PARTS QUERIES VIDEO PATIENCE
 
-Prints a JSON object. One part is killed, and then VIDEO is added to the index.
+Prints a JSON object. One part is killed, and then VIDEO is added to the index. The seconds in which
+a part must answer are multiplied by PATIENCE.
 """
 
 import dataclasses
@@ -38,9 +39,13 @@ def comparable(answer):
 def main():
     start_loopback()
     from xclip_jax.search import Index
+    from xclip_jax.search import sharded as sharding
     from xclip_jax.search.sharded import open_sharded
 
     location, count, num_queries, video = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+    patience = float(sys.argv[5])
+    sharding.ASK_SECONDS *= patience
+    sharding.PING_SECONDS *= patience
     facts = {"equal": 0}
     with open_sharded(location, count) as sharded:
         one = Index.open(location)
@@ -68,7 +73,9 @@ def main():
             now = time.monotonic()
             facts.setdefault("first", [now - answered, answer.missing, answer.note])
             facts["slowest"] = max(facts.get("slowest", 0), now - answered)
-            if now - killed > 60 or (facts["first"][1] and not answer.missing):
+            # A patient query may wait until the part is back.
+            was_seen = facts["first"][1] or patience > 1
+            if now - killed > 60 or (was_seen and not answer.missing):
                 break
             time.sleep(0.1)
             answered = time.monotonic()
