@@ -171,7 +171,7 @@ def run_queries(
 def run_one(funnel: Funnel, shards: Shards, query: TextFeatures) -> Answer:
     """Returns the answer to a query, one hit per segment."""
     ranking = funnel.rank(shards, EVERYTHING, query, K)
-    return make_answer(shards.segments(ranking.rows), ranking, [], Request(K, merge=False))
+    return make_answer(ranking.segments, ranking, [], Request(K, merge=False))
 
 
 def text_tower_milliseconds(repeats: int = 50) -> float:

@@ -40,7 +40,8 @@ def ranking_of(rows, *, peaks=None, biases=None, further=(), blocks=None):
     shape = np.ones_like(curves, bool)
     if blocks is None:
         blocks = [FURTHER if row in further else 0 for row in rows]
-    return Ranking(rows, np.array(blocks), scores, biases, curves, shape, {}, 7)
+    segments = segments_of([])
+    return Ranking(rows, segments, np.array(blocks), scores, biases, curves, shape, {}, 7)
 
 
 def passage(row, source="speech", start=1.0):

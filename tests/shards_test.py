@@ -7,6 +7,9 @@ import pytest
 from funnel_test import COUNT, HEADS, make_funnel, make_model, make_text, open_shards, snapshot
 
 from xclip_jax.search import row_ids
+from xclip_jax.search.answers import Request
+from xclip_jax.search.passages import Passages
+from xclip_jax.search.querying import Query, run_query
 from xclip_jax.search.row_ids import Part
 from xclip_jax.search.selection import EVERYTHING, Selection
 from xclip_jax.search.shard import Scorer, Shard
@@ -57,8 +60,43 @@ def test_parts_have_the_ranking_of_the_whole(snapshot, head, count):
             funnel.rank(shards, selection, text, 40, further=further) for shards in (whole, parts)
         ]
         fields = [dataclasses.replace(ranking, seconds={}) for ranking in rankings]
-        for one, other in zip(*(vars(ranking).values() for ranking in fields), strict=True):
-            np.testing.assert_array_equal(one, other)  # to the last bit
+        for name, value in vars(fields[0]).items():
+            if name == "segments":
+                check_segments(value, fields[1].segments)
+            else:  # to the last bit
+                np.testing.assert_array_equal(value, getattr(fields[1], name), err_msg=name)
+
+
+@pytest.mark.parametrize("head", ["paper", "clip", "official", "tight"])
+def test_selection_without_a_segment_has_an_empty_ranking(snapshot, head):
+    model, params = make_model(**HEADS[head])
+    funnel, nowhere = make_funnel(model, params), Selection(path="nowhere")
+    parts = Shards(ParallelParts(split(snapshot, 2, model, params)))
+    for shards in (open_shards(snapshot, model, params), parts):
+        rankings = [
+            funnel.rank(shards, nowhere, make_text(), 10),
+            *funnel.rank_exhaustively(shards, nowhere, make_text(), 10),
+        ]
+        for ranking in rankings:
+            assert (len(ranking.rows), len(ranking.segments.ids), ranking.searched) == (0, 0, 0)
+
+
+def test_query_asks_the_parts_four_times(snapshot, tmp_path):
+    model, params = make_model()
+    parts, asked = ParallelParts(split(snapshot, 2, model, params)), []
+    answer = parts.ask
+    parts.ask = lambda method, arguments: asked.append(method) or answer(method, arguments)
+    query = Query(make_funnel(model, params, candidates=100, rerank=32), make_text())
+    passages = Passages(str(tmp_path))  # none
+    hits = run_query(query, Shards(parts), EVERYTHING, Request(3), passages)
+    assert asked == ["nearest", "score_words", "score", "durations"]
+    assert hits.searched == COUNT
+
+
+def check_segments(segments, others):
+    for field in dataclasses.fields(segments):
+        one, other = (getattr(some, field.name) for some in (segments, others))
+        np.testing.assert_array_equal(one, other, err_msg=field.name)
 
 
 def test_parts_are_scored_exhaustively_like_the_whole(snapshot):
@@ -80,9 +118,7 @@ def test_facts_are_merged_in_the_order_of_the_rows(snapshot):
     parts = Shards(ParallelParts(split(snapshot, 3, model, params)))
     rows = np.random.default_rng(0).permutation(snapshot.row_ids)
     one, other = whole.segments(rows), parts.segments(rows)
-    for name, value in vars(one).items():
-        if name != "places":
-            np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+    check_segments(one, other)
     assert other.durations.min() > 290  # every film goes on in other parts
     ids = one.ids[:50]
     assert parts.rows_of(ids) == whole.rows_of(ids) == dict(zip(ids, rows.tolist(), strict=False))

@@ -95,7 +95,7 @@ def _to_bytes(column: Any) -> Any:
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_fixed_size_list(column.type):
         values = column.flatten().to_numpy(zero_copy_only=False)
-        return np.ascontiguousarray(values).reshape(len(column), -1)
+        return np.ascontiguousarray(values).reshape(len(column), column.type.list_size)
     if pa.types.is_string(column.type):
         return (value.encode() for value in column.to_pylist())
     if pa.types.is_binary(column.type):

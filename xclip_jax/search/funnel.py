@@ -20,7 +20,7 @@ from xclip_jax.inference import next_power_of_two
 from xclip_jax.search.moments import Curves, FrameMask
 from xclip_jax.search.row_ids import RowIds
 from xclip_jax.search.selection import Selection
-from xclip_jax.search.shard import Scored, Scorer, Scores
+from xclip_jax.search.shard import Scored, Scorer, Scores, Segments
 from xclip_jax.search.shards import Shards
 from xclip_jax.search.vectors import Rows
 from xclip_jax.similarity import TextFeatures
@@ -40,6 +40,7 @@ class Ranking:
     """
 
     rows: RowIds  # n row ids
+    segments: Segments  # what hits are made of, in any order
     blocks: Rows  # n numbers of blocks, from 0
     scores: Scores  # n logits
     biases: Scores  # n logits, zeros for a query by example
@@ -142,7 +143,8 @@ def _order(scored: Scored, blocks: Rows, scores: Scores, *, searched: int) -> Ra
     """Returns the ranking of n rows by their blocks and scores minus biases."""
     order = np.lexsort((scored.biases - scores, blocks))
     return Ranking(
-        scored.rows[order],
+        scored.segments.rows[order],
+        scored.segments,
         blocks[order],
         scores[order],
         scored.biases[order],

@@ -77,19 +77,18 @@ def run_query(
         options: Any = {"sources": spoken, "phrases": words.phrases, "interval": selection.interval}
         options["every_word"] = query.funnel is not None and not words.phrases
         found, further = _find_passages(shards, selection, passages, words.rest, options)
-    seconds, searched = {"words": time.perf_counter() - started}, shards.count(selection)
-    request, count = dataclasses.replace(request, interval=selection.interval), searched
+    seconds, chosen = {"words": time.perf_counter() - started}, selection
+    request = dataclasses.replace(request, interval=selection.interval)
     if words.phrases:
-        selection, count = dataclasses.replace(selection, only=further), len(further)
+        chosen = dataclasses.replace(chosen, only=further)
     if query.without:
-        selection = dataclasses.replace(selection, without=shards.find(query.without))
-        count = shards.count(selection)
-    if not count:
-        return Answer([], seconds, searched)
+        chosen = dataclasses.replace(chosen, without=shards.find(query.without))
     if query.funnel is None or query.features is None:
         answer = make_answer(shards.segments(further), None, found, request)
     else:
-        answer = _rank_pictures(query, shards, selection, request, passages=(found, further))
+        answer = _rank_pictures(query, shards, chosen, request, passages=(found, further))
+    is_counted = query.funnel is not None and chosen is selection
+    searched = answer.searched if is_counted else shards.count(selection)
     seconds |= answer.seconds
     return dataclasses.replace(answer, seconds=seconds, searched=searched)
 
@@ -112,11 +111,11 @@ def _rank_pictures(
     if query.exhaustive:
         depth = 2 * request.depth
         rankings = funnel.rank_exhaustively(shards, selection, features, depth, further=further)
-        return make_answer(shards.segments(rankings[0].rows), rankings[0], found, request)
+        return make_answer(rankings[0].segments, rankings[0], found, request)
     depth = request.depth
     while True:
         ranking = funnel.rank(shards, selection, features, depth, further=further)
-        answer = make_answer(shards.segments(ranking.rows), ranking, found, request)
+        answer = make_answer(ranking.segments, ranking, found, request)
         is_complete = len(answer) == request.k or len(ranking.rows) >= ranking.searched
         if is_complete or depth >= MAX_DEPTH:
             return answer

@@ -161,10 +161,8 @@ class Searcher(abc.ABC):
         request = dataclasses.replace(request, interval=selection.interval)
 
         def search(shards: Shards) -> list[Answer]:
-            if not shards.count(selection):
-                return [Answer([], {}, 0) for _ in texts]
             rankings = self._funnel.rank_exhaustively(shards, selection, features, request.depth)
-            return [make_answer(shards.segments(r.rows), r, [], request) for r in rankings]
+            return [make_answer(r.segments, r, [], request) for r in rankings]
 
         answers = zip(texts, self._ask(search), strict=True)
         return [self._complete(answer, encoding, text) for text, answer in answers]

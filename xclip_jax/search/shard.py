@@ -116,17 +116,6 @@ class Nearest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """The scores of n rows by the full model."""
-
-    rows: RowIds
-    scores: Scores  # logits
-    biases: Scores  # logits, zeros for a query by example
-    similarities_nxF: Curves  # cosines of frames with the sentence (Eq. 5), see `smooth`
-    mask_nxF: FrameMask  # True = a real frame
-
-
-@dataclasses.dataclass(frozen=True)
 class Segments:
     """Facts of n segments of which hits are made."""
 
@@ -161,6 +150,17 @@ class Segments:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The scores of n segments by the full model."""
+
+    segments: Segments
+    scores: Scores  # logits
+    biases: Scores  # logits, zeros for a query by example
+    similarities_nxF: Curves  # cosines of frames with the sentence (Eq. 5), see `smooth`
+    mask_nxF: FrameMask  # True = a real frame
+
+
 class Shard:
     """One version of a part of an index, and the model that scores its segments."""
 
@@ -193,7 +193,7 @@ class Shard:
         return scores - self._scorer.scale * self.snapshot.biases(rows)
 
     def score(self, row_ids: RowIds, text: TextFeatures, by_example: bool) -> Scored:
-        """Returns the scores of n rows by the full model."""
+        """Returns the scores of n rows by the full model, and what their hits are made of."""
         rows, scorer = self._find(row_ids), self._choose(by_example)
         video = self._read(rows)
         if by_example:
@@ -203,7 +203,7 @@ class Shard:
         scale = 0.0 if by_example else scorer.scale
         biases = scale * self.snapshot.biases(rows)
         curves = smooth(compare_frames(text, video), np.asarray(video.mask))
-        return Scored(row_ids, scores, biases, curves, np.asarray(video.mask))
+        return Scored(self.segments(row_ids), scores, biases, curves, np.asarray(video.mask))
 
     def score_all(self, selection: Selection, text: TextFeatures) -> tuple[RowIds, np.ndarray]:
         """Returns the selected rows, and the scores of T sentences with them, T x n."""

@@ -67,6 +67,8 @@ class Shards:
     ) -> Nearest:
         """Returns the first stage's best rows, at most `count`, see `Shard.nearest`."""
         answers = self._ask_all("nearest", selection, vector_1xD, count, by_example)
+        if len(answers) == 1:
+            return answers[0]
         rows = np.concatenate([answer.rows for answer in answers])
         products = np.concatenate([answer.products for answer in answers])
         order = np.lexsort((rows, -products))[:count]
@@ -82,8 +84,9 @@ class Shards:
         return self._gather("score_words", rows, text)
 
     def score(self, rows: RowIds, text: TextFeatures, by_example: bool) -> Scored:
-        """Returns the scores of n rows by the full model."""
-        return self._gather("score", rows, text, by_example)
+        """Returns the scores of n rows by the full model, and what their hits are made of."""
+        scored = self._gather("score", rows, text, by_example)
+        return dataclasses.replace(scored, segments=self._add_durations(scored.segments))
 
     def score_all(self, selection: Selection, text: TextFeatures) -> tuple[RowIds, np.ndarray]:
         """Returns the selected rows, and the scores of T sentences with them, T x n."""
@@ -98,11 +101,7 @@ class Shards:
 
     def segments(self, rows: RowIds) -> Segments:
         """Returns what hits of n rows are made of."""
-        segments = self._gather("segments", rows)
-        if len(self._numbers) > 1:  # a film may be in several parts
-            answers = self._ask_all("durations", segments.paths)
-            segments = dataclasses.replace(segments, durations=np.max(answers, 0))
-        return segments
+        return self._add_durations(self._gather("segments", rows))
 
     def rows_of(self, ids: Collection[str], selection: Selection = EVERYTHING) -> dict[str, int]:
         """Returns {id: row id} of the segments that are selected."""
@@ -137,6 +136,13 @@ class Shards:
     def thumbnail(self, row: RowIds) -> bytes:
         """Reads the JPEG thumbnail of a row."""
         return self._ask_one("thumbnail", row)
+
+    def _add_durations(self, segments: Segments) -> Segments:
+        """Returns segments with the durations of their films, which may be in several parts."""
+        if len(self._numbers) == 1 or not segments.paths:
+            return segments
+        durations = np.max(self._ask_all("durations", segments.paths), 0)
+        return dataclasses.replace(segments, durations=durations)
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         answers = self._parts.ask(method, dict.fromkeys(self._numbers, arguments))

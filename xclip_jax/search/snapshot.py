@@ -320,7 +320,8 @@ class Snapshot:
             query = self._table.take_row_ids(row_ids).select(names)
             table = query.with_row_id().to_arrow()
             positions = {row_id: k for k, row_id in enumerate(table["_rowid"].to_pylist())}
-            table = table.take([positions[row_id] for row_id in row_ids])
+            places = pa.array([positions[row_id] for row_id in row_ids], pa.int64())
+            table = table.take(places)
         if in_memory:
             table = table.append_column(digest, self.rows[digest].take(rows))
         if digest:
@@ -378,7 +379,7 @@ class Snapshot:
         else:
             table = self.read(rows, [*names, "video"], "frames_digest")
         frames = to_matrix(table["frames"], self._about["max_frames"] * self.vectors.dim)
-        frames = frames.astype(np.float32, copy=False).reshape(*mask.shape, -1)
+        frames = frames.astype(np.float32, copy=False).reshape(*mask.shape, self.vectors.dim)
         if sum_frames:
             video = unit_vectors((mask[:, None].astype(np.float32) @ frames)[:, 0])
         else:

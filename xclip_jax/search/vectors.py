@@ -53,6 +53,8 @@ class Vectors:
         taken = np.zeros((len(rows), self.dim), np.float16)
         for start, block in zip(self._starts, self._blocks, strict=False):
             inside = (rows >= start) & (rows < start + block.ntotal)
+            if inside.all():  # not copied twice
+                return np.take(_view(block), rows - start, axis=0)[:, : self.dim]
             taken[inside] = _view(block)[rows[inside] - start, : self.dim]
         return taken
 
