@@ -1,6 +1,8 @@
 """Tests of what all commands share: paths, JSON files, errors of any length."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +32,16 @@ def test_uri_is_no_folder(path):
 @pytest.mark.parametrize("path", ["data/demo", "/a/b:c", "C:/videos", "a b", "x://"[:1]])
 def test_paths_are_folders(path):
     assert str(check_local("--output", path)) == path
+
+
+def test_warnings_are_lines_without_a_logger():
+    code = (
+        "import logging, orbax.checkpoint; from xclip_jax.cli import run_command; "
+        "run_command(lambda: logging.warning('a film is missing'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("WARNING: a film is missing\n")
+    assert "root" not in done.stderr
 
 
 def test_path_must_be_utf8():

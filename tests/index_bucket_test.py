@@ -1,9 +1,14 @@
 """Tests of an index in a bucket: the same answers as in a folder, by few requests."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from indexes import COUNT, SECONDS, made, model, no_processes, videos
 from s3 import s3
 
+from xclip_jax.cli import InputError
 from xclip_jax.search import Index
 
 __all__ = ["made", "model", "no_processes", "s3", "videos"]  # fixtures
@@ -45,3 +50,19 @@ def test_index_in_a_bucket_is_made_searched_and_updated(made, model, videos, s3,
     summary = Index.open(location).add(videos)  # a second run finds nothing new
     assert (summary.files, summary.unchanged) == (0, COUNT)
     assert opened.num_segments == 3 * COUNT
+
+
+def test_bucket_out_of_reach_is_an_error_that_says_what_to_set(s3, monkeypatch):
+    with pytest.raises(InputError, match=r"nowhere.*: no such|nowhere.*set AWS_ACCESS_KEY_ID"):
+        Index.open("s3://nowhere/index")
+    s3.hook = lambda method, path: 403
+    with pytest.raises(InputError, match=r"cannot be accessed: .*set AWS_ACCESS_KEY_ID"):
+        Index.open(f"{s3.uri}/index")
+
+
+def test_http_endpoint_needs_no_further_variable():
+    code = "import os, xclip_jax.search; print(os.environ['AWS_ALLOW_HTTP'])"
+    environment = os.environ | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+    environment.pop("AWS_ALLOW_HTTP", None)
+    options = {"env": environment, "capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "true\n"

@@ -1,5 +1,7 @@
 """Tests of indexing by the shards of a job array, and by several processes at the same time."""
 
+import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from indexes import COUNT, SECONDS, content, copied, made, model, no_processes, 
 from s3 import s3
 
 from xclip_jax.search import Index, indexing, repeats, store
+from xclip_jax.search.__main__ import main
 from xclip_jax.search.job_array import ArrayShard, BusyError, lock_files
 from xclip_jax.search.passages import Passages
-from xclip_jax.search.store import Store
+from xclip_jax.search.store import ExistsError, Store
 
 pytest.importorskip("lance", reason="pylance is not installed")
 __all__ = ["bucket", "copied", "in_thread", "made", "model", "no_processes", "s3", "videos"]
@@ -130,6 +133,38 @@ def test_workers_and_shards_add_to_an_s3_bucket(model, videos, s3, in_thread):
     index = Index.open(location)
     assert index.add(videos).unchanged == COUNT
     assert stored_rows(location) == len(index) == 3 * COUNT
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_one_of_several_processes_creates_an_index(tmp_path, is_bucket):
+    location = f"file://{tmp_path}/index" if is_bucket else str(tmp_path / "index")
+    about = {"max_frames": 2, "embed_dim": 4, "precision": "float32"}
+    barrier = threading.Barrier(8)
+
+    def create():
+        barrier.wait()
+        with contextlib.suppress(ExistsError):
+            return Store.create(location, about)
+
+    stores = run_together(*[create] * 8)
+    created = sum(one is not None for one in stores)
+    # A bucket may let two of them write the same empty tables.
+    assert created >= 1 if is_bucket else created == 1
+    assert Store(location).files() == {}
+    assert os.listdir(tmp_path) == ["index"]
+
+
+def test_command_adds_to_an_index_that_another_process_has_just_created(
+    copied, model, videos, monkeypatch, capsys
+):
+    exists = iter([False])
+    monkeypatch.setattr("xclip_jax.search.__main__.exists", lambda location: next(exists))
+    command = ["index", str(videos), f"--index={copied.location}", f"--model={model}"]
+    main(command)
+    assert f"{3 * COUNT} segments of {COUNT} files" in capsys.readouterr().out
+    exists = iter([False])
+    with pytest.raises(SystemExit, match=r"--segment_seconds=3: .* was made with 2"):
+        main([*command, "--segment_seconds=3"])
 
 
 def test_rows_are_kept_if_two_processes_delete_each_others_copies(copied, monkeypatch):

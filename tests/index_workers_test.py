@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -167,8 +168,39 @@ def test_command_adds_a_shard_on_workers(model, videos, tmp_path, in_thread, cap
     )
 
 
+@pytest.mark.parametrize("on_workers", [False, True])
+def test_ctrl_c_and_sigterm_commit_what_was_read(
+    model, videos, tmp_path, on_workers, monkeypatch, capsys
+):
+    def read_and_terminate(function, jobs, done):
+        for index, job in enumerate(jobs):
+            done(index, function(job))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    def run(self, function, jobs, done):
+        read_and_terminate(function, jobs, done)
+
+    monkeypatch.setattr(LocalWorkers, "run", run)
+    monkeypatch.setattr(indexing, "run_jobs", read_and_terminate)
+    monkeypatch.setattr(indexing, "MIN_COMMIT_SECONDS", 1000)
+    index, former = str(tmp_path / "index"), signal.getsignal(signal.SIGTERM)
+    command = ["index", str(videos), f"--index={index}", f"--model={model}", "--segment_seconds=2"]
+    with pytest.raises(SystemExit, match="interrupted"):
+        main([*command, *(["--workers=local:1"] if on_workers else [])])
+    assert signal.getsignal(signal.SIGTERM) == former
+    # One process encodes eight segments at once, so the third file waits for further ones.
+    assert len(Index.open(index)) == 3 * (COUNT if on_workers else 2)
+
+
 @pytest.mark.parametrize(
-    ("text", "module", "extra"), [("local:2", "lance", "workers"), ("ray", "ray", "ray")]
+    ("text", "module", "extra"),
+    [
+        ("local:2", "lance", "workers"),
+        ("ray", "lance", "ray"),
+        ("ray", "ray", "ray"),
+        ("beam", "apache_beam", "workers,beam"),
+    ],
 )
 def test_missing_extra_is_an_error(text, module, extra, monkeypatch):
     find_spec = backends.importlib.util.find_spec

@@ -34,6 +34,19 @@ def run_isolated(program, *arguments, timeout, **variables):
         return subprocess.run(command, timeout=timeout, **options)
 
 
+def find_processes():
+    """Returns the ids of the other processes that were started below `run_isolated`."""
+    found, own = [], os.environ["RAY_TMPDIR"].encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes()
+        except OSError:  # of another user, or ended
+            continue
+        if own in variables and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found
+
+
 def start_loopback():
     """Activates the loopback interface of a new network namespace."""
     with socket.socket() as any_socket:

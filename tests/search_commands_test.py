@@ -1,6 +1,7 @@
 """Tests of `python -m xclip_jax.search`."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -199,6 +200,14 @@ def test_invalid_input_is_a_one_line_error(capsys, arguments, expected):
     message = error_of(capsys, *arguments)
     assert expected in message
     assert "Traceback" not in message
+
+
+def test_taken_port_is_an_error_before_the_index_is_opened(capsys, monkeypatch):
+    monkeypatch.setattr(Index, "open", None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        message = error_of(capsys, "serve", "--shards=2", f"--port={port}", *at())
+    assert f"cannot listen on 127.0.0.1, port {port}: " in message
 
 
 def test_index_of_only_unreadable_videos_is_an_error(capsys, tmp_path):

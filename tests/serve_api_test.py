@@ -13,6 +13,8 @@ from starlette.testclient import TestClient
 from xclip_jax.data.container import VideoError
 from xclip_jax.search import clips, exports, results, serve
 from xclip_jax.search.api import Film, Hit, Match
+from xclip_jax.search.readable import UnreadableError
+from xclip_jax.search.shards import UnavailableError
 
 __all__ = ["client", "index"]  # the fixtures
 
@@ -57,6 +59,33 @@ SOURCES_RULE = 'sources must be a list with one or more of "picture", "speech", 
 def test_invalid_field_is_an_error(client, fields, message):
     response = client.post("/api/search", json={"text": "a", **fields})
     assert error_of(response, 400) == message
+
+
+@pytest.mark.parametrize("kind", [UnavailableError, UnreadableError])
+def test_index_out_of_reach_is_no_fault_of_the_client(client, index, monkeypatch, kind):
+    def answer(*_, **__):
+        raise kind("the index cannot be read")
+
+    monkeypatch.setattr(index, "query", answer)
+    response = client.post("/api/search", json={"text": "a dog"})
+    assert error_of(response, 503) == "the index cannot be read"
+
+
+def test_index_that_cannot_be_refreshed_is_reported_once(index, monkeypatch, caplog):
+    refreshed = threading.Event()
+    calls = []
+
+    def refresh():
+        calls.append(1)
+        if len(calls) > 3:
+            refreshed.set()
+        raise UnreadableError("it was deleted")
+
+    monkeypatch.setattr(index, "refresh", refresh)
+    monkeypatch.setattr(serve, "REFRESH_SECONDS", 0)
+    with TestClient(serve.make_app(index, ["testserver"])):
+        assert refreshed.wait(10)
+    assert caplog.messages == ["no new version is loaded: it was deleted"]
 
 
 def test_sources_are_searched_as_given(client):

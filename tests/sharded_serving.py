@@ -6,6 +6,7 @@ Prints a JSON object. One part is killed, and then VIDEO is added to the index. 
 a part must answer are multiplied by PATIENCE.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,21 +15,18 @@ import sys
 import time
 from pathlib import Path
 
-from network import start_loopback
+from network import find_processes, start_loopback
 
 SENTENCES = [f"{a} {b} {c}" for a in ("a red", "a blue", "and") for b in "abcde" for c in "fghij"]
 
 
 def find_parts():
     """Returns the ids of the processes of this cluster that hold parts."""
-    found, own = [], os.environ["RAY_TMPDIR"].encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            title, variables = ((process / name).read_bytes() for name in ("cmdline", "environ"))
-        except OSError:  # of another user, or ended
-            continue
-        if b"ServeReplica" in title and own in variables:
-            found.append(int(process.name))
+    found = []
+    for pid in find_processes():
+        with contextlib.suppress(OSError):  # it has ended
+            if b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
     return found
 
 

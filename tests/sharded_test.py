@@ -36,3 +36,20 @@ def test_parts_answer_like_one_process(model, videos, tmp_path, parts, queries, 
     assert facts["whole_after"] < 15 * patience
     assert facts["refreshed"] == [True, True, False]
     assert facts["segments"] == [3 * COUNT] * 2
+
+
+@pytest.mark.slow
+def test_front_ends_do_not_touch_the_parts_of_living_ones(model, videos, tmp_path):
+    index = Index.create(tmp_path / "index", model, segment_seconds=SECONDS)
+    index.add(videos)
+    done = run_isolated("sharded_fronts.py", index.location, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = [str(3 * COUNT), "0"]
+    facts = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray prints
+    assert json.loads(facts) == {
+        "both": [whole, whole],
+        "deployed": [2, 2],
+        "after_kill": [whole, whole],
+        "orphans_deleted": [2, 2],
+        "after_ctrl_c": [whole, [2]],
+    }

@@ -123,7 +123,8 @@ def run_command(command: Callable[[], object]) -> None:
     During shutdown, interrupted threads of XLA and Orbax would crash or print tracebacks.
     """
     logging.captureWarnings(True)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Orbax's import has added a handler with another format.
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also raises what it logs
     status = None
     try:

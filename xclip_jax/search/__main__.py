@@ -10,11 +10,12 @@ Method and limits: docs/search.md.
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from xclip_jax.search.index import PRECISIONS, SEGMENT_SECONDS, Index
 from xclip_jax.search.querying import parse_sources
 from xclip_jax.search.results import SOURCES
 from xclip_jax.search.searcher import Searcher
-from xclip_jax.search.serve import serve
+from xclip_jax.search.serve import open_listener, serve
 from xclip_jax.search.sharded import open_sharded
-from xclip_jax.search.store import exists
+from xclip_jax.search.store import ExistsError, exists
 from xclip_jax.search.timed_text import make_readers
 
 
@@ -47,28 +48,21 @@ def run_index(args: argparse.Namespace) -> None:
     distribution: Any = {name: vars(args)[name] for name in names}
     parse_distribution(args.index, **distribution)  # raises before an index exists
     bank = _read_bank(args.bank) if args.bank is not None else None
-    if exists(args.index):
-        index = Index.open(args.index, args.model)
-        for name, value in settings.items():
-            if (former := index.about.get(name, 0)) != value:  # older indexes have no overlap
-                problem = f"--{name}={value}: {args.index} was made with {former}"
-                raise InputError(f"{problem}; omit the option or create another index")
-        if bank and digest_bank(bank) != index.about.get("bank"):
-            made = "with another bank" if "bank" in index.about else "without a bank"
-            problem = f"--bank={args.bank}: {args.index} was made {made}"
-            raise InputError(f"{problem}; omit --bank or create another index")
-    elif args.model is None:
-        raise InputError(f"--model is required: there is no index in {args.index} yet")
-    else:
+    if not exists(args.index):
+        if args.model is None:
+            raise InputError(f"--model is required: there is no index in {args.index} yet")
         make_readers(ocr=args.ocr, speech=args.speech)  # raises before an index exists
         indexing.find_videos(args.videos, allow_none=args.prune)  # raises before an index exists
-        index = Index.create(args.index, args.model, bank=bank, **settings)
+        with contextlib.suppress(ExistsError):  # the processes of a job array start together
+            Index.create(args.index, args.model, bank=bank, **settings)
+    index = _open_index(args, bank, settings)
     started = time.perf_counter()
     if index.retriever.tokenizer is None:
         note = "the model has no tokenizer: search by video or image, or convert it with --vocab"
         print(f"note: {note}", file=sys.stderr)
     options: Any = {"prune": args.prune, "ocr": args.ocr, "speech": args.speech}
-    summary = index.add(args.videos, **options, **distribution)
+    with _terminate_like_ctrl_c():
+        summary = index.add(args.videos, **options, **distribution)
     for title, reasons in (("partly read", summary.partial), ("unreadable", summary.unreadable)):
         for path, reason in reasons.items():
             print(f"{title}: {output.shorten_path(path)}: {reason}", file=sys.stderr)
@@ -83,6 +77,32 @@ def run_index(args: argparse.Namespace) -> None:
     print(f"{args.index}: {' of '.join(sizes)}")
     if not index.num_segments:
         raise InputError("no video could be read")
+
+
+@contextlib.contextmanager
+def _terminate_like_ctrl_c() -> Iterator[None]:
+    """Makes SIGTERM, which spot machines send before they end, a KeyboardInterrupt."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _open_index(
+    args: argparse.Namespace, bank: Sequence[str] | None, settings: dict[str, Any]
+) -> Index:
+    """Opens the index, or raises InputError if it was made with other options."""
+    index = Index.open(args.index, args.model)
+    for name, value in settings.items():
+        if (former := index.about.get(name, 0)) != value:  # older indexes have no overlap
+            problem = f"--{name}={value}: {args.index} was made with {former}"
+            raise InputError(f"{problem}; omit the option or create another index")
+    if bank and digest_bank(bank) != index.about.get("bank"):
+        made = "with another bank" if "bank" in index.about else "without a bank"
+        problem = f"--bank={args.bank}: {args.index} was made {made}"
+        raise InputError(f"{problem}; omit --bank or create another index")
+    return index
 
 
 def run_query(args: argparse.Namespace) -> None:
@@ -154,9 +174,13 @@ def run_serve(args: argparse.Namespace) -> None:
     token = os.environ.get("XCLIP_JAX_TOKEN") or None if args.token is None else args.token
     options = {"allow_hosts": args.allow_host, "token": token, "browse": args.open}
     options |= {"allow_add": args.allow_add, "dedupe": args.dedupe}
-    # Parts on a cluster are deleted also when a scheduler ends this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for handler in logging.root.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    open_listener(args.host, args.port).close()  # raises before the index is opened
     with _open_for_serving(args) as index:
+        # Parts on a cluster are deleted also when a scheduler ends this process. Ray has replaced
+        # any former handler by one with another exit status.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         index.warm_up()
         serve(index, args.host, args.port, **options)
     if args.allow_add is not None:
@@ -174,8 +198,7 @@ def _open_for_serving(args: argparse.Namespace) -> contextlib.AbstractContextMan
         raise InputError("--allow_add requires an index without --shards: add by search index")
     options: Any = {"model": args.model, "candidates": args.candidates, "rerank": args.rerank}
     print(f"starting {args.shards} parts of {args.index} on Ray", file=sys.stderr)
-    options |= {"address": args.ray, "port": args.port}
-    return open_sharded(args.index, args.shards, **options)
+    return open_sharded(args.index, args.shards, address=args.ray, **options)
 
 
 def run_mcp(args: argparse.Namespace) -> None:

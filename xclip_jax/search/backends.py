@@ -13,7 +13,6 @@ import importlib.util
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -22,12 +21,20 @@ import jax
 
 from xclip_jax.cli import InputError, first_line
 from xclip_jax.search.job_array import ArrayShard
+from xclip_jax.search.ray_cluster import connect
 from xclip_jax.workers import BeamRunner, map_on_beam, parse_beam_flags, run_on_processes
 
 MAX_PROCESSES = 256
 _RAY_CPUS = 4  # of a task: one encodes, all decode
 _RAY_RETRIES = 2  # after a worker or its machine has failed
 _BEAM_JOBS = 256  # of a pipeline, whose results are committed together
+# What kinds of workers require besides pylance: {kind: (module, name)}.
+_MODULES = {"ray": [("ray", "Ray")], "beam": [("apache_beam", "Apache Beam")]}
+_EXTRAS = {
+    "local": "workers",
+    "ray": "ray",
+    "beam": "workers,beam",  # in an environment of its own, see docs/scale.md
+}
 JobFunction = Callable[..., Any]
 Done = Callable[[int, Any], Any]
 
@@ -56,23 +63,15 @@ class RayWorkers:
     """
 
     address: str | None = None
+    option: str = "ray"  # as the user wrote it
 
     @functools.cached_property
     def _task(self) -> dict[str, float]:
         """Resources of a task, for which it connects to the cluster."""
         import ray
 
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            if not ray.is_initialized():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # it forks before it executes
-                    options: Any = {"log_to_driver": False, "logging_level": "ERROR"}
-                    ray.init(self.address, **options)
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        except Exception as error:  # it has no common type
-            name = self.address or "this machine"
-            raise InputError(f"--workers: no Ray cluster at {name}: {first_line(error)}") from None
+        connect(f"--workers={self.option}", self.address)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
         if not nodes:
             raise InputError("--workers: the Ray cluster has no CPU")
@@ -180,17 +179,16 @@ def _parse_workers(text: str, location: str, beam_runner: str | None, beam_optio
     kind, _, rest = text.partition(":")
     if kind not in ("local", "ray", "beam") or (kind == "beam" and rest):
         raise InputError(f"{option}: must be local:N, ray, ray://HOST:PORT, ray:ADDRESS or beam")
-    if importlib.util.find_spec("lance") is None:
-        raise InputError(f"{option} requires pylance: pip install -e '.[workers]'")
+    for module, name in (("lance", "pylance"), *_MODULES.get(kind, ())):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{option} requires {name}: pip install -e '.[{_EXTRAS[kind]}]'")
     if kind == "local":
         count = int(rest) if re.fullmatch(r"[0-9]{1,9}", rest) else 0
         if not 1 <= count <= MAX_PROCESSES:
             raise InputError(f"{option}: must be from local:1 to local:{MAX_PROCESSES}")
         return LocalWorkers(count)
     if kind == "ray":
-        if importlib.util.find_spec("ray") is None:
-            raise InputError(f"{option} requires Ray: pip install -e '.[ray]'")
-        return RayWorkers(text if rest.startswith("//") else rest or None)
+        return RayWorkers(text if rest.startswith("//") else rest or None, option=text)
     if "://" in location:
         raise InputError(f"{option}: --index must be a folder that all machines share")
     runner = parse_beam_flags(beam_runner or "DirectRunner", beam_options)

@@ -213,13 +213,15 @@ class _Commits:
 
     def commit(self) -> None:
         """Commits all files of the queue, then removes their outdated versions."""
-        self.write(self.segments, self.failed)
-        paths = self.paths | {row["path"] for row in self.failed}
-        changed = {path: self.stamps[path] for path in sorted(paths & self.indexed)}
+        segments, failed, paths = self.segments, self.failed, self.paths
+        # Emptied first: what is interrupted here is not committed twice.
+        self.segments, self.failed, self.paths = [], [], set()
+        self.write(segments, failed)
+        written = paths | {row["path"] for row in failed}
+        changed = {path: self.stamps[path] for path in sorted(written & self.indexed)}
         self.store.remove(changed)
         self.summary.removed += len(changed)
-        self.summary.files += len(self.paths)
-        self.segments, self.failed, self.paths = [], [], set()
+        self.summary.files += len(paths)
         self.commit_time = time.monotonic()
 
 
@@ -234,7 +236,11 @@ def _progress(commits: _Commits) -> Iterator[Callable[[str], None]]:
             counts = {"segments": summary.segments, "failed": len(summary.unreadable)}
             bar.set_postfix(counts, refresh=False)
 
-        yield update
+        try:
+            yield update
+        except KeyboardInterrupt:
+            commits.commit()  # what was read since the last one
+            raise
         commits.commit()
         bar.set_postfix(segments=summary.segments, failed=len(summary.unreadable))
 

@@ -33,6 +33,7 @@ from xclip_jax.search.api import explain
 from xclip_jax.search.endpoints import Endpoints
 from xclip_jax.search.guard import IDLE_SECONDS, LOCAL_HOSTS, Guard, TimedProtocol
 from xclip_jax.search.index import Index
+from xclip_jax.search.readable import UnreadableError
 from xclip_jax.search.searcher import Searcher
 from xclip_jax.search.shards import UnavailableError
 
@@ -73,12 +74,7 @@ def serve(
         dedupe: True to fold near-duplicates where a request does not say.
     """
     folder = None if allow_add is None else check_folder("--allow_add", allow_add)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {host}, port {port}: {error}") from error
-    with listener:
+    with open_listener(host, port) as listener:
         address, port = listener.getsockname()[:2]
         local = ipaddress.ip_address(address).is_loopback
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host
@@ -134,6 +130,7 @@ def make_app(
     endpoints = Endpoints(index, adder, dedupe=dedupe)
     handlers: dict[Any, Any] = {
         UnavailableError: lambda _, error: _refuse(503, str(error)),
+        UnreadableError: lambda _, error: _refuse(503, str(error)),
         InputError: lambda _, error: _refuse(400, str(error)),
         RequestValidationError: lambda _, error: _refuse(400, explain(error.errors()[0])),
         HTTPException: lambda _, error: _refuse(error.status_code, error.detail, error.headers),
@@ -173,13 +170,17 @@ async def _run_beside(endpoints: Endpoints) -> AsyncIterator[None]:
     """Loads new versions of the index, and adds videos, while the server runs."""
 
     async def refresh() -> None:
-        duration = 0.0
+        duration, reported = 0.0, ""
         while True:  # loading a large index takes seconds: at most a tenth of the time
             await anyio.sleep(max(REFRESH_SECONDS, 10 * duration))
             start = time.perf_counter()
             try:
                 await run_sync(endpoints.index.refresh, abandon_on_cancel=True)
-            except Exception:  # a writer may be halfway through a commit: retried
+            except InputError as error:  # a writer may be halfway through a commit: retried
+                if (problem := str(error)) != reported:
+                    logging.getLogger(__name__).error("no new version is loaded: %s", problem)
+                reported = problem
+            except Exception:
                 logging.getLogger(__name__).exception("the index could not be refreshed")
             duration = time.perf_counter() - start
 
@@ -190,6 +191,15 @@ async def _run_beside(endpoints: Endpoints) -> AsyncIterator[None]:
             tasks.start_soon(refresh)
             yield
             tasks.cancel_scope.cancel()
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens on a port, or raises InputError. See `serve`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host}, port {port}: {error}") from error
 
 
 def _refuse(status: int, message: str, headers: Any = None) -> Response:

@@ -8,16 +8,18 @@ when a part did not answer. See https://docs.ray.io/en/latest/serve.
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import os
+import re
+import sys
 import threading
 import time
-import warnings
+import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from xclip_jax.cli import InputError, PathLike, first_line
+from xclip_jax.search.ray_cluster import connect
 from xclip_jax.search.results import Answer
 from xclip_jax.search.row_ids import Part
 from xclip_jax.search.searcher import Searcher, T
@@ -32,6 +34,7 @@ LOAD_SECONDS = 3600.0  # in which a part must have loaded a version
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 5.0  # between attempts to reach a lost part
 _LOST = object()  # result of a part that does not answer
 # Of the parts: they compute as one process without a GPU does.
+_NAMESPACE = "xclip_jax"  # of the actors of front ends
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 
 
@@ -43,14 +46,18 @@ class ShardedIndex(Searcher):
 
     concurrency = 8
 
-    def __init__(self, store: Store, handles: list[Any], **options: Any) -> None:
-        """Opens an index whose parts are deployed. `handles` are Ray Serve's of the parts."""
+    def __init__(self, store: Store, deploy: Callable[[], list[Any]], **options: Any) -> None:
+        """Opens an index. `deploy` starts its parts and returns Ray Serve's handles of them."""
         super().__init__(store, **options)
-        self._handles, self._lost = handles, set[int]()
+        self.retriever  # noqa: B018  (a wrong model must fail before it is loaded by all parts)
+        self._handles, self._lost = deploy(), set[int]()
         self._refreshing, self._losing = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._version, self._sizes, self._num_files = 0, dict[int, tuple[int, int]](), (0, 0)
         self.refresh()
+        if empty := sum(not segments for segments, _ in self._sizes.values()):
+            name = f"{empty} of {len(self._handles)} parts"
+            logging.warning("%s hold no segment of this small index: use fewer", name)
 
     @property
     def num_segments(self) -> int:
@@ -215,7 +222,6 @@ def open_sharded(
     *,
     address: str | None = None,
     model: PathLike | None = None,
-    port: int = 0,
     candidates: int = 5000,
     rerank: int = 200,
 ) -> Iterator[ShardedIndex]:
@@ -226,7 +232,6 @@ def open_sharded(
             have the index and the model at the same place.
         count: number of parts, at least 1.
         address: of a running cluster; None: a new one on this machine.
-        port: of the front end. Front ends with the same index, port and cluster share their parts.
 
     Raises:
         InputError: Ray is not installed, the cluster cannot be reached, or a part cannot start.
@@ -239,14 +244,16 @@ def open_sharded(
     options: Any = {"model": model, "candidates": candidates, "rerank": rerank}
     if not exists(location):
         Store(location)  # raises
-    _connect(ray, address, count)  # first: it forks, and Lance has threads
-    store, index = Store(location), None
-    # A front end that is started again replaces its parts.
-    key = hashlib.blake2b(f"{store.location} {port}".encode(), digest_size=4).hexdigest()
-    names = [f"xclip_jax-{key}-{number}" for number in range(count)]
+    _connect(address, count)  # first: it forks, and Lance has threads
+    store, index, sign = Store(location), None, None
+    front = f"xclip_jax-{uuid.uuid4().hex}"
+    names = [f"{front}-{number}" for number in range(count)]
     try:
-        handles = _deploy(serve, names, store.location, model or store.about["model"])
-        index = ShardedIndex(store, handles, **options)
+        sign = _show_life(ray, front)
+        _delete_orphans(ray, serve)
+        _warn_of_few_cpus(ray, count)
+        source = store.location, model or store.about["model"]
+        index = ShardedIndex(store, lambda: _deploy(serve, names, *source), **options)
         yield index
     finally:
         if index:
@@ -254,24 +261,40 @@ def open_sharded(
         with contextlib.suppress(Exception):  # the cluster may have stopped
             for one in names if address else []:
                 serve.delete(one, _blocking=False)
+        del sign
         ray.shutdown()
 
 
-def _connect(ray: Any, address: str | None, count: int) -> None:
+def _connect(address: str | None, count: int) -> None:
     """Connects to a cluster, or starts one with a processor for each part."""
-    options: Any = {"logging_level": "error", "log_to_driver": False}
     if address is None:
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": count + 1}
+        connect(f"--shards={count}", "local", include_dashboard=False, num_cpus=count + 1)
     else:
-        options |= {"address": address}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # it forks before it executes
-            ray.init(**options)
-    except Exception as error:  # Ray has no common type
-        name = "a new cluster of Ray" if address is None else f"--ray={address}"
-        raise InputError(f"{name}: {first_line(error)}") from None
+        connect(f"--ray={address}", address)
+
+
+def _show_life(ray: Any, front: str) -> Any:
+    """Starts an actor with the name of the front end, which ends with it or when it is deleted."""
+    kind = type("FrontEnd", (), {})  # without a module, which the actor would import
+    return ray.remote(kind).options(num_cpus=0, name=front, namespace=_NAMESPACE).remote()
+
+
+def _delete_orphans(ray: Any, serve: Any) -> None:
+    """Deletes the parts of front ends that have ended without doing so."""
+    for name in serve.status().applications:
+        front, _, number = name.rpartition("-")
+        if re.fullmatch(r"xclip_jax-[0-9a-f]{32}", front) and number.isdecimal():
+            try:
+                ray.get_actor(front, _NAMESPACE)
+            except ValueError:
+                serve.delete(name, _blocking=False)
+
+
+def _warn_of_few_cpus(ray: Any, count: int) -> None:
+    """Prints that the parts wait if the cluster, which may be growing, has too few CPUs."""
+    free = int(ray.available_resources().get("CPU", 0))
+    if free < count:
+        print(f"waiting: {count} parts need a CPU each, {free} are free", file=sys.stderr)
 
 
 def _deploy(serve: Any, names: Sequence[str], location: str, model: PathLike) -> list[Any]:
@@ -293,11 +316,20 @@ def _deploy(serve: Any, names: Sequence[str], location: str, model: PathLike) ->
     logging.disable(logging.INFO)  # Serve reports each step
     try:
         serve.start(proxy_location="Disabled")
-        for name in serve.status().applications:  # of a former front end with more parts
-            if name.rpartition("-")[0] == names[0].rpartition("-")[0] and name not in names:
-                serve.delete(name)
         return serve.run_many(targets)
     except Exception as error:  # Ray's have no common type
-        raise InputError(f"the parts of {location} could not start: {first_line(error)}") from None
+        reason = _find_reason(serve, names) or first_line(error)
+        raise InputError(f"the parts of {location} could not start: {reason}") from None
     finally:
         logging.disable(logging.NOTSET)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it reports in a thread of its own
+
+
+def _find_reason(serve: Any, names: Sequence[str]) -> str:
+    """Returns the last line of what a part has raised, or ""."""
+    with contextlib.suppress(Exception):  # the cluster may have failed
+        applications = serve.status().applications
+        messages = [d.message for name in names for d in applications[name].deployments.values()]
+        traceback = next(text for text in messages if "Traceback" in text)
+        return traceback.splitlines()[-1].removeprefix("xclip_jax.cli.InputError: ")
+    return ""

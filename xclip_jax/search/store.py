@@ -11,8 +11,10 @@ import functools
 import json
 import os
 import random
+import shutil
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from typing import Any
 import lancedb
 import pyarrow as pa
 
-from xclip_jax.checkpoint import partial_folder
 from xclip_jax.cli import InputError, PathLike
 from xclip_jax.search.bank import digest_bank
 from xclip_jax.search.calibration import Calibration
@@ -37,6 +38,10 @@ MAX_FRAGMENTS = 32  # more files would slow down reading 200 rows
 MAX_COMMITS = 8  # attempts of one that conflicts with those of other processes
 _METADATA_KEY = b"xclip_jax"
 FileStamp = tuple[int, int]  # size in bytes, modification time in ns
+
+
+class ExistsError(InputError):
+    """The error that there is an index already: another process may have just created it."""
 
 
 class Store:
@@ -67,32 +72,35 @@ class Store:
     def create(
         cls, location: PathLike, about: Mapping[str, Any], bank: Sequence[str] = ()
     ) -> "Store":
-        """Creates an empty index atomically, or raises InputError if the folder has other files.
+        """Creates an empty index atomically: of several processes, one succeeds.
 
-        `bank`: the captions of `check_bank`, or () for an index without hubness bias.
+        `bank`: the captions of `check_bank`, or () for an index without hubness bias. Raises
+        ExistsError if there is an index, InputError if the folder has other files.
         """
         about = {"format": FORMAT, **about} | ({"bank": digest_bank(bank)} if bank else {})
         location = _absolute(location)
-        in_folder = "://" not in location
-        if exists(location):
-            raise InputError(f"there is already an index in {location}")
-        if in_folder and os.path.exists(location) and os.listdir(location):
-            raise InputError(f"{location} is not empty and not an index: choose a new folder")
-        folder = str(partial_folder(location)) if in_folder else location
-        unreadable = pa.schema([*FILE_FIELDS, ("reason", pa.string())])
+        _check_new(location)
+        folder, in_folder = location, "://" not in location
         try:
+            if in_folder:
+                folder = _hidden_name(location)
+                os.makedirs(folder)
             database = lancedb.connect(folder)
-            database.create_table("unreadable", schema=unreadable, mode="overwrite")
+            unreadable = pa.schema([*FILE_FIELDS, ("reason", pa.string())])
+            database.create_table("unreadable", schema=unreadable, exist_ok=True)
             if bank:
                 captions = pa.table({"caption": pa.array(bank)})
                 database.create_table("bank", captions, mode="overwrite")
             # Created last: `exists` looks for this table.
             database.create_table("segments", schema=_segment_schema(about))
+            if in_folder:
+                os.replace(folder, location)  # fails if it has files
         except Exception as error:  # LanceDB has no common type
+            if in_folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            _check_new(location)
             reason = textwrap.shorten(str(error), 300)
             raise InputError(f"no index can be created in {location!r}: {reason}") from None
-        if in_folder:
-            os.replace(folder, location)
         return cls(location)
 
     def bank(self) -> list[str]:
@@ -272,6 +280,20 @@ def exists(location: PathLike) -> bool:
         return Path(location, "segments.lance").is_dir()
     with readable(location):
         return "segments" in lancedb.connect(location).table_names()
+
+
+def _check_new(location: str) -> None:
+    """Raises ExistsError if there is an index, InputError if the folder has other files."""
+    if exists(location):
+        raise ExistsError(f"there is already an index in {location}")
+    if "://" not in location and os.path.exists(location) and os.listdir(location):
+        raise InputError(f"{location} is not empty and not an index: choose a new folder")
+
+
+def _hidden_name(location: str) -> str:
+    """Returns the path of a folder next to a future index, which only this process uses."""
+    parent, name = os.path.split(location)
+    return os.path.join(parent, f".{name}.{uuid.uuid4().hex}.xclip_jax-partial")
 
 
 def _segment_schema(about: Mapping[str, Any]) -> pa.Schema:
