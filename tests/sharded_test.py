@@ -31,7 +31,7 @@ def test_parts_answer_like_one_process(model, videos, tmp_path, parts, queries, 
     assert facts["files"] == [COUNT - 1] * 2
     seconds, missing, note = facts["first"]
     if patience == 1:
-        assert (missing, note) == (1, "incomplete: a part of the index did not answer")
+        assert (missing, note) == (1, "incomplete: a shard of the index did not answer")
     assert max(seconds, facts["slowest"]) < 2 * patience
     assert facts["whole_after"] < 15 * patience
     assert facts["refreshed"] == [True, True, False]

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import runpy
+import signal
 import sys
 import threading
 import traceback
@@ -117,6 +118,16 @@ def one_line_errors() -> Iterator[None]:
         sys.exit("interrupted")
 
 
+@contextlib.contextmanager
+def terminate_like_ctrl_c() -> Iterator[None]:
+    """Makes SIGTERM, which spot machines send before they end, a KeyboardInterrupt."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 def run_command(command: Callable[[], object]) -> None:
     """Runs a command line and, if it fails, ends the process without interpreter shutdown.
 
@@ -140,6 +151,12 @@ def run_command(command: Callable[[], object]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
+
+
+def show_log_times() -> None:
+    """Starts the lines of the log with the time, for commands that run for days."""
+    for handler in logging.root.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
 
 
 class CommandParser(argparse.ArgumentParser):

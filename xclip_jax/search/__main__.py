@@ -10,16 +10,24 @@ Method and limits: docs/search.md.
 import argparse
 import contextlib
 import dataclasses
-import logging
+import inspect
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xclip_jax.cli import CommandParser, InputError, check_local, one_line_errors, run_command
+from xclip_jax.cli import (
+    CommandParser,
+    InputError,
+    check_local,
+    one_line_errors,
+    run_command,
+    show_log_times,
+    terminate_like_ctrl_c,
+)
 from xclip_jax.data.annotations import read_text
 from xclip_jax.data.tokenizer import is_blank
 from xclip_jax.search import clips, indexing, mcp_server, output, vespa
@@ -61,7 +69,7 @@ def run_index(args: argparse.Namespace) -> None:
         note = "the model has no tokenizer: search by video or image, or convert it with --vocab"
         print(f"note: {note}", file=sys.stderr)
     options: Any = {"prune": args.prune, "ocr": args.ocr, "speech": args.speech}
-    with _terminate_like_ctrl_c():
+    with terminate_like_ctrl_c():
         summary = index.add(args.videos, **options, **distribution)
     for title, reasons in (("partly read", summary.partial), ("unreadable", summary.unreadable)):
         for path, reason in reasons.items():
@@ -77,16 +85,6 @@ def run_index(args: argparse.Namespace) -> None:
     print(f"{args.index}: {' of '.join(sizes)}")
     if not index.num_segments:
         raise InputError("no video could be read")
-
-
-@contextlib.contextmanager
-def _terminate_like_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM, which spot machines send before they end, a KeyboardInterrupt."""
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _open_index(
@@ -174,8 +172,7 @@ def run_serve(args: argparse.Namespace) -> None:
     token = os.environ.get("XCLIP_JAX_TOKEN") or None if args.token is None else args.token
     options = {"allow_hosts": args.allow_host, "token": token, "browse": args.open}
     options |= {"allow_add": args.allow_add, "dedupe": args.dedupe}
-    for handler in logging.root.handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    show_log_times()
     open_listener(args.host, args.port).close()  # raises before the index is opened
     with _open_for_serving(args) as index:
         # Parts on a cluster are deleted also when a scheduler ends this process. Ray has replaced
@@ -191,13 +188,13 @@ def _open_for_serving(args: argparse.Namespace) -> contextlib.AbstractContextMan
     """Opens an index in this process, or with its parts in processes of a Ray cluster."""
     if args.shards is None:
         if args.ray is not None:
-            raise InputError("--ray requires --shards, the number of parts")
+            raise InputError("--ray requires --shards, their number")
         index = Index.open(args.index, args.model, args.candidates, args.rerank)
         return contextlib.nullcontext(index)
     if args.allow_add is not None:
         raise InputError("--allow_add requires an index without --shards: add by search index")
     options: Any = {"model": args.model, "candidates": args.candidates, "rerank": args.rerank}
-    print(f"starting {args.shards} parts of {args.index} on Ray", file=sys.stderr)
+    print(f"starting {args.shards} shards of {args.index} on Ray", file=sys.stderr)
     return open_sharded(args.index, args.shards, address=args.ray, **options)
 
 
@@ -273,7 +270,7 @@ def _add_server_options(add: Callable[..., Any]) -> None:
     add("--dedupe", action="store_true", help="fold near-duplicates into one result")
     text = "hold the segments in N processes of a Ray cluster (extra ray), default: in this one"
     add("--shards", type=int, metavar="N", help=text)
-    text = "address of a running cluster, such as auto or ray://HOST:10001; default: start one here"
+    text = "address of a running cluster, such as auto or ray://HOST:10001; default: start one on this machine"
     add("--ray", metavar="ADDRESS", help=text)
     add("--open", action="store_true", help="open the page in the browser")
 
@@ -297,10 +294,8 @@ def _add_index(add: Callable[..., Any]) -> None:
     add("--prune", action="store_true", help="remove files that no longer exist in VIDEOS")
     text = "where files are read and encoded: local:N (processes), ray, ray://HOST:PORT, "
     text += "ray:ADDRESS, beam; all machines need the index, the model and VIDEOS at the same paths"
-    add("--workers", help=f"{text} (extra workers, ray or beam)")
-    text = (
-        "add only the I-th of N parts of the files, counted from 0, as one process of a job array"
-    )
+    add("--workers", metavar="WHERE", help=f"{text} (extra workers, ray or beam)")
+    text = "as task I of a job array, counted from 0, add only its share of the files, 1 of N"
     add("--shard", metavar="I/N", help=text)
     text = "runner of Apache Beam with --workers=beam (default DirectRunner)"
     add("--beam_runner", help=text)
@@ -347,7 +342,7 @@ def _make_parser() -> argparse.ArgumentParser:
         run: Callable[..., None], *, opens_index: bool = True, opens_model: bool = True
     ) -> Callable[..., Any]:
         """Adds the command of a function `run_...`, returns the function that adds its options."""
-        name, text = run.__name__.removeprefix("run_"), run.__doc__ or ""
+        name, text = run.__name__.removeprefix("run_"), inspect.cleandoc(run.__doc__ or "")
         texts: Any = {"help": text.splitlines()[0], "description": text}
         command = commands.add_parser(name, allow_abbrev=True, **texts)
         command.set_defaults(run=run)
@@ -383,7 +378,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = add_command(run_export)
     text = "the .parquet or .npz file to write, with --format=vespa a new folder"
     add("--output", required=True, help=text)
-    text = "vespa: an application package with the three stages, and its feed (not run yet)"
+    text = "vespa: an application package with the three stages, and its feed (not tested in Vespa)"
     add("--format", choices=("vespa",), help=text)
     return parser
 

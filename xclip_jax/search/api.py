@@ -237,7 +237,7 @@ class Hits(Answer):
     hits: list[Hit]
     searched: int = Field(description="Number of segments that passed the filters.")
     note: str | None = Field(description="For the user, e.g. that the sentence was truncated.")
-    missing: int = Field(description="Number of parts of a sharded index that did not answer.")
+    missing: int = Field(description="Number of shards that did not answer, see serve --shards.")
     seconds: float = Field(description="Time that the search took.")
     stages: dict[str, float] = Field(description="Seconds of each stage, by its name.")
 

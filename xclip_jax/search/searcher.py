@@ -303,7 +303,7 @@ class Searcher(abc.ABC):
         if tokenizer is not None and tokenizer.is_truncated(text):
             notes.append(f"only the first {tokenizer.num_words} tokens of the sentence were used")
         if answer.missing:
-            parts = "a part" if answer.missing == 1 else f"{answer.missing} parts"
-            notes.append(f"incomplete: {parts} of the index did not answer")
+            shards = "a shard" if answer.missing == 1 else f"{answer.missing} shards"
+            notes.append(f"incomplete: {shards} of the index did not answer")
         seconds = {"encoding": encoding, **answer.seconds}
         return dataclasses.replace(answer, seconds=seconds, note="; ".join(notes) or None)

@@ -56,7 +56,7 @@ class ShardedIndex(Searcher):
         self._version, self._sizes, self._num_files = 0, dict[int, tuple[int, int]](), (0, 0)
         self.refresh()
         if empty := sum(not segments for segments, _ in self._sizes.values()):
-            name = f"{empty} of {len(self._handles)} parts"
+            name = f"{empty} of {len(self._handles)} shards"
             logging.warning("%s hold no segment of this small index: use fewer", name)
 
     @property
@@ -105,7 +105,7 @@ class ShardedIndex(Searcher):
         while True:
             lost = frozenset(self._lost | dropped)
             if len(lost) == len(self._handles):
-                raise UnavailableError("no part of the index answers: try again in some seconds")
+                raise UnavailableError("no shard of the index answers: try again in some seconds")
             parts = RemoteParts(self._handles, self._version)
             try:
                 result: Any = function(Shards(parts, lost))
@@ -127,7 +127,7 @@ class ShardedIndex(Searcher):
             new = sorted(set(numbers) - self._lost)
             self._lost |= set(new)
         for number in new:
-            name = f"part {number + 1} of {len(self._handles)}"
+            name = f"shard {number + 1} of {len(self._handles)}"
             logging.warning("%s of the index does not answer", name)
             threading.Thread(target=self._recover, args=(number, name), daemon=True).start()
 
@@ -141,7 +141,8 @@ class ShardedIndex(Searcher):
                 self._sizes[number] = call.result(timeout_s=LOAD_SECONDS)
             except Exception as error:  # Ray's errors have no common type
                 if (reason := first_line(error)) != reported:
-                    logging.warning("%s of the index: %s", name, reason)
+                    problem = f"cannot be reached: {type(error).__name__}: {reason}"
+                    logging.warning("%s of the index %s", name, problem)
                 pause, reported = min(2 * pause, MAX_RETRY_SECONDS), reason
                 continue
             if version == self._version:
@@ -211,7 +212,7 @@ class RemoteParts(Parts):
         except RayTaskError as error:
             raise error.cause from None
         except Exception:  # Ray's errors of lost processes have no common type
-            logging.getLogger(__name__).debug("part %d", number, exc_info=True)
+            logging.getLogger(__name__).debug("shard %d", number, exc_info=True)
             return _LOST
 
 
@@ -274,9 +275,13 @@ def _connect(address: str | None, count: int) -> None:
 
 
 def _show_life(ray: Any, front: str) -> Any:
-    """Starts an actor with the name of the front end, which ends with it or when it is deleted."""
+    """Starts an actor with the name of the front end, which ends with it or when it is deleted.
+
+    It is started again if it loses its machine.
+    """
     kind = type("FrontEnd", (), {})  # without a module, which the actor would import
-    return ray.remote(kind).options(num_cpus=0, name=front, namespace=_NAMESPACE).remote()
+    options: Any = {"num_cpus": 0, "max_restarts": -1, "name": front, "namespace": _NAMESPACE}
+    return ray.remote(kind).options(**options).remote()
 
 
 def _delete_orphans(ray: Any, serve: Any) -> None:
@@ -294,7 +299,7 @@ def _warn_of_few_cpus(ray: Any, count: int) -> None:
     """Prints that the parts wait if the cluster, which may be growing, has too few CPUs."""
     free = int(ray.available_resources().get("CPU", 0))
     if free < count:
-        print(f"waiting: {count} parts need a CPU each, {free} are free", file=sys.stderr)
+        print(f"waiting: {count} shards need a CPU each, {free} are free", file=sys.stderr)
 
 
 def _deploy(serve: Any, names: Sequence[str], location: str, model: PathLike) -> list[Any]:
@@ -319,7 +324,7 @@ def _deploy(serve: Any, names: Sequence[str], location: str, model: PathLike) ->
         return serve.run_many(targets)
     except Exception as error:  # Ray's have no common type
         reason = _find_reason(serve, names) or first_line(error)
-        raise InputError(f"the parts of {location} could not start: {reason}") from None
+        raise InputError(f"the shards of {location} could not start: {reason}") from None
     finally:
         logging.disable(logging.NOTSET)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it reports in a thread of its own

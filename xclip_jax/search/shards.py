@@ -24,7 +24,7 @@ class LostError(Exception):
 
     def __init__(self, numbers: Collection[int]) -> None:
         names = ", ".join(str(number + 1) for number in sorted(numbers))
-        super().__init__(f"parts {names} of the index do not answer")
+        super().__init__(f"shards {names} of the index do not answer")
         self.numbers = frozenset(numbers)
 
 
@@ -112,7 +112,7 @@ class Shards:
         """Returns the row of a segment, or raises KeyError for an unknown id."""
         rows = self.rows_of([segment_id])
         if self.without and segment_id not in rows:
-            raise UnavailableError("a part of the index does not answer: try again in some seconds")
+            raise UnavailableError("a shard of the index does not answer: try again in some seconds")
         return np.array([rows[segment_id]])
 
     def films(self) -> pa.Table:
