@@ -2,11 +2,13 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import tiny
 
 from xclip_jax.cli import InputError
-from xclip_jax.search import sharded
+from xclip_jax.search import Index, sharded
 from xclip_jax.search.results import Answer
 from xclip_jax.search.shards import LostError
 
@@ -92,3 +94,55 @@ def test_answers_say_how_many_parts_are_missing():
     assert sharded._mark(answer, 2).missing == 2
     assert [one.missing for one in sharded._mark([answer, answer], 1)] == [1, 1]
     assert sharded._mark("a film", 1) == "a film"
+
+
+def test_wrong_model_is_an_error_before_shards_start(tmp_path):
+    tiny.make_model(tmp_path / "model")
+    tiny.make_model(tmp_path / "other", seed=1)
+    store = Index.create(tmp_path / "index", tmp_path / "model")._store
+    for name, message in (("nowhere", "no model in"), ("other", "different models")):
+        with pytest.raises(InputError, match=message):
+            sharded.ShardedIndex(store, lambda: pytest.fail("started"), model=tmp_path / name)
+
+
+class Serve:
+    """Ray Serve whose applications have deployments with messages. It remembers what it deletes."""
+
+    def __init__(self, **messages):
+        self.messages, self.deleted = messages, []
+
+    def status(self):
+        applications = {
+            name: SimpleNamespace(deployments={name: SimpleNamespace(message=text)})
+            for name, text in self.messages.items()
+        }
+        return SimpleNamespace(applications=applications)
+
+    def delete(self, name, **_):
+        self.deleted.append(name)
+
+
+def test_reason_of_a_shard_that_cannot_start_is_its_last_line():
+    traceback = 'Error:\nTraceback (most recent call last):\n  File "a.py"\n'
+    served = Serve(a="", b=f"{traceback}xclip_jax.cli.InputError: it is another model")
+    assert sharded._find_reason(served, ["a", "b"]) == "it is another model"
+    assert sharded._find_reason(served, ["a"]) == ""
+
+
+def test_only_shards_without_a_living_front_end_are_deleted():
+    living, ended = (f"xclip_jax-{digit * 32}" for digit in "ab")
+
+    def get_actor(name, namespace):
+        if name != living:
+            raise ValueError(name)
+
+    served = Serve(**dict.fromkeys([f"{living}-0", f"{ended}-0", f"{ended}-12", "others-0"], ""))
+    sharded._delete_orphans(SimpleNamespace(get_actor=get_actor), served)
+    assert served.deleted == [f"{ended}-0", f"{ended}-12"]
+
+
+def test_missing_cpus_are_reported(capsys):
+    for free, expected in ((1.0, "waiting: 2 shards need a CPU each, 1 are free\n"), (2.0, "")):
+        ray = SimpleNamespace(available_resources=lambda free=free: {"CPU": free})
+        sharded._warn_of_few_cpus(ray, 2)
+        assert capsys.readouterr().err == expected

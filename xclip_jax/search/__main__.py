@@ -270,7 +270,8 @@ def _add_server_options(add: Callable[..., Any]) -> None:
     add("--dedupe", action="store_true", help="fold near-duplicates into one result")
     text = "hold the segments in N processes of a Ray cluster (extra ray), default: in this one"
     add("--shards", type=int, metavar="N", help=text)
-    text = "address of a running cluster, such as auto or ray://HOST:10001; default: start one on this machine"
+    text = "address of a running cluster, such as auto or ray://HOST:10001; default: a new one on "
+    text += "this machine"
     add("--ray", metavar="ADDRESS", help=text)
     add("--open", action="store_true", help="open the page in the browser")
 

@@ -112,7 +112,8 @@ class Shards:
         """Returns the row of a segment, or raises KeyError for an unknown id."""
         rows = self.rows_of([segment_id])
         if self.without and segment_id not in rows:
-            raise UnavailableError("a shard of the index does not answer: try again in some seconds")
+            problem = "a shard of the index does not answer"
+            raise UnavailableError(f"{problem}: try again in some seconds")
         return np.array([rows[segment_id]])
 
     def films(self) -> pa.Table:
