@@ -168,14 +168,15 @@ def test_command_adds_a_shard_on_workers(model, videos, tmp_path, in_thread, cap
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("on_workers", [False, True])
 def test_ctrl_c_and_sigterm_commit_what_was_read(
-    model, videos, tmp_path, on_workers, monkeypatch, capsys
+    model, videos, tmp_path, on_workers, number, monkeypatch
 ):
     def read_and_terminate(function, jobs, done):
         for index, job in enumerate(jobs):
             done(index, function(job))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(10)
 
     def run(self, function, jobs, done):

@@ -1,12 +1,13 @@
 """Tests of connecting to a Ray cluster."""
 
+import signal
 import socket
 import time
 
 import pytest
 
 from xclip_jax.cli import InputError
-from xclip_jax.search import ray_cluster
+from xclip_jax.search import ray_cluster, sharded
 from xclip_jax.search.backends import RayWorkers
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -21,6 +22,22 @@ def test_cluster_that_does_not_answer_is_an_error_at_once(pattern):
     with pytest.raises(InputError, match=message):
         assert RayWorkers(address, option=f"ray:{address}").slots
     assert time.monotonic() - started < 20  # Ray would try for minutes
+
+
+def test_handler_of_sigterm_is_kept(monkeypatch):
+    def init(address, **_):
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray does
+
+    monkeypatch.setattr("ray.init", init)
+    former = signal.getsignal(signal.SIGTERM)
+    ray_cluster.connect("--ray=auto", "auto")
+    assert signal.getsignal(signal.SIGTERM) == former
+
+
+def test_connection_of_the_caller_is_not_taken_over(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with pytest.raises(InputError, match="is connected to a Ray cluster already"):
+        sharded._connect(None, 2)
 
 
 def test_unknown_host_is_an_error_at_once(monkeypatch):

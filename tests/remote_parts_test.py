@@ -1,5 +1,6 @@
 """Tests of how the front end waits for parts, with stand-ins for Ray's handles."""
 
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import tiny
 
 from xclip_jax.cli import InputError
 from xclip_jax.search import Index, sharded
+from xclip_jax.search.readable import UnreadableError
 from xclip_jax.search.results import Answer
 from xclip_jax.search.shards import LostError
 
@@ -103,6 +105,9 @@ def test_wrong_model_is_an_error_before_shards_start(tmp_path):
     for name, message in (("nowhere", "no model in"), ("other", "different models")):
         with pytest.raises(InputError, match=message):
             sharded.ShardedIndex(store, lambda: pytest.fail("started"), model=tmp_path / name)
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(InputError, match="is no longer in"):
+        sharded.ShardedIndex(store, lambda: pytest.fail("started"))
 
 
 class Serve:
@@ -122,27 +127,42 @@ class Serve:
         self.deleted.append(name)
 
 
-def test_reason_of_a_shard_that_cannot_start_is_its_last_line():
-    traceback = 'Error:\nTraceback (most recent call last):\n  File "a.py"\n'
-    served = Serve(a="", b=f"{traceback}xclip_jax.cli.InputError: it is another model")
+@pytest.mark.parametrize("kind", [InputError, UnreadableError])
+def test_reason_of_a_shard_that_cannot_start_is_its_last_line(kind):
+    lines = ["Error:", "Traceback (most recent call last):", '  File "a.py"']
+    lines.append(f"{kind.__module__}.{kind.__name__}: it is another model")
+    served = Serve(a="", b="\n".join(lines))
     assert sharded._find_reason(served, ["a", "b"]) == "it is another model"
     assert sharded._find_reason(served, ["a"]) == ""
 
 
-def test_only_shards_without_a_living_front_end_are_deleted():
-    living, ended = (f"xclip_jax-{digit * 32}" for digit in "ab")
+def test_only_shards_without_a_living_front_end_are_deleted(monkeypatch):
+    monkeypatch.setattr(sharded, "ORPHAN_SECONDS", 0.01)
+    living, ended, lost = (f"xclip_jax-{digit * 32}" for digit in "abc")
+    calls = []
 
     def get_actor(name, namespace):
-        if name != living:
+        calls.append(name)
+        # Ray notices after some time that the machine of an actor is lost.
+        if name == ended or (name == lost and calls.count(lost) > 3):
             raise ValueError(name)
 
-    served = Serve(**dict.fromkeys([f"{living}-0", f"{ended}-0", f"{ended}-12", "others-0"], ""))
-    sharded._delete_orphans(SimpleNamespace(get_actor=get_actor), served)
-    assert served.deleted == [f"{ended}-0", f"{ended}-12"]
+    names = [f"{living}-0", f"{ended}-0", f"{ended}-12", f"{lost}-1", "others-0"]
+    served, ray = Serve(**dict.fromkeys(names, "")), SimpleNamespace(get_actor=get_actor)
+    with sharded._deleting_orphans(ray, served):
+        deadline = time.monotonic() + 10
+        while f"{lost}-1" not in served.deleted and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(served.deleted) == {f"{ended}-0", f"{ended}-12", f"{lost}-1"}
+    served.deleted.clear()
+    time.sleep(0.1)
+    assert served.deleted == []  # it has ended
 
 
 def test_missing_cpus_are_reported(capsys):
+    actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: "handle"))
     for free, expected in ((1.0, "waiting: 2 shards need a CPU each, 1 are free\n"), (2.0, "")):
-        ray = SimpleNamespace(available_resources=lambda free=free: {"CPU": free})
-        sharded._warn_of_few_cpus(ray, 2)
+        resources = lambda free=free: {"CPU": free}  # noqa: E731
+        ray = SimpleNamespace(remote=lambda kind: actor, available_resources=resources)
+        assert sharded._mark_alive(ray, "xclip_jax-a", 2) == "handle"
         assert capsys.readouterr().err == expected

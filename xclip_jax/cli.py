@@ -120,8 +120,12 @@ def one_line_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminate_like_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM, which spot machines send before they end, a KeyboardInterrupt."""
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Makes SIGTERM, which schedulers and clouds send before they stop, a KeyboardInterrupt."""
+    former = signal.getsignal(signal.SIGTERM)
+    if former is None or threading.current_thread() is not threading.main_thread():
+        yield  # it cannot be changed, or not restored
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

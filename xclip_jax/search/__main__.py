@@ -174,10 +174,9 @@ def run_serve(args: argparse.Namespace) -> None:
     options |= {"allow_add": args.allow_add, "dedupe": args.dedupe}
     show_log_times()
     open_listener(args.host, args.port).close()  # raises before the index is opened
+    # Shards on a cluster are deleted also when a scheduler ends this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _open_for_serving(args) as index:
-        # Parts on a cluster are deleted also when a scheduler ends this process. Ray has replaced
-        # any former handler by one with another exit status.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         index.warm_up()
         serve(index, args.host, args.port, **options)
     if args.allow_add is not None:
@@ -188,7 +187,7 @@ def _open_for_serving(args: argparse.Namespace) -> contextlib.AbstractContextMan
     """Opens an index in this process, or with its parts in processes of a Ray cluster."""
     if args.shards is None:
         if args.ray is not None:
-            raise InputError("--ray requires --shards, their number")
+            raise InputError("--ray requires --shards=N")
         index = Index.open(args.index, args.model, args.candidates, args.rerank)
         return contextlib.nullcontext(index)
     if args.allow_add is not None:

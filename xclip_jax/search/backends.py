@@ -71,7 +71,10 @@ class RayWorkers:
         import ray
 
         connect(f"--workers={self.option}", self.address)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        except Exception as error:  # Ray has no common type
+            raise InputError(f"the Ray cluster failed: {first_line(error)}") from None
         nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
         if not nodes:
             raise InputError("--workers: the Ray cluster has no CPU")

@@ -194,6 +194,7 @@ class _Commits:
 
     def add(self, reports: Iterable[FileReport], segments: Iterable[Any]) -> None:
         """Queues complete files, and commits at intervals."""
+        self.segments += segments  # first: a file without its rows would replace an older version
         for report in reports:
             if report.problem:
                 problems = self.summary.partial if report.segments else self.summary.unreadable
@@ -205,7 +206,6 @@ class _Commits:
                 row = {"path": report.path, "size": size, "mtime": mtime}
                 self.failed.append({**row, "reason": report.problem})
             self.summary.segments += report.segments
-        self.segments += segments
         now = time.monotonic()
         interval = max(MIN_COMMIT_SECONDS, COMMIT_FRACTION * (now - self.start_time))
         if now - self.commit_time > interval:

@@ -4,7 +4,9 @@
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import warnings
 from typing import Any
 
@@ -19,7 +21,8 @@ def connect(option: str, address: str | None, **options: Any) -> None:
     Args:
         option: the command-line option, for errors.
         address: HOST:PORT, ray://HOST:PORT of a client server, "auto" for the cluster of this
-            machine, "local" for a new one; None: either.
+            machine, "local" for a new one; None: that of this
+            machine if there is one, else a new one.
         **options: further ones of `ray.init`.
 
     Raises:
@@ -30,11 +33,14 @@ def connect(option: str, address: str | None, **options: Any) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         _reach(address or "")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # e.g. it forks before it executes
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # which Ray has replaced
     except Exception as error:  # Ray has no common type
         is_new = address in (None, "local")
         problem = "a Ray cluster could not start" if is_new else "no Ray cluster answers"

@@ -20,19 +20,21 @@ def readable(location: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # LanceDB has no common type, and may panic
-        _check_access(location)
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         problem = f"the index {location} cannot be read: {reason}"
+        if refusal := _find_refusal(location):
+            raise UnreadableError(f"{refusal}; {problem}") from error
         advice = "if it is corrupted, delete it and index the videos again"
         raise UnreadableError(f"{problem}; {advice}") from error
 
 
-def _check_access(location: str) -> None:
-    """Raises UnreadableError, which says what to do, if a bucket cannot be accessed."""
-    if location.partition("://")[0] not in ADVICE:
-        return
-    try:
-        with contextlib.suppress(FileNotFoundError):
+def _find_refusal(location: str) -> str:
+    """Returns why a bucket cannot be accessed and what to set, "" if it can or for a folder."""
+    if location.partition("://")[0] in ADVICE:
+        try:
             BucketPath(location).list_files(recursive=False)
-    except InputError as error:
-        raise UnreadableError(str(error)) from None
+        except FileNotFoundError:
+            pass
+        except InputError as error:
+            return str(error)
+    return ""

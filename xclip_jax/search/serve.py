@@ -182,6 +182,8 @@ async def _run_beside(endpoints: Endpoints) -> AsyncIterator[None]:
                 reported = problem
             except Exception:
                 logging.getLogger(__name__).exception("the index could not be refreshed")
+            else:
+                reported = ""
             duration = time.perf_counter() - start
 
     if endpoints.adder:

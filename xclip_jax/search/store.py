@@ -96,11 +96,12 @@ class Store:
             if in_folder:
                 os.replace(folder, location)  # fails if it has files
         except Exception as error:  # LanceDB has no common type
-            if in_folder:
-                shutil.rmtree(folder, ignore_errors=True)
             _check_new(location)
             reason = textwrap.shorten(str(error), 300)
             raise InputError(f"no index can be created in {location!r}: {reason}") from None
+        finally:
+            if folder != location:  # it was not renamed
+                shutil.rmtree(folder, ignore_errors=True)
         return cls(location)
 
     def bank(self) -> list[str]:
