@@ -168,10 +168,18 @@ def test_command_adds_a_shard_on_workers(model, videos, tmp_path, in_thread, cap
     )
 
 
+@pytest.fixture
+def ctrl_c():
+    """Lets SIGINT interrupt: a process that a shell has started in the background ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("on_workers", [False, True])
 def test_ctrl_c_and_sigterm_commit_what_was_read(
-    model, videos, tmp_path, on_workers, number, monkeypatch
+    model, videos, tmp_path, on_workers, number, monkeypatch, ctrl_c
 ):
     def read_and_terminate(function, jobs, done):
         for index, job in enumerate(jobs):

@@ -21,6 +21,7 @@ PARTS = 2
 def answer_lines(location):
     from xclip_jax.search.sharded import open_sharded
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below background processes
     with open_sharded(location, PARTS, address="auto") as index:
         print("ready", flush=True)
         for line in sys.stdin:
