@@ -228,12 +228,14 @@ def test_failed_continuation_can_be_tried_again(page, many_address, many, monkey
 
 def test_back_shows_all_results_that_were_loaded(page, many_address):
     page.goto(many_address + "#q=dog")
+    # Scrolling to the button may load results before it is clicked: one or two loads.
     page.get_by_role("button", name="Show more", exact=True).click()
-    expect(page.locator("#status")).to_contain_text("48 moments")
+    loaded = re.compile("(48|60) moments")
+    expect(page.locator("#status")).to_contain_text(loaded)
     page.goto(many_address + "#q=cat")
     expect(page.locator("#status")).to_contain_text("24 moments")
     page.go_back()
-    expect(page.locator("#status")).to_contain_text(re.compile("(48|60) moments"))
+    expect(page.locator("#status")).to_contain_text(loaded)
 
 
 @SIZES

@@ -10,6 +10,9 @@ from s3 import s3
 
 from xclip_jax.cli import InputError
 from xclip_jax.search import Index
+from xclip_jax.search.calibration import Calibration
+from xclip_jax.search.passages import Found, Passages
+from xclip_jax.search.store import Store, exists
 
 __all__ = ["made", "model", "no_processes", "s3", "videos"]  # fixtures
 MOST = 30  # requests of a query
@@ -50,6 +53,30 @@ def test_index_in_a_bucket_is_made_searched_and_updated(made, model, videos, s3,
     summary = Index.open(location).add(videos)  # a second run finds nothing new
     assert (summary.files, summary.unchanged) == (0, COUNT)
     assert opened.num_segments == 3 * COUNT
+
+
+def test_table_without_its_first_version_is_not_yet_there(s3):
+    location, seen = f"{s3.uri}/index", {}
+    readers = {
+        "segments": lambda: exists(location),
+        "calibration": lambda: Store(location).calibration(),
+        "passages": lambda: Passages(location).sources,
+    }
+
+    def read(method, path):
+        name = path.removeprefix(f"/{s3.name}/index/").partition(".lance/_versions/")[0]
+        if method == "PUT" and name in readers and name not in seen:
+            seen[name] = "running"
+            seen[name] = readers[name]()
+
+    s3.hook = read
+    store = Store.create(location, {"max_frames": 2, "embed_dim": 4, "precision": "float32"})
+    store.save_calibration(Calibration(examples=("a dog",)))
+    store.passages.add("subtitles", [Found("/clip.mp4", (1, 1, ""), {})])
+    assert seen == {"segments": False, "calibration": Calibration(), "passages": frozenset()}
+    assert exists(location)
+    assert Store(location).calibration().examples == ("a dog",)
+    assert Store(location).passages.paths() == {"/clip.mp4"}
 
 
 def test_bucket_out_of_reach_is_an_error_that_says_what_to_set(s3, monkeypatch):

@@ -18,7 +18,7 @@ from lancedb.query import FullTextOperator, MatchQuery
 
 from xclip_jax.search.lines import Line
 from xclip_jax.search.moments import Interval
-from xclip_jax.search.readable import readable
+from xclip_jax.search.readable import find_table, readable
 from xclip_jax.search.repeats import delete_repeated_rows
 from xclip_jax.search.results import Match, Source
 from xclip_jax.search.words import STOP_WORDS, normalize, terms
@@ -67,7 +67,6 @@ class Passages:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self._database = lancedb.connect(location)
         self._passages: Any = None
         self._files: Any = None
         self._version, self.sources = 0, frozenset[Source]()
@@ -77,11 +76,12 @@ class Passages:
         """Opens the latest version, and returns True if it is a new one."""
         with readable(self.location):
             if self._passages is None:
-                names = self._database.table_names(limit=100)
-                if "passages" not in names or "read_texts" not in names:
+                table = find_table(self.location, "passages")
+                if table is None:
                     return False
-                self._files = self._database.open_table("read_texts")
-                self._passages = self._database.open_table("passages")
+                # It was created before the other one.
+                self._files = lancedb.connect(self.location).open_table("read_texts")
+                self._passages = table
             self._files.checkout_latest()
             table = self._passages
             table.checkout_latest()
@@ -208,9 +208,10 @@ class Passages:
 
     def _create(self) -> None:
         """Creates the tables and the full-text index."""
+        database = lancedb.connect(self.location)
         options: Any = {"mode": "create", "exist_ok": True}
-        self._files = self._database.create_table("read_texts", schema=_FILES, **options)
-        self._passages = self._database.create_table("passages", schema=_PASSAGES, **options)
+        self._files = database.create_table("read_texts", schema=_FILES, **options)
+        self._passages = database.create_table("passages", schema=_PASSAGES, **options)
         self._create_index()
 
     def _create_index(self) -> None:

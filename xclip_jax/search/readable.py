@@ -1,8 +1,11 @@
-"""Turns errors of the database into one line."""
+"""Opens tables of the database, and turns its errors into one line."""
 
 import contextlib
 import textwrap
 from collections.abc import Iterator
+from typing import Any
+
+import lancedb
 
 from xclip_jax.buckets import ADVICE, BucketPath
 from xclip_jax.cli import InputError
@@ -26,6 +29,22 @@ def readable(location: str) -> Iterator[None]:
             raise UnreadableError(f"{refusal}; {problem}") from error
         advice = "if it is corrupted, delete it and index the videos again"
         raise UnreadableError(f"{problem}; {advice}") from error
+
+
+def find_table(location: str, name: str) -> Any | None:
+    """Returns a table, or None if it does not exist or another process is just creating it.
+
+    Its folder is there, and LanceDB lists it, before its first version is. Raises database errors.
+    """
+    database = lancedb.connect(location)
+    if name not in database.table_names(limit=100):
+        return None
+    try:
+        return database.open_table(name)
+    except ValueError as error:
+        if "was not found" not in str(error):
+            raise
+        return None
 
 
 def _find_refusal(location: str) -> str:

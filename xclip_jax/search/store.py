@@ -27,7 +27,7 @@ from xclip_jax.search.bank import digest_bank
 from xclip_jax.search.calibration import Calibration
 from xclip_jax.search.digests import PARTS, add_digests
 from xclip_jax.search.passages import FILE_FIELDS, Passages, to_sql
-from xclip_jax.search.readable import readable
+from xclip_jax.search.readable import find_table, readable
 from xclip_jax.search.repeats import delete_repeated_rows
 from xclip_jax.search.row_ids import WHOLE, Part
 from xclip_jax.search.snapshot import Snapshot
@@ -209,11 +209,9 @@ class Store:
 
     def calibration(self) -> Calibration:
         """Returns the stored calibration, one without values if there is none."""
-        database = lancedb.connect(self.location)
         with readable(self.location):
-            if "calibration" not in database.table_names(limit=100):
-                return Calibration()
-            rows = database.open_table("calibration").to_arrow().to_pylist()
+            table = find_table(self.location, "calibration")
+            rows = [] if table is None else table.to_arrow().to_pylist()
         if not rows:
             return Calibration()
         return Calibration(**{**rows[0], "examples": tuple(rows[0]["examples"])})
@@ -280,7 +278,7 @@ def exists(location: PathLike) -> bool:
     if "://" not in location:
         return Path(location, "segments.lance").is_dir()
     with readable(location):
-        return "segments" in lancedb.connect(location).table_names()
+        return find_table(location, "segments") is not None
 
 
 def _check_new(location: str) -> None:
