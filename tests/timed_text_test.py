@@ -1,11 +1,14 @@
 """Tests of what is said and written in an index: subtitles, screen, speech, fusion, updates."""
 
+import functools
 import json
 import shutil
+import threading
 
 import lancedb
 import numpy as np
 import pytest
+from index_adding import run_together
 from indexes import index, made, model, no_processes, videos
 from PIL import Image, ImageDraw, ImageFont
 from subtitle_files import write_with_streams
@@ -16,7 +19,8 @@ from xclip_jax.data.container import AccessError
 from xclip_jax.search import Index, passages, querying, timed_text
 from xclip_jax.search.__main__ import main
 from xclip_jax.search.lines import Line
-from xclip_jax.search.passages import match_lines
+from xclip_jax.search.passages import Found, Passages, match_lines
+from xclip_jax.search.store import Store, retry_commit
 
 __all__ = ["index", "made", "model", "no_processes", "videos"]  # the fixtures
 
@@ -182,6 +186,25 @@ def test_index_of_an_earlier_version_gets_text_when_it_is_updated(said, films):
     assert not any(hit.weak for hit in old.query("a red dog"))
     assert old.add(films).texts == 1
     assert places(old.query("interest", sources=["speech"])) == [("clip0.mp4", 0.0)]
+
+
+def test_text_that_several_processes_add_first_is_kept(tmp_path):
+    location = str(tmp_path / "index")
+    Store.create(location, {"max_frames": 2, "embed_dim": 4, "precision": "float32"})
+    # Those who create a table together may replace what one of them has added.
+    assert {"passages", "read_texts"} <= set(lancedb.connect(location).table_names())
+
+    def add(number):
+        found = Found(f"/{number}.mp4", (1, 1, ""), {str(number): [Line(0.0, 1.0, "hello")]})
+        writer = Passages(location)
+        barrier.wait()
+        retry_commit(lambda: writer.add("subtitles", [found]))
+
+    barrier = threading.Barrier(4)
+    run_together(*(functools.partial(add, number) for number in range(4)))
+    reader = Passages(location)
+    assert {passage.id for passage in reader.search("hello", sources=["speech"])} == set("0123")
+    assert reader.paths() == {f"/{number}.mp4" for number in range(4)}
 
 
 def test_problems_of_subtitles_are_listed(said, films):

@@ -1,7 +1,7 @@
 """Stores what is said and written in films as timed text, and searches it by words.
 
 Table `passages` has one row per segment and reader, with the lines of that segment; `read_texts`
-one per file and reader, also without lines. Both are created when they are first needed.
+one per file and reader, also without lines. Indexes of earlier versions have neither.
 """
 
 import dataclasses
@@ -72,6 +72,23 @@ class Passages:
         self._version, self.sources = 0, frozenset[Source]()
         self.refresh()
 
+    def create(self) -> None:
+        """Creates the tables and the full-text index, if they do not exist.
+
+        An index gets them before its first rows: of two processes that create a table together, one
+        may replace what the other has added.
+        """
+        if self._passages is None:
+            database = lancedb.connect(self.location)
+            options: Any = {"mode": "create", "exist_ok": True}
+            self._files = database.create_table("read_texts", schema=_FILES, **options)
+            self._passages = database.create_table("passages", schema=_PASSAGES, **options)
+        self._passages.checkout_latest()
+        if not self._passages.list_indices():
+            stop_words: Any = sorted(STOP_WORDS)
+            config = FTS(stem=True, remove_stop_words=True, custom_stop_words=stop_words)
+            self._passages.create_index("words", config=config)
+
     def refresh(self) -> bool:
         """Opens the latest version, and returns True if it is a new one."""
         with readable(self.location):
@@ -79,10 +96,7 @@ class Passages:
                 table = find_table(self.location, "passages")
                 if table is None:
                     return False
-                # It was created before the other one.
-                self._files = lancedb.connect(self.location).open_table("read_texts")
                 self._passages = table
-            self._files.checkout_latest()
             table = self._passages
             table.checkout_latest()
             if table.version == self._version:
@@ -91,21 +105,29 @@ class Passages:
             self._version, self.sources = table.version, frozenset(found)
             return True
 
+    def _latest(self) -> tuple[Any, ...]:
+        """Returns the latest `passages` and `read_texts`, () if they do not exist."""
+        self.refresh()
+        if self._passages is None:
+            return ()
+        if self._files is None:
+            self._files = lancedb.connect(self.location).open_table("read_texts")
+        self._files.checkout_latest()
+        return self._passages, self._files
+
     def files(self, reader: Reader) -> dict[str, tuple[int, int, str]]:
         """Returns {path: (size, mtime, state)} of the files that a reader has read."""
-        self.refresh()
-        if self._files is None:
-            return {}
         with readable(self.location):
-            rows = self._files.search().where(f"reader = '{reader}'").to_arrow().to_pylist()
+            if not (tables := self._latest()):
+                return {}
+            rows = tables[1].search().where(f"reader = '{reader}'").to_arrow().to_pylist()
         return {row["path"]: (row["size"], row["mtime"], row["state"]) for row in rows}
 
     def add(self, reader: Reader, found: Sequence[Found]) -> None:
         """Replaces the text that a reader found in films."""
         if not found:
             return
-        if self._passages is None:
-            self._create()
+        self.create()
         rows, files = [], []
         for one in found:
             size, mtime, state = one.state
@@ -123,9 +145,9 @@ class Passages:
             ]
         paths = ", ".join(to_sql(one.path) for one in found)
         condition = f"reader = '{reader}' AND path IN ({paths})"
-        tables: Any = (self._passages, rows, _PASSAGES), (self._files, files, _FILES)
-        for table, new, schema in tables:
-            table.checkout_latest()
+        for table, new, schema in zip(
+            self._latest(), (rows, files), (_PASSAGES, _FILES), strict=True
+        ):
             if table.count_rows(condition):
                 table.delete(condition)
             if new:
@@ -133,18 +155,16 @@ class Passages:
 
     def remove(self, condition: str) -> None:
         """Commits the removal of the files that match an SQL condition on path, size and mtime."""
-        self.refresh()
-        for table in (self._passages, self._files):
-            if table is not None and table.count_rows(condition):
+        for table in self._latest():
+            if table.count_rows(condition):
                 table.delete(condition)
 
     def paths(self) -> set[str]:
         """Returns the paths of the films that some reader has read."""
-        self.refresh()
-        if self._files is None:
-            return set()
         with readable(self.location):
-            return set(self._files.search().select(["path"]).to_arrow()["path"].to_pylist())
+            if not (tables := self._latest()):
+                return set()
+            return set(tables[1].search().select(["path"]).to_arrow()["path"].to_pylist())
 
     def remove_files(self, paths: Collection[str]) -> None:
         """Removes the text of films."""
@@ -153,13 +173,13 @@ class Passages:
 
     def compact(self) -> None:
         """Merges small files and adds new passages to the full-text index."""
-        for table, name in ((self._passages, "id"), (self._files, "path")):
-            if table is not None:
-                delete_repeated_rows(table, (name, "reader"))
-                table.checkout_latest()
-                table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
-        if self._passages is not None and not self._passages.list_indices():
-            self._create_index()  # a process was killed before it did
+        if not (tables := self._latest()):
+            return
+        for table, name in zip(tables, ("id", "path"), strict=True):
+            delete_repeated_rows(table, (name, "reader"))
+            table.checkout_latest()
+            table.optimize(cleanup_older_than=datetime.timedelta(hours=1))
+        self.create()  # a process may have been killed before it created the full-text index
 
     def search(
         self,
@@ -205,19 +225,6 @@ class Passages:
         unique = list(reversed(rows))[:limit]
         passages = (_make_passage(row, text, wanted, interval) for row in unique)
         return [passage for passage in passages if passage]
-
-    def _create(self) -> None:
-        """Creates the tables and the full-text index."""
-        database = lancedb.connect(self.location)
-        options: Any = {"mode": "create", "exist_ok": True}
-        self._files = database.create_table("read_texts", schema=_FILES, **options)
-        self._passages = database.create_table("passages", schema=_PASSAGES, **options)
-        self._create_index()
-
-    def _create_index(self) -> None:
-        stop_words: Any = sorted(STOP_WORDS)
-        config = FTS(stem=True, remove_stop_words=True, custom_stop_words=stop_words)
-        self._passages.create_index("words", config=config)
 
 
 def _make_passage(

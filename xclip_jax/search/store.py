@@ -91,6 +91,7 @@ class Store:
             if bank:
                 captions = pa.table({"caption": pa.array(bank)})
                 database.create_table("bank", captions, mode="overwrite")
+            retry_commit(Passages(folder).create)
             # Created last: `exists` looks for this table.
             database.create_table("segments", schema=_segment_schema(about))
             if in_folder:
