@@ -226,16 +226,39 @@ def test_failed_continuation_can_be_tried_again(page, many_address, many, monkey
     console.clear()
 
 
-def test_back_shows_all_results_that_were_loaded(page, many_address):
+def test_back_shows_all_results_that_were_loaded(page, many_address, many):
     page.goto(many_address + "#q=dog")
     # Scrolling to the button may load results before it is clicked: one or two loads.
     page.get_by_role("button", name="Show more", exact=True).click()
     loaded = re.compile("(48|60) moments")
     expect(page.locator("#status")).to_contain_text(loaded)
     page.goto(many_address + "#q=cat")
-    expect(page.locator("#status")).to_contain_text("24 moments")
+    expect(page).to_have_title(re.compile("^cat"))
+    asked = [text for text, *_ in many.queries].count("dog")
     page.go_back()
+    expect(page).to_have_title(re.compile("^dog"))
     expect(page.locator("#status")).to_contain_text(loaded)
+    assert [text for text, *_ in many.queries].count("dog") - asked <= 1
+
+
+def test_search_right_after_the_player_has_closed_is_answered(page, address):
+    page.goto(address + "#q=dog")
+    pictures(page).first.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.evaluate("""() => {
+      player.addEventListener("close", () => {
+        text.value = "cat";
+        form.requestSubmit();
+      });
+      player.close();
+    }""")
+    expect(page).to_have_url(re.compile("#q=cat"))
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator("#results")).to_have_attribute("aria-busy", "false")
+    page.wait_for_timeout(200)
+    expect(page).to_have_url(re.compile("#q=cat"))
+    page.go_back()
+    expect(page).to_have_url(re.compile("#q=dog$"))
 
 
 @SIZES

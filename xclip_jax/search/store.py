@@ -85,15 +85,7 @@ class Store:
             if in_folder:
                 folder = _hidden_name(location)
                 os.makedirs(folder)
-            database = lancedb.connect(folder)
-            unreadable = pa.schema([*FILE_FIELDS, ("reason", pa.string())])
-            database.create_table("unreadable", schema=unreadable, exist_ok=True)
-            if bank:
-                captions = pa.table({"caption": pa.array(bank)})
-                database.create_table("bank", captions, mode="overwrite")
-            retry_commit(Passages(folder).create)
-            # Created last: `exists` looks for this table.
-            database.create_table("segments", schema=_segment_schema(about))
+            retry_commit(lambda: _create_tables(folder, about, bank))
             if in_folder:
                 os.replace(folder, location)  # fails if it has files
         except Exception as error:  # LanceDB has no common type
@@ -248,12 +240,28 @@ class Store:
             return Snapshot(self.location, self.about, table, part, former=former)
 
 
+def _create_tables(folder: str, about: Mapping[str, Any], bank: Sequence[str]) -> None:
+    """Creates the tables that do not exist, or raises ExistsError if all do."""
+    _check_missing(folder)
+    database = lancedb.connect(folder)
+    unreadable = pa.schema([*FILE_FIELDS, ("reason", pa.string())])
+    database.create_table("unreadable", schema=unreadable, exist_ok=True)
+    if bank:
+        captions = pa.table({"caption": pa.array(bank)})
+        database.create_table("bank", captions, mode="overwrite")
+    Passages(folder).create()
+    # Created last: `exists` looks for this table.
+    database.create_table("segments", schema=_segment_schema(about))
+
+
 def retry_commit(function: Callable[[], Any]) -> None:
     """Calls a function that commits, again if it fails: other processes may commit as well."""
     for attempt in range(MAX_COMMITS):
         try:
             function()
             return
+        except ExistsError:
+            raise
         except Exception:  # LanceDB has no common type
             if attempt + 1 == MAX_COMMITS:
                 raise
@@ -284,10 +292,14 @@ def exists(location: PathLike) -> bool:
 
 def _check_new(location: str) -> None:
     """Raises ExistsError if there is an index, InputError if the folder has other files."""
-    if exists(location):
-        raise ExistsError(f"there is already an index in {location}")
+    _check_missing(location)
     if "://" not in location and os.path.exists(location) and os.listdir(location):
         raise InputError(f"{location} is not empty and not an index: choose a new folder")
+
+
+def _check_missing(location: str) -> None:
+    if exists(location):
+        raise ExistsError(f"there is already an index in {location}")
 
 
 def _hidden_name(location: str) -> str:

@@ -17,10 +17,12 @@ const answers = new Map(); // for the Back button
 let shown = { key: null, state: readState(), answer: null };
 let running = new AbortController();
 let isLoadingMore = false;
+let hasGoneBack = Promise.resolve(); // the step back of the last player that was closed
 
 // ---- the form
 
-function go(state) {
+async function go(state) {
+  await hasGoneBack;
   const key = searchKey(state);
   answers.delete(key);
   if (key === location.hash) {
@@ -297,12 +299,18 @@ function onDrag(event) {
   else searchByExample(files[0]);
 }
 
+/** Goes back in the history. An address that is set before that is done would be left again. */
+function goBack() {
+  hasGoneBack = new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
+  history.back();
+}
+
 /** Updates the page after the address of an open player was left. */
 function afterClose() {
   const state = readState();
   if (!state.has("open")) return;
   if (history.state === "entered") history.replaceState(null, "", addressWith(state));
-  else history.back();
+  else goBack();
 }
 
 async function showFacts() {
