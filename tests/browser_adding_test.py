@@ -84,7 +84,7 @@ def test_dropped_files_are_added(page, open_address, library, size):
     save_screenshot(page, f"adding_{size['width']}")
     assert not is_wider_than_window(page)
     library.may_add.set()
-    expect(page.locator("#adding-status")).to_have_text("3 of 3 files added")
+    expect(page.locator("#adding-status")).to_have_text("3 of 3 files added", timeout=15_000)
     expect(row(page, "شاطئ.mp4")).to_contain_text("Added")
     assert [path.rpartition("/")[2] for path in library.added] == [name for name, *_ in files]
     page.get_by_role("button", name="Hide the list").click()
@@ -125,7 +125,7 @@ def test_chosen_files_that_fail_say_why(page, open_address, library, monkeypatch
     files = [video("bad.mp4", b"bad"), video("notes.txt"), video("huge.mp4", bytes(2**20 + 1))]
     choose(page, *files, video("good.mp4"))
     status = page.locator("#adding-status")
-    expect(status).to_have_text("1 of 4 files added, 3 failed")
+    expect(status).to_have_text("1 of 4 files added, 3 failed", timeout=15_000)
     expect(row(page, "bad.mp4")).to_contain_text("Failed: cannot be decoded")
     expect(row(page, "notes.txt")).to_contain_text("the suffix of a video")
     expect(row(page, "huge.mp4")).to_contain_text("huge.mp4 is larger than 1 MB")
@@ -144,7 +144,7 @@ def test_queue_is_shown_again_after_a_reload(page, open_address, library):
     expect(row(page, "first.mp4")).to_contain_text("Indexing")
     expect(row(page, "second.mp4")).to_contain_text("Waits to be indexed")
     library.may_add.set()
-    expect(page.locator("#adding-status")).to_have_text("2 of 2 files added")
+    expect(page.locator("#adding-status")).to_have_text("2 of 2 files added", timeout=15_000)
 
 
 def test_upload_shows_its_progress(page, open_address):

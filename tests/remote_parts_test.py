@@ -60,9 +60,9 @@ def ask(*handles):
 
 def test_parts_are_asked_for_a_version_at_the_same_time():
     begin = time.monotonic()
-    answers = ask(*(Handle(0.5) for _ in range(10)))
-    assert answers == {number: (7, "count", (number,)) for number in range(10)}
-    assert time.monotonic() - begin < 3
+    answers = ask(*(Handle(0.3) for _ in range(4)))
+    assert answers == {number: (7, "count", (number,)) for number in range(4)}
+    assert time.monotonic() - begin < 1
 
 
 def test_slow_part_that_lives_is_waited_for():
@@ -74,7 +74,7 @@ def test_silent_parts_are_lost_soon_and_others_are_not():
     with pytest.raises(LostError) as raised:
         ask(Handle(None, None), Handle(), Handle(None, None), Handle(0.3))
     assert raised.value.numbers == {0, 2}
-    assert time.monotonic() - begin < sharded.WAIT_SECONDS
+    assert time.monotonic() - begin < 1
     left = {one.name for one in threading.enumerate() if one not in others}
     assert not [name for name in left if name.startswith("ThreadPoolExecutor")]
 
