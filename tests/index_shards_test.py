@@ -154,6 +154,19 @@ def test_one_of_several_processes_creates_an_index(tmp_path, is_bucket):
     assert os.listdir(tmp_path) == ["index"]
 
 
+def test_conflict_while_an_index_is_created_is_tried_again(tmp_path, monkeypatch):
+    create, errors = Passages.create, iter([RuntimeError("Retryable commit conflict")])
+
+    def fail_once(self):
+        for error in errors:
+            raise error
+        create(self)
+
+    monkeypatch.setattr(Passages, "create", fail_once)
+    about = {"max_frames": 2, "embed_dim": 4, "precision": "float32"}
+    assert Store.create(f"file://{tmp_path}/index", about).files() == {}
+
+
 def test_command_adds_to_an_index_that_another_process_has_just_created(
     copied, model, videos, monkeypatch, capsys
 ):
